@@ -1,0 +1,69 @@
+# Two commands do everything on a fresh machine:
+#   make demo    real connections through the load balancer, in a network of namespaces
+#   make test    every test
+# Each first installs what it needs (system packages by apt, Python packages into .venv), once.
+
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+STAMPS := .stamps
+# Namespaces, BPF and AF_XDP belong to root.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+ARGS ?=
+
+PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make pkg-config python3-dev python3-venv \
+            iproute2 ethtool procps nginx-light curl iperf3 tcpdump
+
+SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
+
+.PHONY: demo test lint c-test clean help
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(STAMPS)/built
+	@$(SUDO) $(VENV)/bin/crablb demo $(ARGS)
+
+test: $(STAMPS)/tested-tools c-test lint
+	$(SUDO) $(VENV)/bin/python -m pytest $(ARGS)
+
+# The hot loop by itself, with the sanitizers on.
+c-test: $(STAMPS)/packages
+	$(MAKE) -C native test
+
+lint: $(STAMPS)/tested-tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(STAMPS)/packages: Makefile
+	@mkdir -p $(STAMPS)
+	@if ! command -v apt-get >/dev/null; then \
+	  echo "crablb: this is not a Debian-like system. Install what these packages hold, then touch $@:" >&2; \
+	  echo "  $(PACKAGES)" >&2; exit 1; fi
+	@missing=; for p in $(PACKAGES); do \
+	  dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+	  echo "==> installing system packages:$$missing"; \
+	  $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	@touch $@
+
+$(VENV)/bin/python: | $(STAMPS)/packages
+	@echo "==> making the virtual environment $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "crablb: Python 3.11 or newer is needed; say which: make PYTHON=python3.x ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/built: $(SOURCES) $(STAMPS)/packages $(VENV)/bin/python
+	@echo "==> compiling and installing crablb into $(VENV)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(STAMPS)/tested-tools: $(STAMPS)/built
+	@echo "==> installing the test tools into $(VENV)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(STAMPS) build dist *.egg-info crablb/kernel/objects native/build
+	find crablb -name '*.so' -delete

@@ -1,0 +1,1 @@
+"""crablb: a layer-4 load balancer that takes itself out of the way by connection redirection."""
