@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* The C API of the hot loop.  Python's cffi declarations are read from this file: plain declarations and integer
- * #defines only; inline code lives in the modules' own headers. */
+ * #defines only; inline code lives in the modules' own headers.
+ *
+ * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d.  Fields named *_be are in network order. */
 #ifndef CRABLB_H
 #define CRABLB_H
 
@@ -9,5 +11,179 @@
 #include <stdint.h>
 
 #include "maps.h"
+
+/* ---- hash: SipHash-1-3 ---- */
+
+uint64_t crab_siphash13(const uint8_t *key16, const uint8_t *data, size_t len);
+
+/* Hash of a connection: SipHash-1-3 over source address, destination address (4 + 4 or 16 + 16 bytes, so an IPv4-mapped
+ * pair is hashed as IPv4), source port, destination port, all in network order. */
+uint64_t crab_flow_hash(const uint8_t *key16, const uint8_t *saddr16, const uint8_t *daddr16, uint16_t sport_be,
+                        uint16_t dport_be);
+
+/* ---- checksum: RFC 1071, RFC 1624 ---- */
+
+#define CRAB_CSUM_OK 0
+#define CRAB_CSUM_PARTIAL 1 /* the field holds the folded pseudo-header sum: the sender left it to its network card */
+#define CRAB_CSUM_BAD 2
+
+/* One's-complement sum of len bytes, folded to 16 bits, not complemented, in memory (network) byte order. */
+uint16_t crab_csum(const uint8_t *data, size_t len);
+
+/* State of the TCP checksum of an IPv4 or IPv6 datagram without options or extension headers, and, unless it is bad,
+ * the checksum that it should carry (in memory order) in *right. */
+int crab_csum_state(const uint8_t *ip, size_t ip_len, uint16_t *right);
+
+/* ---- option: the CR option in a TCP option list ---- */
+
+#define CRAB_OPTION_OFFER 1  /* an offer of the form asked for */
+#define CRAB_OPTION_FORGED 2 /* a CR option of either form that only a load balancer may send, or of an unknown length */
+#define CRAB_OPTION_OTHER 4  /* an offer of the other form */
+#define CRAB_MAX_OPTIONS 40
+
+/* Flags (CRAB_OPTION_*) of the CR options among len <= 40 bytes of TCP options.  The search ends at EOL, at a length
+ * under 2 and at a length past the end. */
+int crab_option_find(const uint8_t *options, size_t len, int form);
+
+/* Write the list to send on: every CR option overwritten by NOPs, the words that consist of nothing else removed, and,
+ * if vip16 is not NULL, a redirect to that VIP put in the place of the first removed word (in front of the list where
+ * none was removed).  len is a multiple of 4.  Returns the new length (a multiple of 4, at most 40) or -1 if it does
+ * not fit; out has room for 40 bytes and does not overlap. */
+int crab_option_rewrite(const uint8_t *options, size_t len, int form, const uint8_t *vip16, uint8_t *out);
+
+/* ---- packet ---- */
+
+enum crab_verdict {
+    CRAB_V_OK,
+    CRAB_V_NOT_TCP,    /* not IPv4 or IPv6 with TCP */
+    CRAB_V_FRAGMENT,   /* IPv4 fragment (IPv6 fragments have an extension header) */
+    CRAB_V_IP_OPTIONS, /* IPv4 options or IPv6 extension headers */
+    CRAB_V_MALFORMED   /* truncated, or lengths that contradict each other */
+};
+
+/* A parsed frame: offsets from its first byte. */
+struct crab_packet {
+    uint16_t l3;        /* IP header */
+    uint16_t l4;        /* TCP header */
+    uint16_t end;       /* end of the IP datagram: the frame without Ethernet padding */
+    uint8_t family;     /* 4 or 6 */
+    uint8_t tcp_header; /* bytes, 20 to 60 */
+    uint8_t tcp_flags;
+};
+
+/* Parse Ethernet, at most one VLAN tag (802.1Q or 802.1ad), IPv4 without options or IPv6 without extension headers, and
+ * TCP.  Returns a crab_verdict; *out is valid only with CRAB_V_OK. */
+int crab_packet_parse(const uint8_t *frame, size_t len, struct crab_packet *out);
+
+/* ---- maglev: Eisenbud et al., NSDI 2016, 3.4 ---- */
+
+struct crab_maglev_member {
+    uint8_t addr[16];
+    uint32_t weight; /* 0: no slots */
+    uint16_t backend; /* what the table's slots hold */
+    uint16_t pad;
+};
+
+/* Fill table[size] (size prime) with backend ids.  The table depends on the set of (addr, weight), never on the order
+ * of members.  Slots hold CRAB_NO_BACKEND when no member has a weight.  Returns 0, or -1 without memory. */
+#define CRAB_NO_BACKEND 65535
+int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_member *members, uint32_t count,
+                      const uint8_t *key16);
+
+/* ---- snapshot: what the workers look up, immutable ---- */
+
+#define CRAB_MODE_NEGOTIATED 0
+#define CRAB_MODE_ALWAYS 1
+#define CRAB_MODE_NEVER 2
+
+#define CRAB_BACKEND_USABLE 1  /* its next hop is known: frames may be sent to it */
+#define CRAB_BACKEND_CR 2      /* speaks connection redirection */
+#define CRAB_BACKEND_ON_LINK 4 /* on the served segment, so that DSR by MAC address reaches it */
+
+struct crab_backend {
+    uint8_t addr[16];
+    uint8_t dst_mac[6];
+    uint8_t src_mac[6];
+    uint32_t flags;
+};
+
+struct crab_prefix {
+    uint8_t addr[16];
+    uint32_t bits; /* 0 to 128; an IPv4 prefix counts its 96 mapped bits too */
+};
+
+struct crab_service {
+    uint8_t addr[16];
+    uint16_t port_be;
+    uint8_t protocol;
+    uint8_t mode;
+    uint32_t first_prefix; /* clients that may be redirected: prefixes [first, first + count); count 0: all */
+    uint32_t prefix_count;
+    const uint16_t *table; /* Maglev table, table_size slots; must outlive the snapshot */
+};
+
+struct crab_snapshot;
+
+/* Copies everything but the tables.  backends is indexed by backend id.  NULL without memory. */
+struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uint32_t service_count,
+                                        const struct crab_backend *backends, uint32_t backend_count,
+                                        const struct crab_prefix *prefixes, uint32_t prefix_count,
+                                        uint32_t table_size, int form, const uint8_t *key16);
+void crab_snapshot_free(struct crab_snapshot *snapshot);
+
+/* ---- core: one worker's state, and its work on a batch ---- */
+
+/* What became of packets.  A worker's counters are CRAB_COUNTERS of uint64_t, in this order. */
+enum crab_counter {
+    CRAB_C_RECEIVED,
+    CRAB_C_SENT,
+    /* forwarded */
+    CRAB_C_REDIRECTED,
+    CRAB_C_FALLBACK_NO_OFFER,
+    CRAB_C_FALLBACK_MODE,          /* the service's mode is `never` */
+    CRAB_C_FALLBACK_PREFIX,        /* client outside the service's redirect_clients */
+    CRAB_C_FALLBACK_NO_CR_BACKEND, /* the chosen backend does not speak CR */
+    CRAB_C_FALLBACK_NO_ROOM,       /* the redirect does not fit into the TCP header */
+    CRAB_C_FALLBACK_RETRANSMIT,    /* it offers, but twice its SYN got no answer by redirect */
+    CRAB_C_FALLBACK_ESTABLISHED,   /* any packet but a SYN */
+    /* dropped */
+    CRAB_C_DROP_NOT_SERVICE,
+    CRAB_C_DROP_MALFORMED,
+    CRAB_C_DROP_FLAGS,    /* SYN together with ACK, RST or FIN */
+    CRAB_C_DROP_CHECKSUM, /* wrong IPv4 header or TCP checksum */
+    CRAB_C_DROP_NO_BACKEND,
+    CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway: DSR by MAC cannot reach it */
+    CRAB_C_DROP_TX,       /* the kernel refused to send */
+    /* seen on the way, beside one of the above */
+    CRAB_C_RETRANSMITTED_SYN,
+    CRAB_C_FORGED_OPTION, /* a client sent a redirect; it was removed */
+    CRAB_C_FLOWS_FULL,    /* no room to remember a SYN */
+    CRAB_COUNTERS
+};
+
+/* Bytes that must be free in front of every frame given to crab_core_batch: a frame grows at its front. */
+#define CRAB_HEADROOM 64
+#define CRAB_BATCH 64
+
+struct crab_frame {
+    uint8_t *data; /* first byte; moves when the frame is rewritten */
+    uint32_t len;  /* 0 after the batch: dropped */
+    uint32_t pad;
+};
+
+struct crab_core;
+
+/* flows: capacity of the flow cache in entries (16 bytes each), rounded up to a power of two, at least 64.
+ * counters: CRAB_COUNTERS of uint64_t, written by this core alone.  NULL without memory. */
+struct crab_core *crab_core_new(uint32_t flows, uint64_t *counters);
+void crab_core_free(struct crab_core *core);
+
+/* Give the core another snapshot (or NULL: drop everything), from any thread.  The one before may be freed when
+ * crab_core_uses says no. */
+void crab_core_publish(struct crab_core *core, struct crab_snapshot *snapshot);
+bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *snapshot);
+
+/* Work on at most CRAB_BATCH frames where they lie.  now: seconds, monotonic.  Returns how many are to be sent. */
+uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now);
 
 #endif

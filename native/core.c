@@ -1,0 +1,318 @@
+/* SPDX-License-Identifier: MIT */
+/* What a load balancer does with a batch of frames: parse and look up all of them, then decide and rewrite each.
+ *
+ * Two passes, so that the cache lines which the second needs (flow bucket, Maglev slot) are on their way while the first
+ * still parses.
+ *
+ * The snapshot is guarded by a hazard pointer: the core says which snapshot it is using, and whoever published a new one
+ * frees the old one when no core names it.  The packet path pays one store a batch. */
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "flows.h"
+#include "rewrite.h"
+#include "snapshot.h"
+
+struct crab_core {
+    _Atomic(struct crab_snapshot *) published;
+    _Atomic(struct crab_snapshot *) hazard;
+    uint64_t *counters;
+    struct crab_flows flows;
+};
+
+struct item {
+    const struct crab_service *service; /* NULL: dropped in the first pass */
+    uint64_t hash;
+    struct crab_tcp_sum sum;
+    struct crab_packet packet;
+};
+
+#define PREFETCH_AHEAD 8
+
+struct crab_core *crab_core_new(uint32_t flows, uint64_t *counters)
+{
+    struct crab_core *core = calloc(1, sizeof *core);
+    if (!core)
+        return NULL;
+    core->counters = counters;
+    if (crab_flows_init(&core->flows, flows)) {
+        free(core);
+        return NULL;
+    }
+    return core;
+}
+
+void crab_core_free(struct crab_core *core)
+{
+    if (!core)
+        return;
+    free(core->flows.entries);
+    free(core);
+}
+
+void crab_core_publish(struct crab_core *core, struct crab_snapshot *snapshot)
+{
+    atomic_store(&core->published, snapshot);
+}
+
+bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *snapshot)
+{
+    return atomic_load(&core->published) == snapshot || atomic_load(&core->hazard) == snapshot;
+}
+
+static const struct crab_snapshot *acquire(struct crab_core *core)
+{
+    struct crab_snapshot *s = atomic_load(&core->published), *seen;
+    do {
+        seen = s;
+        atomic_store(&core->hazard, seen);
+        s = atomic_load(&core->published); /* still published after we said so: nobody frees it */
+    } while (s != seen);
+    return s;
+}
+
+static void release(struct crab_core *core)
+{
+    atomic_store_explicit(&core->hazard, NULL, memory_order_release);
+}
+
+/* First pass: what is it, and whose?  Returns the counter of the reason to drop it, or CRAB_COUNTERS. */
+static inline enum crab_counter examine(const struct crab_core *core, const struct crab_snapshot *s,
+                                        const uint8_t *frame, uint32_t len, struct item *it)
+{
+    struct crab_packet *p = &it->packet;
+    int verdict = crab_parse(frame, len, p);
+    if (crab_unlikely(verdict != CRAB_V_OK))
+        return verdict == CRAB_V_MALFORMED ? CRAB_C_DROP_MALFORMED : CRAB_C_DROP_NOT_SERVICE;
+    const uint8_t *ip = frame + p->l3, *tcp = frame + p->l4;
+    uint64_t a, b;
+    const uint8_t *addrs;
+    size_t addrs_len;
+    if (p->family == 4) {
+        a = 0;
+        b = 0xffff0000ull | (uint64_t)load32(ip + CRAB_IP4_DST) << 32;
+        addrs = ip + CRAB_IP4_SRC;
+        addrs_len = 8;
+        if (crab_unlikely(crab_fold(crab_sum(ip, 20)) != 0xffff))
+            return CRAB_C_DROP_CHECKSUM;
+        it->hash = crab_hash4(&s->hash_init, addrs, tcp);
+    } else {
+        a = load64(ip + CRAB_IP6_DST);
+        b = load64(ip + CRAB_IP6_DST + 8);
+        addrs = ip + CRAB_IP6_SRC;
+        addrs_len = 32;
+        it->hash = crab_hash6(&s->hash_init, addrs, tcp);
+    }
+    it->service = crab_service_find(s, a, b, load16(tcp + 2));
+    if (crab_unlikely(!it->service))
+        return CRAB_C_DROP_NOT_SERVICE;
+    __builtin_prefetch(crab_flows_bucket(&core->flows, it->hash), 1);
+    __builtin_prefetch(&it->service->table[crab_slot(it->hash, s->table_size)]);
+    if (crab_unlikely((p->tcp_flags & CRAB_SYN) && (p->tcp_flags & (CRAB_ACK | CRAB_RST | CRAB_FIN))))
+        return CRAB_C_DROP_FLAGS;
+    it->sum = crab_tcp_sum(tcp, (size_t)(p->end - p->l4), addrs, addrs_len);
+    if (crab_unlikely(it->sum.state == CRAB_CSUM_BAD))
+        return CRAB_C_DROP_CHECKSUM;
+    return CRAB_COUNTERS;
+}
+
+static bool prefix_holds(const struct crab_prefix *prefix, const uint8_t addr[16])
+{
+    uint32_t bytes = prefix->bits / 8, rest = prefix->bits % 8;
+    if (memcmp(prefix->addr, addr, bytes))
+        return false;
+    return !rest || !((prefix->addr[bytes] ^ addr[bytes]) >> (8 - rest));
+}
+
+static bool may_be_redirected(const struct crab_snapshot *s, const struct crab_service *service, const uint8_t *ip,
+                              int family)
+{
+    if (crab_likely(!service->prefix_count))
+        return true;
+    uint8_t client[16];
+    if (family == 4) {
+        memcpy(client, crab_mapped_prefix, 12);
+        memcpy(client + 12, ip + CRAB_IP4_SRC, 4);
+    } else {
+        memcpy(client, ip + CRAB_IP6_SRC, 16);
+    }
+    for (uint32_t i = 0; i < service->prefix_count; i++)
+        if (prefix_holds(&s->prefixes[service->first_prefix + i], client))
+            return true;
+    return false;
+}
+
+static inline bool usable(const struct crab_snapshot *s, uint16_t backend)
+{
+    return backend < s->backend_count && (s->backends[backend].flags & CRAB_BACKEND_USABLE);
+}
+
+static inline uint16_t choose(const struct crab_snapshot *s, const struct item *it)
+{
+    uint16_t backend = it->service->table[crab_slot(it->hash, s->table_size)];
+    return usable(s, backend) ? backend : CRAB_NO_BACKEND;
+}
+
+/* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
+ * goes where its first copy went. */
+static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, const struct item *it,
+                              uint32_t isn, uint32_t now, unsigned *copies)
+{
+    *copies = 0;
+    struct crab_flow *f = crab_flows_find(&core->flows, it->hash, now);
+    if (crab_unlikely(f && usable(s, f->backend) && (f->isn == isn || f->state == CRAB_FLOW_ESTABLISHED))) {
+        /* A SYN with another sequence number on an established flow: its server knows whether the old connection
+         * lives, and answers accordingly; whoever forged it must not move the flow. */
+        if (f->isn == isn) {
+            *copies = f->copies;
+            f->copies += f->copies < 255;
+            core->counters[CRAB_C_RETRANSMITTED_SYN]++;
+        }
+        f->seen = (uint16_t)now;
+        return f->backend;
+    }
+    uint16_t backend = choose(s, it);
+    if (crab_unlikely(backend == CRAB_NO_BACKEND))
+        return backend;
+    if (crab_likely(!f))
+        f = crab_flows_place(&core->flows, it->hash, now);
+    if (crab_likely(f != NULL))
+        *f = (struct crab_flow){.tag = it->hash >> 16, .state = CRAB_FLOW_SYN, .copies = 1, .isn = isn,
+                                .backend = backend, .seen = (uint16_t)now};
+    else
+        core->counters[CRAB_C_FLOWS_FULL]++;
+    return backend;
+}
+
+/* Why this SYN goes by fallback, or CRAB_C_REDIRECTED. */
+static inline enum crab_counter decide(const struct crab_snapshot *s, const struct item *it, const uint8_t *ip,
+                                       int found, const struct crab_backend *backend, unsigned copies)
+{
+    const struct crab_service *service = it->service;
+    if (crab_unlikely(service->mode == CRAB_MODE_NEVER))
+        return CRAB_C_FALLBACK_MODE;
+    if (service->mode == CRAB_MODE_NEGOTIATED && !(found & CRAB_OPTION_OFFER))
+        return CRAB_C_FALLBACK_NO_OFFER;
+    if (crab_unlikely(copies >= 2))
+        return CRAB_C_FALLBACK_RETRANSMIT;
+    if (crab_unlikely(!may_be_redirected(s, service, ip, it->packet.family)))
+        return CRAB_C_FALLBACK_PREFIX;
+    if (crab_unlikely(!(backend->flags & CRAB_BACKEND_CR)))
+        return CRAB_C_FALLBACK_NO_CR_BACKEND;
+    return CRAB_C_REDIRECTED;
+}
+
+/* Second pass, a SYN.  Returns the counter of what became of it; frame->len is 0 if it is dropped. */
+static inline enum crab_counter forward_syn(struct crab_core *core, const struct crab_snapshot *s,
+                                            struct crab_frame *frame, struct item *it, uint32_t now)
+{
+    struct crab_packet *p = &it->packet;
+    const uint8_t *ip = frame->data + p->l3, *tcp = frame->data + p->l4;
+    const uint8_t *options = tcp + CRAB_TCP_MIN;
+    uint32_t options_len = p->tcp_header - CRAB_TCP_MIN;
+    unsigned copies;
+
+    uint16_t id = assign(core, s, it, load32(tcp + CRAB_TCP_SEQ), now, &copies);
+    if (crab_unlikely(id == CRAB_NO_BACKEND))
+        return CRAB_C_DROP_NO_BACKEND;
+    const struct crab_backend *backend = &s->backends[id];
+
+    int found = crab_option_find(options, options_len, s->form);
+    if (crab_unlikely(found & CRAB_OPTION_FORGED))
+        core->counters[CRAB_C_FORGED_OPTION]++;
+    enum crab_counter outcome = decide(s, it, ip, found, backend, copies);
+
+    uint8_t list[CRAB_MAX_OPTIONS];
+    int n = -1;
+    if (crab_likely(outcome == CRAB_C_REDIRECTED)) {
+        n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list);
+        if (crab_unlikely(n < 0))
+            outcome = CRAB_C_FALLBACK_NO_ROOM;
+    }
+    if (crab_likely(n >= 0)) {
+        const uint8_t *dip = p->family == 4 ? backend->addr + 12 : backend->addr;
+        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, dip);
+    } else {
+        if (crab_unlikely(!(backend->flags & CRAB_BACKEND_ON_LINK)))
+            return CRAB_C_DROP_NO_PATH;
+        /* Without CR options the list stays, to the byte. */
+        if (found)
+            n = crab_option_rewrite(options, options_len, s->form, NULL, list);
+        else
+            memcpy(list, options, (size_t)(n = (int)options_len));
+        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, NULL);
+    }
+    crab_set_macs(frame->data, backend);
+    return outcome;
+}
+
+/* Second pass, any other packet of a VIP: it belongs to a connection that goes by fallback. */
+static inline enum crab_counter forward_other(struct crab_core *core, const struct crab_snapshot *s,
+                                              struct crab_frame *frame, struct item *it, uint32_t now)
+{
+    struct crab_packet *p = &it->packet;
+    struct crab_flow *f = crab_flows_find(&core->flows, it->hash, now);
+    uint16_t id;
+    if (f && usable(s, f->backend)) {
+        if (p->tcp_flags & (CRAB_FIN | CRAB_RST))
+            f->state = CRAB_FLOW_CLOSING;
+        else if (f->state == CRAB_FLOW_SYN)
+            f->state = CRAB_FLOW_ESTABLISHED;
+        f->seen = (uint16_t)now;
+        id = f->backend;
+    } else {
+        id = choose(s, it);
+        if (id == CRAB_NO_BACKEND)
+            return CRAB_C_DROP_NO_BACKEND;
+    }
+    const struct crab_backend *backend = &s->backends[id];
+    if (!(backend->flags & CRAB_BACKEND_ON_LINK))
+        return CRAB_C_DROP_NO_PATH;
+    frame->len = p->end;
+    store16(frame->data + p->l4 + CRAB_TCP_CSUM, it->sum.right);
+    crab_set_macs(frame->data, backend);
+    return CRAB_C_FALLBACK_ESTABLISHED;
+}
+
+static inline bool is_drop(enum crab_counter c)
+{
+    return c >= CRAB_C_DROP_NOT_SERVICE && c <= CRAB_C_DROP_TX;
+}
+
+uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now)
+{
+    struct item items[CRAB_BATCH];
+    const struct crab_snapshot *s = acquire(core);
+    uint64_t *counters = core->counters;
+    uint32_t kept = 0;
+
+    counters[CRAB_C_RECEIVED] += count;
+    for (uint32_t i = 0; i < count && i < PREFETCH_AHEAD; i++)
+        __builtin_prefetch(frames[i].data, 1);
+    for (uint32_t i = 0; i < count; i++) {
+        if (i + PREFETCH_AHEAD < count) {
+            __builtin_prefetch(frames[i + PREFETCH_AHEAD].data, 1);
+            __builtin_prefetch(frames[i + PREFETCH_AHEAD].data + 64, 1);
+        }
+        enum crab_counter why =
+            s ? examine(core, s, frames[i].data, frames[i].len, &items[i]) : CRAB_C_DROP_NOT_SERVICE;
+        if (crab_unlikely(why != CRAB_COUNTERS)) {
+            counters[why]++;
+            frames[i].len = 0;
+        }
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        if (crab_unlikely(!frames[i].len))
+            continue;
+        enum crab_counter what = items[i].packet.tcp_flags & CRAB_SYN
+                                     ? forward_syn(core, s, &frames[i], &items[i], now)
+                                     : forward_other(core, s, &frames[i], &items[i], now);
+        counters[what]++;
+        if (crab_unlikely(is_drop(what)))
+            frames[i].len = 0;
+        else
+            kept++;
+    }
+    release(core);
+    return kept;
+}

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: MIT */
+/* The flow cache: which backend a connection's packets go to.  One a worker, so nothing here is atomic.
+ *
+ * A bucket is one cache line of four entries.  An entry is known by 48 bits of the connection's keyed hash beside the
+ * bits that chose its bucket; who does not know the key cannot make two connections meet.
+ *
+ * Bounded and aged without a sweep: a new entry takes a free or expired place of its bucket, else the oldest one that
+ * is still a SYN's, never one of an established connection.  So a flood of SYNs pushes out SYNs only. */
+#ifndef CRAB_FLOWS_H
+#define CRAB_FLOWS_H
+
+#include <stdlib.h>
+
+#include "bytes.h"
+
+enum crab_flow_state { CRAB_FLOW_FREE, CRAB_FLOW_SYN, CRAB_FLOW_ESTABLISHED, CRAB_FLOW_CLOSING };
+
+#define CRAB_BUCKET 4
+
+struct crab_flow {
+    uint64_t tag : 48;
+    uint64_t state : 8;
+    uint64_t copies : 8; /* of its SYN seen so far; stays at 255 */
+    uint32_t isn;        /* initial sequence number, as it lies in the packet */
+    uint16_t backend;
+    uint16_t seen; /* second of the last packet, modulo 2^16 */
+};
+_Static_assert(sizeof(struct crab_flow) * CRAB_BUCKET == 64, "a bucket is a cache line");
+
+struct crab_flows {
+    struct crab_flow *entries;
+    uint64_t mask; /* buckets - 1 */
+};
+
+/* Seconds after the last packet.  A Linux client's last SYN retransmission comes 63 s after the first copy (six
+ * retries); an established connection sends a keep-alive at the latest every 7,200 s, if it asked for them. */
+static inline uint16_t crab_flow_lifetime(unsigned state)
+{
+    static const uint16_t seconds[] = {0, 75, 7800, 120};
+    return seconds[state];
+}
+
+static inline int crab_flow_dead(const struct crab_flow *f, uint32_t now)
+{
+    return (uint16_t)((uint16_t)now - f->seen) >= crab_flow_lifetime(f->state);
+}
+
+static inline int crab_flows_init(struct crab_flows *t, uint32_t capacity)
+{
+    uint64_t buckets = 16;
+    while (buckets * CRAB_BUCKET < capacity)
+        buckets *= 2;
+    t->entries = aligned_alloc(64, buckets * 64);
+    if (!t->entries)
+        return -1;
+    memset(t->entries, 0, buckets * 64);
+    t->mask = buckets - 1;
+    return 0;
+}
+
+static inline struct crab_flow *crab_flows_bucket(const struct crab_flows *t, uint64_t hash)
+{
+    return &t->entries[(hash & t->mask) * CRAB_BUCKET];
+}
+
+static inline struct crab_flow *crab_flows_find(const struct crab_flows *t, uint64_t hash, uint32_t now)
+{
+    struct crab_flow *bucket = crab_flows_bucket(t, hash);
+    for (int i = 0; i < CRAB_BUCKET; i++)
+        if (bucket[i].tag == hash >> 16 && bucket[i].state != CRAB_FLOW_FREE && !crab_flow_dead(&bucket[i], now))
+            return &bucket[i];
+    return NULL;
+}
+
+/* A place for a new entry of this hash, or NULL: four live established connections fill the bucket. */
+static inline struct crab_flow *crab_flows_place(const struct crab_flows *t, uint64_t hash, uint32_t now)
+{
+    struct crab_flow *bucket = crab_flows_bucket(t, hash), *oldest = NULL;
+    for (int i = 0; i < CRAB_BUCKET; i++) {
+        struct crab_flow *f = &bucket[i];
+        if (crab_flow_dead(f, now))
+            return f;
+        if (f->state == CRAB_FLOW_SYN &&
+            (!oldest || (uint16_t)((uint16_t)now - f->seen) > (uint16_t)((uint16_t)now - oldest->seen)))
+            oldest = f;
+    }
+    return oldest;
+}
+
+#endif

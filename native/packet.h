@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: MIT */
+#ifndef CRAB_PACKET_H
+#define CRAB_PACKET_H
+
+#include "checksum.h"
+#include "crablb.h"
+
+#define CRAB_ETH_LEN 14
+#define CRAB_TCP_MIN 20
+
+/* Offsets into headers. */
+#define CRAB_IP4_LEN 2
+#define CRAB_IP4_CSUM 10
+#define CRAB_IP4_SRC 12
+#define CRAB_IP4_DST 16
+#define CRAB_IP6_LEN 4
+#define CRAB_IP6_SRC 8
+#define CRAB_IP6_DST 24
+#define CRAB_TCP_SEQ 4
+#define CRAB_TCP_DOFF 12
+#define CRAB_TCP_FLAGS 13
+#define CRAB_TCP_CSUM 16
+
+#define CRAB_FIN 0x01
+#define CRAB_SYN 0x02
+#define CRAB_RST 0x04
+#define CRAB_ACK 0x10
+
+struct crab_tcp_sum {
+    uint64_t body;  /* sum of pseudo-header and segment, the checksum field taken as zero */
+    uint16_t right; /* the checksum this makes */
+    uint8_t state;  /* CRAB_CSUM_* */
+};
+
+/* One pass serves both the verification and the checksum of the rewritten packet, which differs from `body` only by
+ * the words that change. */
+static inline struct crab_tcp_sum crab_tcp_sum(const uint8_t *tcp, size_t tcp_len, const uint8_t *addrs,
+                                               size_t addrs_len)
+{
+    uint16_t field = load16(tcp + CRAB_TCP_CSUM);
+    uint64_t pseudo = crab_sum_pseudo(addrs, addrs_len, (uint32_t)tcp_len);
+    uint64_t segment = crab_sum(tcp, tcp_len);
+    struct crab_tcp_sum out = {.body = pseudo + segment + (uint16_t)~field};
+    out.right = (uint16_t)~crab_fold(out.body);
+    if (crab_fold(pseudo + segment) == 0xffff)
+        out.state = CRAB_CSUM_OK;
+    else
+        out.state = field == crab_fold(pseudo) ? CRAB_CSUM_PARTIAL : CRAB_CSUM_BAD;
+    return out;
+}
+
+static inline int crab_parse(const uint8_t *frame, size_t len, struct crab_packet *out)
+{
+    size_t l3 = CRAB_ETH_LEN;
+    if (crab_unlikely(len < l3 + 20 || len > UINT16_MAX))
+        return CRAB_V_MALFORMED;
+    uint16_t type = load16(frame + 12);
+    if (crab_unlikely(type == htons(0x8100) || type == htons(0x88a8))) {
+        type = load16(frame + 16);
+        l3 += 4;
+        if (len < l3 + 20)
+            return CRAB_V_MALFORMED;
+    }
+    const uint8_t *ip = frame + l3;
+    size_t l4, end;
+    if (crab_likely(type == htons(0x0800))) {
+        if (crab_unlikely(ip[0] != 0x45)) {
+            if (ip[0] >> 4 != 4 || (ip[0] & 15) < 5)
+                return CRAB_V_MALFORMED;
+            return ip[9] == 6 ? CRAB_V_IP_OPTIONS : CRAB_V_NOT_TCP;
+        }
+        if (crab_unlikely(ip[9] != 6))
+            return CRAB_V_NOT_TCP;
+        if (crab_unlikely(load16(ip + 6) & htons(0x3fff)))
+            return CRAB_V_FRAGMENT;
+        l4 = l3 + 20;
+        end = l3 + load16_be(ip + CRAB_IP4_LEN);
+        out->family = 4;
+    } else if (crab_likely(type == htons(0x86dd))) {
+        l4 = l3 + 40;
+        if (crab_unlikely(len < l4 || ip[0] >> 4 != 6))
+            return CRAB_V_MALFORMED;
+        if (crab_unlikely(ip[6] != 6)) {
+            /* hop-by-hop, routing, fragment, AH, destination options, mobility, HIP, shim6 */
+            switch (ip[6]) {
+            case 0: case 43: case 44: case 51: case 60: case 135: case 139: case 140:
+                return CRAB_V_IP_OPTIONS;
+            default:
+                return CRAB_V_NOT_TCP;
+            }
+        }
+        end = l4 + load16_be(ip + CRAB_IP6_LEN);
+        out->family = 6;
+    } else {
+        return CRAB_V_NOT_TCP;
+    }
+    if (crab_unlikely(end > len || end < l4 + CRAB_TCP_MIN))
+        return CRAB_V_MALFORMED;
+    size_t tcp_header = (frame[l4 + CRAB_TCP_DOFF] >> 4) * 4u;
+    if (crab_unlikely(tcp_header < CRAB_TCP_MIN || l4 + tcp_header > end))
+        return CRAB_V_MALFORMED;
+    out->l3 = (uint16_t)l3;
+    out->l4 = (uint16_t)l4;
+    out->end = (uint16_t)end;
+    out->tcp_header = (uint8_t)tcp_header;
+    out->tcp_flags = frame[l4 + CRAB_TCP_FLAGS];
+    return CRAB_V_OK;
+}
+
+#endif

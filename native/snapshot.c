@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: MIT */
+#include "snapshot.h"
+
+#include <stdlib.h>
+
+static void *copy(const void *from, size_t count, size_t size)
+{
+    void *to = calloc(count ? count : 1, size);
+    if (to && count)
+        memcpy(to, from, count * size);
+    return to;
+}
+
+struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uint32_t service_count,
+                                        const struct crab_backend *backends, uint32_t backend_count,
+                                        const struct crab_prefix *prefixes, uint32_t prefix_count,
+                                        uint32_t table_size, int form, const uint8_t *key16)
+{
+    struct crab_snapshot *s = calloc(1, sizeof *s);
+    if (!s)
+        return NULL;
+    uint32_t places = 16;
+    while (places < 2 * service_count)
+        places *= 2;
+    s->places = calloc(places, sizeof *s->places);
+    s->services = copy(services, service_count, sizeof *services);
+    s->backends = copy(backends, backend_count, sizeof *backends);
+    s->prefixes = copy(prefixes, prefix_count, sizeof *prefixes);
+    if (!s->places || !s->services || !s->backends || !s->prefixes) {
+        crab_snapshot_free(s);
+        return NULL;
+    }
+    s->hash_init = crab_sip_init(key16);
+    s->form = (uint8_t)form;
+    s->table_size = table_size;
+    s->backend_count = backend_count;
+    s->mask = places - 1;
+    for (uint32_t n = 0; n < service_count; n++) {
+        uint64_t a = load64(services[n].addr), b = load64(services[n].addr + 8);
+        uint32_t i = crab_place_of(a, b, services[n].port_be) & s->mask;
+        while (s->places[i].service)
+            i = (i + 1) & s->mask;
+        s->places[i] = (struct crab_place){.addr = {a, b}, .service = n + 1, .port_be = services[n].port_be};
+    }
+    return s;
+}
+
+void crab_snapshot_free(struct crab_snapshot *s)
+{
+    if (!s)
+        return;
+    free(s->places);
+    free(s->services);
+    free(s->backends);
+    free(s->prefixes);
+    free(s);
+}

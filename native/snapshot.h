@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: MIT */
+#ifndef CRAB_SNAPSHOT_H
+#define CRAB_SNAPSHOT_H
+
+#include "crablb.h"
+#include "hash.h"
+
+/* A place of the service index: open addressing with linear probing, at most half full. */
+struct crab_place {
+    uint64_t addr[2];
+    uint32_t service; /* index + 1; 0: empty */
+    uint16_t port_be;
+    uint16_t pad;
+};
+
+struct crab_snapshot {
+    struct crab_sip hash_init;
+    uint8_t form;
+    uint32_t table_size;
+    uint32_t backend_count;
+    uint32_t mask; /* places - 1 */
+    struct crab_place *places;
+    struct crab_service *services;
+    struct crab_backend *backends;
+    struct crab_prefix *prefixes;
+};
+
+static inline uint32_t crab_place_of(uint64_t a, uint64_t b, uint16_t port_be)
+{
+    uint64_t h = (a ^ (b + port_be) * 0x9e3779b97f4a7c15ull) * 0xff51afd7ed558ccdull;
+    return (uint32_t)(h >> 32);
+}
+
+static inline const struct crab_service *crab_service_find(const struct crab_snapshot *s, uint64_t a, uint64_t b,
+                                                           uint16_t port_be)
+{
+    for (uint32_t i = crab_place_of(a, b, port_be) & s->mask;; i = (i + 1) & s->mask) {
+        const struct crab_place *p = &s->places[i];
+        if (!p->service)
+            return NULL;
+        if (crab_likely(p->addr[0] == a && p->addr[1] == b && p->port_be == port_be))
+            return &s->services[p->service - 1];
+    }
+}
+
+/* The slot of a hash: multiply-shift by its upper half, so no division. */
+static inline uint32_t crab_slot(uint64_t hash, uint32_t table_size)
+{
+    return (uint32_t)(((hash >> 32) * table_size) >> 32);
+}
+
+#endif
