@@ -42,4 +42,11 @@ enum crab_xdp_counter {
     CRAB_XDP_COUNTERS
 };
 
+/* Value of map `worker_counters`, one a queue: see enum crab_counter in native/crablb.h, which fits in.  Two queues never
+ * share a cache line. */
+#define CRAB_WORKER_COUNTERS 64
+struct crab_worker_counters {
+    __u64 n[CRAB_WORKER_COUNTERS];
+};
+
 #endif

@@ -29,6 +29,8 @@ struct item {
 
 #define PREFETCH_AHEAD 8
 
+_Static_assert(CRAB_COUNTERS <= CRAB_WORKER_COUNTERS, "the counters fit into the shared map's value");
+
 struct crab_core *crab_core_new(uint32_t flows, uint64_t *counters)
 {
     struct crab_core *core = calloc(1, sizeof *core);

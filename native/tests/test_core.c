@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: MIT */
+/* Whole frames through the batch: rewriting, decisions, retransmissions, the flow cache. */
+#include <pthread.h>
+
+#include "check.h"
+#include "flows.h"
+#include "packet.h"
+
+#define SIZE 251
+static uint16_t table[SIZE];
+static const uint8_t key[16] = {7};
+static uint64_t counters[CRAB_COUNTERS];
+
+static struct crab_service services[2] = {
+    {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .protocol = 6, .table = table},
+    {.addr = {0xfd, [15] = 0x64}, .protocol = 6, .table = table},
+};
+static struct crab_backend backends[2] = {
+    {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 11}, .dst_mac = {2, 0, 0, 0, 0, 11}, .src_mac = {2, 0, 0, 0, 0, 2}},
+    {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 12}, .dst_mac = {2, 0, 0, 0, 0, 12}, .src_mac = {2, 0, 0, 0, 0, 2}},
+};
+
+static struct crab_snapshot *snapshot(uint32_t flags)
+{
+    struct crab_maglev_member m[2];
+    for (uint16_t i = 0; i < 2; i++) {
+        backends[i].flags = flags;
+        m[i] = (struct crab_maglev_member){.weight = 1, .backend = i};
+        memcpy(m[i].addr, backends[i].addr, 16);
+    }
+    CHECK(crab_maglev_build(table, SIZE, m, 2, key) == 0);
+    services[0].port_be = services[1].port_be = htons(80);
+    return crab_snapshot_new(services, 2, backends, 2, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
+}
+
+/* A TCP frame with headroom in front of it, in an allocation of exactly that size. */
+static struct crab_frame make(uint8_t **memory, int family, uint16_t sport, uint8_t flags, uint32_t isn,
+                              const uint8_t *options, size_t n, size_t payload)
+{
+    size_t l4 = family == 4 ? 34 : 54, len = l4 + 20 + n + payload;
+    *memory = malloc(CRAB_HEADROOM + len);
+    uint8_t *f = *memory + CRAB_HEADROOM;
+    memset(f, 0, len);
+    memcpy(f, "\x02\0\0\0\0\x02\x02\0\0\0\0\x01", 12);
+    store16_be(f + 12, family == 4 ? 0x0800 : 0x86dd);
+    uint8_t *ip = f + 14, *tcp = f + l4;
+    if (family == 4) {
+        ip[0] = 0x45;
+        store16_be(ip + 2, (uint16_t)(len - 14));
+        ip[8] = 64;
+        ip[9] = 6;
+        memcpy(ip + 12, "\x0a\0\0\x01\x0a\0\0\x64", 8);
+        store16(ip + 10, (uint16_t)~crab_csum(ip, 20));
+    } else {
+        ip[0] = 0x60;
+        store16_be(ip + 4, (uint16_t)(len - l4));
+        ip[6] = 6;
+        ip[7] = 64;
+        ip[8] = 0xfd;
+        ip[23] = 1;
+        ip[24] = 0xfd;
+        ip[39] = 0x64;
+    }
+    store16_be(tcp, sport);
+    store16_be(tcp + 2, 80);
+    memcpy(tcp + 4, &isn, 4);
+    tcp[12] = (uint8_t)((20 + n) << 2);
+    tcp[13] = flags;
+    memcpy(tcp + 20, options, n);
+    for (size_t i = 0; i < payload; i++)
+        tcp[20 + n + i] = (uint8_t)(i * 7 + 1);
+    uint16_t right;
+    crab_csum_state(ip, len - 14, &right);
+    store16(tcp + 16, right);
+    return (struct crab_frame){.data = f, .len = (uint32_t)len};
+}
+
+static const uint8_t offer[24] = {2, 4, 5, 180, 4, 2, 8, 10, 1, 2, 3, 4, 0, 0, 0, 0, 1, 3, 3, 7, 42, 2, 1, 1};
+
+/* Send one frame; returns the destination's last MAC byte, or 0 if it is dropped; checks both checksums. */
+static uint8_t send_one(struct crab_core *core, int family, uint16_t sport, uint8_t flags, uint32_t isn, size_t options,
+                    uint32_t now)
+{
+    uint8_t *memory;
+    struct crab_frame f = make(&memory, family, sport, flags, isn, offer, options, 0);
+    uint8_t to = 0;
+    if (crab_core_batch(core, &f, 1, now)) {
+        uint16_t right;
+        to = f.data[5];
+        CHECK(family == 6 || crab_csum(f.data + 14, 20) == 0xffff);
+        CHECK(crab_csum_state(f.data + 14, f.len - 14, &right) == CRAB_CSUM_OK);
+    }
+    free(memory);
+    return to;
+}
+
+struct storm {
+    struct crab_core *core;
+    _Atomic int stop;
+    uint64_t sent;
+};
+
+static void *storm(void *arg)
+{
+    struct storm *s = arg;
+    for (uint16_t port = 1; !s->stop; port++)
+        s->sent += send_one(s->core, 4, port, CRAB_SYN, port, 24, 1) != 0;
+    return NULL;
+}
+
+int main(void)
+{
+    const uint32_t all = CRAB_BACKEND_USABLE | CRAB_BACKEND_CR | CRAB_BACKEND_ON_LINK;
+    struct crab_core *core = crab_core_new(4096, counters);
+    struct crab_snapshot *s = snapshot(all), *old;
+
+    /* Before the first snapshot nothing is anyone's. */
+    CHECK(send_one(core, 4, 1, CRAB_SYN, 1, 24, 0) == 0 && counters[CRAB_C_DROP_NOT_SERVICE] == 1);
+    crab_core_publish(core, s);
+
+    /* The redirect, byte for byte, with a payload that must stay where it is. */
+    for (int family = 4; family <= 6; family += 2) {
+        uint8_t *memory;
+        struct crab_frame f = make(&memory, family, 40000, CRAB_SYN, 9, offer, 24, 5);
+        size_t l4 = family == 4 ? 34 : 54, growth = family == 4 ? 4 : 16;
+        uint8_t *payload = f.data + f.len - 5;
+        CHECK(crab_core_batch(core, &f, 1, 100) == 1);
+        CHECK(f.len == l4 + 20 + 24 + growth + 5);
+        CHECK(f.data + f.len - 5 == payload && payload[0] == 1 && payload[4] == 29);
+        CHECK(!memcmp(f.data, backends[f.data[5] - 11].dst_mac, 12));
+        uint8_t *ip = f.data + 14;
+        CHECK(!memcmp(family == 4 ? ip + 16 : ip + 24, backends[f.data[5] - 11].addr + (family == 4 ? 12 : 0),
+                      family == 4 ? 4 : 16));
+        CHECK_BYTES(f.data + l4 + 20, offer, 20);
+        CHECK(f.data[l4 + 40] == 42 && f.data[l4 + 41] == (family == 4 ? 6 : 18));
+        CHECK(!memcmp(f.data + l4 + 42, services[family == 6].addr + (family == 4 ? 12 : 0), family == 4 ? 4 : 16));
+        uint16_t right;
+        CHECK(crab_csum_state(ip, f.len - 14, &right) == CRAB_CSUM_OK);
+        CHECK(family == 6 || crab_csum(ip, 20) == 0xffff);
+        free(memory);
+    }
+    CHECK(counters[CRAB_C_REDIRECTED] == 2);
+
+    /* One connection's SYNs go to one backend: twice by redirect, then by fallback. */
+    uint8_t to = send_one(core, 4, 50000, CRAB_SYN, 5, 24, 100);
+    CHECK(to >= 11);
+    CHECK(send_one(core, 4, 50000, CRAB_SYN, 5, 24, 101) == to && counters[CRAB_C_REDIRECTED] == 4);
+    CHECK(send_one(core, 4, 50000, CRAB_SYN, 5, 24, 103) == to && counters[CRAB_C_FALLBACK_RETRANSMIT] == 1);
+    CHECK(send_one(core, 4, 50000, CRAB_SYN, 5, 24, 107) == to && counters[CRAB_C_FALLBACK_RETRANSMIT] == 2);
+    CHECK(counters[CRAB_C_RETRANSMITTED_SYN] == 3);
+    /* without the offer: by fallback at once; its packets follow it */
+    CHECK(send_one(core, 4, 50001, CRAB_SYN, 5, 20, 100) >= 11 && counters[CRAB_C_FALLBACK_NO_OFFER] == 1);
+    to = send_one(core, 4, 50001, CRAB_ACK, 6, 0, 100);
+    CHECK(to >= 11 && counters[CRAB_C_FALLBACK_ESTABLISHED] == 1);
+
+    /* An established flow outlives its hash: another table, the same backend, for as long as it may be idle. */
+    old = s;
+    uint16_t held = to - 11;
+    for (int i = 0; i < SIZE; i++)
+        table[i] = !held;
+    crab_core_publish(core, s = crab_snapshot_new(services, 2, backends, 2, NULL, 0, SIZE, CRAB_FORM_CRAB, key));
+    CHECK(!crab_core_uses(core, old) && crab_core_uses(core, s));
+    crab_snapshot_free(old);
+    CHECK(send_one(core, 4, 50001, CRAB_ACK, 6, 0, 7000) == to);
+    CHECK(send_one(core, 4, 50001, CRAB_SYN, 99, 20, 7001) == to); /* a forged SYN does not move it */
+    CHECK(send_one(core, 4, 50001, CRAB_FIN | CRAB_ACK, 6, 0, 7002) == to);
+    CHECK(send_one(core, 4, 50001, CRAB_ACK, 6, 0, 7100) == to);
+    CHECK(send_one(core, 4, 50001, CRAB_ACK, 6, 0, 7300) == (held ? 11 : 12)); /* closed and forgotten */
+    /* a new connection of the same four-tuple, after a SYN that was never answered, is a new decision */
+    CHECK(send_one(core, 4, 50000, CRAB_SYN, 6, 24, 110) == (held ? 11 : 12));
+
+    /* Reasons. */
+    CHECK(send_one(core, 4, 1000, CRAB_SYN | CRAB_ACK, 1, 24, 100) == 0 && counters[CRAB_C_DROP_FLAGS] == 1);
+    CHECK(send_one(core, 4, 1000, CRAB_SYN | CRAB_RST, 1, 24, 100) == 0 && counters[CRAB_C_DROP_FLAGS] == 2);
+    CHECK(send_one(core, 4, 1000, CRAB_SYN | CRAB_FIN, 1, 24, 100) == 0 && counters[CRAB_C_DROP_FLAGS] == 3);
+    for (int at = 0; at < 2; at++) {
+        uint8_t *memory;
+        struct crab_frame f = make(&memory, 4, 1001, CRAB_SYN, 1, offer, 24, 0);
+        f.data[at ? 22 : 39] ^= 1; /* TTL under the header's checksum; sequence number under TCP's */
+        CHECK(crab_core_batch(core, &f, 1, 100) == 0 && counters[CRAB_C_DROP_CHECKSUM] == (uint64_t)at + 1);
+        free(memory);
+    }
+
+    const struct {
+        uint32_t flags;
+        uint8_t mode;
+        enum crab_counter offered, plain;
+    } modes[] = {
+        {all, CRAB_MODE_NEVER, CRAB_C_FALLBACK_MODE, CRAB_C_FALLBACK_MODE},
+        {all, CRAB_MODE_ALWAYS, CRAB_C_REDIRECTED, CRAB_C_REDIRECTED},
+        {all & ~CRAB_BACKEND_CR, CRAB_MODE_ALWAYS, CRAB_C_FALLBACK_NO_CR_BACKEND, CRAB_C_FALLBACK_NO_CR_BACKEND},
+        {all & ~CRAB_BACKEND_ON_LINK, CRAB_MODE_NEGOTIATED, CRAB_C_REDIRECTED, CRAB_C_DROP_NO_PATH},
+        {all & ~CRAB_BACKEND_USABLE, CRAB_MODE_NEGOTIATED, CRAB_C_DROP_NO_BACKEND, CRAB_C_DROP_NO_BACKEND},
+    };
+    for (uint16_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        services[0].mode = modes[i].mode;
+        old = s;
+        crab_core_publish(core, s = snapshot(modes[i].flags));
+        crab_snapshot_free(old);
+        memset(counters, 0, sizeof counters);
+        send_one(core, 4, 2000 + 2 * i, CRAB_SYN, 1, 24, 9000);
+        CHECK(counters[modes[i].offered] == 1);
+        send_one(core, 4, 2001 + 2 * i, CRAB_SYN, 1, 20, 9000);
+        CHECK(counters[modes[i].plain] == (modes[i].plain == modes[i].offered ? 2 : 1));
+    }
+
+    /* redirect_clients: 10.0.0.0/31 holds the client 10.0.0.1, 10.0.0.2/31 does not. */
+    services[0].mode = CRAB_MODE_NEGOTIATED;
+    services[0].prefix_count = 1;
+    for (int outside = 0; outside < 2; outside++) {
+        struct crab_prefix prefix = {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, (uint8_t)(2 * outside)}, .bits = 127};
+        crab_snapshot_free(snapshot(all)); /* for the table and the flags that it sets */
+        old = s;
+        s = crab_snapshot_new(services, 2, backends, 2, &prefix, 1, SIZE, CRAB_FORM_CRAB, key);
+        crab_core_publish(core, s);
+        crab_snapshot_free(old);
+        memset(counters, 0, sizeof counters);
+        send_one(core, 4, (uint16_t)(3000 + outside), CRAB_SYN, 1, 24, 9000);
+        CHECK(counters[outside ? CRAB_C_FALLBACK_PREFIX : CRAB_C_REDIRECTED] == 1);
+    }
+    services[0].prefix_count = 0;
+
+    /* A flood of SYNs does not push out an established flow. */
+    old = s;
+    crab_core_publish(core, s = snapshot(all));
+    crab_snapshot_free(old);
+    struct crab_core *small = crab_core_new(64, counters);
+    crab_core_publish(small, s);
+    to = send_one(small, 4, 7, CRAB_SYN, 1, 20, 100);
+    send_one(small, 4, 7, CRAB_ACK, 2, 0, 100);
+    for (uint16_t port = 10000; port < 20000; port++)
+        CHECK(send_one(small, 4, port, CRAB_SYN, port, 24, 101) >= 11);
+    for (int i = 0; i < SIZE; i++)
+        table[i] = to == 11;
+    CHECK(send_one(small, 4, 7, CRAB_ACK, 2, 0, 102) == to);
+    crab_core_free(small);
+
+    /* Snapshots are replaced and freed under a running core: ASan sees a use after free. */
+    struct storm st = {.core = core};
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, storm, &st) == 0);
+    for (int i = 0; i < 2000; i++) {
+        old = s;
+        crab_core_publish(core, s = crab_snapshot_new(services, 2, backends, 2, NULL, 0, SIZE, CRAB_FORM_CRAB, key));
+        while (crab_core_uses(core, old))
+            ;
+        crab_snapshot_free(old);
+    }
+    st.stop = 1;
+    pthread_join(thread, NULL);
+    crab_core_free(core);
+    crab_snapshot_free(s);
+    DONE();
+}

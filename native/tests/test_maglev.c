@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: MIT */
+#include "check.h"
+#include "crablb.h"
+
+#define SIZE 65537
+static uint16_t a[SIZE], b[SIZE];
+static const uint8_t key[16] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+
+int main(void)
+{
+    struct crab_maglev_member m[100];
+    for (uint16_t i = 0; i < 100; i++) {
+        m[i] = (struct crab_maglev_member){.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 1, (uint8_t)i}, .weight = 1, .backend = i};
+    }
+    uint32_t share[100] = {0}, moved = 0;
+    CHECK(crab_maglev_build(a, SIZE, m, 100, key) == 0);
+    for (int i = 0; i < SIZE; i++)
+        share[a[i]]++;
+    for (int i = 0; i < 100; i++)
+        CHECK(share[i] == SIZE / 100 || share[i] == SIZE / 100 + 1);
+
+    /* the order of members does not matter */
+    struct crab_maglev_member swapped[100];
+    for (int i = 0; i < 100; i++)
+        swapped[i] = m[(i * 37) % 100];
+    CHECK(crab_maglev_build(b, SIZE, swapped, 100, key) == 0);
+    CHECK(!memcmp(a, b, sizeof a));
+
+    /* a backend goes: its slots must move, and few others (the paper: section 5.3) */
+    m[17].weight = 0;
+    CHECK(crab_maglev_build(b, SIZE, m, 100, key) == 0);
+    for (int i = 0; i < SIZE; i++) {
+        CHECK(b[i] != 17);
+        moved += a[i] != b[i];
+    }
+    CHECK(moved < share[17] * 3);
+
+    /* weights */
+    memset(share, 0, sizeof share);
+    m[0].weight = 3;
+    m[1].weight = 1;
+    CHECK(crab_maglev_build(a, SIZE, m, 2, key) == 0);
+    for (int i = 0; i < SIZE; i++)
+        share[a[i]]++;
+    CHECK(share[0] > SIZE * 0.749 && share[0] < SIZE * 0.751);
+
+    /* nobody to choose */
+    CHECK(crab_maglev_build(a, 7, m, 0, key) == 0);
+    CHECK(a[0] == CRAB_NO_BACKEND && a[6] == CRAB_NO_BACKEND);
+    DONE();
+}

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: MIT */
+#include "check.h"
+#include "crablb.h"
+
+static const uint8_t vip4[16] = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100};
+static const uint8_t vip6[16] = {0xfd, [15] = 0x64};
+
+struct bytes {
+    size_t len;
+    uint8_t b[60];
+};
+#define B(...) {sizeof((uint8_t[]){__VA_ARGS__}), {__VA_ARGS__}}
+#define MSS 2, 4, 5, 180
+#define SACK_TS 4, 2, 8, 10, 1, 2, 3, 4, 0, 0, 0, 0
+#define WS 1, 3, 3, 7
+#define REDIRECT 42, 6, 10, 0, 0, 100, 1, 1
+#define REDIRECT_EXP 253, 8, 0x43, 0x52, 10, 0, 0, 100
+
+static const struct {
+    const char *what;
+    int form, found;
+    struct bytes in, redirected, stripped;
+} cases[] = {
+    {"Linux SYN, offer last", 0, CRAB_OPTION_OFFER, B(MSS, SACK_TS, WS, 42, 2, 1, 1), B(MSS, SACK_TS, WS, REDIRECT),
+     B(MSS, SACK_TS, WS)},
+    {"offer first", 0, CRAB_OPTION_OFFER, B(42, 2, 1, 1, MSS), B(REDIRECT, MSS), B(MSS)},
+    {"NOPs before the offer", 0, CRAB_OPTION_OFFER, B(MSS, 1, 1, 42, 2, WS), B(MSS, REDIRECT, WS), B(MSS, WS)},
+    {"offer shares its word", 0, CRAB_OPTION_OFFER, B(42, 2, 4, 2, MSS), B(REDIRECT, 1, 1, 4, 2, MSS),
+     B(1, 1, 4, 2, MSS)},
+    {"experimental form", 1, CRAB_OPTION_OFFER, B(MSS, 253, 4, 0x43, 0x52), B(MSS, REDIRECT_EXP), B(MSS)},
+    {"offer of the other form", 1, CRAB_OPTION_OTHER, B(MSS, 42, 2, 1, 1), B(MSS, REDIRECT_EXP), B(MSS)},
+    {"another experiment's option stays", 1, 0, B(253, 4, 0x99, 0x99, MSS), B(REDIRECT_EXP, 253, 4, 0x99, 0x99, MSS),
+     B(253, 4, 0x99, 0x99, MSS)},
+    {"forged redirect", 0, CRAB_OPTION_FORGED, B(MSS, 42, 6, 6, 6, 6, 6, 1, 1), B(MSS, REDIRECT), B(MSS)},
+    {"forged redirect beside an offer", 0, CRAB_OPTION_FORGED | CRAB_OPTION_OFFER,
+     B(42, 6, 6, 6, 6, 6, 1, 1, 42, 2, 1, 1), B(REDIRECT), {0, {0}}},
+    {"no option at all", 0, 0, {0, {0}}, B(REDIRECT), {0, {0}}},
+    {"nothing is searched after EOL", 0, 0, B(0, 42, 2, 1), B(REDIRECT, 0, 42, 2, 1), B(0, 42, 2, 1)},
+    {"length 0 ends the search", 0, 0, B(8, 0, 42, 2), B(REDIRECT, 8, 0, 42, 2), B(8, 0, 42, 2)},
+    {"length 1 ends the search", 0, 0, B(42, 1, 42, 2), B(REDIRECT, 42, 1, 42, 2), B(42, 1, 42, 2)},
+    {"length past the end ends the search", 0, 0, B(MSS, 42, 9, 1, 1), B(REDIRECT, MSS, 42, 9, 1, 1),
+     B(MSS, 42, 9, 1, 1)},
+    {"kind without a length", 0, 0, B(1, 1, 1, 42), B(REDIRECT, 1, 1, 1, 42), B(1, 1, 1, 42)},
+};
+
+int main(void)
+{
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint8_t out[40];
+        /* exact allocations, so that ASan sees a read past the list */
+        uint8_t *in = malloc(cases[i].in.len ? cases[i].in.len : 1);
+        memcpy(in, cases[i].in.b, cases[i].in.len);
+        CHECK(crab_option_find(in, cases[i].in.len, cases[i].form) == cases[i].found);
+        int n = crab_option_rewrite(in, cases[i].in.len, cases[i].form, vip4, out);
+        CHECK(n == (int)cases[i].redirected.len);
+        CHECK_BYTES(out, cases[i].redirected.b, (size_t)n);
+        n = crab_option_rewrite(in, cases[i].in.len, cases[i].form, NULL, out);
+        CHECK(n == (int)cases[i].stripped.len);
+        CHECK_BYTES(out, cases[i].stripped.b, (size_t)n);
+        free(in);
+    }
+
+    /* An IPv6 redirect beside Linux's 20 bytes fills the header exactly; with one word more it does not fit. */
+    uint8_t out[40], full[28] = {MSS, SACK_TS, WS, 42, 2, 1, 1, 34, 2, 1, 1};
+    CHECK(crab_option_rewrite(full, 24, CRAB_FORM_CRAB, vip6, out) == 40);
+    CHECK_BYTES(out + 20, ((uint8_t[]){42, 18, 0xfd, 0}), 4);
+    CHECK_BYTES(out + 36, ((uint8_t[]){0, 0x64, 1, 1}), 4);
+    CHECK(crab_option_rewrite(full, 28, CRAB_FORM_CRAB, vip6, out) == -1);
+    CHECK(crab_option_rewrite(full, 24, CRAB_FORM_EXPERIMENTAL, vip6, out) == 40);
+
+    /* Every list of random bytes: no loop, nothing read or written outside, all CR options gone. */
+    srand(1);
+    for (int round = 0; round < 200000; round++) {
+        size_t len = 4 * (size_t)(rand() % 11);
+        uint8_t *in = malloc(len ? len : 1), *exact = malloc(40);
+        for (size_t i = 0; i < len; i++) {
+            static const uint8_t likely[] = {0, 1, 2, 4, 6, 8, 18, 20, 42, 253, 0x43, 0x52};
+            in[i] = rand() % 4 ? likely[(size_t)rand() % sizeof likely] : (uint8_t)rand();
+        }
+        int form = rand() & 1;
+        int n = crab_option_rewrite(in, len, form, NULL, exact);
+        CHECK(n >= 0 && n <= (int)len && n % 4 == 0);
+        CHECK(crab_option_find(exact, (size_t)n, form) == 0);
+        n = crab_option_rewrite(in, len, form, rand() & 1 ? vip4 : vip6, exact);
+        CHECK(n == -1 || (n <= 40 && n % 4 == 0));
+        free(in);
+        free(exact);
+    }
+    DONE();
+}
