@@ -30,7 +30,7 @@ def declarations(header: Path) -> str:
     """
     kept = []
     for line in re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.S).splitlines():
-        directive = line.startswith("#") and not re.match(r"#define \w+ +(0x[0-9a-fA-F]+|\d+)\s*$", line)
+        directive = line.startswith("#") and not re.match(r"#define \w+ +(0x[0-9a-fA-F]+|\d+|\.\.\.)\s*$", line)
         if not directive and not line.startswith("_Static_assert"):
             kept.append(line)
     return "\n".join(kept)
@@ -48,10 +48,44 @@ native.set_source(
     extra_link_args=["-pthread"],
 )  # fmt: skip
 
+# libbpf hands its messages to a callback with a va_list, which Python cannot take apart.
+LOG = r"""
+#include <bpf/libbpf.h>
+#include <bpf/bpf.h>
+#include <linux/bpf.h>
+#include <linux/if_link.h>
+#include <stdio.h>
+#include <string.h>
+
+static __thread char crab_log[256 * 1024];
+static __thread size_t crab_log_len;
+
+static int crab_log_print(enum libbpf_print_level level, const char *format, va_list args)
+{
+    if (level == LIBBPF_DEBUG)
+        return 0;
+    int n = vsnprintf(crab_log + crab_log_len, sizeof crab_log - crab_log_len, format, args);
+    if (n > 0) {
+        crab_log_len += (size_t)n;
+        if (crab_log_len >= sizeof crab_log)
+            crab_log_len = sizeof crab_log - 1;
+    }
+    return 0;
+}
+
+static void crab_log_install(void)
+{
+    libbpf_set_print(crab_log_print);
+}
+
+static const char *crab_log_take(void)
+{
+    crab_log[crab_log_len] = 0;
+    crab_log_len = 0;
+    return crab_log;
+}
+"""
+
 libbpf = FFI()
 libbpf.cdef(KERNEL_TYPES + declarations(ROOT / "crablb/kernel/libbpf.h"))
-libbpf.set_source(
-    "crablb.kernel._libbpf",
-    "#include <bpf/libbpf.h>\n#include <bpf/bpf.h>\n#include <bpf/btf.h>\n#include <linux/bpf.h>\n",
-    libraries=["bpf"],
-)
+libbpf.set_source("crablb.kernel._libbpf", LOG, libraries=["bpf"])

@@ -186,4 +186,77 @@ bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *sn
 /* Work on at most CRAB_BATCH frames where they lie.  now: seconds, monotonic.  Returns how many are to be sent. */
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now);
 
+/* ---- xsk: an AF_XDP socket with a UMEM of its own ---- */
+
+/* A frame: its address in the UMEM, and its length in bytes. */
+struct crab_desc {
+    uint64_t addr;
+    uint32_t len;
+    uint32_t pad;
+};
+
+struct crab_xsk_stats { /* linux/if_xdp.h, struct xdp_statistics */
+    uint64_t rx_dropped;
+    uint64_t rx_invalid_descs;
+    uint64_t tx_invalid_descs;
+    uint64_t rx_ring_full;
+    uint64_t rx_fill_ring_empty_descs;
+    uint64_t tx_ring_empty_descs;
+};
+
+/* Where the frames are; all = the sum of the others. */
+struct crab_xsk_places {
+    uint32_t all, free, receiving, held, sending;
+};
+
+#define CRAB_BIND_COPY 2        /* XDP_COPY */
+#define CRAB_BIND_ZEROCOPY 4    /* XDP_ZEROCOPY */
+#define CRAB_BIND_NEED_WAKEUP 8 /* XDP_USE_NEED_WAKEUP */
+
+struct crab_xsk;
+
+/* frame_count and ring_size are powers of two; frame_size is 2048 or 4096.  bind_flags: CRAB_BIND_*; with neither COPY
+ * nor ZEROCOPY, zero-copy is tried first.  On failure: NULL, *error an errno, *stage what was being done. */
+struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_count, uint32_t frame_size,
+                              uint32_t ring_size, uint32_t bind_flags, int *error, const char **stage);
+void crab_xsk_free(struct crab_xsk *xsk);
+int crab_xsk_fd(const struct crab_xsk *xsk);
+uint8_t *crab_xsk_umem(const struct crab_xsk *xsk);
+bool crab_xsk_zero_copy(const struct crab_xsk *xsk);
+
+/* Give up to n free frames to the kernel to receive into. */
+uint32_t crab_xsk_refill(struct crab_xsk *xsk, uint32_t n);
+/* Take up to n received frames; they are the caller's until released or sent. */
+uint32_t crab_xsk_receive(struct crab_xsk *xsk, struct crab_desc *out, uint32_t n);
+/* Take up to n free frames to write into. */
+uint32_t crab_xsk_take(struct crab_xsk *xsk, struct crab_desc *out, uint32_t n);
+void crab_xsk_release(struct crab_xsk *xsk, const struct crab_desc *descs, uint32_t n);
+/* Queue up to n of the caller's frames for sending; the rest stay the caller's. */
+uint32_t crab_xsk_send(struct crab_xsk *xsk, const struct crab_desc *descs, uint32_t n);
+/* Make the kernel send what is queued.  0, or -errno if the interface is gone. */
+int crab_xsk_kick(struct crab_xsk *xsk);
+/* Take back the frames that were sent. */
+uint32_t crab_xsk_reap(struct crab_xsk *xsk);
+uint64_t crab_xsk_dropped(const struct crab_xsk *xsk);
+int crab_xsk_statistics(const struct crab_xsk *xsk, struct crab_xsk_stats *out);
+void crab_xsk_frames(const struct crab_xsk *xsk, struct crab_xsk_places *out);
+bool crab_xsk_conserved(const struct crab_xsk *xsk);
+
+/* ---- worker: one queue, one thread ---- */
+
+struct crab_worker;
+
+/* The worker uses the socket and the core, and frees neither.  NULL without memory or eventfd. */
+struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters);
+void crab_worker_free(struct crab_worker *worker);
+
+/* Receive, work, send; sleep while there is nothing to do.  Returns 0 after crab_worker_stop, or -errno when the
+ * socket fails (the interface is gone). */
+int crab_worker_run(struct crab_worker *worker);
+/* One round: wait at most timeout_ms (negative: for ever) for frames, and work on them.  Returns how many were received,
+ * or -errno. */
+int crab_worker_once(struct crab_worker *worker, int timeout_ms);
+/* From any thread: make crab_worker_run return. */
+void crab_worker_stop(struct crab_worker *worker);
+
 #endif

@@ -1,0 +1,297 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "xsk.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#ifndef AF_XDP
+#define AF_XDP 44
+#endif
+#ifndef SOL_XDP
+#define SOL_XDP 283
+#endif
+
+/* The kernel keeps this much in front of every received frame (copy mode included). */
+#define KERNEL_HEADROOM 256
+/* Kicks for one call.  A copy-mode kick sends a limited number of frames and answers EAGAIN when more wait. */
+#define MAX_KICKS 256
+#define BIND_TRIES 50
+#define BIND_PAUSE_MS 20
+
+static int map_ring(struct crab_ring *r, int fd, uint64_t pgoff, const struct xdp_ring_offset *off, uint32_t size,
+                    size_t desc)
+{
+    r->map_len = off->desc + size * desc;
+    r->map = mmap(NULL, r->map_len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, (off_t)pgoff);
+    if (r->map == MAP_FAILED) {
+        r->map = NULL;
+        return -errno;
+    }
+    r->producer = (void *)((char *)r->map + off->producer);
+    r->consumer = (void *)((char *)r->map + off->consumer);
+    r->flags = (void *)((char *)r->map + off->flags);
+    r->descs = (char *)r->map + off->desc;
+    r->size = size;
+    r->mask = size - 1;
+    return 0;
+}
+
+/* Bind.  A queue whose last socket was closed a moment ago is released by a kernel worker: EBUSY until then. */
+static int bind_queue(struct crab_xsk *x, uint16_t flags)
+{
+    struct sockaddr_xdp addr = {
+        .sxdp_family = AF_XDP, .sxdp_flags = flags, .sxdp_ifindex = x->ifindex, .sxdp_queue_id = x->queue};
+    for (int i = 0;; i++) {
+        if (!bind(x->fd, (struct sockaddr *)&addr, sizeof addr)) {
+            x->bind_flags = flags;
+            return 0;
+        }
+        if (errno != EBUSY || i == BIND_TRIES)
+            return -errno;
+        poll(NULL, 0, BIND_PAUSE_MS);
+    }
+}
+
+static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, const char **stage)
+{
+    int rc;
+    *stage = "socket";
+    x->fd = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0);
+    if (x->fd < 0)
+        return -errno;
+
+    *stage = "umem";
+    x->umem_len = (size_t)x->frame_count * x->frame_size;
+    x->umem = mmap(NULL, x->umem_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (x->umem == MAP_FAILED) {
+        x->umem = NULL;
+        return -errno;
+    }
+    /* The kernel refuses a structure whose unknown tail is not zero, so it is zeroed as a whole. */
+    struct xdp_umem_reg reg;
+    memset(&reg, 0, sizeof reg);
+    reg.addr = (uintptr_t)x->umem;
+    reg.len = x->umem_len;
+    reg.chunk_size = x->frame_size;
+    if (setsockopt(x->fd, SOL_XDP, XDP_UMEM_REG, &reg, sizeof reg))
+        return -errno;
+
+    *stage = "rings";
+    /* Every frame fits into the fill ring, and into the completion ring, at once. */
+    uint32_t umem_ring = x->frame_count;
+    const struct {
+        int option;
+        uint32_t size;
+    } rings[] = {{XDP_UMEM_FILL_RING, umem_ring}, {XDP_UMEM_COMPLETION_RING, umem_ring}, {XDP_RX_RING, ring_size},
+                 {XDP_TX_RING, ring_size}};
+    for (size_t i = 0; i < sizeof rings / sizeof *rings; i++)
+        if (setsockopt(x->fd, SOL_XDP, rings[i].option, &rings[i].size, sizeof rings[i].size))
+            return -errno;
+    struct xdp_mmap_offsets off;
+    socklen_t len = sizeof off;
+    if (getsockopt(x->fd, SOL_XDP, XDP_MMAP_OFFSETS, &off, &len))
+        return -errno;
+    if ((rc = map_ring(&x->fill, x->fd, XDP_UMEM_PGOFF_FILL_RING, &off.fr, umem_ring, sizeof(uint64_t))) ||
+        (rc = map_ring(&x->completion, x->fd, XDP_UMEM_PGOFF_COMPLETION_RING, &off.cr, umem_ring, sizeof(uint64_t))) ||
+        (rc = map_ring(&x->rx, x->fd, XDP_PGOFF_RX_RING, &off.rx, ring_size, sizeof(struct xdp_desc))) ||
+        (rc = map_ring(&x->tx, x->fd, XDP_PGOFF_TX_RING, &off.tx, ring_size, sizeof(struct xdp_desc))))
+        return rc;
+
+    *stage = "frames";
+    x->free = malloc(x->frame_count * sizeof *x->free);
+    if (!x->free)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < x->frame_count; i++)
+        x->free[i] = (uint64_t)(x->frame_count - 1 - i) * x->frame_size;
+    x->free_count = x->frame_count;
+    /* Half of the frames wait to be received into, before the socket is bound: some drivers look at the fill ring only
+     * then.  The other half is for sending. */
+    crab_xsk_refill(x, x->frame_count / 2);
+
+    *stage = "bind";
+    uint16_t wakeup = bind_flags & XDP_USE_NEED_WAKEUP;
+    if (!(bind_flags & XDP_COPY)) {
+        rc = bind_queue(x, XDP_ZEROCOPY | wakeup);
+        if (!rc || (bind_flags & XDP_ZEROCOPY) || rc == -EBUSY)
+            return rc;
+    }
+    return bind_queue(x, XDP_COPY | wakeup);
+}
+
+struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_count, uint32_t frame_size,
+                              uint32_t ring_size, uint32_t bind_flags, int *error, const char **stage)
+{
+    struct crab_xsk *x = calloc(1, sizeof *x);
+    *stage = "memory";
+    if (!x) {
+        *error = ENOMEM;
+        return NULL;
+    }
+    *x = (struct crab_xsk){.fd = -1, .ifindex = ifindex, .queue = queue, .frame_count = frame_count,
+                           .frame_size = frame_size};
+    int rc = set_up(x, ring_size, bind_flags, stage);
+    if (rc) {
+        crab_xsk_free(x);
+        *error = -rc;
+        return NULL;
+    }
+    *error = 0;
+    return x;
+}
+
+void crab_xsk_free(struct crab_xsk *x)
+{
+    if (!x)
+        return;
+    if (x->fd >= 0)
+        close(x->fd);
+    struct crab_ring *rings[] = {&x->fill, &x->completion, &x->rx, &x->tx};
+    for (size_t i = 0; i < sizeof rings / sizeof *rings; i++)
+        if (rings[i]->map)
+            munmap(rings[i]->map, rings[i]->map_len);
+    if (x->umem)
+        munmap(x->umem, x->umem_len);
+    free(x->free);
+    free(x);
+}
+
+int crab_xsk_fd(const struct crab_xsk *x)
+{
+    return x->fd;
+}
+
+uint8_t *crab_xsk_umem(const struct crab_xsk *x)
+{
+    return x->umem;
+}
+
+bool crab_xsk_zero_copy(const struct crab_xsk *x)
+{
+    return x->bind_flags & XDP_ZEROCOPY;
+}
+
+uint32_t crab_xsk_refill(struct crab_xsk *x, uint32_t want)
+{
+    uint32_t n = want < x->free_count ? want : x->free_count;
+    n = crab_ring_room(&x->fill, n);
+    uint64_t *ring = x->fill.descs;
+    for (uint32_t i = 0; i < n; i++)
+        ring[(x->fill.mine + i) & x->fill.mask] = x->free[--x->free_count];
+    crab_ring_produced(&x->fill, n);
+    x->in_fill += n;
+    return n;
+}
+
+uint32_t crab_xsk_receive(struct crab_xsk *x, struct crab_desc *out, uint32_t want)
+{
+    uint32_t n = crab_ring_ready(&x->rx, want);
+    const struct xdp_desc *ring = x->rx.descs;
+    for (uint32_t i = 0; i < n; i++) {
+        const struct xdp_desc *d = &ring[(x->rx.mine + i) & x->rx.mask];
+        out[i] = (struct crab_desc){.addr = d->addr, .len = d->len};
+    }
+    crab_ring_consumed(&x->rx, n);
+    x->in_fill -= n;
+    x->held += n;
+    return n;
+}
+
+uint32_t crab_xsk_take(struct crab_xsk *x, struct crab_desc *out, uint32_t want)
+{
+    uint32_t n = want < x->free_count ? want : x->free_count;
+    for (uint32_t i = 0; i < n; i++)
+        out[i] = (struct crab_desc){.addr = x->free[--x->free_count] + KERNEL_HEADROOM, .len = 0};
+    x->held += n;
+    return n;
+}
+
+void crab_xsk_release(struct crab_xsk *x, const struct crab_desc *descs, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        x->free[x->free_count++] = descs[i].addr - descs[i].addr % x->frame_size;
+    x->held -= n;
+}
+
+uint32_t crab_xsk_send(struct crab_xsk *x, const struct crab_desc *descs, uint32_t want)
+{
+    uint32_t n = crab_ring_room(&x->tx, want);
+    struct xdp_desc *ring = x->tx.descs;
+    for (uint32_t i = 0; i < n; i++)
+        ring[(x->tx.mine + i) & x->tx.mask] = (struct xdp_desc){.addr = descs[i].addr, .len = descs[i].len};
+    crab_ring_produced(&x->tx, n);
+    x->held -= n;
+    x->in_tx += n;
+    return n;
+}
+
+uint32_t crab_xsk_reap(struct crab_xsk *x)
+{
+    uint32_t n = crab_ring_ready(&x->completion, x->completion.size);
+    const uint64_t *ring = x->completion.descs;
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t addr = ring[(x->completion.mine + i) & x->completion.mask];
+        x->free[x->free_count++] = addr - addr % x->frame_size;
+    }
+    crab_ring_consumed(&x->completion, n);
+    x->in_tx -= n;
+    return n;
+}
+
+int crab_xsk_kick(struct crab_xsk *x)
+{
+    if ((x->bind_flags & XDP_USE_NEED_WAKEUP) && !crab_ring_needs_wakeup(&x->tx))
+        return 0;
+    for (int i = 0; i < MAX_KICKS; i++) {
+        if (sendto(x->fd, NULL, 0, MSG_DONTWAIT, NULL, 0) >= 0)
+            return 0;
+        switch (errno) {
+        case EAGAIN: /* the kick's budget is used up, or the completion ring is full */
+            crab_xsk_reap(x);
+            break;
+        case EBUSY: /* the device's queue refused this frame: dropped, and completed all the same */
+            x->dropped++;
+            break;
+        case EINTR:
+        case ENOBUFS: /* the socket's send buffer is full: completions will free it */
+            crab_xsk_reap(x);
+            break;
+        default: /* ENETDOWN, ENXIO: the link is gone */
+            return -errno;
+        }
+        if (atomic_load_explicit(x->tx.consumer, memory_order_acquire) == x->tx.mine)
+            return 0;
+    }
+    return 0; /* still frames in the ring: the next kick goes on */
+}
+
+uint64_t crab_xsk_dropped(const struct crab_xsk *x)
+{
+    return x->dropped;
+}
+
+int crab_xsk_statistics(const struct crab_xsk *x, struct crab_xsk_stats *out)
+{
+    struct xdp_statistics s;
+    memset(&s, 0, sizeof s);
+    socklen_t len = sizeof s;
+    if (getsockopt(x->fd, SOL_XDP, XDP_STATISTICS, &s, &len))
+        return -errno;
+    *out = (struct crab_xsk_stats){s.rx_dropped, s.rx_invalid_descs, s.tx_invalid_descs, s.rx_ring_full,
+                                   s.rx_fill_ring_empty_descs, s.tx_ring_empty_descs};
+    return 0;
+}
+
+void crab_xsk_frames(const struct crab_xsk *x, struct crab_xsk_places *out)
+{
+    *out = (struct crab_xsk_places){x->frame_count, x->free_count, x->in_fill, x->held, x->in_tx};
+}
+
+bool crab_xsk_conserved(const struct crab_xsk *x)
+{
+    return x->free_count + x->in_fill + x->held + x->in_tx == x->frame_count;
+}

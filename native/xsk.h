@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: MIT */
+/* An AF_XDP socket with a UMEM of its own: Documentation/networking/af_xdp.rst, straight on linux/if_xdp.h.
+ *
+ * Frames are conserved.  Each is in exactly one place: the free stack, the fill ring (the kernel may receive into it),
+ * the RX ring (received, not yet taken), in the owner's hands (taken), the TX ring (to be sent), or the completion ring
+ * (sent, not yet reaped).  The first, the owner's share and the sum of the rest are counted here; crab_xsk_conserved
+ * compares.
+ *
+ * Rings are single producer, single consumer: one thread uses a socket. */
+#ifndef CRAB_XSK_H
+#define CRAB_XSK_H
+
+#include <linux/if_xdp.h>
+#include <stdatomic.h>
+
+#include "bytes.h"
+#include "crablb.h"
+
+struct crab_ring {
+    _Atomic(uint32_t) *producer, *consumer, *flags;
+    void *descs;
+    uint32_t size, mask;
+    uint32_t mine;   /* our end's index, not yet published beyond *producer or *consumer */
+    uint32_t theirs; /* the kernel's end's index, as last read */
+    void *map;
+    size_t map_len;
+};
+
+struct crab_xsk {
+    int fd;
+    uint32_t ifindex, queue;
+    uint32_t frame_count, frame_size;
+    uint32_t bind_flags; /* what the kernel agreed to: XDP_ZEROCOPY or XDP_COPY, XDP_USE_NEED_WAKEUP */
+    uint8_t *umem;
+    size_t umem_len;
+    struct crab_ring fill, completion, rx, tx;
+    uint64_t *free; /* stack of frame addresses */
+    uint32_t free_count;
+    uint32_t in_fill, in_tx, held; /* in_fill: in the fill or RX ring; in_tx: in the TX or completion ring */
+    uint64_t dropped;              /* frames that the kernel took for sending and dropped (EBUSY) */
+};
+
+/* Entries ready to be consumed, at most want. */
+static inline uint32_t crab_ring_ready(struct crab_ring *r, uint32_t want)
+{
+    if (r->theirs - r->mine < want)
+        r->theirs = atomic_load_explicit(r->producer, memory_order_acquire);
+    uint32_t n = r->theirs - r->mine;
+    return n < want ? n : want;
+}
+
+/* Room for entries to be produced, at most want. */
+static inline uint32_t crab_ring_room(struct crab_ring *r, uint32_t want)
+{
+    if (r->size - (r->mine - r->theirs) < want)
+        r->theirs = atomic_load_explicit(r->consumer, memory_order_acquire);
+    uint32_t n = r->size - (r->mine - r->theirs);
+    return n < want ? n : want;
+}
+
+static inline void crab_ring_consumed(struct crab_ring *r, uint32_t n)
+{
+    r->mine += n;
+    atomic_store_explicit(r->consumer, r->mine, memory_order_release);
+}
+
+static inline void crab_ring_produced(struct crab_ring *r, uint32_t n)
+{
+    r->mine += n;
+    atomic_store_explicit(r->producer, r->mine, memory_order_release);
+}
+
+static inline bool crab_ring_needs_wakeup(const struct crab_ring *r)
+{
+    return atomic_load_explicit(r->flags, memory_order_relaxed) & XDP_RING_NEED_WAKEUP;
+}
+
+#endif
