@@ -224,8 +224,8 @@ int crab_xsk_fd(const struct crab_xsk *xsk);
 uint8_t *crab_xsk_umem(const struct crab_xsk *xsk);
 bool crab_xsk_zero_copy(const struct crab_xsk *xsk);
 
-/* Give up to n free frames to the kernel to receive into. */
-uint32_t crab_xsk_refill(struct crab_xsk *xsk, uint32_t n);
+/* Give the kernel free frames to receive into, so that it has half of all; the other half is for sending. */
+uint32_t crab_xsk_refill(struct crab_xsk *xsk);
 /* Take up to n received frames; they are the caller's until released or sent. */
 uint32_t crab_xsk_receive(struct crab_xsk *xsk, struct crab_desc *out, uint32_t n);
 /* Take up to n free frames to write into. */

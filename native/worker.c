@@ -94,9 +94,7 @@ static int work(struct crab_worker *w)
         w->counters[CRAB_C_SENT] -= x->dropped - before;
         crab_xsk_reap(x);
     }
-    /* Keep half of the frames with the receiver. */
-    if (x->in_fill < x->frame_count / 2)
-        crab_xsk_refill(x, x->frame_count / 2 - x->in_fill);
+    crab_xsk_refill(x);
 #ifdef CRAB_DEBUG
     assert(crab_xsk_conserved(x));
 #endif

@@ -109,9 +109,7 @@ static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, c
     for (uint32_t i = 0; i < x->frame_count; i++)
         x->free[i] = (uint64_t)(x->frame_count - 1 - i) * x->frame_size;
     x->free_count = x->frame_count;
-    /* Half of the frames wait to be received into, before the socket is bound: some drivers look at the fill ring only
-     * then.  The other half is for sending. */
-    crab_xsk_refill(x, x->frame_count / 2);
+    crab_xsk_refill(x); /* before the socket is bound: some drivers look at the fill ring only then */
 
     *stage = "bind";
     uint16_t wakeup = bind_flags & XDP_USE_NEED_WAKEUP;
@@ -175,9 +173,14 @@ bool crab_xsk_zero_copy(const struct crab_xsk *x)
     return x->bind_flags & XDP_ZEROCOPY;
 }
 
-uint32_t crab_xsk_refill(struct crab_xsk *x, uint32_t want)
+uint32_t crab_xsk_refill(struct crab_xsk *x)
 {
-    uint32_t n = want < x->free_count ? want : x->free_count;
+    uint32_t share = x->frame_count / 2;
+    if (x->in_fill >= share)
+        return 0;
+    uint32_t n = share - x->in_fill;
+    if (n > x->free_count)
+        n = x->free_count;
     n = crab_ring_room(&x->fill, n);
     uint64_t *ring = x->fill.descs;
     for (uint32_t i = 0; i < n; i++)

@@ -422,12 +422,13 @@ def attach_tc(
     return TcFilter(ifindex, direction, handle, priority), rc == 0
 
 
-def xdp_program(ifindex: int) -> int:
-    """Id of the XDP program on an interface, 0 if there is none."""
+def xdp_program(ifindex: int) -> tuple[int, str]:
+    """Id of the XDP program on an interface (0 if there is none) and its mode, "native" or "generic"."""
     opts = ffi.new("struct bpf_xdp_query_opts *")
     opts.sz = ffi.sizeof("struct bpf_xdp_query_opts")
     _check(lib.bpf_xdp_query(ifindex, 0, opts), f"cannot ask interface {ifindex} for its XDP program")
-    return int(opts.prog_id or opts.drv_prog_id or opts.skb_prog_id or opts.hw_prog_id)
+    program = int(opts.prog_id or opts.drv_prog_id or opts.skb_prog_id or opts.hw_prog_id)
+    return program, "generic" if opts.attach_mode == lib.XDP_ATTACHED_SKB else "native"
 
 
 class Object:

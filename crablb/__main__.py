@@ -1,0 +1,5 @@
+"""``python -m crablb``."""
+
+from crablb.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,114 @@
+"""``crablb serve``: the load balancer."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+
+import structlog
+import uvloop
+
+from crablb import config, seed
+from crablb import log as logging
+from crablb.engine import Engine
+from crablb.errors import ConfigError, KernelError
+from crablb.model import Config, OptionForm, XdpMode
+from crablb.notify import notify
+
+log = structlog.get_logger()
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("serve", help="run the load balancer on an interface")
+    parser.add_argument("--iface", "--interface", dest="interface", metavar="IF")
+    parser.add_argument(
+        "--service",
+        action="append",
+        default=[],
+        metavar="VIP=BACKEND,...",
+        help="tcp://10.0.0.100:80=10.0.0.11,10.0.0.12*3 (weights by *; IPv6 in brackets); repeatable",
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="instead of --service")
+    parser.add_argument("--option", choices=[f.value for f in OptionForm], help="the CR option's form")
+    parser.add_argument("--xdp-mode", choices=[m.value for m in XdpMode], help="default: auto")
+    parser.add_argument("--queues", type=int, help="RX queues to serve (default: all)")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.set_defaults(run=run)
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The configuration that the arguments describe.  Raises :class:`ConfigError`."""
+    if args.config:
+        extra = [
+            name
+            for name, value in (
+                ("--service", args.service),
+                ("--option", args.option),
+                ("--xdp-mode", args.xdp_mode),
+                ("--queues", args.queues),
+            )
+            if value
+        ]
+        if extra:
+            raise ConfigError(f"{', '.join(extra)} cannot be given with --config; say it in {args.config}")
+        return config.load_config(args.config, args.interface)
+    problems = []
+    if not args.interface:
+        problems.append("say which interface to serve: --iface eth0")
+    if not args.service:
+        problems.append(
+            "say what to serve: --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12, or --config FILE.toml"
+        )
+    if args.queues is not None and not 1 <= args.queues <= 64:
+        problems.append(f"--queues: {args.queues} is not a whole number from 1 to 64")
+    if problems:
+        raise ConfigError(problems)
+    settings = {}
+    if args.option:
+        settings["option"] = OptionForm(args.option)
+    if args.xdp_mode:
+        settings["xdp_mode"] = XdpMode(args.xdp_mode)
+    if args.queues:
+        settings["queues"] = args.queues
+    return config.config_from_args(args.interface, args.service, **settings)
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = read_config(args)
+    logging.set_up(args.log_level)
+    if os.geteuid() != 0:
+        raise KernelError("crablb serve attaches BPF programs and binds AF_XDP sockets; run it as root")
+    engine = Engine(settings, settings.seed or seed.load())
+    return uvloop.run(serve(engine))
+
+
+async def serve(engine: Engine) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await engine.start()
+    assert engine.failure
+    try:
+        log.info(
+            "serving",
+            interface=engine.config.interface,
+            xdp=engine.mode,
+            queues=engine.queues,
+            zero_copy=engine.zero_copy,
+            services=[str(s.vip) for s in engine.config.services],
+        )
+        notify("READY=1")
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait([stopped, engine.failure], return_when=asyncio.FIRST_COMPLETED)
+        if engine.failure.done():
+            log.error("stopping", reason=engine.failure.result())
+            return 1
+        log.info("stopping", reason="signal", **{k: v for k, v in engine.statistics()["total"].items() if v})
+        return 0
+    finally:
+        notify("STOPPING=1")
+        await engine.close()

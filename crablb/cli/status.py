@@ -1,0 +1,45 @@
+"""``crablb status``: what a load balancer did, whether its daemon lives or not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from crablb import statistics
+from crablb.errors import KernelError
+from crablb.kernel import bpf, pins
+from crablb.kernel.netlink import interface_info
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("status", help="counters of the load balancer on an interface")
+    parser.add_argument("--iface", "--interface", dest="interface", metavar="IF", required=True)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    interface = interface_info(args.interface)
+    folder = pins.folder(f"lb-{args.interface}")
+    try:
+        counters = statistics.read_pinned(folder)
+    except bpf.BpfNotFoundError:
+        raise KernelError(
+            f"no load balancer serves {args.interface}; start one: crablb serve --iface {args.interface} ..."
+        ) from None
+    state = {
+        "interface": args.interface,
+        "mode": bpf.xdp_program(interface.index)[1],
+        "pid": pins.owner(f"lb-{args.interface}"),
+    }
+    if args.json:
+        print(json.dumps(state | counters))
+        return 0
+    daemon = f"process {state['pid']}" if state["pid"] else "no process: new connections are dropped"
+    print(f"{args.interface}: {state['mode']} XDP, {daemon}")
+    for title in ("xdp", "total"):
+        print("XDP program" if title == "xdp" else f"workers ({len(counters['workers'])})")
+        for name, value in counters[title].items():
+            if value:
+                print(f"  {name:28} {value:>14,}")
+    return 0

@@ -1,0 +1,364 @@
+"""The heart: one XDP program, one worker thread a queue, and the snapshot that the workers look things up in.
+
+The packet path is C (native/) and never enters Python.  What is here decides what the workers see: it turns the
+configuration and the state of the backends' next hops into an immutable snapshot and publishes it with one pointer
+store a worker.  A snapshot that was replaced is freed when no worker uses it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from crablb import statistics
+from crablb._native import ffi, lib
+from crablb.errors import KernelError
+from crablb.kernel import bpf, pins
+from crablb.kernel.netlink import HopState, NextHop, NextHops, interface_info
+from crablb.kernel.xsk import XskError, XskSocket
+from crablb.model import Address, Backend, Config, Mode, OptionForm, mapped
+
+__all__ = ["Engine", "maglev_table"]
+
+log = structlog.get_logger()
+
+MODES = {
+    Mode.NEGOTIATED: lib.CRAB_MODE_NEGOTIATED,
+    Mode.ALWAYS: lib.CRAB_MODE_ALWAYS,
+    Mode.NEVER: lib.CRAB_MODE_NEVER,
+}
+FORMS = {OptionForm.CRAB: lib.CRAB_FORM_CRAB, OptionForm.EXPERIMENTAL: lib.CRAB_FORM_EXPERIMENTAL}
+FRAMES = 4096  # a queue
+#: How long the start waits for the backends' neighbours before it serves with those that answered, in seconds.
+RESOLVE_TIMEOUT = 1.0
+
+Table = npt.NDArray[np.uint16]
+
+
+def maglev_table(members: Mapping[int, Backend], size: int, seed: bytes) -> Table:
+    """The Maglev table of ``members`` (backend id -> backend): ``size`` (a prime) ids.
+
+    Slots hold ``lib.CRAB_NO_BACKEND`` if there is no member with a weight.  Source: Eisenbud et al., NSDI 2016, 3.4.
+    """
+    table: Table = np.empty(size, np.uint16)
+    array = ffi.new("struct crab_maglev_member[]", max(len(members), 1))
+    for entry, (backend_id, backend) in zip(array, members.items(), strict=False):
+        entry.addr = mapped(backend.address)
+        entry.weight = backend.weight
+        entry.backend = backend_id
+    if lib.crab_maglev_build(ffi.from_buffer("uint16_t[]", table), size, array, len(members), seed):
+        raise MemoryError("no memory for a Maglev table")
+    return table
+
+
+class _Snapshot:
+    """A C snapshot and the Maglev tables that it points to."""
+
+    def __init__(self, config: Config, seed: bytes, ids: Mapping[Address, int],
+                 hops: Mapping[Address, NextHop], tables: dict[Any, Table]) -> None:  # fmt: skip
+        self.tables: dict[Any, Table] = {}
+        known = {b.address: b for service in config.services for b in service.backends}
+        backends = ffi.new("struct crab_backend[]", max(len(ids), 1))
+        for address, backend_id in ids.items():
+            entry, hop = backends[backend_id], hops.get(address)
+            entry.addr = mapped(address)
+            if known[address].cr:
+                entry.flags |= lib.CRAB_BACKEND_CR
+            if hop and hop.state is HopState.RESOLVED:
+                entry.flags |= lib.CRAB_BACKEND_USABLE
+                entry.dst_mac, entry.src_mac = hop.dst_mac, hop.src_mac
+                if hop.on_link:
+                    entry.flags |= lib.CRAB_BACKEND_ON_LINK
+        services = ffi.new("struct crab_service[]", max(len(config.services), 1))
+        prefixes: list[tuple[bytes, int]] = []
+        for entry, service in zip(services, config.services, strict=False):
+            entry.addr = mapped(service.vip.address)
+            entry.port_be = int.from_bytes(service.vip.port.to_bytes(2, "big"), "little")
+            entry.protocol = 6
+            entry.mode = MODES[service.mode]
+            entry.first_prefix, entry.prefix_count = len(prefixes), len(service.redirect_clients)
+            for prefix in service.redirect_clients:
+                bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
+                prefixes.append((mapped(prefix.network_address), bits))
+            members = {
+                ids[b.address]: b
+                for b in service.backends
+                if backends[ids[b.address]].flags & lib.CRAB_BACKEND_USABLE
+            }
+            # Services with the same backends share a table, and so does the next snapshot.
+            pool = frozenset(members.items())
+            table = self.tables.get(pool)
+            if table is None:
+                table = tables.get(pool)
+            if table is None:
+                table = maglev_table(members, config.table_size, seed)
+            self.tables[pool] = table
+            entry.table = ffi.from_buffer("uint16_t[]", table)
+        c_prefixes = ffi.new("struct crab_prefix[]", max(len(prefixes), 1))
+        for entry, (addr, bits) in zip(c_prefixes, prefixes, strict=False):
+            entry.addr, entry.bits = addr, bits
+        self.c = lib.crab_snapshot_new(
+            services, len(config.services), backends, len(ids), c_prefixes, len(prefixes),
+            config.table_size, FORMS[config.option], seed,
+        )  # fmt: skip
+        if not self.c:
+            raise MemoryError("no memory for a snapshot")
+
+    def free(self) -> None:
+        lib.crab_snapshot_free(self.c)
+
+
+class _Worker:
+    """One queue: socket, core, thread."""
+
+    def __init__(self, xsk: XskSocket, flows: int, counters: Any) -> None:
+        self.xsk = xsk
+        self.core = lib.crab_core_new(flows, counters)
+        self.c = lib.crab_worker_new(xsk.handle, self.core, counters) if self.core else ffi.NULL
+        if not self.c:
+            lib.crab_core_free(self.core)
+            raise MemoryError("no memory for a worker")
+        self._thread: threading.Thread | None = None
+
+    def start(self, cpu: int, failed: Callable[[int, int], None]) -> None:
+        """Run in a thread on ``cpu``; ``failed(queue, errno)`` is called from it if the socket fails."""
+
+        def run() -> None:
+            os.sched_setaffinity(0, {cpu})
+            rc = lib.crab_worker_run(self.c)  # without the GIL
+            if rc:
+                failed(self.xsk.queue, -rc)
+
+        self._thread = threading.Thread(target=run, name=f"crablb-q{self.xsk.queue}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        lib.crab_worker_stop(self.c)
+        if self._thread:
+            self._thread.join()
+        lib.crab_worker_free(self.c)
+        lib.crab_core_free(self.core)
+        self.xsk.close()
+
+
+class Engine:
+    """Serve the services of a configuration on its interface.
+
+    Make it outside of an event loop, in the network namespace of the interface; then ``await start()`` and at the end
+    ``await close()``, which leaves nothing in the kernel.
+
+    Raises :class:`KernelError` (no such interface, it is down, it has an XDP program of somebody else, another process
+    serves it) or one of its kinds; nothing stays in the kernel then.
+    """
+
+    def __init__(self, config: Config, seed: bytes) -> None:
+        self.config = config
+        self.seed = seed
+        self.interface = interface_info(config.interface)
+        if not self.interface.up:
+            name = config.interface
+            raise KernelError(f"interface {name} is down; bring it up: ip link set {name} up")
+        self.mode = ""
+        self.failure: asyncio.Future[str] | None = None
+        self._pins = pins.folder(f"lb-{config.interface}")
+        addresses = sorted(
+            {b.address for s in config.services for b in s.backends}, key=lambda a: mapped(a)
+        )
+        self._ids = {address: i for i, address in enumerate(addresses)}
+        self._hops: dict[Address, NextHop] = {}
+        self._workers: list[_Worker] = []
+        self._snapshot: _Snapshot | None = None
+        self._retired: list[_Snapshot] = []
+        self._stack = ExitStack()
+        self._nexthops: NextHops | None = None
+        self._resolved = asyncio.Event()
+
+    @property
+    def queues(self) -> int:
+        return len(self._workers)
+
+    @property
+    def zero_copy(self) -> bool:
+        return all(worker.xsk.zero_copy for worker in self._workers)
+
+    async def start(self) -> None:
+        """Bind, attach, and serve.  On return every backend that answers is in use."""
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.failure = loop.create_future()
+        name = self.config.interface
+        self._stack.enter_context(pins.own(f"lb-{name}", f"the load balancer of {name}"))
+
+        program = self._stack.enter_context(bpf.Object(bpf.object_path("lb")))
+        self._maps = program.maps
+        link = self._existing_link()
+        self._open_queues()
+        for service in self.config.services:
+            self._maps["services"].update(service.vip.key(), 1)
+
+        self._nexthops = NextHops(self.interface, self._changed)
+        await self._nexthops.start(self._ids)
+        self._hops = dict(self._nexthops.current)
+        self._publish()
+        try:
+            await asyncio.wait_for(self._all_resolved(), RESOLVE_TIMEOUT)
+        except TimeoutError:
+            self._name_unusable()
+
+        cpus = sorted(os.sched_getaffinity(0))
+        for i, worker in enumerate(self._workers):
+            worker.start(
+                cpus[i % len(cpus)],
+                lambda queue, number: loop.call_soon_threadsafe(self._failed, queue, number),
+            )
+        self._attach(program.program("crab_lb"), link)
+
+    def _existing_link(self) -> bpf.Link | None:
+        """The link that a daemon which died left behind, so that it can be taken over."""
+        try:
+            link = bpf.Link.from_pin(self._pins / "link")
+        except bpf.BpfNotFoundError:
+            link = None
+        attached, mode = bpf.xdp_program(self.interface.index)
+        if link and attached == link.program_id:
+            link.mode = mode
+            return link
+        if link:  # of an interface that is gone
+            link.close()
+            pins.remove(self._pins)
+        if attached:
+            raise bpf.BpfBusyError(
+                f"interface {self.config.interface} has an XDP program already (id {attached}, see bpftool net);"
+                f" remove it: ip link set {self.config.interface} xdp off"
+            )
+        return None
+
+    def _open_queues(self) -> None:
+        wanted = self.config.queues or self.interface.rx_queues
+        counters = self._maps["worker_counters"]
+        shared = counters.mmap()
+        base = ffi.cast("struct crab_worker_counters *", ffi.from_buffer(shared))
+        self._stack.callback(lambda: shared)  # the mapping lives as long as the workers
+        for queue in range(wanted):
+            try:
+                xsk = XskSocket(
+                    self.config.interface,
+                    queue,
+                    frames=FRAMES,
+                    frame_size=2048 if self.interface.mtu <= 1700 else 4096,
+                    load_program=False,
+                )
+            except XskError as error:
+                # A device may have fewer queues in use than it has in all.
+                if queue and self.config.queues is None and error.errno == errno.EINVAL:
+                    break
+                raise
+            self._workers.append(_Worker(xsk, self.config.flows, base[queue].n))
+            xsk.register(self._maps["sockets"])
+
+    def _attach(self, program: bpf.Program, link: bpf.Link | None) -> None:
+        want = self.config.xdp_mode.value
+        if link and want in ("auto", link.mode):
+            link.update(program)
+            log.info("took over from a load balancer that had died", interface=self.config.interface)
+        else:
+            if link:
+                link.detach()
+                link.close()
+            link = program.attach_xdp(self.interface.index, want)
+        self._link = self._stack.enter_context(link)
+        self.mode = link.mode
+        pins.remove(self._pins)
+        link.pin(self._pins / "link")
+        for name in ("services", "sockets", "xdp_counters", "worker_counters"):
+            self._maps[name].pin(self._pins / name)
+
+    async def close(self) -> None:
+        """Stop serving; leave nothing in the kernel.  Idempotent."""
+        link = getattr(self, "_link", None)
+        if link:
+            link.detach()
+            pins.remove(self._pins)
+            self._link = None
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+        if self._nexthops:
+            await self._nexthops.close()
+            self._nexthops = None
+        for snapshot in (*self._retired, *([self._snapshot] if self._snapshot else [])):
+            snapshot.free()
+        self._retired, self._snapshot = [], None
+        self._stack.close()
+
+    # ---- changes ----
+
+    def _changed(self, changes: Mapping[Address, NextHop]) -> None:
+        if not self._hops:
+            return  # the first resolution: start() publishes it
+        for address, hop in changes.items():
+            usable = hop.state is HopState.RESOLVED
+            if usable:
+                log.info("backend reachable", backend=str(address), mac=hop.dst_mac.hex(":"))
+            elif self._hops[address].state is HopState.RESOLVED:
+                log.warning("backend unreachable", backend=str(address), reason=hop.reason)
+        self._hops.update(changes)
+        self._publish()
+
+    def _publish(self) -> None:
+        tables = self._snapshot.tables if self._snapshot else {}
+        snapshot = _Snapshot(self.config, self.seed, self._ids, self._hops, tables)
+        for worker in self._workers:
+            lib.crab_core_publish(worker.core, snapshot.c)
+        if self._snapshot:
+            self._retired.append(self._snapshot)
+        self._snapshot = snapshot
+        self._free_retired()
+        if all(hop.state is HopState.RESOLVED for hop in self._hops.values()):
+            self._resolved.set()
+
+    def _free_retired(self) -> None:
+        in_use = []
+        for snapshot in self._retired:
+            if any(lib.crab_core_uses(worker.core, snapshot.c) for worker in self._workers):
+                in_use.append(snapshot)
+            else:
+                snapshot.free()
+        self._retired = in_use
+
+    async def _all_resolved(self) -> None:
+        """Wait for all that can still resolve."""
+        if all(h.state is not HopState.UNRESOLVED for h in self._hops.values()):
+            self._name_unusable()
+            return
+        await self._resolved.wait()
+
+    def _name_unusable(self) -> None:
+        for address, hop in self._hops.items():
+            if hop.state is not HopState.RESOLVED:
+                log.warning("backend not usable yet", backend=str(address), reason=hop.reason)
+
+    def _failed(self, queue: int, number: int) -> None:
+        if self.failure and not self.failure.done():
+            self.failure.set_result(
+                f"queue {queue} of {self.config.interface} failed: {os.strerror(number)}"
+            )
+
+    def statistics(self) -> dict[str, Any]:
+        """Packets by what became of them: see :func:`crablb.statistics.read`."""
+        return statistics.read(self._maps["xdp_counters"], self._maps["worker_counters"], self.queues)

@@ -1,0 +1,99 @@
+"""What a load balancer is told: services, backends, settings.  Plain immutable values, checked by :mod:`crablb.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+
+class Mode(Enum):
+    """Which clients of a service are redirected."""
+
+    NEGOTIATED = "negotiated"  # those that offer it
+    ALWAYS = "always"  # all: for endpoints that never offer
+    NEVER = "never"  # none: every client takes the fallback
+
+
+class OptionForm(Enum):
+    """How the CR option is written on the wire."""
+
+    CRAB = "crab"  # TCP option kind 42
+    EXPERIMENTAL = "experimental"  # RFC 6994: kind 253 with an ExID
+
+
+class XdpMode(Enum):
+    """Where the XDP program runs."""
+
+    AUTO = "auto"  # native where the driver can, else generic
+    NATIVE = "native"
+    GENERIC = "generic"
+
+
+def mapped(address: Address) -> bytes:
+    """16 bytes in network order; IPv4 as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2)."""
+    if isinstance(address, IPv4Address):
+        return bytes(10) + b"\xff\xff" + address.packed
+    return address.packed
+
+
+def unmapped(packed: bytes) -> Address:
+    """The address of 16 bytes made by :func:`mapped`."""
+    address = IPv6Address(packed)
+    return address.ipv4_mapped or address
+
+
+def host_port(address: Address, port: int) -> str:
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A server: its own address (DIP), its share of new connections, and whether it speaks connection redirection."""
+
+    address: Address
+    weight: int = 1  # 0: gets no new connections
+    cr: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Vip:
+    """Where clients connect to."""
+
+    address: Address
+    port: int
+    protocol: str = "tcp"
+
+    def __str__(self) -> str:
+        return f"{self.protocol}://{host_port(self.address, self.port)}"
+
+    def key(self) -> bytes:
+        """``struct crab_vip`` of bpf/maps.h: 20 bytes."""
+        return mapped(self.address) + self.port.to_bytes(2, "big") + b"\x06\x00"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A VIP and the backends behind it."""
+
+    vip: Vip
+    backends: tuple[Backend, ...]
+    mode: Mode = Mode.NEGOTIATED
+    redirect_clients: tuple[Network, ...] = ()  # empty: all
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All that ``crablb serve`` needs to know."""
+
+    interface: str
+    services: tuple[Service, ...]
+    option: OptionForm = OptionForm.CRAB
+    seed: bytes | None = None  # 16 bytes; None: made once and kept in the state directory
+    xdp_mode: XdpMode = XdpMode.AUTO
+    queues: int | None = None  # None: as many as the interface has
+    table_size: int = 65537  # prime
+    flows: int = 262144  # capacity of a worker's flow cache, in connections

@@ -1,0 +1,51 @@
+"""Counters of the load balancer, read from the kernel's maps: they are there with the daemon alive or dead."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from crablb._native import ffi, lib
+from crablb.kernel.bpf import Map
+
+__all__ = ["WORKER_COUNTERS", "XDP_COUNTERS", "read"]
+
+
+def _names(enum: str, prefix: str) -> list[str]:
+    """Names of a C enumeration's members, by value, without their prefix, in lower case."""
+    members = sorted(ffi.typeof(f"enum {enum}").elements.items())
+    return [
+        name.removeprefix(prefix).lower()
+        for _, name in members
+        if name.startswith(prefix) and name != f"{prefix}COUNTERS"
+    ]
+
+
+XDP_COUNTERS = _names("crab_xdp_counter", "CRAB_XDP_")
+WORKER_COUNTERS = _names("crab_counter", "CRAB_C_")
+
+
+def read(xdp: Map, workers: Map, queues: int) -> dict[str, Any]:
+    """``{"xdp": {...}, "workers": [{...} a queue], "total": {... over the workers}}``, packets since the start."""
+    per_queue = []
+    for queue in range(queues):
+        values = struct.unpack(f"={lib.CRAB_WORKER_COUNTERS}Q", workers.lookup(queue) or b"")
+        per_queue.append(dict(zip(WORKER_COUNTERS, values, strict=False)))
+    return {
+        "xdp": {name: xdp.sum_u64(i) for i, name in enumerate(XDP_COUNTERS)},
+        "workers": per_queue,
+        "total": {name: sum(q[name] for q in per_queue) for name in WORKER_COUNTERS},
+    }
+
+
+def read_pinned(folder: Path) -> dict[str, Any]:
+    """The same from a load balancer's folder of pins."""
+    with (
+        Map.from_pin(folder / "xdp_counters") as xdp,
+        Map.from_pin(folder / "worker_counters") as workers,
+        Map.from_pin(folder / "sockets") as sockets,
+    ):
+        # A socket's entry vanishes with its process, so the workers are told by their counters.
+        used = [q for q in range(sockets.max_entries) if any(workers.lookup(q) or b"")]
+        return read(xdp, workers, max(used, default=-1) + 1)
