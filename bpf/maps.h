@@ -49,4 +49,76 @@ struct crab_worker_counters {
     __u64 n[CRAB_WORKER_COUNTERS];
 };
 
+/* ---- server endpoint (server.bpf.c) ---- */
+
+enum crab_server_counter {
+    CRAB_SERVER_ECHOED,       /* SYN-ACKs that carried a redirect back */
+    CRAB_SERVER_UNKNOWN_VIP,  /* SYNs whose redirect names a VIP and port that this server was not told of */
+    CRAB_SERVER_NO_ROOM,      /* SYN-ACKs whose options left no room */
+    CRAB_SERVER_ARMED,        /* listeners prepared */
+    CRAB_SERVER_COUNTERS
+};
+
+/* ---- client endpoint (client.bpf.c) ---- */
+
+#define CRAB_MAX_CLIENT_FLOWS 65536
+
+/* Value of map `client_vips` (key: struct crab_vip). */
+struct crab_client_vip {
+    __u32 form; /* CRAB_FORM_* */
+};
+
+/* Key of map `client_backends`, an LPM trie of the prefixes that backends may have. */
+struct crab_lpm {
+    __u32 bits; /* an IPv4 prefix counts its 96 mapped bits too */
+    __u8 addr[16];
+};
+
+/* A SYN of ours that offered and is not answered yet: key of map `client_pending`.  The acknowledgement number that the
+ * answer must carry is part of it, so finding it is the check. */
+struct crab_pending_key {
+    __u8 local[16];
+    __be16 lport;
+    __be16 rport;
+    __be32 ack; /* initial sequence number + 1 */
+};
+
+struct crab_pending {
+    __u8 vip[16];
+    __u32 form;
+};
+
+/* A redirected connection: key of map `client_out` (remote: the VIP) and of map `client_in` (remote: the DIP). */
+struct crab_flow_key {
+    __u8 local[16];
+    __u8 remote[16];
+    __be16 lport;
+    __be16 rport;
+};
+
+/* Connections of one local address and port to one remote port, whatever the remote address: key of map
+ * `client_ports`, whose value is how many there are. */
+struct crab_port_key {
+    __u8 local[16];
+    __be16 lport;
+    __be16 rport;
+};
+
+enum crab_client_counter {
+    CRAB_CLIENT_OFFERED,          /* SYNs sent with an offer */
+    CRAB_CLIENT_REDIRECTED,       /* SYN-ACKs with a redirect accepted */
+    CRAB_CLIENT_REFUSED_PORT,     /* RSTs from a backend to a redirected SYN, passed on as the VIP's */
+    CRAB_CLIENT_NO_OFFER_SHARED,  /* no offer: another connection has the same local port and remote port */
+    CRAB_CLIENT_NO_OFFER_ROOM,    /* no offer: it does not fit, or too many SYNs wait */
+    CRAB_CLIENT_RETRANSMITTED,    /* SYNs sent again, without an offer: they ask for the fallback */
+    CRAB_CLIENT_DROP_SOURCE,      /* answer to a SYN of ours from outside the backend prefixes */
+    CRAB_CLIENT_DROP_VIP,         /* SYN-ACK to a SYN of ours whose redirect is missing or names another VIP */
+    CRAB_CLIENT_RESET_COLLISION,  /* SYN-ACK refused by RST: another local connection has the four-tuple */
+    CRAB_CLIENT_RESET_FULL,       /* SYN-ACK refused by RST: too many connections */
+    CRAB_CLIENT_PACKETS_IN,       /* translated from DIP to VIP */
+    CRAB_CLIENT_PACKETS_OUT,      /* translated from VIP to DIP */
+    CRAB_CLIENT_ICMP,             /* ICMP errors translated */
+    CRAB_CLIENT_COUNTERS
+};
+
 #endif

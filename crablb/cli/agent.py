@@ -1,2 +1,148 @@
-def add_parser(c):
-    pass
+"""``crablb agent``: the endpoints, on servers and clients."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+
+from crablb import log as logging
+from crablb.agent import ClientAgent, ServerAgent
+from crablb.agent.base import Agent
+from crablb.config import parse_prefix, parse_vip
+from crablb.errors import ConfigError, KernelError
+from crablb.model import OptionForm
+from crablb.notify import notify
+
+ROLES: dict[str, type[Agent]] = {"client": ClientAgent, "server": ServerAgent}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("agent", help="the endpoints: on servers and on clients")
+    roles = parser.add_subparsers(required=True, metavar="ROLE")
+
+    server = roles.add_parser("server", help="answer redirected connections")
+    client = roles.add_parser("client", help="offer redirection, and take it up")
+    for role in (server, client):
+        role.add_argument(
+            "--vip",
+            action="append",
+            required=True,
+            metavar="tcp://ADDRESS:PORT",
+            help="a VIP (IPv6 in brackets); repeatable",
+        )
+        role.add_argument("--cgroup", metavar="DIR", help="only processes in this cgroup v2 (default: all)")
+        role.add_argument(
+            "--detach", action="store_true", help="leave it in the kernel, without a process"
+        )
+    client.add_argument(
+        "--backends",
+        action="append",
+        required=True,
+        metavar="PREFIX",
+        help="where backends may be; repeatable",
+    )
+    client.add_argument("--option", default="crab", choices=[f.value for f in OptionForm])
+    client.add_argument(
+        "--interface",
+        action="append",
+        default=[],
+        metavar="IF",
+        help="where backends' packets come in (default: by the routes); repeatable",
+    )
+    server.set_defaults(run=run_server)
+    client.set_defaults(run=run_client)
+
+    status = roles.add_parser("status", help="what runs in this network namespace")
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(run=run_status)
+    remove = roles.add_parser("remove", help="take agents out of the kernel")
+    remove.add_argument("role", nargs="?", choices=sorted(ROLES), help="default: both")
+    remove.set_defaults(run=run_remove)
+
+
+def _parse_all(args: argparse.Namespace) -> tuple[list[object], list[object]]:
+    problems: list[str] = []
+    parsed: dict[str, list[object]] = {"vip": [], "backends": []}
+    for name, parse in (("vip", parse_vip), ("backends", parse_prefix)):
+        for text in getattr(args, name, []):
+            try:
+                parsed[name].append(parse(text))
+            except ConfigError as error:
+                problems += [f"--{name} {text}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return parsed["vip"], parsed["backends"]
+
+
+def run_server(args: argparse.Namespace) -> int:
+    vips, _ = _parse_all(args)
+    return _run(lambda: ServerAgent(vips, args.cgroup), args.detach)  # type: ignore[arg-type]
+
+
+def run_client(args: argparse.Namespace) -> int:
+    vips, backends = _parse_all(args)
+    return _run(
+        lambda: ClientAgent(
+            vips,  # type: ignore[arg-type]
+            backends,  # type: ignore[arg-type]
+            option=OptionForm(args.option),
+            cgroup=args.cgroup,
+            interfaces=args.interface,
+        ),
+        args.detach,
+    )
+
+
+def _require_root() -> None:
+    if os.geteuid() != 0:
+        raise KernelError("crablb agent works with BPF programs; run it as root")
+
+
+def _run(make: object, detach: bool) -> int:
+    logging.set_up()
+    _require_root()
+    agent: Agent = make()  # type: ignore[operator]
+    # Waited for below; blocked before anything is installed, so that none comes in between.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    with agent.owned():
+        agent.install()
+        if detach:
+            return 0
+        try:
+            notify("READY=1")
+            print("ready", flush=True)
+            signal.sigwait(signals)
+        finally:
+            agent.remove()
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    _require_root()
+    found = {role: status for role, cls in ROLES.items() if (status := cls.status())}
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    if not found:
+        print("no agent in this network namespace")
+    for role, status in found.items():
+        where = f"process {status['pid']}" if status["pid"] else "detached"
+        print(f"{role}: {where}, {', '.join(status['vips'])}, cgroup {status['cgroup']}")
+        if role == "client":
+            print(f"  backends {', '.join(status['backends'])}, {status['flows']} redirected connections")
+        for name, value in status["counters"].items():
+            if value:
+                print(f"  {name:28} {value:>14,}")
+    return 0
+
+
+def run_remove(args: argparse.Namespace) -> int:
+    _require_root()
+    for role, cls in ROLES.items():
+        if args.role in (None, role):
+            with cls.owned():
+                print(f"{role}: {'removed' if cls.remove() else 'there was none'}")
+    return 0

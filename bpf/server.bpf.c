@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/* The server endpoint: echo the redirect option of a SYN in its SYN-ACK, and in nothing else.
+ *
+ * A sock_ops program on the servers' cgroup.  Listeners are asked to let it write header options; their children are
+ * asked to stop as soon as they are established.  TCP_SAVE_SYN is set beside, because only then can the option be found
+ * again when the SYN-ACK is retransmitted.  Listeners that are older than the program get no callback; the iterator
+ * below finds them. */
+#include <linux/bpf.h>
+#include <linux/tcp.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "maps.h"
+
+#define SOL_TCP 6
+#define SYN 0x02
+#define ACK 0x10
+
+/* clang 14 merges neighbouring reads of a context into one that the verifier refuses. */
+#define READ(x) (*(volatile typeof(x) *)&(x))
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 4096);
+    __type(key, struct crab_vip);
+    __type(value, __u32);
+} server_vips SEC(".maps");
+
+/* The ports of those VIPs (host order): other listeners are let alone. */
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 4096);
+    __type(key, __u32);
+    __type(value, __u32);
+} server_ports SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    __uint(max_entries, CRAB_SERVER_COUNTERS);
+    __type(key, __u32);
+    __type(value, __u64);
+} server_counters SEC(".maps");
+
+static __always_inline void count(__u32 what)
+{
+    __u64 *n = bpf_map_lookup_elem(&server_counters, &what);
+    if (n)
+        (*n)++;
+}
+
+/* The redirect of the SYN, as it came.  Returns its length, 0 if there is none. */
+static __always_inline int redirect_of_syn(struct bpf_sock_ops *ctx, __u8 option[20])
+{
+    option[0] = CRAB_OPT_KIND;
+    option[1] = 0;
+    int n = bpf_load_hdr_opt(ctx, option, 20, BPF_LOAD_HDR_OPT_TCP_SYN);
+    if (n == 6 || n == 18)
+        return n;
+    option[0] = CRAB_OPT_KIND_EXPERIMENTAL;
+    option[1] = 4; /* search by kind and the two bytes that follow the length */
+    option[2] = CRAB_OPT_EXID >> 8;
+    option[3] = CRAB_OPT_EXID & 0xff;
+    n = bpf_load_hdr_opt(ctx, option, 20, BPF_LOAD_HDR_OPT_TCP_SYN);
+    if (n == 8 || n == 20)
+        return n;
+    return 0;
+}
+
+/* Is it a VIP and port that we were told of? */
+static __always_inline int known(struct bpf_sock_ops *ctx, const __u8 option[20], int n)
+{
+    struct crab_vip vip = {.proto = 6, .port = bpf_htons((__u16)READ(ctx->local_port))};
+    switch (n) {
+    case 6:
+        __builtin_memcpy(vip.addr + 12, option + 2, 4);
+        break;
+    case 8:
+        __builtin_memcpy(vip.addr + 12, option + 4, 4);
+        break;
+    case 18:
+        __builtin_memcpy(vip.addr, option + 2, 16);
+        break;
+    case 20:
+        __builtin_memcpy(vip.addr, option + 4, 16);
+        break;
+    }
+    if (n < 10)
+        vip.addr[10] = vip.addr[11] = 0xff;
+    return bpf_map_lookup_elem(&server_vips, &vip) != NULL;
+}
+
+static __always_inline void arm(struct bpf_sock_ops *ctx)
+{
+    __u32 port = READ(ctx->local_port);
+    int on = 1;
+    if (!bpf_map_lookup_elem(&server_ports, &port))
+        return;
+    bpf_setsockopt(ctx, SOL_TCP, TCP_SAVE_SYN, &on, sizeof on);
+    bpf_sock_ops_cb_flags_set(ctx, READ(ctx->bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+    count(CRAB_SERVER_ARMED);
+}
+
+SEC("sockops")
+int crab_server(struct bpf_sock_ops *ctx)
+{
+    __u8 option[20] = {};
+    int n;
+
+    switch (READ(ctx->op)) {
+    case BPF_SOCK_OPS_TCP_LISTEN_CB:
+        arm(ctx);
+        break;
+    case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+        if (READ(ctx->bpf_sock_ops_cb_flags) & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+            bpf_sock_ops_cb_flags_set(ctx, READ(ctx->bpf_sock_ops_cb_flags) & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+        break;
+    case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+        if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) != (SYN | ACK))
+            break;
+        n = redirect_of_syn(ctx, option);
+        if (!n)
+            break;
+        if (!known(ctx, option, n))
+            count(CRAB_SERVER_UNKNOWN_VIP);
+        else if (bpf_reserve_hdr_opt(ctx, (__u32)n, 0))
+            count(CRAB_SERVER_NO_ROOM);
+        break;
+    case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
+        if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) != (SYN | ACK))
+            break;
+        n = redirect_of_syn(ctx, option);
+        if (n && known(ctx, option, n) && !bpf_store_hdr_opt(ctx, option, (__u32)n, 0))
+            count(CRAB_SERVER_ECHOED);
+        break;
+    }
+    return 1;
+}
+
+/* ---- listeners that were there before ---- */
+
+/* The few kernel fields that the iterator reads; CO-RE finds them (libbpf, "BPF CO-RE"). */
+struct sock_common {
+    volatile unsigned char skc_state;
+    __u16 skc_num;
+} __attribute__((preserve_access_index));
+
+struct bpf_iter__tcp {
+    struct sock_common *sk_common;
+} __attribute__((preserve_access_index));
+
+#define TCP_LISTEN 10
+/* include/uapi/linux/bpf.h has it since Linux 6.12; older kernels answer EINVAL and old listeners stay as they are. */
+#define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
+
+SEC("iter/tcp")
+int crab_arm(struct bpf_iter__tcp *ctx)
+{
+    struct sock_common *sk = ctx->sk_common;
+    if (!sk || sk->skc_state != TCP_LISTEN)
+        return 0;
+    __u32 port = sk->skc_num;
+    if (!bpf_map_lookup_elem(&server_ports, &port))
+        return 0;
+    int on = 1, flags = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+    void *tp = bpf_skc_to_tcp_sock(sk);
+    if (!tp)
+        return 0;
+    if (!bpf_setsockopt(tp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof flags) &&
+        !bpf_setsockopt(tp, SOL_TCP, TCP_SAVE_SYN, &on, sizeof on))
+        count(CRAB_SERVER_ARMED);
+    return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";
