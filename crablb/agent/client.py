@@ -130,10 +130,12 @@ class ClientAgent(Agent):
     def _interfaces(self, routes: dict[Address, dict[str, Any]]) -> list[str]:
         names = [route["dev"] for route in routes.values()]
         for prefix in self.backends:
-            try:
-                names.append(_route(prefix.network_address + (prefix.num_addresses > 1))["dev"])
-            except KernelError as error:
-                log.warning("no interface for backends", prefix=str(prefix), reason=str(error))
+            ends = {prefix.network_address + (prefix.num_addresses > 1), prefix.broadcast_address - (prefix.num_addresses > 2)}
+            for address in ends:
+                try:
+                    names.append(_route(address)["dev"])
+                except KernelError as error:
+                    log.debug("no interface for backends", address=str(address), reason=str(error))
         return names
 
     @classmethod

@@ -1,2 +1,84 @@
-def add_parser(c):
-    pass
+"""``crablb lab``: networks of namespaces to try things in."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from crablb.errors import KernelError
+from crablb.lab import VIP4, VIP6, Lab, existing
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("lab", help="networks of namespaces to try crablb in")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    up = actions.add_parser("up", help="make a lab")
+    up.add_argument("--topology", default="bridge", choices=["bridge", "routed"])
+    up.add_argument("--servers", type=int, default=3)
+    up.add_argument("--no-offload", action="store_true", help="no checksum or segmentation offload")
+    up.set_defaults(run=run_up)
+
+    down = actions.add_parser("down", help="remove a lab and end what runs in it")
+    down.add_argument("--all", action="store_true")
+    down.set_defaults(run=run_down)
+
+    status = actions.add_parser("status", help="the labs there are, their nodes and processes")
+    status.set_defaults(run=run_status)
+
+    execute = actions.add_parser("exec", help="run a command in a node: exec client -- curl ...")
+    execute.add_argument("node")
+    execute.add_argument("command", nargs=argparse.REMAINDER)
+    execute.set_defaults(run=run_exec)
+
+    for action in (up, down, execute):
+        action.add_argument("--name", default="lab", help="default: lab")
+
+
+def _require_root() -> None:
+    if os.geteuid() != 0:
+        raise KernelError("crablb lab makes network namespaces; run it as root")
+
+
+def run_up(args: argparse.Namespace) -> int:
+    _require_root()
+    Lab.create(args.name, args.topology, args.servers, offload=not args.no_offload)
+    print(f"lab {args.name} is up; look at it: crablb lab status")
+    return 0
+
+
+def run_down(args: argparse.Namespace) -> int:
+    _require_root()
+    for name in existing() if args.all else [args.name]:
+        Lab.open(name).destroy()
+        print(f"lab {name} is gone")
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    names = existing()
+    if not names:
+        print("no lab; make one: crablb lab up")
+    for name in names:
+        lab = Lab.open(name)
+        print(f"{name}: {lab.topology}, VIPs {VIP4} and {VIP6}")
+        for node in lab.nodes.values():
+            running = [_command(pid) for pid in node.processes()]
+            print(f"  {node.name:10} {node.ip4:12} {node.ip6:12} {', '.join(running)}".rstrip())
+    return 0
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm") as comm:
+            return f"{comm.read().strip()} ({pid})"
+    except FileNotFoundError:
+        return f"({pid})"
+
+
+def run_exec(args: argparse.Namespace) -> int:
+    _require_root()
+    node = Lab.open(args.name).node(args.node)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    argv = node.command(command or [os.environ.get("SHELL", "/bin/sh")])
+    os.execvp(argv[0], argv)
