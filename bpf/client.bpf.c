@@ -2,10 +2,11 @@
 /* The client endpoint: offer redirection, take up a redirect if it is really ours, and translate between the VIP that
  * the application knows and the DIP that is on the wire.
  *
- * Three programs share the maps below:
+ * Four programs share the maps below:
  *   crab_offer    sock_ops, on the clients' cgroup: the offer in the first SYN, and the end of connections
  *   crab_ingress  clsact ingress: checks SYN-ACKs, translates source DIP -> VIP, also in quoted packets of ICMP errors
  *   crab_egress   LWT xmit, on the routes to the VIPs: translates destination VIP -> DIP and routes anew
+ *   crab_sweep    starts the timer that forgets closed connections
  *
  * No program may change the destination of a socket in SYN_SENT, so packets are translated instead.  On egress a route
  * does it, not clsact, so that the VIP needs no neighbour: it works on when the load balancer is dead.
@@ -40,6 +41,7 @@
 /* Seconds that a closed connection's translation stays: its TIME_WAIT, or an orphan's FIN_WAIT2, which still answers
  * the server's FIN (TCP_TIMEWAIT_LEN and tcp_fin_timeout, 60 s each). */
 #define LINGER_NS (65 * 1000000000ull)
+#define SWEEP_NS (5 * 1000000000ull)
 #define CLOCK_MONOTONIC 1
 
 /* clang 14 merges neighbouring reads of a context into one that the verifier refuses. */
@@ -47,7 +49,7 @@
 
 struct out {
     __u8 dip[16];
-    struct bpf_timer timer; /* ends the flow after the connection */
+    __u64 closed_ns; /* when the connection ended (CLOCK_MONOTONIC); 0: it lives */
 };
 
 struct in {
@@ -99,6 +101,19 @@ struct {
     __type(key, struct crab_port_key);
     __type(value, __u32);
 } client_ports SEC(".maps");
+
+/* One timer sweeps closed flows.  A timer for each flow would be simpler, but bpf_timer_init may answer ENOMEM at any
+ * time (its memory comes from kmalloc_nolock), and a packet cannot wait. */
+struct sweeper {
+    struct bpf_timer timer;
+};
+
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, struct sweeper);
+} client_sweeper SEC(".maps");
 
 struct {
     __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -178,11 +193,24 @@ static __always_inline struct crab_port_key ports_of(const struct crab_flow_key 
     return p;
 }
 
+/* Both directions go. */
+static __always_inline void forget(const struct crab_flow_key *k, const struct out *out)
+{
+    struct crab_flow_key in = *k;
+    __builtin_memcpy(in.remote, out->dip, 16);
+    bpf_map_delete_elem(&client_in, &in);
+    bpf_map_delete_elem(&client_out, k);
+}
+
 static __always_inline void connecting(struct bpf_sock_ops *ctx, const struct crab_flow_key *k)
 {
     struct crab_client_vip *vip = vip_of(k);
     if (!vip && !in_prefixes(k->remote))
         return;
+    /* What an old connection of the same four-tuple left would send this one's SYN straight to a backend. */
+    struct out *old = bpf_map_lookup_elem(&client_out, k);
+    if (old)
+        forget(k, old);
     struct crab_port_key p = ports_of(k);
     __u32 one = 1, *n = bpf_map_lookup_elem(&client_ports, &p);
     int shared = n && *n;
@@ -205,16 +233,6 @@ static __always_inline struct crab_pending_key pending_of(const struct crab_flow
     return p;
 }
 
-/* The timer's end: both directions go. */
-static int expire(void *map __attribute__((unused)), struct crab_flow_key *k, struct out *out)
-{
-    struct crab_flow_key in = *k;
-    __builtin_memcpy(in.remote, out->dip, 16);
-    bpf_map_delete_elem(&client_in, &in);
-    bpf_map_delete_elem(&client_out, k);
-    return 0;
-}
-
 static __always_inline void closed(struct bpf_sock_ops *ctx, const struct crab_flow_key *k)
 {
     struct crab_port_key p = ports_of(k);
@@ -226,7 +244,7 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, const struct crab_f
     bpf_map_delete_elem(&client_pending, &pending);
     struct out *out = bpf_map_lookup_elem(&client_out, k);
     if (out)
-        bpf_timer_start(&out->timer, LINGER_NS, 0);
+        out->closed_ns = bpf_ktime_get_ns();
 }
 
 static __always_inline void write_offer(struct bpf_sock_ops *ctx, const struct crab_flow_key *k)
@@ -491,9 +509,7 @@ static __always_inline int install(const struct packet *p, const __u8 vip[16])
     __builtin_memcpy(in.vip, vip, 16);
     if (bpf_map_update_elem(&client_out, &out_key, &out, BPF_ANY))
         return -1;
-    struct out *stored = bpf_map_lookup_elem(&client_out, &out_key);
-    if (!stored || bpf_timer_init(&stored->timer, &client_out, CLOCK_MONOTONIC) ||
-        bpf_timer_set_callback(&stored->timer, expire) || bpf_map_update_elem(&client_in, &p->key, &in, BPF_ANY)) {
+    if (bpf_map_update_elem(&client_in, &p->key, &in, BPF_ANY)) {
         bpf_map_delete_elem(&client_out, &out_key);
         return -1;
     }
@@ -643,6 +659,39 @@ int crab_egress(struct __sk_buff *skb)
         return BPF_DROP;
     count(CRAB_CLIENT_PACKETS_OUT);
     return BPF_LWT_REROUTE;
+}
+
+/* ---- crab_sweep ---- */
+
+static long sweep_one(void *map __attribute__((unused)), struct crab_flow_key *k, struct out *out, __u64 *now)
+{
+    if (out->closed_ns && *now - out->closed_ns > LINGER_NS)
+        forget(k, out);
+    return 0;
+}
+
+static int sweep(void *map __attribute__((unused)), __u32 *key __attribute__((unused)), struct sweeper *sweeper)
+{
+    __u64 now = bpf_ktime_get_ns();
+    bpf_for_each_map_elem(&client_out, sweep_one, &now, 0);
+    bpf_timer_start(&sweeper->timer, SWEEP_NS, 0);
+    return 0;
+}
+
+/* Run once, when the agent is installed.  The timer ends with the last pin and descriptor of its map. */
+SEC("syscall")
+int crab_sweep(void *ctx __attribute__((unused)))
+{
+    __u32 zero = 0;
+    struct sweeper *sweeper = bpf_map_lookup_elem(&client_sweeper, &zero);
+    if (!sweeper)
+        return -1;
+    long rc = bpf_timer_init(&sweeper->timer, &client_sweeper, CLOCK_MONOTONIC);
+    if (!rc)
+        rc = bpf_timer_set_callback(&sweeper->timer, sweep);
+    if (!rc)
+        rc = bpf_timer_start(&sweeper->timer, SWEEP_NS, 0);
+    return (int)rc;
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

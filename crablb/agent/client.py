@@ -123,6 +123,11 @@ class ClientAgent(Agent):
                 address, "route", "replace", prefix, "encap", "bpf", "xmit", "pinned", str(egress),
                 *via, "dev", route["dev"], *metric,
             )  # fmt: skip
+        for _ in range(100):  # ENOMEM is a matter of the moment: see client_sweeper
+            if program.program("crab_sweep").test_run().retval == 0:
+                break
+        else:
+            raise KernelError("the kernel has no memory for the agent's timer; try again")
         # Last: from here on, connections offer.
         with program.program("crab_offer").attach_cgroup_sockops(self.cgroup) as link:
             link.pin(self.folder() / "link")

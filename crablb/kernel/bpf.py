@@ -316,9 +316,12 @@ class Program(_Descriptor):
                 return stream.read()
 
     def test_run(
-        self, data: bytes = b"", *, context: bytes = b"", repeat: int = 1, room: int = 512
+        self, data: bytes = b"", *, context: bytes = b"", repeat: int = 0, room: int = 512
     ) -> TestRun:
-        """Run the program on a packet (BPF_PROG_TEST_RUN); the result may be ``room`` bytes longer."""
+        """Run the program on a packet (BPF_PROG_TEST_RUN); the result may be ``room`` bytes longer.
+
+        ``repeat`` 0 is once, and the only number that a syscall program takes.
+        """
         out = ffi.new("uint8_t[]", len(data) + room)
         ctx_out = ffi.new("uint8_t[]", max(len(context), 1))
         opts = ffi.new("struct bpf_test_run_opts *")
