@@ -20,9 +20,7 @@ OBJECTS = Path("crablb/kernel/objects")
 
 def multiarch_include() -> list[str]:
     """The directory of <asm/types.h>: Debian keeps it under the triplet, where ``clang -target bpf`` does not look."""
-    triplet = subprocess.run(
-        ["gcc", "-print-multiarch"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    triplet = subprocess.run(["gcc", "-print-multiarch"], capture_output=True, text=True, check=False).stdout.strip()
     return [f"-I/usr/include/{triplet}"] if triplet else []
 
 

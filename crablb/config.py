@@ -223,9 +223,7 @@ def _service_entry(entry: object) -> Service:
     ]
     prefixes = [
         problems.attempt(f"redirect_clients[{i}]", lambda p: parse_prefix(_string(p)), p)
-        for i, p in enumerate(
-            problems.attempt("redirect_clients", _list, entry.get("redirect_clients", [])) or []
-        )
+        for i, p in enumerate(problems.attempt("redirect_clients", _list, entry.get("redirect_clients", [])) or [])
     ]
     if "redirect_clients" in entry and not prefixes:
         problems.add("redirect_clients", "is empty; leave it out to mean all, or set mode = 'never' for none")
@@ -266,7 +264,7 @@ def check_services(services: Sequence[tuple[str, Service]], table_size: int) -> 
             if backend.address in vips:
                 problems.add(
                     where,
-                    f"backend {backend.address} is also a VIP ({vips[backend.address]}); a backend needs an own address",
+                    f"backend {backend.address} is also a VIP ({vips[backend.address]}); give it an own address",
                 )
         if service.backends and not any(b.weight for b in service.backends):
             problems.add(where, f"every backend of {vip} has weight 0; give one a weight")
@@ -290,7 +288,9 @@ def config_from_args(interface: str, services: Sequence[str], **settings: Any) -
     problems = _Problems()
     parsed = [(f"--service {text}", problems.attempt(f"--service {text}", parse_service, text)) for text in services]
     good = [(where, service) for where, service in parsed if service is not None]
-    problems.found += check_services(good, settings.get("table_size", Config.__dataclass_fields__["table_size"].default))
+    problems.found += check_services(
+        good, settings.get("table_size", Config.__dataclass_fields__["table_size"].default)
+    )
     problems.finish()
     return Config(interface, tuple(service for _, service in good), **settings)
 

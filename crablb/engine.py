@@ -90,9 +90,7 @@ class _Snapshot:
                 bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
                 prefixes.append((mapped(prefix.network_address), bits))
             members = {
-                ids[b.address]: b
-                for b in service.backends
-                if backends[ids[b.address]].flags & lib.CRAB_BACKEND_USABLE
+                ids[b.address]: b for b in service.backends if backends[ids[b.address]].flags & lib.CRAB_BACKEND_USABLE
             }
             # Services with the same backends share a table, and so does the next snapshot.
             pool = frozenset(members.items())
@@ -170,9 +168,7 @@ class Engine:
         self.mode = ""
         self.failure: asyncio.Future[str] | None = None
         self._pins = pins.folder(f"lb-{config.interface}")
-        addresses = sorted(
-            {b.address for s in config.services for b in s.backends}, key=lambda a: mapped(a)
-        )
+        addresses = sorted({b.address for s in config.services for b in s.backends}, key=mapped)
         self._ids = {address: i for i, address in enumerate(addresses)}
         self._hops: dict[Address, NextHop] = {}
         self._workers: list[_Worker] = []
@@ -180,6 +176,7 @@ class Engine:
         self._retired: list[_Snapshot] = []
         self._stack = ExitStack()
         self._nexthops: NextHops | None = None
+        self._link: bpf.Link | None = None
         self._resolved = asyncio.Event()
 
     @property
@@ -220,12 +217,12 @@ class Engine:
         except TimeoutError:
             self._name_unusable()
 
+        def failed(queue: int, number: int) -> None:
+            loop.call_soon_threadsafe(self._failed, queue, number)
+
         cpus = sorted(os.sched_getaffinity(0))
         for i, worker in enumerate(self._workers):
-            worker.start(
-                cpus[i % len(cpus)],
-                lambda queue, number: loop.call_soon_threadsafe(self._failed, queue, number),
-            )
+            worker.start(cpus[i % len(cpus)], failed)
         self._attach(program.program("crab_lb"), link)
 
     def _existing_link(self) -> bpf.Link | None:
@@ -272,15 +269,15 @@ class Engine:
             xsk.register(self._maps["sockets"])
 
     def _attach(self, program: bpf.Program, link: bpf.Link | None) -> None:
-        want = self.config.xdp_mode.value
-        if link and want in ("auto", link.mode):
+        want = self.config.xdp_mode
+        if link and want.value in ("auto", link.mode):
             link.update(program)
             log.info("took over from a load balancer that had died", interface=self.config.interface)
         else:
             if link:
                 link.detach()
                 link.close()
-            link = program.attach_xdp(self.interface.index, want)
+            link = program.attach_xdp(self.interface.index, want.value)
         self._link = self._stack.enter_context(link)
         self.mode = link.mode
         pins.remove(self._pins)
@@ -290,9 +287,8 @@ class Engine:
 
     async def close(self) -> None:
         """Stop serving; leave nothing in the kernel.  Idempotent."""
-        link = getattr(self, "_link", None)
-        if link:
-            link.detach()
+        if self._link:
+            self._link.detach()
             pins.remove(self._pins)
             self._link = None
         for worker in self._workers:
@@ -355,9 +351,7 @@ class Engine:
 
     def _failed(self, queue: int, number: int) -> None:
         if self.failure and not self.failure.done():
-            self.failure.set_result(
-                f"queue {queue} of {self.config.interface} failed: {os.strerror(number)}"
-            )
+            self.failure.set_result(f"queue {queue} of {self.config.interface} failed: {os.strerror(number)}")
 
     def statistics(self) -> dict[str, Any]:
         """Packets by what became of them: see :func:`crablb.statistics.read`."""

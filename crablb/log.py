@@ -11,9 +11,7 @@ import structlog
 def set_up(level: str = "info") -> None:
     """``level``: debug, info, warning or error."""
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer()
-        if sys.stderr.isatty()
-        else structlog.processors.JSONRenderer(default=str)
+        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(default=str)
     )
     structlog.configure(
         processors=[

@@ -1,4 +1,7 @@
-"""What a load balancer is told: services, backends, settings.  Plain immutable values, checked by :mod:`crablb.config`."""
+"""What a load balancer is told: services, backends, settings.
+
+Plain immutable values, checked by :mod:`crablb.config`.
+"""
 
 from __future__ import annotations
 

@@ -105,22 +105,20 @@ class ClientAgent(Agent):
         }
         self.remember(**state)
         for name, index in indices.items():
-            _, made = bpf.attach_tc(
-                program.program("crab_ingress"), index, "ingress", priority=FILTER, handle=FILTER
-            )
+            _, made = bpf.attach_tc(program.program("crab_ingress"), index, "ingress", priority=FILTER, handle=FILTER)
             state["filters"][name] = made
             self.remember(**state)
         egress = self.folder() / "egress"
         program.program("crab_egress").pin(egress)
         for address, route in routes.items():
-            prefix = f"{address}/{address.max_prefixlen}"
+            host = f"{address}/{address.max_prefixlen}"
             metric = ["metric", IPV6_METRIC] if address.version == 6 else []
-            before = _ip(address, "route", "show", "exact", prefix, *metric).strip()
-            state["routes"].append({"prefix": prefix, "before": before})
+            before = _ip(address, "route", "show", "exact", host, *metric).strip()
+            state["routes"].append({"prefix": host, "before": before})
             self.remember(**state)
             via = ["via", route["gateway"]] if "gateway" in route else []
             _ip(
-                address, "route", "replace", prefix, "encap", "bpf", "xmit", "pinned", str(egress),
+                address, "route", "replace", host, "encap", "bpf", "xmit", "pinned", str(egress),
                 *via, "dev", route["dev"], *metric,
             )  # fmt: skip
         for _ in range(100):  # ENOMEM is a matter of the moment: see client_sweeper
@@ -135,7 +133,10 @@ class ClientAgent(Agent):
     def _interfaces(self, routes: dict[Address, dict[str, Any]]) -> list[str]:
         names = [route["dev"] for route in routes.values()]
         for prefix in self.backends:
-            ends = {prefix.network_address + (prefix.num_addresses > 1), prefix.broadcast_address - (prefix.num_addresses > 2)}
+            ends = {
+                prefix.network_address + (prefix.num_addresses > 1),
+                prefix.broadcast_address - (prefix.num_addresses > 2),
+            }
             for address in ends:
                 try:
                     names.append(_route(address)["dev"])
@@ -169,5 +170,5 @@ class ClientAgent(Agent):
         status = super().status()
         if status is not None:
             with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
-                status["flows"] = sum(1 for _ in flows.keys())
+                status["flows"] = len(list(flows.keys()))
         return status

@@ -58,14 +58,12 @@ def read_config(args: argparse.Namespace) -> Config:
     if not args.interface:
         problems.append("say which interface to serve: --iface eth0")
     if not args.service:
-        problems.append(
-            "say what to serve: --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12, or --config FILE.toml"
-        )
+        problems.append("say what to serve: --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12, or --config FILE.toml")
     if args.queues is not None and not 1 <= args.queues <= 64:
         problems.append(f"--queues: {args.queues} is not a whole number from 1 to 64")
     if problems:
         raise ConfigError(problems)
-    settings = {}
+    settings: dict[str, object] = {}
     if args.option:
         settings["option"] = OptionForm(args.option)
     if args.xdp_mode:
@@ -102,12 +100,17 @@ async def serve(engine: Engine) -> int:
             services=[str(s.vip) for s in engine.config.services],
         )
         notify("READY=1")
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait([stopped, engine.failure], return_when=asyncio.FIRST_COMPLETED)
+        stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
+        failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
+        await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)
         if engine.failure.done():
             log.error("stopping", reason=engine.failure.result())
             return 1
-        log.info("stopping", reason="signal", **{k: v for k, v in engine.statistics()["total"].items() if v})
+        log.info(
+            "stopping",
+            reason="signal",
+            **{k: v for k, v in engine.statistics()["total"].items() if v},
+        )
         return 0
     finally:
         notify("STOPPING=1")

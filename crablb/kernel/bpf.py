@@ -138,14 +138,20 @@ class _Descriptor:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
     def _info(self, kind: str) -> Any:
         info = ffi.new(f"struct {kind} *")
         size = ffi.new("uint32_t *", ffi.sizeof(f"struct {kind}"))
-        _check(lib.bpf_obj_get_info_by_fd(self.fd, info, size), "cannot ask for an object's information")
+        _check(
+            lib.bpf_obj_get_info_by_fd(self.fd, info, size),
+            "cannot ask for an object's information",
+        )
         return info
 
 
@@ -276,9 +282,7 @@ class Program(_Descriptor):
         opts.flags = flags
         return Link(_check(lib.bpf_link_create(self.fd, target, attach_type, opts), what))
 
-    def attach_xdp(
-        self, ifindex: int, mode: Literal["auto", "native", "generic"] = "auto"
-    ) -> Link:
+    def attach_xdp(self, ifindex: int, mode: Literal["auto", "native", "generic"] = "auto") -> Link:
         """Attach to an interface by bpf_link; ``link.mode`` says how: "native" (in the driver) or "generic".
 
         ``auto`` tries native first.  Raises :class:`BpfBusyError` if the interface has an XDP program.
@@ -287,9 +291,7 @@ class Program(_Descriptor):
         wanted = ["native", "generic"] if mode == "auto" else [mode]
         for name in wanted:
             try:
-                link = self._link(
-                    ifindex, lib.BPF_XDP, f"cannot attach XDP program ({name} mode)", modes[name]
-                )
+                link = self._link(ifindex, lib.BPF_XDP, f"cannot attach XDP program ({name} mode)", modes[name])
             except BpfBusyError:
                 raise
             except BpfError:
@@ -315,9 +317,7 @@ class Program(_Descriptor):
             with os.fdopen(fd, "rb") as stream:
                 return stream.read()
 
-    def test_run(
-        self, data: bytes = b"", *, context: bytes = b"", repeat: int = 0, room: int = 512
-    ) -> TestRun:
+    def test_run(self, data: bytes = b"", *, context: bytes = b"", repeat: int = 0, room: int = 512) -> TestRun:
         """Run the program on a packet (BPF_PROG_TEST_RUN); the result may be ``room`` bytes longer.
 
         ``repeat`` 0 is once, and the only number that a syscall program takes.
@@ -459,12 +459,20 @@ class Object:
         try:
             found = dict(self._walk(lib.bpf_object__next_map, lib.bpf_map__name))
             for name, size in (max_entries or {}).items():
-                _check(lib.bpf_map__set_max_entries(self._named(found, name), size), f"cannot size map {name}")
+                _check(
+                    lib.bpf_map__set_max_entries(self._named(found, name), size),
+                    f"cannot size map {name}",
+                )
             for name, existing in (reuse or {}).items():
                 _check(
-                    lib.bpf_map__reuse_fd(self._named(found, name), existing.fd), f"cannot reuse map {name}"
+                    lib.bpf_map__reuse_fd(self._named(found, name), existing.fd),
+                    f"cannot reuse map {name}",
                 )
-            _check(lib.bpf_object__load(self._obj), f"cannot load BPF object {self.path.name}", BpfLoadError)
+            _check(
+                lib.bpf_object__load(self._obj),
+                f"cannot load BPF object {self.path.name}",
+                BpfLoadError,
+            )
             for name, entry in found.items():
                 self.maps[name] = Map(os.dup(lib.bpf_map__fd(entry)))
             for name, entry in self._walk(lib.bpf_object__next_program, lib.bpf_program__name):
@@ -496,9 +504,7 @@ class Object:
         try:
             return self.maps[name]
         except KeyError:
-            raise BpfNotFoundError(
-                f"{self.path.name} has no map {name}; it has {', '.join(self.maps)}"
-            ) from None
+            raise BpfNotFoundError(f"{self.path.name} has no map {name}; it has {', '.join(self.maps)}") from None
 
     def close(self) -> None:
         for held in (*self.programs.values(), *self.maps.values()):
@@ -511,6 +517,9 @@ class Object:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()

@@ -104,9 +104,7 @@ class NextHops:
     interface: :meth:`start`, then :meth:`close`.
     """
 
-    def __init__(
-        self, interface: Interface, on_change: Callable[[Mapping[Address, NextHop]], None]
-    ) -> None:
+    def __init__(self, interface: Interface, on_change: Callable[[Mapping[Address, NextHop]], None]) -> None:
         self.interface = interface
         self.current: dict[Address, NextHop] = {}
         self._on_change = on_change
@@ -221,26 +219,34 @@ class NextHops:
         via = str(gateway or address)
         nud, mac = self._neighbours.get(via, (0, b""))
         if not nud & NUD_VALID or len(mac) != 6:
-            return NextHop(
-                HopState.UNRESOLVED, f"{via} does not answer on {self.interface.name}", gateway
-            )
+            return NextHop(HopState.UNRESOLVED, f"{via} does not answer on {self.interface.name}", gateway)
         return NextHop(HopState.RESOLVED, "", gateway, mac, self._mac)
 
     # ---- in the netlink thread ----
 
-    def _ask(self) -> tuple[dict[Address, tuple[HopState, str, Address | None]], dict[str, tuple[int, bytes]], bytes]:
+    def _ask(
+        self,
+    ) -> tuple[dict[Address, tuple[HopState, str, Address | None]], dict[str, tuple[int, bytes]], bytes]:
         name, index = self.interface.name, self.interface.index
         routes: dict[Address, tuple[HopState, str, Address | None]] = {}
         neighbours: dict[str, tuple[int, bytes]] = {}
         with IPRoute() as ipr:
             links = {link["index"]: link for link in ipr.get_links()}
             if index not in links:
-                return {a: (HopState.NO_ROUTE, f"interface {name} is gone", None) for a in self._wanted}, {}, b""
+                return (
+                    dict.fromkeys(self._wanted, (HopState.NO_ROUTE, f"interface {name} is gone", None)),
+                    {},
+                    b"",
+                )
             for address in self._wanted:
                 try:
                     route = next(iter(ipr.route("get", dst=str(address))))
                 except NetlinkError as error:
-                    routes[address] = (HopState.NO_ROUTE, f"no route: {os.strerror(error.code)}", None)
+                    routes[address] = (
+                        HopState.NO_ROUTE,
+                        f"no route: {os.strerror(error.code)}",
+                        None,
+                    )
                     continue
                 out = route.get_attr("RTA_OIF")
                 gateway = route.get_attr("RTA_GATEWAY")
@@ -252,7 +258,11 @@ class NextHops:
                         None,
                     )
                 else:
-                    routes[address] = (HopState.RESOLVED, "", type(address)(gateway) if gateway else None)
+                    routes[address] = (
+                        HopState.RESOLVED,
+                        "",
+                        type(address)(gateway) if gateway else None,
+                    )
             for family in (socket.AF_INET, socket.AF_INET6):
                 for message in ipr.get_neighbours(family, ifindex=index):
                     if message.get_attr("NDA_DST"):
@@ -266,7 +276,13 @@ class NextHops:
         with IPRoute() as ipr:
             for address in wanted - self._managed:
                 try:
-                    ipr.neigh("replace", dst=address, ifindex=self.interface.index, state=0, flags_ext=NTF_EXT_MANAGED)
+                    ipr.neigh(
+                        "replace",
+                        dst=address,
+                        ifindex=self.interface.index,
+                        state=0,
+                        flags_ext=NTF_EXT_MANAGED,
+                    )
                 except NetlinkError as error:
                     log.warning("cannot manage neighbour", neighbour=address, error=str(error))
             self._release(ipr, self._managed - wanted)

@@ -50,7 +50,9 @@ def _explain(interface: str, queue: int, stage: str, number: int) -> str:
         return "this kernel has no AF_XDP; it needs CONFIG_XDP_SOCKETS=y"
     if stage == "bind":
         if number == errno.EBUSY:
-            return f"queue {queue} of {interface} has an AF_XDP socket of another program; stop that, or use another queue"
+            return (
+                f"queue {queue} of {interface} has an AF_XDP socket of another program; stop that, or use another queue"
+            )
         if number == errno.EINVAL:
             return f"{interface} has no queue {queue} (see ethtool -l {interface})"
         if number == errno.EOPNOTSUPP:
@@ -97,7 +99,8 @@ class Batch:
     def columns(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Bytes ``start`` to ``stop`` of every frame at once: a copy, shape (n, stop - start)."""
         offsets = self.descs["addr"].astype(np.int64)[:, None] + np.arange(start, stop)
-        return self._umem[offsets]
+        copied: npt.NDArray[np.uint8] = self._umem[offsets]
+        return copied
 
 
 class XskSocket:
@@ -147,9 +150,7 @@ class XskSocket:
         self.fd = int(lib.crab_xsk_fd(self._xsk))
         self.zero_copy = bool(lib.crab_xsk_zero_copy(self._xsk))
         size = frames * frame_size
-        self.umem: npt.NDArray[np.uint8] = np.frombuffer(
-            ffi.buffer(lib.crab_xsk_umem(self._xsk), size), np.uint8
-        )
+        self.umem: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(lib.crab_xsk_umem(self._xsk), size), np.uint8)
         self.mode = ""
         if load_program:
             try:

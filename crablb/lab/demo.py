@@ -278,7 +278,14 @@ class Demo:
     def _get(self, on_progress: Callable[[int], None] = lambda _: None) -> tuple[int, str]:
         """Download; bytes and SHA-256."""
         child = self.lab.client.popen(
-            "curl", "-s", "-S", "-m", "60", f"http://{VIP4}/big", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            "curl",
+            "-s",
+            "-S",
+            "-m",
+            "60",
+            f"http://{VIP4}/big",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         assert child.stdout
         digest, size = hashlib.sha256(), 0
@@ -292,16 +299,31 @@ class Demo:
     def _download(self) -> None:
         self.say(f"downloading {BIG >> 20} MiB")
         size, digest = self._get()
-        self.report.claim(f"a download of {BIG >> 20} MiB is intact", digest == self.digest, f"{size >> 20} MiB, SHA-256 {digest[:16]}...")
+        self.report.claim(
+            f"a download of {BIG >> 20} MiB is intact",
+            digest == self.digest,
+            f"{size >> 20} MiB, SHA-256 {digest[:16]}...",
+        )
 
     def _upload(self) -> None:
         self.say(f"uploading {BIG >> 20} MiB")
         self.lab.client.run(
-            "curl", "-s", "-S", "-m", "60", "-T", str(self.folder / "big"), f"http://[{VIP6}]/upload/up"
+            "curl",
+            "-s",
+            "-S",
+            "-m",
+            "60",
+            "-T",
+            str(self.folder / "big"),
+            f"http://[{VIP6}]/upload/up",
         )
         arrived = [path for s in self.lab.servers if (path := self.folder / s.name / "up").exists()]
         digest = sha256(arrived[0]) if len(arrived) == 1 else "nothing"
-        self.report.claim(f"an upload of {BIG >> 20} MiB is intact", digest == self.digest, f"SHA-256 {digest[:16]}...")
+        self.report.claim(
+            f"an upload of {BIG >> 20} MiB is intact",
+            digest == self.digest,
+            f"SHA-256 {digest[:16]}...",
+        )
 
     def _second_download(self) -> None:
         self.say(f"downloading {BIG >> 20} MiB again; killing the load balancer on the way")
@@ -328,12 +350,12 @@ class Demo:
         counters = agent_status(self.lab.client)["client"]["counters"]
         attempts = counters["offered"] + counters["retransmitted"]
         report.connection_attempts = attempts
-        xdp = self.final["xdp"]
+        xdp, redirected = self.final["xdp"], self.final["total"]["redirected"]
         report.load_balancer_packets = {"SYN": xdp["syn"], "other": xdp["other"]}
         report.claim(
             "the load balancer saw one packet of each connection, its SYN",
-            xdp["syn"] == attempts and xdp["other"] == 0 and self.final["total"]["redirected"] == attempts,
-            f"{attempts} connections: {xdp['syn']} SYNs, {xdp['other']} others, {self.final['total']['redirected']} redirected",
+            xdp["syn"] == attempts and xdp["other"] == 0 and redirected == attempts,
+            f"{attempts} connections: {xdp['syn']} SYNs, {xdp['other']} others, {redirected} redirected",
         )
         wire = report.wire_packets
         report.claim(

@@ -103,7 +103,9 @@ class Node:
     def counters(self, interface: str = "eth0") -> dict[str, int]:
         """The interface's packets and bytes: ``rx_packets``, ``tx_packets``, ``rx_bytes``, ``tx_bytes``."""
         link = json.loads(_run("ip", "-n", self.netns, "-j", "-s", "link", "show", "dev", interface))[0]
-        return {f"{way}_{what}": int(link["stats64"][way][what]) for way in ("rx", "tx") for what in ("packets", "bytes")}
+        return {
+            f"{way}_{what}": int(link["stats64"][way][what]) for way in ("rx", "tx") for what in ("packets", "bytes")
+        }
 
     @contextmanager
     def capture(self, path: Path, expression: str, interface: str = "eth0") -> Iterator[None]:
@@ -200,9 +202,7 @@ class Lab:
         return ["10.3.0.0/24", "fd00:3::/64"] if self.topology == "routed" else ["10.0.0.0/24", "fd00::/64"]
 
     @classmethod
-    def create(
-        cls, name: str, topology: Topology = "bridge", servers: int = 3, *, offload: bool = True
-    ) -> Lab:
+    def create(cls, name: str, topology: Topology = "bridge", servers: int = 3, *, offload: bool = True) -> Lab:
         """Make a lab.  ``offload=False`` switches off checksum and segmentation offload in every node.
 
         Raises :class:`ConfigError` for a name or number that cannot be, :class:`KernelError` if it exists already or
@@ -235,7 +235,9 @@ class Lab:
             state = json.loads((STATE / f"{name}.json").read_text())
         except FileNotFoundError:
             names = ", ".join(existing()) or "none"
-            raise KernelError(f"there is no lab {name} (there are: {names}); make it: crablb lab up --name {name}") from None
+            raise KernelError(
+                f"there is no lab {name} (there are: {names}); make it: crablb lab up --name {name}"
+            ) from None
         return cls(name, state["topology"], state["servers"])
 
     def node(self, name: str) -> Node:
