@@ -1,0 +1,219 @@
+"""Option lists, checksums and the load balancer's decision for one frame."""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from dataclasses import dataclass, field
+
+from tests.reference.maglev import slot
+from tests.reference.siphash import siphash
+
+FIN, SYN, RST, ACK = 1, 2, 4, 16
+EXID = b"\x43\x52"
+
+
+def split(options: bytes) -> tuple[list[bytes], bytes]:
+    """An option list as single options, and the rest that cannot be read (or begins with EOL)."""
+    found = []
+    while options:
+        if options[0] == 1:
+            found.append(options[:1])
+            options = options[1:]
+            continue
+        if options[0] == 0 or len(options) < 2 or not 2 <= options[1] <= len(options):
+            break
+        found.append(options[: options[1]])
+        options = options[options[1] :]
+    return found, options
+
+
+def is_cr(option: bytes) -> bool:
+    return option[:1] == b"\x2a" or (option[:1] == b"\xfd" and option[2:4] == EXID)
+
+
+def is_offer(option: bytes, experimental: bool) -> bool:
+    return option == (b"\xfd\x04" + EXID if experimental else b"\x2a\x02")
+
+
+def redirect_option(vip: bytes, experimental: bool) -> bytes:
+    """The redirect, padded to whole words; ``vip`` is 4 or 16 bytes."""
+    head = b"\xfd" + bytes([4 + len(vip)]) + EXID if experimental else b"\x2a" + bytes([2 + len(vip)])
+    option = head + vip
+    return option + b"\x01" * (-len(option) % 4)
+
+
+def rewrite(options: bytes, experimental: bool, vip: bytes | None) -> bytes | None:
+    """The list that goes on: CR options out, a redirect to ``vip`` in their place; None if it does not fit."""
+    found, rest = split(options)
+    cleared, touched = b"", set()
+    for option in found:
+        if is_cr(option):
+            touched |= set(range(len(cleared) // 4, (len(cleared) + len(option) - 1) // 4 + 1))
+            cleared += b"\x01" * len(option)
+        else:
+            cleared += option
+    cleared += rest
+    words = [cleared[i : i + 4] for i in range(0, len(cleared), 4)]
+    gone = [i for i in sorted(touched) if words[i] == b"\x01\x01\x01\x01"]
+    place = gone[0] if gone else 0
+    redirect = redirect_option(vip, experimental) if vip else b""
+    out = b"".join(w for i, w in enumerate(words[:place]) if i not in gone)
+    out += redirect
+    out += b"".join(w for i, w in enumerate(words) if i >= place and i not in gone)
+    return out if len(out) <= 40 else None
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071, network order."""
+    if len(data) % 2:
+        data += b"\0"
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def pseudo(source: bytes, destination: bytes, length: int) -> bytes:
+    if len(source) == 4:
+        return source + destination + struct.pack("!BBH", 0, 6, length)
+    return source + destination + struct.pack("!II", length, 6)
+
+
+@dataclass
+class Backend:
+    address: bytes  # 4 or 16 bytes
+    mac: bytes
+    source_mac: bytes
+    cr: bool = True
+    on_link: bool = True
+    usable: bool = True
+
+
+@dataclass
+class Service:
+    vip: bytes  # 4 or 16 bytes
+    port: int
+    mode: str = "negotiated"
+    prefixes: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = field(default_factory=list)
+    table: list[int] = field(default_factory=list)
+
+
+class LoadBalancer:
+    """Decides frame by frame; remembers which SYNs it saw."""
+
+    def __init__(self, services: list[Service], backends: list[Backend], seed: bytes, experimental: bool) -> None:
+        self.services, self.backends = services, backends
+        self.seed, self.experimental = seed, experimental
+        self.syns: dict[tuple[bytes, bytes], tuple[int, int]] = {}  # four-tuple, ISN -> backend, copies
+        self.flows: dict[bytes, int] = {}
+
+    def handle(self, frame: bytes) -> tuple[str, bytes | None]:
+        """What becomes of a frame: the counter's name, and the frame that is sent (None: none is)."""
+        l3 = 14
+        if len(frame) < 34:
+            return "drop_malformed", None
+        ethertype = frame[12:14]
+        if ethertype in (b"\x81\x00", b"\x88\xa8"):
+            ethertype, l3 = frame[16:18], 18
+            if len(frame) < 38:
+                return "drop_malformed", None
+        ip = frame[l3:]
+        if ethertype == b"\x08\x00":
+            if ip[0] >> 4 != 4 or ip[0] & 15 < 5:
+                return "drop_malformed", None
+            if ip[9] != 6 or ip[0] & 15 > 5 or struct.unpack("!H", ip[6:8])[0] & 0x3FFF:
+                return "drop_not_service", None
+            total, header = struct.unpack("!H", ip[2:4])[0], 20
+            source, destination = ip[12:16], ip[16:20]
+        elif ethertype == b"\x86\xdd":
+            if len(ip) < 40 or ip[0] >> 4 != 6:
+                return "drop_malformed", None
+            if ip[6] != 6:
+                return "drop_not_service", None
+            total, header = 40 + struct.unpack("!H", ip[4:6])[0], 40
+            source, destination = ip[8:24], ip[24:40]
+        else:
+            return "drop_not_service", None
+        if total > len(ip) or total < header + 20:
+            return "drop_malformed", None
+        ip = ip[:total]  # without Ethernet padding
+        tcp = ip[header:]
+        data_offset = (tcp[12] >> 4) * 4
+        if not 20 <= data_offset <= len(tcp):
+            return "drop_malformed", None
+        if header == 20 and checksum(ip[:20]) != 0:
+            return "drop_checksum", None
+        service = next(
+            (s for s in self.services if s.vip == destination and s.port == int.from_bytes(tcp[2:4], "big")), None
+        )
+        if service is None:
+            return "drop_not_service", None
+        flags = tcp[13]
+        if flags & SYN and flags & (ACK | RST | FIN):
+            return "drop_flags", None
+        bare = tcp[:16] + b"\0\0" + tcp[18:]
+        right = checksum(pseudo(source, destination, len(tcp)) + bare)
+        left_to_card = ~checksum(pseudo(source, destination, len(tcp))) & 0xFFFF
+        field_ = int.from_bytes(tcp[16:18], "big")
+        valid = checksum(pseudo(source, destination, len(tcp)) + tcp) == 0
+        if not valid and field_ != left_to_card:
+            return "drop_checksum", None
+
+        four_tuple = source + destination + tcp[:4]
+        chosen = service.table[slot(siphash(self.seed, four_tuple), len(service.table))]
+        if chosen == 65535 or not self.backends[chosen].usable:
+            chosen = -1
+        if not flags & SYN:
+            chosen = self.flows.get(four_tuple, chosen)
+            if chosen < 0:
+                return "drop_no_backend", None
+            backend = self.backends[chosen]
+            if not backend.on_link:
+                return "drop_no_path", None
+            return "fallback_established", self.send(frame[:l3], ip, header, bare, right, backend)
+
+        options, payload = tcp[20:data_offset], tcp[data_offset:]
+        key = (four_tuple, tcp[4:8])
+        chosen, copies = self.syns.get(key, (chosen, 0))
+        if chosen < 0:
+            return "drop_no_backend", None
+        self.syns[key] = chosen, copies + 1
+        self.flows[four_tuple] = chosen
+        backend = self.backends[chosen]
+        offers = any(is_offer(o, self.experimental) for o in split(options)[0])
+        client = ipaddress.ip_address(source)
+        if service.mode == "never":
+            outcome = "fallback_mode"
+        elif service.mode == "negotiated" and not offers:
+            outcome = "fallback_no_offer"
+        elif copies >= 2:
+            outcome = "fallback_retransmit"
+        elif service.prefixes and not any(client in p for p in service.prefixes):
+            outcome = "fallback_prefix"
+        elif not backend.cr:
+            outcome = "fallback_no_cr_backend"
+        elif rewrite(options, self.experimental, service.vip) is None:
+            outcome = "fallback_no_room"
+        else:
+            outcome = "redirected"
+        vip = service.vip if outcome == "redirected" else None
+        if not vip and not backend.on_link:
+            return "drop_no_path", None
+        listed = rewrite(options, self.experimental, vip)
+        assert listed is not None
+        if vip:
+            destination = backend.address
+        tcp = bare[:12] + bytes([(20 + len(listed)) << 2 | bare[12] & 15]) + bare[13:20] + listed + payload
+        right = checksum(pseudo(source, destination, len(tcp)) + tcp)
+        if header == 20:
+            ip = ip[:2] + struct.pack("!H", 20 + len(tcp)) + ip[4:10] + b"\0\0" + source + destination
+            ip = ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:]
+        else:
+            ip = ip[:4] + struct.pack("!H", len(tcp)) + ip[6:8] + source + destination
+        return outcome, self.send(frame[:l3], ip, header, tcp, right, backend)
+
+    @staticmethod
+    def send(ethernet: bytes, ip: bytes, header: int, tcp: bytes, csum: int, backend: Backend) -> bytes:
+        tcp = tcp[:16] + struct.pack("!H", csum) + tcp[18:]
+        return backend.mac + backend.source_mac + ethernet[12:] + ip[:header] + tcp

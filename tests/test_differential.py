@@ -1,0 +1,271 @@
+"""The C hot loop against the independent reference and against Scapy."""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scapy.layers.inet import IP, TCP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Dot1Q, Ether
+
+from crablb._native import ffi, lib
+from tests.native import Core, mapped
+from tests.reference import maglev, packets
+from tests.reference.siphash import siphash
+
+VIP4, VIP6 = bytes([10, 0, 0, 100]), ipaddress.ip_address("fd00::100").packed
+SEED = bytes(range(16))
+
+# ---- hash ----
+
+
+def test_the_reference_hash_is_siphash():
+    # The paper's own vector (appendix A): SipHash-2-4 of 00..0e under the key 00..0f.
+    assert siphash(SEED, bytes(range(15)), 2, 4) == 0xA129CA6149BE45E5
+
+
+@pytest.mark.skipif(sys.hash_info.algorithm != "siphash13", reason="this Python hashes otherwise")
+def test_the_reference_hash_is_pythons():
+    # With PYTHONHASHSEED=0 CPython hashes bytes by SipHash-1-3 under the zero key.
+    import subprocess
+
+    text = "print([hash(bytes(range(n))) % 2**64 for n in range(1, 40)])"
+    out = subprocess.run([sys.executable, "-c", text], env={"PYTHONHASHSEED": "0"}, capture_output=True, check=True)
+    assert eval(out.stdout) == [siphash(bytes(16), bytes(range(n))) for n in range(1, 40)]
+
+
+@given(st.binary(min_size=16, max_size=16), st.binary(max_size=300))
+def test_hash(key, data):
+    assert lib.crab_siphash13(key, data, len(data)) == siphash(key, data)
+
+
+@given(st.binary(min_size=16, max_size=16), st.booleans(), st.data())
+def test_flow_hash(key, v6, data):
+    address = st.binary(min_size=16, max_size=16) if v6 else st.binary(min_size=4, max_size=4)
+    source, destination = data.draw(address), data.draw(address)
+    ports = data.draw(st.binary(min_size=4, max_size=4))
+    low, high = (int.from_bytes(ports[i : i + 2], "little") for i in (0, 2))
+    if v6 and all(mapped(a[12:]) == a for a in (source, destination)):
+        return
+    got = lib.crab_flow_hash(key, mapped(source), mapped(destination), low, high)
+    assert got == siphash(key, source + destination + ports)
+
+
+# ---- Maglev ----
+
+members = st.lists(
+    st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 20)), max_size=12, unique_by=lambda m: m[0]
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([7, 61, 251, 1021]), members, st.binary(min_size=16, max_size=16))
+def test_maglev(size, pool, seed):
+    listed = [(address, weight, i) for i, (address, weight) in enumerate(pool)]
+    array = ffi.new("struct crab_maglev_member[]", max(1, len(listed)))
+    for entry, (address, weight, backend) in zip(array, listed, strict=False):
+        entry.addr, entry.weight, entry.backend = address, weight, backend
+    table = ffi.new("uint16_t[]", size)
+    assert lib.crab_maglev_build(table, size, array, len(listed), seed) == 0
+    assert list(table) == maglev.table(size, listed, seed)
+
+
+# ---- options ----
+
+option = st.one_of(
+    st.just(b"\x01"),
+    st.just(b"\x2a\x02"),
+    st.just(b"\xfd\x04\x43\x52"),
+    st.just(b"\xfd\x04\x43\x53"),
+    st.binary(min_size=4, max_size=4).map(lambda a: b"\x2a\x06" + a),
+    st.binary(min_size=16, max_size=16).map(lambda a: b"\x2a\x12" + a),
+    st.binary(min_size=4, max_size=4).map(lambda a: b"\xfd\x08\x43\x52" + a),
+    st.just(b"\x02\x04\x05\xb4"),
+    st.just(b"\x03\x03\x07"),
+    st.just(b"\x04\x02"),
+    st.binary(min_size=8, max_size=8).map(lambda t: b"\x08\x0a" + t),
+    st.binary(max_size=6),
+)
+
+
+@st.composite
+def option_lists(draw):
+    """0 to 40 bytes, whole words: well-formed options, and rubbish."""
+    joined = b"".join(draw(st.lists(option, max_size=10)))[:40]
+    return joined + draw(st.sampled_from([b"\0", b"\1"])) * (-len(joined) % 4)
+
+
+def native_rewrite(options: bytes, experimental: bool, vip: bytes | None) -> bytes | None:
+    out = ffi.new("uint8_t[40]")
+    n = lib.crab_option_rewrite(options, len(options), experimental, mapped(vip) if vip else ffi.NULL, out)
+    return None if n < 0 else bytes(out)[:n]
+
+
+@settings(max_examples=1000)
+@given(option_lists(), st.booleans(), st.sampled_from([None, VIP4, VIP6]))
+def test_option_rewrite(options, experimental, vip):
+    assert native_rewrite(options, experimental, vip) == packets.rewrite(options, experimental, vip)
+
+
+@settings(max_examples=1000)
+@given(option_lists(), st.booleans())
+def test_option_find(options, experimental):
+    found = packets.split(options)[0]
+    flags = lib.crab_option_find(options, len(options), experimental)
+    cr = [o for o in found if packets.is_cr(o)]
+    assert bool(flags & lib.CRAB_OPTION_OFFER) == any(packets.is_offer(o, experimental) for o in cr)
+    assert bool(flags & lib.CRAB_OPTION_OTHER) == any(packets.is_offer(o, not experimental) for o in cr)
+    assert bool(flags & lib.CRAB_OPTION_FORGED) == any(
+        not packets.is_offer(o, True) and not packets.is_offer(o, False) for o in cr
+    )
+
+
+@pytest.mark.parametrize("experimental", [False, True])
+@pytest.mark.parametrize("vip", [VIP4, VIP6])
+def test_scapy_reads_the_redirect(vip, experimental):
+    linux = [("MSS", 1460), ("SAckOK", b""), ("Timestamp", (1, 0)), ("NOP", None), ("WScale", 7)]
+    offer = b"\xfd\x04\x43\x52" if experimental else b"\x2a\x02\x01\x01"
+    options = bytes(TCP(options=linux))[20:] + offer
+    parsed = TCP(bytes(20)[:12] + b"\xf0" + bytes(7) + native_rewrite(options, experimental, vip)).options
+    assert parsed[: len(linux)] == linux
+    expected = (253, b"\x43\x52" + vip) if experimental else (42, vip)
+    assert parsed[len(linux)] == expected
+
+
+# ---- whole frames ----
+
+
+def reference(experimental: bool = False, mode: str = "negotiated") -> packets.LoadBalancer:
+    backends = [
+        packets.Backend(bytes([10, 0, 0, 11 + i]), bytes([2, 0, 0, 0, 1, i]), b"\2\0\0\0\0\2", cr=i != 2, on_link=i != 1)
+        for i in range(4)
+    ] + [
+        packets.Backend(
+            ipaddress.ip_address(f"fd00::{11 + i}").packed, bytes([2, 0, 0, 0, 2, i]), b"\2\0\0\0\0\2", cr=i != 2
+        )
+        for i in range(4)
+    ]
+    four = maglev.table(61, [(mapped(b.address), 1, i) for i, b in enumerate(backends[:4])], SEED)
+    six = maglev.table(61, [(b.address, 1, i + 4) for i, b in enumerate(backends[4:])], SEED)
+    services = [
+        packets.Service(VIP4, 80, mode, [], four),
+        packets.Service(VIP4, 443, mode, [ipaddress.ip_network("10.0.0.0/15")], four),
+        packets.Service(VIP6, 80, mode, [ipaddress.ip_network("fd00:5::/33")], six),
+        packets.Service(VIP6, 81, "never", [], six),
+    ]
+    return packets.LoadBalancer(services, backends, SEED, experimental)
+
+
+@st.composite
+def frames(draw):
+    """Mostly sound TCP packets to one of the services, made by Scapy, with whatever may go wrong."""
+    v6 = draw(st.booleans())
+    port = draw(st.sampled_from([80, 80, 80, 443, 81, 9]))
+    source = draw(
+        st.sampled_from(["fd00::1", "fd00:5::1", "fd00:5:8000::1"] if v6 else ["10.0.0.1", "10.1.2.3", "10.3.0.1"])
+    )
+    layer = (
+        IPv6(src=source, dst=str(ipaddress.ip_address(VIP6)))
+        if v6
+        else IP(src=source, dst=str(ipaddress.ip_address(VIP4)), id=draw(st.integers(0, 65535)), flags="DF")
+    )
+    flags = draw(st.sampled_from(["S", "S", "S", "S", "SE", "A", "PA", "FA", "R", "SA", "SR", "SF"]))
+    options = draw(option_lists())
+    payload = draw(st.sampled_from([b"", b"", b"x", b"payload " * 20]))
+    tcp = TCP(
+        sport=draw(st.integers(1, 40)), dport=port, flags=flags, seq=draw(st.integers(0, 3)),
+        dataofs=5 + len(options) // 4,
+    )  # fmt: skip
+    tag = [None, Dot1Q(vlan=5)][draw(st.integers(0, 7)) == 0]
+    ether = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
+    packet = (ether / tag if tag else ether) / layer
+    # Scapy lays out options itself; ours may be rubbish, so they are put in front of the payload by hand.
+    raw = bytearray(bytes(packet / tcp / (options + payload)))
+    start = len(bytes(packet))
+    # Scapy's checksum is over the whole segment, the options included: it is right.
+    damage = draw(st.sampled_from(["none"] * 8 + ["partial", "checksum", "header", "cut", "pad", "byte"]))
+    if damage == "partial":
+        addresses = raw[start - 32 : start] if v6 else raw[start - 8 : start]
+        half = len(addresses) // 2
+        sum_ = packets.checksum(packets.pseudo(bytes(addresses[:half]), bytes(addresses[half:]), len(raw) - start))
+        raw[start + 16 : start + 18] = (~sum_ & 0xFFFF).to_bytes(2, "big")
+    elif damage == "checksum":
+        raw[start + 16] ^= 0x10
+    elif damage == "header":
+        raw[start - 12] ^= 1
+    elif damage == "cut":
+        raw = raw[: draw(st.integers(0, len(raw)))]
+    elif damage == "pad":
+        raw += bytes(draw(st.integers(1, 30)))
+    elif damage == "byte" and raw:
+        raw[draw(st.integers(12, len(raw) - 1))] ^= 1 << draw(st.integers(0, 7))
+    return bytes(raw)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(frames(), min_size=1, max_size=8), st.booleans(), st.sampled_from(["negotiated", "always"]))
+def test_frames(sequence, experimental, mode):
+    """Frame by frame: the same verdict and the same bytes, state included."""
+    expected = reference(experimental, mode)
+    core = Core(expected)
+    for frame in sequence:
+        assert core.outcome(frame) == expected.handle(frame)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(frames(), min_size=1, max_size=64), st.booleans())
+def test_a_batch_is_its_frames(sequence, experimental):
+    one, all_ = Core(reference(experimental)), Core(reference(experimental))
+    assert all_.handle(*sequence) == [one.handle(frame)[0] for frame in sequence]
+    assert all_.counts() == one.counts()
+
+
+@settings(max_examples=300)
+@given(st.lists(st.binary(max_size=120), min_size=1, max_size=64))
+def test_rubbish_is_counted(rubbish):
+    core = Core(reference())
+    core.handle(*rubbish)
+    counts = core.counts()
+    assert counts.pop("received") == len(rubbish)
+    assert sum(counts.values()) == len(rubbish)
+
+
+@pytest.mark.parametrize("v6", [False, True])
+@pytest.mark.parametrize("partial", [False, True])
+def test_scapy_agrees_with_the_redirected_frame(v6, partial):
+    """Scapy makes the SYN, and computes the checksums of what comes out anew."""
+    expected = reference()
+    core = Core(expected)
+    layer = IPv6(src="fd00:5::1", dst="fd00::100") if v6 else IP(src="10.0.0.1", dst="10.0.0.100")
+    linux = [("MSS", 1460), ("SAckOK", b""), ("Timestamp", (1, 0)), ("NOP", None), ("WScale", 7)]
+    redirected = 0
+    for sport in range(1, 40):
+        tcp = TCP(sport=sport, dport=80, flags="S", options=[*linux, (42, b""), ("NOP", None), ("NOP", None)])
+        raw = bytearray(bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / layer / tcp))
+        if partial:
+            l4 = 54 if v6 else 34
+            addresses = bytes(raw[l4 - 32 : l4] if v6 else raw[l4 - 8 : l4])
+            half = len(addresses) // 2
+            sum_ = packets.checksum(packets.pseudo(addresses[:half], addresses[half:], len(raw) - l4))
+            raw[l4 + 16 : l4 + 18] = (~sum_ & 0xFFFF).to_bytes(2, "big")
+        (out,) = core.handle(bytes(raw))
+        if out is None:
+            continue
+        got = Ether(out)
+        again = Ether(out)
+        del again[TCP].chksum
+        if not v6:
+            del again[IP].chksum
+        assert bytes(again) == out
+        if core.counts().get("redirected", 0) > redirected:
+            redirected += 1
+            assert got[TCP].options[: len(linux)] == linux
+            assert got[TCP].options[len(linux)] == (42, VIP6 if v6 else VIP4)
+            assert got[IPv6 if v6 else IP].dst in {
+                str(ipaddress.ip_address(b.address)) for b in expected.backends if len(b.address) == (16 if v6 else 4)
+            }
+    assert redirected > 10
