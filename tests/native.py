@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 from typing import Any
 
-from crablb import statistics
 from crablb._native import ffi, lib
+
+from crablb import statistics
 from tests.reference import packets
 
 MODES = {"negotiated": lib.CRAB_MODE_NEGOTIATED, "always": lib.CRAB_MODE_ALWAYS, "never": lib.CRAB_MODE_NEVER}
@@ -27,9 +28,7 @@ class Core:
         for entry, b in zip(backends, reference.backends, strict=False):
             entry.addr, entry.dst_mac, entry.src_mac = mapped(b.address), b.mac, b.source_mac
             entry.flags = (
-                b.usable * lib.CRAB_BACKEND_USABLE
-                | b.cr * lib.CRAB_BACKEND_CR
-                | b.on_link * lib.CRAB_BACKEND_ON_LINK
+                b.usable * lib.CRAB_BACKEND_USABLE | b.cr * lib.CRAB_BACKEND_CR | b.on_link * lib.CRAB_BACKEND_ON_LINK
             )
         services = ffi.new("struct crab_service[]", max(1, len(reference.services)))
         prefixes: list[Any] = []

@@ -6,13 +6,13 @@ import ipaddress
 import sys
 
 import pytest
+from crablb._native import ffi, lib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Dot1Q, Ether
 
-from crablb._native import ffi, lib
 from tests.native import Core, mapped
 from tests.reference import maglev, packets
 from tests.reference.siphash import siphash
@@ -141,7 +141,9 @@ def test_scapy_reads_the_redirect(vip, experimental):
 
 def reference(experimental: bool = False, mode: str = "negotiated") -> packets.LoadBalancer:
     backends = [
-        packets.Backend(bytes([10, 0, 0, 11 + i]), bytes([2, 0, 0, 0, 1, i]), b"\2\0\0\0\0\2", cr=i != 2, on_link=i != 1)
+        packets.Backend(
+            bytes([10, 0, 0, 11 + i]), bytes([2, 0, 0, 0, 1, i]), b"\2\0\0\0\0\2", cr=i != 2, on_link=i != 1
+        )
         for i in range(4)
     ] + [
         packets.Backend(

@@ -1,0 +1,94 @@
+"""Fixtures: labs with unique names, removed whatever happens."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from crablb.lab import Lab, Node
+from crablb.lab.demo import agent_status, start_agent, start_serve
+
+ROOT = Path(__file__).parent.parent
+numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            if {"make_lab", "namespace"} & set(getattr(item, "fixturenames", ())):
+                item.add_marker(pytest.mark.skip(reason="network namespaces and BPF need root"))
+
+
+@pytest.fixture
+def make_lab() -> Iterator[Callable[..., Lab]]:
+    """``make_lab(topology="bridge", servers=1, offload=True)``: a lab of its own."""
+    labs = []
+
+    def make(topology: str = "bridge", servers: int = 1, *, offload: bool = True) -> Lab:
+        lab = Lab.create(f"t{os.getpid()}-{next(numbers)}", topology, servers, offload=offload)  # type: ignore[arg-type]
+        labs.append(lab)
+        return lab
+
+    yield make
+    for lab in labs:
+        lab.destroy()
+
+
+class World:
+    """A lab with echo servers, and agents and load balancer as asked for."""
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self.lab, self.folder = lab, folder
+
+    def servers(self, agents: bool = True, *, port: int = 80) -> None:
+        for server in self.lab.servers:
+            self.python(server, "serve", server.name, str(port), ready=True)
+            if agents:
+                start_agent(server, "server")
+
+    def client(self, *more: str) -> subprocess.Popen[str]:
+        prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
+        return start_agent(self.lab.client, "client", *prefixes, *more)
+
+    def serve(self, *more: str, what: list[str] | None = None) -> subprocess.Popen[str]:
+        return start_serve(self.lab, self.folder, *more, what=what)
+
+    def python(self, node: Node, *args: str, ready: bool = False) -> subprocess.Popen[str]:
+        """A program of tests/peers.py; with ``ready``, on return it has said so."""
+        child = node.popen(
+            sys.executable, "-m", "tests.peers", *args,
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if ready:
+            assert child.stdout and child.stderr
+            line = child.stdout.readline().strip()
+            assert line == "ready", line + child.stderr.read()
+        return child
+
+    def echo(self, host: object, *more: str, port: int = 80) -> dict[str, object]:
+        """Connect from the client, send, compare the echo; what it saw."""
+        import json
+
+        child = self.python(self.lab.client, "echo", str(host), str(port), *more)
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 0, err
+        parsed: dict[str, object] = json.loads(out)
+        return parsed
+
+    def client_counters(self) -> dict[str, int]:
+        counters: dict[str, int] = agent_status(self.lab.client)["client"]["counters"]
+        return {name: n for name, n in counters.items() if n}
+
+
+@pytest.fixture
+def make_world(make_lab: Callable[..., Lab], tmp_path: Path) -> Callable[..., World]:
+    def make(topology: str = "bridge", servers: int = 1, *, offload: bool = True) -> World:
+        return World(make_lab(topology, servers, offload=offload), tmp_path)
+
+    return make

@@ -1,0 +1,181 @@
+"""The ends of connections in the end-to-end tests: ``python -m tests.peers PROGRAM ...`` inside a node."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+
+CHUNK = 1 << 16
+
+
+def _listener(port: int) -> socket.socket:
+    sock = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return sock
+
+
+def serve(name: str, port: str) -> None:
+    """Say the name, then echo until the client has no more; then say how many bytes it was."""
+
+    def one(conn: socket.socket) -> None:
+        with conn:
+            conn.sendall(f"{name} {conn.getsockname()[0].removeprefix('::ffff:')}\n".encode())
+            total = 0
+            try:
+                while data := conn.recv(CHUNK):
+                    if data == b"reset me":
+                        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        return
+                    total += len(data)
+                    conn.sendall(data)
+                conn.sendall(f"{total}\n".encode())
+            except ConnectionError:
+                pass
+
+    with _listener(int(port)) as sock:
+        print("ready", flush=True)
+        while True:
+            threading.Thread(target=one, args=(sock.accept()[0],), daemon=True).start()
+
+
+def _line(conn: socket.socket) -> str:
+    got = b""
+    while not got.endswith(b"\n"):
+        more = conn.recv(1)
+        if not more:
+            raise EOFError(f"connection closed after {got!r}")
+        got += more
+    return got.decode().strip()
+
+
+def _connect(host: str, port: str, local_port: str = "0") -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if local_port != "0":
+        sock.bind(("", int(local_port)))
+    sock.settimeout(30)
+    sock.connect((host, int(port)))
+    return sock
+
+
+def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> None:
+    """Send ``size`` bytes, end the sending direction, read them back, and the server's count."""
+    sent = os.urandom(int(size))
+    with _connect(host, port, local_port) as conn:
+        peer = conn.getpeername()[0]
+        name, address = _line(conn).split()
+
+        def send() -> None:
+            conn.sendall(sent)
+            conn.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        got = bytearray()
+        while data := conn.recv(CHUNK):
+            got += data
+        thread.join()
+    tail = f"{len(sent)}\n".encode()
+    print(json.dumps({"peer": peer, "server": name, "accepted_on": address, "intact": bytes(got) == sent + tail}))
+
+
+def hold(host: str, port: str, local_port: str = "0") -> None:
+    """Connect, say ready, then for each line of standard input exchange it with the server."""
+    with _connect(host, port, local_port) as conn:
+        _line(conn)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            conn.sendall(line.encode())
+            print(_line(conn), flush=True)
+
+
+def refused(host: str, port: str) -> None:
+    """Connect; tell the error's name."""
+    try:
+        _connect(host, port).close()
+        print("connected")
+    except OSError as error:
+        print(type(error).__name__)
+
+
+def reset(host: str, port: str) -> None:
+    """Ask the server for a reset; tell the error's name."""
+    with _connect(host, port) as conn:
+        _line(conn)
+        conn.sendall(b"reset me")
+        try:
+            print(repr(conn.recv(1)))
+        except OSError as error:
+            print(type(error).__name__)
+
+
+def forge(vip: str, other_vip: str, good: str, outside: str) -> None:
+    """In place of a load balancer: wait for a SYN to the VIP, answer it by forged SYN-ACKs, and then a sound one.
+
+    Then tell what the client sent back.
+    """
+    from ipaddress import ip_address
+
+    from scapy.config import conf
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.inet6 import IPv6
+    from scapy.layers.l2 import Ether
+    from scapy.sendrecv import AsyncSniffer
+
+    conf.verb = 0
+    layer = IPv6 if ":" in vip else IP
+    sock = conf.L2socket(iface="eth0")
+    print("ready", flush=True)
+    while True:
+        syn = sock.recv()
+        if syn is not None and layer in syn and syn[layer].dst == vip and TCP in syn and syn[TCP].flags == "S":
+            break
+    replies: list[object] = []
+
+    def send(source: str, named: str | None, ack: int) -> None:
+        options = [("MSS", 1460)]
+        if named:
+            options += [(42, ip_address(named).packed), ("NOP", None), ("NOP", None)]
+        tcp = TCP(sport=syn[TCP].dport, dport=syn[TCP].sport, flags="SA", seq=5000, ack=ack, options=options)
+        sock.send(Ether(src=syn.dst, dst=syn.src) / layer(src=source, dst=syn[layer].src) / tcp)
+
+    isn = syn[TCP].seq
+    sniffer = AsyncSniffer(
+        iface="eth0",
+        lfilter=lambda p: TCP in p and p.src == syn.src and p[TCP].flags != "S",
+        prn=lambda p: replies.append((p[layer].dst, str(p[TCP].flags))),
+        stop_filter=lambda p: p[TCP].flags == "A",
+        started_callback=lambda: (
+            send(good, vip, isn + 2),  # another acknowledgement number
+            send(outside, vip, isn + 1),  # from outside the prefixes
+            send(good, other_vip, isn + 1),  # another VIP
+            send(good, None, isn + 1),  # no redirect at all
+            send(good, vip, isn + 1),
+        ),
+        timeout=20,
+    )
+    sniffer.start()
+    sniffer.join()
+    print(json.dumps(replies), flush=True)
+
+
+def syn(source: str, destination: str, mac: str, options: str) -> None:
+    """Send one SYN with these options (hexadecimal) from a port that is not open."""
+    from scapy.config import conf
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.inet6 import IPv6
+    from scapy.layers.l2 import Ether
+    from scapy.packet import Raw
+
+    raw = bytes.fromhex(options)
+    layer = IPv6 if ":" in destination else IP
+    tcp = TCP(sport=4242, dport=80, flags="S", seq=77, dataofs=5 + len(raw) // 4)
+    conf.L2socket(iface="eth0").send(Ether(dst=mac) / layer(src=source, dst=destination) / tcp / Raw(raw))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
