@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,11 @@ from crablb.lab.demo import agent_status, start_agent, start_serve
 
 ROOT = Path(__file__).parent.parent
 numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    # A terminated run removes its namespaces like an interrupted one.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +44,14 @@ def make_lab() -> Iterator[Callable[..., Lab]]:
     yield make
     for lab in labs:
         lab.destroy()
+
+
+def answer(child: subprocess.Popen[str]) -> str:
+    """The next line the program says; if it died instead, why."""
+    assert child.stdout and child.stderr
+    line = child.stdout.readline().strip()
+    assert line, child.stderr.read()
+    return line
 
 
 class World:
@@ -66,9 +80,7 @@ class World:
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         if ready:
-            assert child.stdout and child.stderr
-            line = child.stdout.readline().strip()
-            assert line == "ready", line + child.stderr.read()
+            assert answer(child) == "ready"
         return child
 
     def echo(self, host: object, *more: str, port: int = 80) -> dict[str, object]:

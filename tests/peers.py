@@ -114,9 +114,9 @@ def reset(host: str, port: str) -> None:
 
 
 def forge(vip: str, other_vip: str, good: str, outside: str) -> None:
-    """In place of a load balancer: wait for a SYN to the VIP, answer it by forged SYN-ACKs, and then a sound one.
+    """On the switch, in place of a load balancer: answer a SYN to the VIP by forged SYN-ACKs, and then a sound one.
 
-    Then tell what the client sent back.
+    Then tell what the client sent back, up to its first ACK.
     """
     from ipaddress import ip_address
 
@@ -124,17 +124,15 @@ def forge(vip: str, other_vip: str, good: str, outside: str) -> None:
     from scapy.layers.inet import IP, TCP
     from scapy.layers.inet6 import IPv6
     from scapy.layers.l2 import Ether
-    from scapy.sendrecv import AsyncSniffer
 
     conf.verb = 0
     layer = IPv6 if ":" in vip else IP
-    sock = conf.L2socket(iface="eth0")
+    sock = conf.L2socket(iface="client")
     print("ready", flush=True)
     while True:
         syn = sock.recv()
         if syn is not None and layer in syn and syn[layer].dst == vip and TCP in syn and syn[TCP].flags == "S":
             break
-    replies: list[object] = []
 
     def send(source: str, named: str | None, ack: int) -> None:
         options = [("MSS", 1460)]
@@ -144,22 +142,16 @@ def forge(vip: str, other_vip: str, good: str, outside: str) -> None:
         sock.send(Ether(src=syn.dst, dst=syn.src) / layer(src=source, dst=syn[layer].src) / tcp)
 
     isn = syn[TCP].seq
-    sniffer = AsyncSniffer(
-        iface="eth0",
-        lfilter=lambda p: TCP in p and p.src == syn.src and p[TCP].flags != "S",
-        prn=lambda p: replies.append((p[layer].dst, str(p[TCP].flags))),
-        stop_filter=lambda p: p[TCP].flags == "A",
-        started_callback=lambda: (
-            send(good, vip, isn + 2),  # another acknowledgement number
-            send(outside, vip, isn + 1),  # from outside the prefixes
-            send(good, other_vip, isn + 1),  # another VIP
-            send(good, None, isn + 1),  # no redirect at all
-            send(good, vip, isn + 1),
-        ),
-        timeout=20,
-    )
-    sniffer.start()
-    sniffer.join()
+    send(good, vip, isn + 2)  # another acknowledgement number
+    send(outside, vip, isn + 1)  # from outside the prefixes
+    send(good, other_vip, isn + 1)  # another VIP
+    send(good, None, isn + 1)  # no redirect at all
+    send(good, vip, isn + 1)
+    replies: list[tuple[str, str]] = []
+    while not replies or replies[-1][1] != "A":
+        packet = sock.recv()
+        if packet is not None and packet.src == syn.src and TCP in packet and packet[TCP].flags != "S":
+            replies.append((packet[layer].dst, str(packet[TCP].flags)))
     print(json.dumps(replies), flush=True)
 
 
