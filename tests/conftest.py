@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -52,6 +56,57 @@ def answer(child: subprocess.Popen[str]) -> str:
     line = child.stdout.readline().strip()
     assert line, child.stderr.read()
     return line
+
+
+CLONE_NEWNET = 0x40000000
+
+
+@contextmanager
+def inside(netns: str | Path) -> Iterator[None]:
+    """This thread is in a network namespace (a name, or a path) while in the context."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as home, open(Path("/run/netns") / netns) as there:
+        if libc.setns(there.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+        try:
+            yield
+        finally:
+            if libc.setns(home.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+
+
+@dataclass
+class Pair:
+    """A namespace that the test is in, with the veth pair veth0 and veth1; nothing but the test sends on it."""
+
+    netns: str
+
+    def ip(self, *line: str) -> str:
+        return subprocess.run(["ip", "-n", self.netns, *line], check=True, capture_output=True, text=True).stdout
+
+    def wire(self) -> socket.socket:
+        """A packet socket on veth1: what it sends comes in at veth0, what veth0 sends comes in here."""
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        sock.bind(("veth1", 0))
+        sock.settimeout(10)
+        return sock
+
+
+@pytest.fixture
+def namespace() -> Iterator[Pair]:
+    name = f"crab-t{os.getpid()}-{next(numbers)}"
+    pair = Pair(name)
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        with inside(name):
+            Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+            pair.ip("link", "set", "lo", "up")
+            pair.ip("link", "add", "veth0", "numrxqueues", "2", "numtxqueues", "2", "type", "veth", "peer", "name", "veth1")
+            pair.ip("link", "set", "veth0", "up")
+            pair.ip("link", "set", "veth1", "up")
+            yield pair
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
 
 
 class World:
