@@ -44,7 +44,7 @@ class _Problems:
         self.found: list[str] = []
 
     def add(self, where: str, what: str) -> None:
-        self.found.append(f"{where}: {what}")
+        self.found.append(f"{where}: {what}" if where else what)
 
     def attempt(self, where: str, parse: Callable[..., T], *args: Any) -> T | None:
         """``parse(*args)``, or None after noting why not."""
@@ -73,7 +73,8 @@ def _address(text: str, what: str) -> Address:
             raise ConfigError(f"{text} is an IPv4-mapped address; write {address.ipv4_mapped}")
     for name in ("unspecified", "loopback", "multicast", "link_local"):
         if getattr(address, f"is_{name}"):
-            raise ConfigError(f"{text} is a {name.replace('_', '-')} address and cannot be {what}")
+            article = "an" if name == "unspecified" else "a"
+            raise ConfigError(f"{text} is {article} {name.replace('_', '-')} address and cannot be {what}")
     if str(address) == "255.255.255.255":
         raise ConfigError(f"{text} is the broadcast address and cannot be {what}")
     return address
@@ -194,7 +195,7 @@ def _backend_entry(entry: object) -> Backend:
     if not isinstance(entry, dict):
         raise ConfigError(f"{entry!r} is neither an address nor a table {{address=..., weight=..., cr=...}}")
     problems = _Problems()
-    _unknown_keys(problems, "entry", entry, ("address", "weight", "cr"))
+    _unknown_keys(problems, "", entry, ("address", "weight", "cr"))
     backend = problems.attempt("address", lambda: parse_backend(_string(entry.get("address", ""))))
     weight = problems.attempt("weight", _weight, entry.get("weight", 1))
     if not isinstance(entry.get("cr", True), bool):
@@ -214,7 +215,7 @@ def _service_entry(entry: object) -> Service:
     if not isinstance(entry, dict):
         raise ConfigError("must be a table, written [[service]]")
     problems = _Problems()
-    _unknown_keys(problems, "entry", entry, ("address", "mode", "redirect_clients", "backends"))
+    _unknown_keys(problems, "", entry, ("address", "mode", "redirect_clients", "backends"))
     vip = problems.attempt("address", lambda: parse_vip(_string(entry.get("address", ""))))
     mode = problems.attempt("mode", _enum, Mode, entry.get("mode", "negotiated"))
     backends = [

@@ -237,6 +237,9 @@ uint32_t crab_xsk_send(struct crab_xsk *xsk, const struct crab_desc *descs, uint
 int crab_xsk_kick(struct crab_xsk *xsk);
 /* Take back the frames that were sent. */
 uint32_t crab_xsk_reap(struct crab_xsk *xsk);
+/* The socket's pending error (an errno), taken; 0 if there is none.  When its interface is unregistered a socket gets
+ * ENETDOWN, but poll(2) does not tell. */
+int crab_xsk_error(const struct crab_xsk *xsk);
 uint64_t crab_xsk_dropped(const struct crab_xsk *xsk);
 int crab_xsk_statistics(const struct crab_xsk *xsk, struct crab_xsk_stats *out);
 void crab_xsk_frames(const struct crab_xsk *xsk, struct crab_xsk_places *out);
@@ -253,8 +256,8 @@ void crab_worker_free(struct crab_worker *worker);
 /* Receive, work, send; sleep while there is nothing to do.  Returns 0 after crab_worker_stop, or -errno when the
  * socket fails (the interface is gone). */
 int crab_worker_run(struct crab_worker *worker);
-/* One round: wait at most timeout_ms (negative: for ever) for frames, and work on them.  Returns how many were received,
- * or -errno. */
+/* One round: wait at most timeout_ms (and at most a second) for frames, and work on them.  Returns how many were
+ * received, or -errno. */
 int crab_worker_once(struct crab_worker *worker, int timeout_ms);
 /* From any thread: make crab_worker_run return. */
 void crab_worker_stop(struct crab_worker *worker);

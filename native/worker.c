@@ -111,14 +111,15 @@ int crab_worker_once(struct crab_worker *w, int timeout_ms)
     /* Frames that the kernel has not sent yet are kicked again soon, not when the next SYN happens to come. */
     if (w->xsk->in_tx && (timeout_ms < 0 || timeout_ms > 1))
         timeout_ms = 1;
-    if (poll(fds, 2, timeout_ms) < 0)
+    /* An interface that goes is only seen by looking: see crab_xsk_error. */
+    if (timeout_ms < 0 || timeout_ms > 1000)
+        timeout_ms = 1000;
+    int ready = poll(fds, 2, timeout_ms);
+    if (ready < 0)
         return errno == EINTR ? 0 : -errno;
-    if (fds[0].revents & (POLLERR | POLLNVAL)) {
-        int error = 0;
-        socklen_t len = sizeof error;
-        getsockopt(w->xsk->fd, SOL_SOCKET, SO_ERROR, &error, &len);
-        return error ? -error : -ENETDOWN;
-    }
+    int error = ready && !(fds[0].revents & (POLLERR | POLLNVAL)) ? 0 : crab_xsk_error(w->xsk);
+    if (error)
+        return -error;
     return work(w);
 }
 

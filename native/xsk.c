@@ -272,6 +272,15 @@ int crab_xsk_kick(struct crab_xsk *x)
     return 0; /* still frames in the ring: the next kick goes on */
 }
 
+int crab_xsk_error(const struct crab_xsk *x)
+{
+    int error = 0;
+    socklen_t len = sizeof error;
+    if (getsockopt(x->fd, SOL_SOCKET, SO_ERROR, &error, &len))
+        return errno;
+    return error;
+}
+
 uint64_t crab_xsk_dropped(const struct crab_xsk *x)
 {
     return x->dropped;

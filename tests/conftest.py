@@ -84,10 +84,10 @@ class Pair:
     def ip(self, *line: str) -> str:
         return subprocess.run(["ip", "-n", self.netns, *line], check=True, capture_output=True, text=True).stdout
 
-    def wire(self) -> socket.socket:
+    def wire(self, name: str = "veth1") -> socket.socket:
         """A packet socket on veth1: what it sends comes in at veth0, what veth0 sends comes in here."""
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        sock.bind(("veth1", 0))
+        sock.bind((name, 0))
         sock.settimeout(10)
         return sock
 
@@ -101,7 +101,7 @@ def namespace() -> Iterator[Pair]:
         with inside(name):
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
             pair.ip("link", "set", "lo", "up")
-            pair.ip("link", "add", "veth0", "numrxqueues", "2", "numtxqueues", "2", "type", "veth", "peer", "name", "veth1")
+            pair.ip("link", "add", "veth0", "type", "veth", "peer", "name", "veth1")
             pair.ip("link", "set", "veth0", "up")
             pair.ip("link", "set", "veth1", "up")
             yield pair

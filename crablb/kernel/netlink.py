@@ -194,9 +194,10 @@ class NextHops:
             # Events that came meanwhile are newer than the dump; they wait in the socket and are read after it.
             self._neighbours = neighbours
             self._managed &= neighbours.keys()  # a link that went down took its entries with it
-        missing = self._hop_addresses() - {
-            a for a, (state, mac) in self._neighbours.items() if state & NUD_PERMANENT and mac
-        }
+        # An entry that the administrator made permanent is his: not managed, and never removed by us.
+        permanent = {a for a, (state, mac) in self._neighbours.items() if state & NUD_PERMANENT and mac}
+        self._managed -= permanent
+        missing = self._hop_addresses() - permanent
         if missing != self._managed:
             await loop.run_in_executor(self._thread, self._manage, missing)
         hops = {address: self._hop(address) for address in self._wanted}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import time
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
@@ -191,13 +192,21 @@ class XskSocket:
         return self.fd
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for frames, at most ``timeout`` seconds; False if none came."""
+        """Wait for frames, at most ``timeout`` seconds; False if none came.
+
+        Raises :class:`XskError` if the interface is gone.
+        """
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
-        events = poll.poll(None if timeout is None else timeout * 1000)
-        if events and events[0][1] & (select.POLLERR | select.POLLNVAL):
-            raise XskError(f"interface {self.interface} is gone", errno.ENETDOWN)
-        return bool(events)
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = 1.0 if end is None else max(0.0, min(1.0, end - time.monotonic()))
+            events = poll.poll(left * 1000)
+            # An interface that goes is only seen by looking: see crab_xsk_error.
+            if not events and lib.crab_xsk_error(self._xsk):
+                raise XskError(f"interface {self.interface} is gone", errno.ENETDOWN)
+            if events or (end is not None and time.monotonic() >= end):
+                return bool(events)
 
     def receive(self, n: int = 64) -> Batch:
         """Take up to ``n`` frames that have come (none: an empty batch).  They are yours until sent or released."""

@@ -1,0 +1,248 @@
+"""Configurations: what they mean, and every fault of a bad one."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crablb.config import config_from_args, load_config, parse_backend, parse_prefix, parse_service, parse_vip
+from crablb.errors import ConfigError
+from crablb.model import Backend, Mode, OptionForm, Vip, XdpMode
+
+GOOD = """
+interface = "eth1"
+option = "experimental"
+seed = "00112233445566778899aabbccddeeff"
+xdp_mode = "generic"
+queues = 2
+table_size = 655373
+flows = 1024
+
+[[service]]
+address = "tcp://10.0.0.100:80"
+mode = "always"
+redirect_clients = ["10.0.0.0/8", "192.168.0.0/16"]
+backends = ["10.0.0.11", "10.0.0.12*3", { address = "10.0.0.13", weight = 2, cr = false }]
+
+[[service]]
+address = "tcp://[fd00::100]:443"
+backends = ["fd00::11", "[fd00::12]*0"]
+"""
+
+
+def test_everything(tmp_path):
+    path = tmp_path / "lb.toml"
+    path.write_text(GOOD)
+    config = load_config(path)
+    assert config.interface == "eth1"
+    assert config.option is OptionForm.EXPERIMENTAL
+    assert config.seed == bytes.fromhex("00112233445566778899aabbccddeeff")
+    assert config.xdp_mode is XdpMode.GENERIC
+    assert (config.queues, config.table_size, config.flows) == (2, 655373, 1024)
+    first, second = config.services
+    assert first.vip == Vip(ip_address("10.0.0.100"), 80)
+    assert first.mode is Mode.ALWAYS
+    assert first.redirect_clients == (ip_network("10.0.0.0/8"), ip_network("192.168.0.0/16"))
+    assert first.backends == (
+        Backend(ip_address("10.0.0.11")),
+        Backend(ip_address("10.0.0.12"), 3),
+        Backend(ip_address("10.0.0.13"), 2, cr=False),
+    )
+    assert second.mode is Mode.NEGOTIATED
+    assert second.backends == (Backend(ip_address("fd00::11")), Backend(ip_address("fd00::12"), 0))
+    assert load_config(path, "eth9").interface == "eth9"
+
+
+def test_from_arguments_and_from_a_file_are_the_same(tmp_path):
+    path = tmp_path / "lb.toml"
+    path.write_text(
+        'interface = "eth0"\n[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = ["10.0.0.11", "10.0.0.12*3"]\n'
+    )
+    assert config_from_args("eth0", ["tcp://10.0.0.100:80=10.0.0.11, 10.0.0.12*3"]) == load_config(path)
+
+
+BAD_VIPS = {
+    "10.0.0.100:80": "'10.0.0.100:80' has no protocol; write tcp://10.0.0.100:80",
+    "udp://10.0.0.100:80": "protocol 'udp' is not supported; connection redirection is made for tcp",
+    "tcp://10.0.0.100": "'tcp://10.0.0.100' is not tcp://ADDRESS:PORT",
+    "tcp://fd00::100:80": "'tcp://fd00::100:80' is not tcp://ADDRESS:PORT"
+    " (an IPv6 address stands in brackets: tcp://[fd00::100]:80)",
+    "tcp://10.0.0.100:0": "'0' is not a port (1 to 65535)",
+    "tcp://10.0.0.100:65536": "'65536' is not a port (1 to 65535)",
+    "tcp://10.0.0.100:http": "'http' is not a port (1 to 65535)",
+    "tcp://10.0.0.256:80": "'10.0.0.256' is not an IP address (a VIP is written 10.0.0.1 or [fd00::1])",
+    "tcp://127.0.0.1:80": "127.0.0.1 is a loopback address and cannot be a VIP",
+    "tcp://0.0.0.0:80": "0.0.0.0 is an unspecified address and cannot be a VIP",
+    "tcp://224.0.0.1:80": "224.0.0.1 is a multicast address and cannot be a VIP",
+    "tcp://[fe80::1]:80": "[fe80::1] is a link-local address and cannot be a VIP",
+    "tcp://[fe80::1%eth0]:80": "[fe80::1%eth0] has a zone; give an address that is unique without one",
+    "tcp://[::ffff:10.0.0.1]:80": "[::ffff:10.0.0.1] is an IPv4-mapped address; write 10.0.0.1",
+    "tcp://255.255.255.255:80": "255.255.255.255 is the broadcast address and cannot be a VIP",
+}
+BAD_BACKENDS = {
+    "": "'' is not an IP address (a backend is written 10.0.0.1 or [fd00::1])",
+    "10.0.0.11:80": "'10.0.0.11:80' has a port; redirection and direct server return keep the VIP's port,"
+    " so leave it out",
+    "[fd00::11]:80": "'[fd00::11]:80' has a port; redirection and direct server return keep the VIP's port,"
+    " so leave it out",
+    "10.0.0.11*x": "'x' is not a weight (0 to 65535)",
+    "10.0.0.11*-1": "'-1' is not a weight (0 to 65535)",
+    "10.0.0.11*65536": "65536 is not a weight (0 to 65535)",
+    "server1": "'server1' is not an IP address (a backend is written 10.0.0.1 or [fd00::1])",
+}
+
+
+@pytest.mark.parametrize("text", BAD_VIPS)
+def test_bad_vips(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_vip(text)
+    assert str(caught.value) == BAD_VIPS[text]
+
+
+@pytest.mark.parametrize("text", BAD_BACKENDS)
+def test_bad_backends(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_backend(text)
+    assert str(caught.value) == BAD_BACKENDS[text]
+
+
+def test_bad_prefixes():
+    with pytest.raises(ConfigError, match=r"^10.0.0.1/24 has bits set behind the prefix; write 10.0.0.0/24$"):
+        parse_prefix("10.0.0.1/24")
+    with pytest.raises(ConfigError, match=r"^'here' is not a prefix \(10.0.0.0/8 or fd00::/8\)$"):
+        parse_prefix("here")
+
+
+def test_every_fault_of_a_service_at_once():
+    with pytest.raises(ConfigError) as caught:
+        config_from_args(
+            "eth0",
+            [
+                "tcp://10.0.0.100:http=10.0.0.11,10.0.0.300",
+                "tcp://10.0.0.101:80",
+                "tcp://10.0.0.102:80=10.0.0.11,10.0.0.11,fd00::1,10.0.0.103",
+                "tcp://10.0.0.102:80=10.0.0.12",
+                "tcp://10.0.0.103:80=10.0.0.12*0",
+            ],
+        )
+    first, second, third, fourth, fifth = (
+        "--service tcp://10.0.0.100:http=10.0.0.11,10.0.0.300",
+        "--service tcp://10.0.0.101:80",
+        "--service tcp://10.0.0.102:80=10.0.0.11,10.0.0.11,fd00::1,10.0.0.103",
+        "--service tcp://10.0.0.102:80=10.0.0.12",
+        "--service tcp://10.0.0.103:80=10.0.0.12*0",
+    )
+    assert caught.value.problems == [
+        f"{first}: VIP: 'http' is not a port (1 to 65535)",
+        f"{first}: backend 2: '10.0.0.300' is not an IP address (a backend is written 10.0.0.1 or [fd00::1])",
+        f"{second}: 'tcp://10.0.0.101:80' is not VIP=BACKEND,BACKEND,... (tcp://10.0.0.100:80=10.0.0.11,10.0.0.12)",
+        f"{third}: backend 10.0.0.11 is named twice; use a weight instead",
+        f"{third}: backend fd00::1 is IPv6 and 10.0.0.102:80 is IPv4; a client can only be redirected"
+        " within one family",
+        f"{third}: backend 10.0.0.103 is also a VIP ({fifth}); give it an own address",
+        f"{fourth}: tcp://10.0.0.102:80 is served already by {third}; put all its backends there",
+        f"{fifth}: every backend of tcp://10.0.0.103:80 has weight 0; give one a weight",
+    ]
+
+
+BAD_FILES = {
+    "interface = ": ["Invalid value (at end of document)"],
+    "": [
+        "interface is missing; add interface = 'eth0', or pass --iface",
+        "no [[service]]; add one with address and backends",
+    ],
+    'interface = "eth0"\nqueue = 3\ntable_size = 100\nseed = "x"\nxdp_mode = "fast"\nservice = 3': [
+        "unknown key 'queue'; did you mean queues?",
+        "xdp_mode: 'fast' is not one of auto, native, generic",
+        "seed: must be 32 hexadecimal digits (make one: openssl rand -hex 16)",
+        "table_size: 100 is not prime, as a Maglev table must be (65537 and 655373 are usual)",
+        "service: 3 is not a list",
+    ],
+    'interface = "eth0"\n\n[[service]]\naddress = "tcp://10.0.0.100:80"\nbackend = ["10.0.0.11"]\nmode = "yes"\n': [
+        "service 1 (line 3): unknown key 'backend'; did you mean backends?",
+        "service 1 (line 3): mode: 'yes' is not one of negotiated, always, never",
+    ],
+    'interface = "eth0"\n[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = [7, {address="10.0.0.1", w=1}]\n'
+    'redirect_clients = ["10.0.0.1/8"]\n[[service]]\naddress = "tcp://10.0.0.101:80"\n'
+    'backends = ["10.0.0.1"]\nredirect_clients = []\n': [
+        "service 1 (line 2): backends[0]: 7 is neither an address nor a table {address=..., weight=..., cr=...}",
+        "service 1 (line 2): backends[1]: unknown key 'w'; known are address, cr, weight",
+        "service 1 (line 2): redirect_clients[0]: 10.0.0.1/8 has bits set behind the prefix; write 10.0.0.0/8",
+        "service 2 (line 6): redirect_clients: is empty; leave it out to mean all, or set mode = 'never' for none",
+    ],
+    'interface = "eth0"\ntable_size = 7\n[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = ["10.0.1.1",'
+    '"10.0.1.2","10.0.1.3","10.0.1.4","10.0.1.5","10.0.1.6","10.0.1.7","10.0.1.8"]\n'
+    'redirect_clients = ["fd00::/8"]\n[[service]]\naddress = "tcp://10.0.0.101:80"\nbackends = []\n': [
+        "service 1 (line 3): redirect_clients: fd00::/8 can hold no client of tcp://10.0.0.100:80",
+        "service 1 (line 3): 8 backends do not fit a table of 7 slots; set table_size to a prime above 800",
+        "service 2 (line 7): tcp://10.0.0.101:80 has no backends; name at least one",
+    ],
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES, ids=range(len(BAD_FILES)))
+def test_bad_files(tmp_path, text):
+    path = tmp_path / "lb.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    found = [problem.removeprefix(f"{path}: ") for problem in caught.value.problems]
+    assert sorted(found) == sorted(BAD_FILES[text])
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file or directory"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(tmp_path / "binary.toml")
+
+
+texts = st.text("0123456789abcdef:.[]/*=,tcp %-x" + "\u0665é", max_size=40)
+
+
+@given(text=texts)
+@settings(deadline=None)
+def test_garbage_is_a_config_error_or_a_value(text):
+    for parse in (parse_vip, parse_backend, parse_prefix, parse_service):
+        try:
+            parse(text)
+        except ConfigError as error:
+            assert str(error)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3))
+keys = st.sampled_from(["interface", "option", "seed", "xdp_mode", "queues", "table_size", "flows", "other"])
+entry_keys = st.sampled_from(["address", "mode", "redirect_clients", "backends", "other"])
+
+
+def toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml(k)} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return "nan" if value is None else str(value)
+
+
+@given(table=st.dictionaries(keys, values), entries=st.lists(st.dictionaries(entry_keys, values), max_size=3))
+@settings(deadline=None)
+def test_garbage_files_are_config_errors(tmp_path_factory, table, entries):
+    lines = [f"{k} = {toml(v)}" for k, v in table.items()]
+    for entry in entries:
+        lines += ["[[service]]", *(f"{k} = {toml(v)}" for k, v in entry.items())]
+    path = tmp_path_factory.mktemp("config") / "lb.toml"
+    path.write_text("\n".join(lines))
+    try:
+        load_config(path)
+    except ConfigError as error:
+        assert all(problem.startswith(str(path)) for problem in error.problems)
