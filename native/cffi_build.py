@@ -7,6 +7,7 @@ own headers.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def declarations(header: Path) -> str:
     return "\n".join(kept)
 
 
+# CRABLB_DEBUG=1 pip install -e . builds the hot loop with its assertions: frames are conserved at every batch's end.
+DEBUG = ["-DCRAB_DEBUG", "-UNDEBUG"] if os.environ.get("CRABLB_DEBUG") else []
+
 native = FFI()
 native.cdef(KERNEL_TYPES + declarations(ROOT / "bpf/maps.h") + declarations(ROOT / "native/crablb.h"))
 native.set_source(
@@ -44,7 +48,7 @@ native.set_source(
     sources=NATIVE,
     include_dirs=["native", "bpf"],
     extra_compile_args=["-std=gnu11", "-O3", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
-                        "-fno-strict-aliasing", "-fvisibility=hidden"],
+                        "-fno-strict-aliasing", "-fvisibility=hidden", *DEBUG],
     extra_link_args=["-pthread"],
 )  # fmt: skip
 

@@ -32,7 +32,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             metavar="tcp://ADDRESS:PORT",
             help="a VIP (IPv6 in brackets); repeatable",
         )
-        role.add_argument("--cgroup", metavar="DIR", help="only processes in this cgroup v2 (default: all)")
+        role.add_argument(
+            "--cgroup",
+            metavar="DIR",
+            default=os.environ.get("CRABLB_CGROUP"),
+            help="only processes in this cgroup v2 (default: $CRABLB_CGROUP, else all)",
+        )
         role.add_argument("--detach", action="store_true", help="leave it in the kernel, without a process")
     client.add_argument(
         "--backends",

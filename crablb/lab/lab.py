@@ -64,7 +64,8 @@ class Node:
     def command(self, args: Sequence[str]) -> list[str]:
         """``args`` as a command that runs in the node, whoever starts it."""
         # `ip netns exec` would mount another /sys, and with it hide the BPF file system and the cgroups.
-        enter = 'echo $$ > "$0/cgroup.procs" && exec nsenter --net="$1" -- "${@:2}"'
+        # The agents' default cgroup is the node's: the nodes share one kernel, and so its root cgroup.
+        enter = 'echo $$ > "$0/cgroup.procs" && CRABLB_CGROUP=$0 exec nsenter --net="$1" -- "${@:2}"'
         return ["bash", "-c", enter, str(self.cgroup), str(self.path), *args]
 
     def run(self, *args: str, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
