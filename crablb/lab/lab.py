@@ -7,6 +7,7 @@ import re
 import select
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address
@@ -112,7 +113,9 @@ class Node:
     def capture(self, path: Path, expression: str, interface: str = "eth0") -> Iterator[None]:
         """tcpdump into ``path`` while in the context; whole from its first packet to its last."""
         child = self.popen(
-            "tcpdump", "-i", interface, "-U", "-n", "--immediate-mode", "-w", str(path), expression,
+            # The ring's slots have the snapshot's size: with tcpdump's own it has eight.
+            "tcpdump", "-i", interface, "-s", "256", "-B", "16384", "-U", "-n", "--immediate-mode",
+            "-w", str(path), expression,
             stderr=subprocess.PIPE,
         )  # fmt: skip
         assert child.stderr
@@ -124,9 +127,15 @@ class Node:
         try:
             yield
         finally:
-            # tcpdump tells of its own reading in a signal-safe way: SIGTERM, and what it has is written.
+            # A signal makes tcpdump leave its ring as it is; when it waits in poll(2), the ring is empty.
+            end = time.monotonic() + 10
+            while "poll" not in Path(f"/proc/{child.pid}/wchan").read_text() and time.monotonic() < end:
+                time.sleep(0.01)
             child.terminate()
-            child.communicate()
+            said = child.communicate()[1]
+        lost = re.search(r"^([1-9]\d*) packets? dropped by kernel", said, re.MULTILINE)
+        if lost:
+            raise KernelError(f"the capture in {self.netns} is incomplete: {lost[0]}; is the machine overloaded?")
 
     def end(self) -> None:
         """End every process in the node."""
