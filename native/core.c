@@ -186,6 +186,38 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
     return backend;
 }
 
+static inline bool same_family(const struct crab_packet *p, const struct crab_backend *backend)
+{
+    return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
+}
+
+/* Forward a frame, whose headers are right otherwise, by direct server return.  Returns `outcome`, or the counter of
+ * what became of it instead. */
+static inline enum crab_counter send_by_dsr(struct crab_core *core, struct crab_frame *frame, const struct item *it,
+                                            const struct crab_backend *backend, enum crab_counter outcome)
+{
+    const struct crab_packet *p = &it->packet;
+    bool on_link = backend->flags & CRAB_BACKEND_ON_LINK;
+    uint32_t how = it->service->fallback;
+    if (crab_likely(on_link && how != CRAB_FALLBACK_IPIP && same_family(p, backend))) {
+        crab_set_macs(frame->data, backend);
+        return outcome;
+    }
+    if (crab_unlikely(how == CRAB_FALLBACK_L2))
+        return CRAB_C_DROP_NO_PATH;
+    uint32_t outer = crab_outer_header(backend);
+    if (crab_unlikely(frame->len - p->l3 + outer > backend->mtu)) {
+        if (p->family == 4 && !(frame->data[p->l3 + 6] & 0x40))
+            return CRAB_C_DROP_TOO_BIG;
+        frame->data = crab_answer_too_big(frame->data, &frame->len, p, backend->mtu - outer);
+        return CRAB_C_TOO_BIG;
+    }
+    frame->data = crab_encapsulate(frame->data, &frame->len, p, backend, it->hash);
+    crab_set_macs(frame->data, backend);
+    core->counters[CRAB_C_ENCAPSULATED]++;
+    return outcome;
+}
+
 /* Why this SYN goes by fallback, or CRAB_C_REDIRECTED. */
 static inline enum crab_counter decide(const struct crab_snapshot *s, const struct item *it, const uint8_t *ip,
                                        int found, const struct crab_backend *backend, unsigned copies)
@@ -199,7 +231,7 @@ static inline enum crab_counter decide(const struct crab_snapshot *s, const stru
         return CRAB_C_FALLBACK_RETRANSMIT;
     if (crab_unlikely(!may_be_redirected(s, service, ip, it->packet.family)))
         return CRAB_C_FALLBACK_PREFIX;
-    if (crab_unlikely(!(backend->flags & CRAB_BACKEND_CR)))
+    if (crab_unlikely(!(backend->flags & CRAB_BACKEND_CR) || !same_family(&it->packet, backend)))
         return CRAB_C_FALLBACK_NO_CR_BACKEND;
     return CRAB_C_REDIRECTED;
 }
@@ -234,18 +266,16 @@ static inline enum crab_counter forward_syn(struct crab_core *core, const struct
     if (crab_likely(n >= 0)) {
         const uint8_t *dip = p->family == 4 ? backend->addr + 12 : backend->addr;
         frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, dip);
-    } else {
-        if (crab_unlikely(!(backend->flags & CRAB_BACKEND_ON_LINK)))
-            return CRAB_C_DROP_NO_PATH;
-        /* Without CR options the list stays, to the byte. */
-        if (found)
-            n = crab_option_rewrite(options, options_len, s->form, NULL, list);
-        else
-            memcpy(list, options, (size_t)(n = (int)options_len));
-        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, NULL);
+        crab_set_macs(frame->data, backend);
+        return outcome;
     }
-    crab_set_macs(frame->data, backend);
-    return outcome;
+    /* Without CR options the list stays, to the byte. */
+    if (found)
+        n = crab_option_rewrite(options, options_len, s->form, NULL, list);
+    else
+        memcpy(list, options, (size_t)(n = (int)options_len));
+    frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, NULL);
+    return send_by_dsr(core, frame, it, backend, outcome);
 }
 
 /* Second pass, any other packet of a VIP: it belongs to a connection that goes by fallback. */
@@ -267,13 +297,9 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
         if (id == CRAB_NO_BACKEND)
             return CRAB_C_DROP_NO_BACKEND;
     }
-    const struct crab_backend *backend = &s->backends[id];
-    if (!(backend->flags & CRAB_BACKEND_ON_LINK))
-        return CRAB_C_DROP_NO_PATH;
     frame->len = p->end;
     store16(frame->data + p->l4 + CRAB_TCP_CSUM, it->sum.right);
-    crab_set_macs(frame->data, backend);
-    return CRAB_C_FALLBACK_ESTABLISHED;
+    return send_by_dsr(core, frame, it, &s->backends[id], CRAB_C_FALLBACK_ESTABLISHED);
 }
 
 static inline bool is_drop(enum crab_counter c)

@@ -96,15 +96,23 @@ int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_m
 #define CRAB_MODE_ALWAYS 1
 #define CRAB_MODE_NEVER 2
 
+#define CRAB_FALLBACK_AUTO 0 /* by MAC address where the backend is on the segment, else encapsulated */
+#define CRAB_FALLBACK_L2 1
+#define CRAB_FALLBACK_IPIP 2
+
 #define CRAB_BACKEND_USABLE 1  /* its next hop is known: frames may be sent to it */
 #define CRAB_BACKEND_CR 2      /* speaks connection redirection */
 #define CRAB_BACKEND_ON_LINK 4 /* on the served segment, so that DSR by MAC address reaches it */
+
+#define CRAB_BACKEND_V6 8      /* its address is an IPv6 one */
 
 struct crab_backend {
     uint8_t addr[16];
     uint8_t dst_mac[6];
     uint8_t src_mac[6];
     uint32_t flags;
+    uint8_t tunnel_src[16]; /* outer source address of packets encapsulated for it, of the family of addr */
+    uint32_t mtu;           /* of the way to it: bytes of an IP packet, the outer header included */
 };
 
 struct crab_prefix {
@@ -119,6 +127,8 @@ struct crab_service {
     uint8_t mode;
     uint32_t first_prefix; /* clients that may be redirected: prefixes [first, first + count); count 0: all */
     uint32_t prefix_count;
+    uint32_t fallback;     /* CRAB_FALLBACK_* */
+    uint32_t pad;
     const uint16_t *table; /* Maglev table, table_size slots; must outlive the snapshot */
 };
 
@@ -146,15 +156,19 @@ enum crab_counter {
     CRAB_C_FALLBACK_NO_ROOM,       /* the redirect does not fit into the TCP header */
     CRAB_C_FALLBACK_RETRANSMIT,    /* it offers, but twice its SYN got no answer by redirect */
     CRAB_C_FALLBACK_ESTABLISHED,   /* any packet but a SYN */
+    /* answered to the client instead */
+    CRAB_C_TOO_BIG, /* does not fit through the tunnel: ICMP "fragmentation needed", ICMPv6 "packet too big" */
     /* dropped */
     CRAB_C_DROP_NOT_SERVICE,
     CRAB_C_DROP_MALFORMED,
     CRAB_C_DROP_FLAGS,    /* SYN together with ACK, RST or FIN */
     CRAB_C_DROP_CHECKSUM, /* wrong IPv4 header or TCP checksum */
     CRAB_C_DROP_NO_BACKEND,
-    CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway: DSR by MAC cannot reach it */
+    CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
+    CRAB_C_DROP_TOO_BIG,  /* does not fit through the tunnel, and may be fragmented: that is for the sender to do */
     CRAB_C_DROP_TX,       /* the kernel refused to send */
     /* seen on the way, beside one of the above */
+    CRAB_C_ENCAPSULATED, /* fallback packets sent as IP in IP */
     CRAB_C_RETRANSMITTED_SYN,
     CRAB_C_FORGED_OPTION, /* a client sent a redirect; it was removed */
     CRAB_C_FLOWS_FULL,    /* no room to remember a SYN */

@@ -68,4 +68,84 @@ static inline void crab_set_macs(uint8_t *frame, const struct crab_backend *b)
 }
 _Static_assert(offsetof(struct crab_backend, src_mac) == offsetof(struct crab_backend, dst_mac) + 6, "MACs adjoin");
 
+static inline uint32_t crab_outer_header(const struct crab_backend *b)
+{
+    return b->flags & CRAB_BACKEND_V6 ? 40 : 20;
+}
+
+/* Put an IP header in front of a frame's own: IP in IP (RFC 2003, RFC 2473, RFC 4213), to the backend's address.  The
+ * frame is as long as its IP packet; the front has CRAB_HEADROOM bytes.  label: any function of the connection; routers
+ * spread IPv6 by it (RFC 6438).  Returns the frame's new first byte and updates *len; *p is of no use any more. */
+static inline uint8_t *crab_encapsulate(uint8_t *frame, uint32_t *len, const struct crab_packet *p,
+                                        const struct crab_backend *b, uint64_t label)
+{
+    uint32_t outer = crab_outer_header(b), inner_len = *len - p->l3;
+    const uint8_t *inner = frame + p->l3;
+    uint8_t class = p->family == 4 ? inner[1] : (uint8_t)(inner[0] << 4 | inner[1] >> 4);
+    uint8_t protocol = p->family == 4 ? 4 : 41;
+    uint8_t *moved = frame - outer, *ip = moved + p->l3;
+    memmove(moved, frame, p->l3);
+    *len += outer;
+    if (outer == 20) {
+        store16(ip - 2, htons(0x0800));
+        memcpy(ip, (uint8_t[12]){0x45, class, 0, 0, 0, 0, 0x40 /* do not fragment */, 0, 64, protocol}, 12);
+        store16_be(ip + CRAB_IP4_LEN, (uint16_t)(outer + inner_len));
+        memcpy(ip + CRAB_IP4_SRC, b->tunnel_src + 12, 4);
+        memcpy(ip + CRAB_IP4_DST, b->addr + 12, 4);
+        store16(ip + CRAB_IP4_CSUM, (uint16_t)~crab_fold(crab_sum(ip, 20)));
+    } else {
+        store16(ip - 2, htons(0x86dd));
+        ip[0] = (uint8_t)(0x60 | class >> 4);
+        ip[1] = (uint8_t)(class << 4 | (label & 15));
+        store16(ip + 2, (uint16_t)(label >> 4));
+        store16_be(ip + CRAB_IP6_LEN, (uint16_t)inner_len);
+        ip[6] = protocol;
+        ip[7] = 64;
+        memcpy(ip + CRAB_IP6_SRC, b->tunnel_src, 16);
+        memcpy(ip + CRAB_IP6_DST, b->addr, 16);
+    }
+    return moved;
+}
+
+#define CRAB_QUOTE 64 /* bytes of the packet that an ICMP error quotes: its headers at the least */
+
+/* Turn a packet into the ICMP error that tells its sender to send smaller ones: "fragmentation needed" (RFC 1191) or
+ * "packet too big" (RFC 4443, 3.2), as if from the address it was sent to.  mtu: the largest IP packet that fits. */
+static inline uint8_t *crab_answer_too_big(uint8_t *frame, uint32_t *len, const struct crab_packet *p, uint32_t mtu)
+{
+    uint32_t header = p->family == 4 ? 20 : 40, quoted = p->end - p->l3 < CRAB_QUOTE ? p->end - p->l3 : CRAB_QUOTE;
+    /* The quote stays; the headers go in front of it. */
+    uint8_t *moved = frame - header - 8, *ip = moved + p->l3, *icmp = ip + header, *inner = icmp + 8;
+    uint8_t macs[12];
+    memcpy(macs, frame, 12);
+    memmove(moved, frame, p->l3);
+    memcpy(moved, macs + 6, 6);
+    memcpy(moved + 6, macs, 6);
+    *len = p->l3 + header + 8 + quoted;
+    memset(ip, 0, header + 8);
+    if (p->family == 4) {
+        memcpy(ip, (uint8_t[10]){0x45, 0xc0, 0, 0, 0, 0, 0x40, 0, 64, 1}, 10);
+        store16_be(ip + CRAB_IP4_LEN, (uint16_t)(header + 8 + quoted));
+        memcpy(ip + CRAB_IP4_SRC, inner + CRAB_IP4_DST, 4);
+        memcpy(ip + CRAB_IP4_DST, inner + CRAB_IP4_SRC, 4);
+        store16(ip + CRAB_IP4_CSUM, (uint16_t)~crab_fold(crab_sum(ip, 20)));
+        icmp[0] = 3;
+        icmp[1] = 4;
+        store16_be(icmp + 6, (uint16_t)mtu);
+        store16(icmp + 2, (uint16_t)~crab_fold(crab_sum(icmp, 8 + quoted)));
+    } else {
+        ip[0] = 0x60;
+        store16_be(ip + CRAB_IP6_LEN, (uint16_t)(8 + quoted));
+        ip[6] = 58;
+        ip[7] = 64;
+        memcpy(ip + CRAB_IP6_SRC, inner + CRAB_IP6_DST, 16);
+        memcpy(ip + CRAB_IP6_DST, inner + CRAB_IP6_SRC, 16);
+        icmp[0] = 2;
+        store16_be(icmp + 6, (uint16_t)mtu);
+        uint64_t sum = crab_sum(ip + CRAB_IP6_SRC, 32) + load16(ip + CRAB_IP6_LEN) + htons(58);
+        store16(icmp + 2, (uint16_t)~crab_fold(sum + crab_sum(icmp, 8 + quoted)));
+    }
+    return moved;
+}
+
 #endif

@@ -11,6 +11,7 @@ from crablb import statistics
 from tests.reference import packets
 
 MODES = {"negotiated": lib.CRAB_MODE_NEGOTIATED, "always": lib.CRAB_MODE_ALWAYS, "never": lib.CRAB_MODE_NEVER}
+FALLBACKS = {"auto": lib.CRAB_FALLBACK_AUTO, "l2": lib.CRAB_FALLBACK_L2, "ipip": lib.CRAB_FALLBACK_IPIP}
 CANARY = 0xA5
 
 
@@ -27,8 +28,12 @@ class Core:
         backends = ffi.new("struct crab_backend[]", max(1, len(reference.backends)))
         for entry, b in zip(backends, reference.backends, strict=False):
             entry.addr, entry.dst_mac, entry.src_mac = mapped(b.address), b.mac, b.source_mac
+            entry.tunnel_src, entry.mtu = mapped(b.source), b.mtu
             entry.flags = (
-                b.usable * lib.CRAB_BACKEND_USABLE | b.cr * lib.CRAB_BACKEND_CR | b.on_link * lib.CRAB_BACKEND_ON_LINK
+                b.usable * lib.CRAB_BACKEND_USABLE
+                | b.cr * lib.CRAB_BACKEND_CR
+                | b.on_link * lib.CRAB_BACKEND_ON_LINK
+                | (len(b.address) == 16) * lib.CRAB_BACKEND_V6
             )
         services = ffi.new("struct crab_service[]", max(1, len(reference.services)))
         prefixes: list[Any] = []
@@ -39,6 +44,7 @@ class Core:
             table = ffi.new("uint16_t[]", s.table)
             self.tables.append(table)
             entry.addr, entry.protocol, entry.mode, entry.table = mapped(s.vip), 6, MODES[s.mode], table
+            entry.fallback = FALLBACKS[s.fallback]
             entry.port_be = int.from_bytes(s.port.to_bytes(2, "big"), "little")
             entry.first_prefix, entry.prefix_count = len(prefixes), len(s.prefixes)
             prefixes += s.prefixes
@@ -80,7 +86,7 @@ class Core:
         """What became of one frame, as the reference tells it."""
         before = self.counts()
         (sent,) = self.handle(frame)
-        aside = {"received", "retransmitted_syn", "forged_option", "flows_full"}
+        aside = {"received", "retransmitted_syn", "forged_option", "flows_full", "encapsulated"}
         changed = [n for n, v in self.counts().items() if v != before.get(n, 0) and n not in aside]
         assert len(changed) == 1, changed
         return changed[0], sent

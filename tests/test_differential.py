@@ -9,8 +9,8 @@ import pytest
 from crablb._native import ffi, lib
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scapy.layers.inet import IP, TCP
-from scapy.layers.inet6 import IPv6
+from scapy.layers.inet import ICMP, IP, TCP
+from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Dot1Q, Ether
 
 from tests.native import Core, mapped
@@ -139,17 +139,17 @@ def test_scapy_reads_the_redirect(vip, experimental):
 # ---- whole frames ----
 
 
-def reference(experimental: bool = False, mode: str = "negotiated") -> packets.LoadBalancer:
+def reference(experimental: bool = False, mode: str = "negotiated", fallback: str = "l2") -> packets.LoadBalancer:
+    mac, addresses = b"\2\0\0\0\0\2", [ipaddress.ip_address(f"10.0.0.{11 + i}").packed for i in range(4)]
     backends = [
-        packets.Backend(
-            bytes([10, 0, 0, 11 + i]), bytes([2, 0, 0, 0, 1, i]), b"\2\0\0\0\0\2", cr=i != 2, on_link=i != 1
-        )
-        for i in range(4)
-    ] + [
-        packets.Backend(
-            ipaddress.ip_address(f"fd00::{11 + i}").packed, bytes([2, 0, 0, 0, 2, i]), b"\2\0\0\0\0\2", cr=i != 2
-        )
-        for i in range(4)
+        packets.Backend(a, bytes([2, 0, 0, 0, 1, i]), mac, cr=i != 2, on_link=i != 1, mtu=200 if i == 1 else 1500)
+        for i, a in enumerate(addresses)
+    ]
+    source = ipaddress.ip_address("fd00::2").packed
+    addresses = [ipaddress.ip_address(f"fd00::{11 + i}").packed for i in range(4)]
+    backends += [
+        packets.Backend(a, bytes([2, 0, 0, 0, 2, i]), mac, cr=i != 2, source=source, mtu=200 if i == 1 else 1500)
+        for i, a in enumerate(addresses)
     ]
     four = maglev.table(61, [(mapped(b.address), 1, i) for i, b in enumerate(backends[:4])], SEED)
     six = maglev.table(61, [(b.address, 1, i + 4) for i, b in enumerate(backends[4:])], SEED)
@@ -159,6 +159,10 @@ def reference(experimental: bool = False, mode: str = "negotiated") -> packets.L
         packets.Service(VIP6, 80, mode, [ipaddress.ip_network("fd00:5::/33")], six),
         packets.Service(VIP6, 81, "never", [], six),
     ]
+    for service in services:
+        service.fallback = fallback
+    if fallback == "ipip":  # tunnels may lead from one family to the other
+        services[1].table, services[3].table = six, four
     return packets.LoadBalancer(services, backends, SEED, experimental)
 
 
@@ -173,7 +177,12 @@ def frames(draw):
     layer = (
         IPv6(src=source, dst=str(ipaddress.ip_address(VIP6)))
         if v6
-        else IP(src=source, dst=str(ipaddress.ip_address(VIP4)), id=draw(st.integers(0, 65535)), flags="DF")
+        else IP(
+            src=source,
+            dst=str(ipaddress.ip_address(VIP4)),
+            id=draw(st.integers(0, 65535)),
+            flags=draw(st.sampled_from(["DF", 0])),
+        )
     )
     flags = draw(st.sampled_from(["S", "S", "S", "S", "SE", "A", "PA", "FA", "R", "SA", "SR", "SF"]))
     options = draw(option_lists())
@@ -209,10 +218,15 @@ def frames(draw):
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(frames(), min_size=1, max_size=8), st.booleans(), st.sampled_from(["negotiated", "always"]))
-def test_frames(sequence, experimental, mode):
+@given(
+    st.lists(frames(), min_size=1, max_size=8),
+    st.booleans(),
+    st.sampled_from(["negotiated", "always"]),
+    st.sampled_from(["auto", "l2", "ipip"]),
+)
+def test_frames(sequence, experimental, mode, fallback):
     """Frame by frame: the same verdict and the same bytes, state included."""
-    expected = reference(experimental, mode)
+    expected = reference(experimental, mode, fallback)
     core = Core(expected)
     for frame in sequence:
         assert core.outcome(frame) == expected.handle(frame)
@@ -234,6 +248,38 @@ def test_rubbish_is_counted(rubbish):
     counts = core.counts()
     assert counts.pop("received") == len(rubbish)
     assert sum(counts.values()) == len(rubbish)
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("size", [10, 1400, 1461])
+def test_scapy_agrees_with_the_tunnel(inner, outer, size):
+    """What is encapsulated is what was sent; what does not fit is answered by an error that Scapy finds right."""
+    expected = reference(fallback="ipip")
+    for backend in expected.backends:
+        backend.mtu = 1500
+    service = expected.services[0 if inner == 4 else 2]
+    service.table = expected.services[0 if outer == 4 else 2].table
+    core = Core(expected)
+    layer = IP(src="10.0.0.1", dst="10.0.0.100", flags="DF") if inner == 4 else IPv6(src="fd00:5::1", dst="fd00::100")
+    frame = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / layer / TCP(dport=80, flags="A") / bytes(size)
+    (out,) = core.handle(bytes(frame))
+    got, again = Ether(out), Ether(out)
+    if size == 1461:
+        answer = got[ICMP if inner == 4 else ICMPv6PacketTooBig]
+        assert (answer.nexthopmtu if inner == 4 else answer.mtu) == 1500 - (20 if outer == 4 else 40)
+        assert (got.src, got.dst, got[1].src, got[1].dst) == (frame.dst, frame.src, layer.dst, layer.src)
+        assert bytes(answer.payload)[:64] == bytes(frame[1])[:64]
+        if inner == 4:
+            del again[ICMP].chksum
+        else:
+            del again[ICMPv6PacketTooBig].cksum
+    else:
+        assert isinstance(got[1], IP if outer == 4 else IPv6)
+        assert bytes(got[1].payload) == bytes(frame[1])
+    if isinstance(again[1], IP):
+        del again[1].chksum
+    assert bytes(again) == out
 
 
 @pytest.mark.parametrize("v6", [False, True])

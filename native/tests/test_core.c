@@ -12,8 +12,8 @@ static const uint8_t key[16] = {7};
 static uint64_t counters[CRAB_COUNTERS];
 
 static struct crab_service services[2] = {
-    {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .protocol = 6, .table = table},
-    {.addr = {0xfd, [15] = 0x64}, .protocol = 6, .table = table},
+    {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .protocol = 6, .fallback = CRAB_FALLBACK_L2, .table = table},
+    {.addr = {0xfd, [15] = 0x64}, .protocol = 6, .fallback = CRAB_FALLBACK_L2, .table = table},
 };
 static struct crab_backend backends[2] = {
     {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 11}, .dst_mac = {2, 0, 0, 0, 0, 11}, .src_mac = {2, 0, 0, 0, 0, 2}},
@@ -25,6 +25,7 @@ static struct crab_snapshot *snapshot(uint32_t flags)
     struct crab_maglev_member m[2];
     for (uint16_t i = 0; i < 2; i++) {
         backends[i].flags = flags;
+        backends[i].mtu = 1500;
         m[i] = (struct crab_maglev_member){.weight = 1, .backend = i};
         memcpy(m[i].addr, backends[i].addr, 16);
     }
@@ -124,6 +125,9 @@ int main(void)
         struct crab_frame f = make(&memory, family, 40000, CRAB_SYN, 9, offer, 24, 5);
         size_t l4 = family == 4 ? 34 : 54, growth = family == 4 ? 4 : 16;
         uint8_t *payload = f.data + f.len - 5;
+        old = s;
+        crab_core_publish(core, s = snapshot(family == 6 ? all | CRAB_BACKEND_V6 : all));
+        crab_snapshot_free(old);
         CHECK(crab_core_batch(core, &f, 1, 100) == 1);
         CHECK(f.len == l4 + 20 + 24 + growth + 5);
         CHECK(f.data + f.len - 5 == payload && payload[0] == 1 && payload[4] == 29);
@@ -140,6 +144,9 @@ int main(void)
         free(memory);
     }
     CHECK(counters[CRAB_C_REDIRECTED] == 2);
+    old = s;
+    crab_core_publish(core, s = snapshot(all));
+    crab_snapshot_free(old);
 
     /* One connection's SYNs go to one backend: twice by redirect, then by fallback. */
     uint8_t to = send_one(core, 4, 50000, CRAB_SYN, 5, 24, 100);
@@ -203,6 +210,36 @@ int main(void)
         send_one(core, 4, 2001 + 2 * i, CRAB_SYN, 1, 20, 9000);
         CHECK(counters[modes[i].plain] == (modes[i].plain == modes[i].offered ? 2 : 1));
     }
+
+    /* Encapsulation: to the largest packet that fits, and no byte outside of the headroom. */
+    for (int family = 4; family <= 6; family += 2)
+        for (int v6 = 0; v6 < 2; v6++)
+            for (uint32_t over = 0; over < 2; over++) {
+                uint32_t header = family == 4 ? 40 : 60, outer = v6 ? 40 : 20;
+                uint8_t *memory;
+                services[family == 6].fallback = CRAB_FALLBACK_IPIP;
+                old = s;
+                crab_core_publish(core, s = snapshot(v6 ? all | CRAB_BACKEND_V6 : all));
+                crab_snapshot_free(old);
+                memset(counters, 0, sizeof counters);
+                struct crab_frame f = make(&memory, family, 5, CRAB_ACK, 1, offer, 0, 1500 - outer - header + over);
+                f.data[20] = 0x40; /* IPv4: do not fragment */
+                if (family == 4)
+                    store16(f.data + 24, (uint16_t)(load16(f.data + 24) - 0x40));
+                else
+                    f.data[20] = 6;
+                CHECK(crab_core_batch(core, &f, 1, 9000) == 1);
+                if (!over) {
+                    CHECK(counters[CRAB_C_ENCAPSULATED] == 1 && f.len == 14 + 1500);
+                    CHECK(load16_be(f.data + 12) == (v6 ? 0x86dd : 0x0800));
+                    CHECK(f.data[14 + (v6 ? 6 : 9)] == (family == 4 ? 4 : 41));
+                } else {
+                    CHECK(counters[CRAB_C_TOO_BIG] == 1 && load16_be(f.data + 12) == (family == 4 ? 0x0800 : 0x86dd));
+                    CHECK(load16_be(f.data + f.len - 64 - 2) == 1500 - outer);
+                }
+                free(memory);
+            }
+    services[0].fallback = services[1].fallback = CRAB_FALLBACK_L2;
 
     /* redirect_clients: 10.0.0.0/31 holds the client 10.0.0.1, 10.0.0.2/31 does not. */
     services[0].mode = CRAB_MODE_NEGOTIATED;

@@ -88,6 +88,8 @@ class Backend:
     cr: bool = True
     on_link: bool = True
     usable: bool = True
+    source: bytes = b"\x0a\0\0\2"  # of tunnels, 4 or 16 bytes as the address
+    mtu: int = 1500
 
 
 @dataclass
@@ -97,6 +99,7 @@ class Service:
     mode: str = "negotiated"
     prefixes: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
+    fallback: str = "auto"
 
 
 class LoadBalancer:
@@ -168,10 +171,8 @@ class LoadBalancer:
             chosen = self.flows.get(four_tuple, chosen)
             if chosen < 0:
                 return "drop_no_backend", None
-            backend = self.backends[chosen]
-            if not backend.on_link:
-                return "drop_no_path", None
-            return "fallback_established", self.send(frame[:l3], ip, header, bare, right, backend)
+            packet = ip[:header] + bare[:16] + struct.pack("!H", right) + bare[18:]
+            return self.fall_back("fallback_established", frame[:l3], packet, service, four_tuple, chosen)
 
         options, payload = tcp[20:data_offset], tcp[data_offset:]
         key = (four_tuple, tcp[4:8])
@@ -191,15 +192,13 @@ class LoadBalancer:
             outcome = "fallback_retransmit"
         elif service.prefixes and not any(client in p for p in service.prefixes):
             outcome = "fallback_prefix"
-        elif not backend.cr:
+        elif not backend.cr or len(backend.address) != len(service.vip):
             outcome = "fallback_no_cr_backend"
         elif rewrite(options, self.experimental, service.vip) is None:
             outcome = "fallback_no_room"
         else:
             outcome = "redirected"
         vip = service.vip if outcome == "redirected" else None
-        if not vip and not backend.on_link:
-            return "drop_no_path", None
         listed = rewrite(options, self.experimental, vip)
         assert listed is not None
         if vip:
@@ -211,9 +210,54 @@ class LoadBalancer:
             ip = ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:]
         else:
             ip = ip[:4] + struct.pack("!H", len(tcp)) + ip[6:8] + source + destination
-        return outcome, self.send(frame[:l3], ip, header, tcp, right, backend)
+        packet = ip[:header] + tcp[:16] + struct.pack("!H", right) + tcp[18:]
+        if not vip:
+            return self.fall_back(outcome, frame[:l3], packet, service, four_tuple, chosen)
+        return outcome, backend.mac + backend.source_mac + frame[12:l3] + packet
 
-    @staticmethod
-    def send(ethernet: bytes, ip: bytes, header: int, tcp: bytes, csum: int, backend: Backend) -> bytes:
-        tcp = tcp[:16] + struct.pack("!H", csum) + tcp[18:]
-        return backend.mac + backend.source_mac + ethernet[12:] + ip[:header] + tcp
+    def fall_back(
+        self, outcome: str, ethernet: bytes, ip: bytes, service: Service, four_tuple: bytes, chosen: int
+    ) -> tuple[str, bytes | None]:
+        """Direct server return: to the backend's MAC address, or encapsulated."""
+        backend = self.backends[chosen]
+        macs = backend.mac + backend.source_mac
+        same = len(backend.address) == len(service.vip)
+        if service.fallback == "l2" and not (backend.on_link and same):
+            return "drop_no_path", None
+        if backend.on_link and same and service.fallback != "ipip":
+            return outcome, macs + ethernet[12:] + ip
+        v4 = len(service.vip) == 4
+        fits = backend.mtu - (20 if len(backend.address) == 4 else 40)
+        if len(ip) > fits:
+            if v4 and not ip[6] & 0x40:
+                return "drop_too_big", None
+            return "too_big", ethernet[6:12] + ethernet[:6] + ethernet[12:] + too_big(ip, fits)
+        traffic_class = ip[1] if v4 else int.from_bytes(ip[:2], "big") >> 4 & 0xFF
+        protocol = 4 if v4 else 41
+        if len(backend.address) == 4:
+            outer = struct.pack("!BBHHHBBH", 0x45, traffic_class, 20 + len(ip), 0, 0x4000, 64, protocol, 0)
+            outer += backend.source + backend.address
+            outer = outer[:10] + struct.pack("!H", checksum(outer)) + outer[12:]
+            kind = b"\x08\0"
+        else:
+            h = siphash(self.seed, four_tuple)
+            label = (h & 15) << 16 | (h >> 4 & 0xFF) << 8 | (h >> 12 & 0xFF)
+            outer = struct.pack("!IHBB", 6 << 28 | traffic_class << 20 | label, len(ip), protocol, 64)
+            outer += backend.source + backend.address
+            kind = b"\x86\xdd"
+        return outcome, macs + ethernet[12:-2] + kind + outer + ip
+
+
+def too_big(ip: bytes, mtu: int) -> bytes:
+    """The ICMP error (an IP packet) that says so."""
+    quote = ip[:64]
+    if ip[0] >> 4 == 4:
+        body = struct.pack("!BBHHH", 3, 4, 0, 0, mtu) + quote
+        body = body[:2] + struct.pack("!H", checksum(body)) + body[4:]
+        head = struct.pack("!BBHHHBBH", 0x45, 0xC0, 20 + len(body), 0, 0x4000, 64, 1, 0) + ip[16:20] + ip[12:16]
+        return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + body
+    body = struct.pack("!BBHI", 2, 0, 0, mtu) + quote
+    addresses = ip[24:40] + ip[8:24]
+    csum = checksum(addresses + struct.pack("!II", len(body), 58) + body)
+    body = body[:2] + struct.pack("!H", csum) + body[4:]
+    return struct.pack("!IHBB", 6 << 28, len(body), 58, 64) + addresses + body
