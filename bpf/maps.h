@@ -59,6 +59,20 @@ enum crab_server_counter {
     CRAB_SERVER_COUNTERS
 };
 
+/* ---- direct server return on the server (dsr.bpf.c) ---- */
+
+/* Key of map `dsr_vips`: a VIP's address, whatever the port (ICMP errors are decapsulated too). */
+struct crab_address {
+    __u8 addr[16];
+};
+
+enum crab_dsr_counter {
+    CRAB_DSR_DECAPSULATED, /* packets whose outer header was taken off */
+    CRAB_DSR_NOT_VIP,      /* IP in IP, but not to a VIP of ours: left to the kernel */
+    CRAB_DSR_CLAMPED,      /* SYN-ACKs whose MSS was lowered */
+    CRAB_DSR_COUNTERS
+};
+
 /* ---- client endpoint (client.bpf.c) ---- */
 
 #define CRAB_MAX_CLIENT_FLOWS 65536

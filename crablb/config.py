@@ -11,6 +11,7 @@ import ipaddress
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from crablb.model import (
     Address,
     Backend,
     Config,
+    Fallback,
     Mode,
     Network,
     OptionForm,
@@ -215,9 +217,10 @@ def _service_entry(entry: object) -> Service:
     if not isinstance(entry, dict):
         raise ConfigError("must be a table, written [[service]]")
     problems = _Problems()
-    _unknown_keys(problems, "", entry, ("address", "mode", "redirect_clients", "backends"))
+    _unknown_keys(problems, "", entry, ("address", "mode", "redirect_clients", "fallback", "backends"))
     vip = problems.attempt("address", lambda: parse_vip(_string(entry.get("address", ""))))
     mode = problems.attempt("mode", _enum, Mode, entry.get("mode", "negotiated"))
+    fallback = problems.attempt("fallback", _enum, Fallback, entry.get("fallback", "auto"))
     backends = [
         problems.attempt(f"backends[{i}]", _backend_entry, b)
         for i, b in enumerate(problems.attempt("backends", _list, entry.get("backends", [])) or [])
@@ -229,12 +232,13 @@ def _service_entry(entry: object) -> Service:
     if "redirect_clients" in entry and not prefixes:
         problems.add("redirect_clients", "is empty; leave it out to mean all, or set mode = 'never' for none")
     problems.finish()
-    assert vip is not None and mode is not None
+    assert vip is not None and mode is not None and fallback is not None
     return Service(
         vip,
         tuple(b for b in backends if b is not None),
         mode,
         tuple(p for p in prefixes if p is not None),
+        fallback,
     )
 
 
@@ -256,11 +260,11 @@ def check_services(services: Sequence[tuple[str, Service]], table_size: int) -> 
             if backend.address in own:
                 problems.add(where, f"backend {backend.address} is named twice; use a weight instead")
             own.add(backend.address)
-            if backend.address.version != vip.address.version:
+            if backend.address.version != vip.address.version and service.fallback is not Fallback.DSR_IPIP:
                 problems.add(
                     where,
                     f"backend {backend.address} is IPv{backend.address.version} and {host_port(vip.address, vip.port)}"
-                    f" is IPv{vip.address.version}; a client can only be redirected within one family",
+                    f" is IPv{vip.address.version}; only a tunnel leads from one to the other: fallback = 'dsr-ipip'",
                 )
             if backend.address in vips:
                 problems.add(
@@ -284,11 +288,13 @@ def check_services(services: Sequence[tuple[str, Service]], table_size: int) -> 
     return problems.found
 
 
-def config_from_args(interface: str, services: Sequence[str], **settings: Any) -> Config:
+def config_from_args(
+    interface: str, services: Sequence[str], *, fallback: Fallback = Fallback.AUTO, **settings: Any
+) -> Config:
     """A configuration from ``--service`` strings.  Raises :class:`ConfigError` with every fault."""
     problems = _Problems()
     parsed = [(f"--service {text}", problems.attempt(f"--service {text}", parse_service, text)) for text in services]
-    good = [(where, service) for where, service in parsed if service is not None]
+    good = [(where, replace(service, fallback=fallback)) for where, service in parsed if service is not None]
     problems.found += check_services(
         good, settings.get("table_size", Config.__dataclass_fields__["table_size"].default)
     )

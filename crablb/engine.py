@@ -25,7 +25,7 @@ from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.netlink import HopState, NextHop, NextHops, interface_info
 from crablb.kernel.xsk import XskError, XskSocket
-from crablb.model import Address, Backend, Config, Mode, OptionForm, mapped
+from crablb.model import Address, Backend, Config, Fallback, Mode, OptionForm, mapped
 
 __all__ = ["Engine", "maglev_table"]
 
@@ -35,6 +35,11 @@ MODES = {
     Mode.NEGOTIATED: lib.CRAB_MODE_NEGOTIATED,
     Mode.ALWAYS: lib.CRAB_MODE_ALWAYS,
     Mode.NEVER: lib.CRAB_MODE_NEVER,
+}
+FALLBACKS = {
+    Fallback.AUTO: lib.CRAB_FALLBACK_AUTO,
+    Fallback.DSR_L2: lib.CRAB_FALLBACK_L2,
+    Fallback.DSR_IPIP: lib.CRAB_FALLBACK_IPIP,
 }
 FORMS = {OptionForm.CRAB: lib.CRAB_FORM_CRAB, OptionForm.EXPERIMENTAL: lib.CRAB_FORM_EXPERIMENTAL}
 FRAMES = 4096  # a queue
@@ -73,7 +78,12 @@ class _Snapshot:
             entry.addr = mapped(address)
             if known[address].cr:
                 entry.flags |= lib.CRAB_BACKEND_CR
+            if address.version == 6:
+                entry.flags |= lib.CRAB_BACKEND_V6
             if hop and hop.state is HopState.RESOLVED:
+                entry.mtu = hop.mtu
+                if hop.source:
+                    entry.tunnel_src = mapped(hop.source)
                 entry.flags |= lib.CRAB_BACKEND_USABLE
                 entry.dst_mac, entry.src_mac = hop.dst_mac, hop.src_mac
                 if hop.on_link:
@@ -85,6 +95,7 @@ class _Snapshot:
             entry.port_be = int.from_bytes(service.vip.port.to_bytes(2, "big"), "little")
             entry.protocol = 6
             entry.mode = MODES[service.mode]
+            entry.fallback = FALLBACKS[service.fallback]
             entry.first_prefix, entry.prefix_count = len(prefixes), len(service.redirect_clients)
             for prefix in service.redirect_clients:
                 bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
@@ -220,6 +231,7 @@ class Engine:
         def failed(queue: int, number: int) -> None:
             loop.call_soon_threadsafe(self._failed, queue, number)
 
+        self._name_narrow()
         cpus = sorted(os.sched_getaffinity(0))
         for i, worker in enumerate(self._workers):
             worker.start(cpus[i % len(cpus)], failed)
@@ -313,8 +325,11 @@ class Engine:
                 log.info("backend reachable", backend=str(address), mac=hop.dst_mac.hex(":"))
             elif self._hops[address].state is HopState.RESOLVED:
                 log.warning("backend unreachable", backend=str(address), reason=hop.reason)
+        narrowed = any(hop.mtu != self._hops[a].mtu for a, hop in changes.items())
         self._hops.update(changes)
         self._publish()
+        if narrowed:
+            self._name_narrow()
 
     def _publish(self) -> None:
         tables = self._snapshot.tables if self._snapshot else {}
@@ -343,6 +358,23 @@ class Engine:
             self._name_unusable()
             return
         await self._resolved.wait()
+
+    def _name_narrow(self) -> None:
+        """Name the tunnels that IPv6 does not fit through (RFC 8200, 5)."""
+        for service in self.config.services:
+            for backend in service.backends:
+                hop = self._hops[backend.address]
+                tunnel = service.fallback is Fallback.DSR_IPIP or (
+                    service.fallback is Fallback.AUTO and not hop.on_link
+                )
+                room = hop.mtu - (20 if backend.address.version == 4 else 40)
+                if hop.state is HopState.RESOLVED and tunnel and service.vip.address.version == 6 and room < 1280:
+                    log.warning(
+                        "clients that are not redirected may stall",
+                        service=str(service.vip),
+                        backend=str(backend.address),
+                        reason=f"its tunnel carries {room} bytes, and IPv6 needs 1280; raise the MTU of the way to it",
+                    )
 
     def _name_unusable(self) -> None:
         for address, hop in self._hops.items():

@@ -21,6 +21,14 @@ class Mode(Enum):
     NEVER = "never"  # none: every client takes the fallback
 
 
+class Fallback(Enum):
+    """How packets of clients that are not redirected reach their backend, which answers directly (DSR)."""
+
+    AUTO = "auto"  # by MAC address where the backend is on the segment, else encapsulated
+    DSR_L2 = "dsr-l2"  # by MAC address
+    DSR_IPIP = "dsr-ipip"  # IP in IP
+
+
 class OptionForm(Enum):
     """How the CR option is written on the wire."""
 
@@ -86,6 +94,7 @@ class Service:
     backends: tuple[Backend, ...]
     mode: Mode = Mode.NEGOTIATED
     redirect_clients: tuple[Network, ...] = ()  # empty: all
+    fallback: Fallback = Fallback.AUTO
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from crablb.lab import Lab, Node
+from crablb.lab import VIP4, VIP6, Lab, Node
 from crablb.lab.demo import agent_status, start_agent, start_serve
 
 ROOT = Path(__file__).parent.parent
@@ -115,11 +115,15 @@ class World:
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.lab, self.folder = lab, folder
 
-    def servers(self, agents: bool = True, *, port: int = 80) -> None:
+    def servers(self, agents: bool = True, *, port: int = 80, dsr: bool = False) -> None:
+        """Echo servers.  With ``dsr`` they have the VIPs from their agents, not from the lab."""
         for server in self.lab.servers:
             self.python(server, "serve", server.name, str(port), ready=True)
-            if agents:
-                start_agent(server, "server")
+            if dsr:
+                server.ip(f"addr del {VIP4}/32 dev lo", f"addr del {VIP6}/128 dev lo")
+                server.set({"net.ipv4.conf.all.arp_ignore": 0, "net.ipv4.conf.all.arp_announce": 0})
+            if agents or dsr:
+                start_agent(server, "server", *(["--dsr"] if dsr else []))
 
     def client(self, *more: str) -> subprocess.Popen[str]:
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]

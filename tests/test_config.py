@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from crablb.config import config_from_args, load_config, parse_backend, parse_prefix, parse_service, parse_vip
 from crablb.errors import ConfigError
-from crablb.model import Backend, Mode, OptionForm, Vip, XdpMode
+from crablb.model import Backend, Fallback, Mode, OptionForm, Vip, XdpMode
 
 GOOD = """
 interface = "eth1"
@@ -24,6 +24,7 @@ flows = 1024
 [[service]]
 address = "tcp://10.0.0.100:80"
 mode = "always"
+fallback = "dsr-ipip"
 redirect_clients = ["10.0.0.0/8", "192.168.0.0/16"]
 backends = ["10.0.0.11", "10.0.0.12*3", { address = "10.0.0.13", weight = 2, cr = false }]
 
@@ -45,6 +46,7 @@ def test_everything(tmp_path):
     first, second = config.services
     assert first.vip == Vip(ip_address("10.0.0.100"), 80)
     assert first.mode is Mode.ALWAYS
+    assert (first.fallback, second.fallback) == (Fallback.DSR_IPIP, Fallback.AUTO)
     assert first.redirect_clients == (ip_network("10.0.0.0/8"), ip_network("192.168.0.0/16"))
     assert first.backends == (
         Backend(ip_address("10.0.0.11")),
@@ -140,8 +142,8 @@ def test_every_fault_of_a_service_at_once():
         f"{first}: backend 2: '10.0.0.300' is not an IP address (a backend is written 10.0.0.1 or [fd00::1])",
         f"{second}: 'tcp://10.0.0.101:80' is not VIP=BACKEND,BACKEND,... (tcp://10.0.0.100:80=10.0.0.11,10.0.0.12)",
         f"{third}: backend 10.0.0.11 is named twice; use a weight instead",
-        f"{third}: backend fd00::1 is IPv6 and 10.0.0.102:80 is IPv4; a client can only be redirected"
-        " within one family",
+        f"{third}: backend fd00::1 is IPv6 and 10.0.0.102:80 is IPv4; only a tunnel leads from one"
+        " to the other: fallback = 'dsr-ipip'",
         f"{third}: backend 10.0.0.103 is also a VIP ({fifth}); give it an own address",
         f"{fourth}: tcp://10.0.0.102:80 is served already by {third}; put all its backends there",
         f"{fifth}: every backend of tcp://10.0.0.103:80 has weight 0; give one a weight",

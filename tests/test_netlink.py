@@ -61,7 +61,8 @@ def test_what_answers_and_what_does_not(lab):
     async def check(hops: Followed) -> None:
         for address in (FIRST, SECOND):
             await hops.until(lambda a=address: hops[a].state is HopState.RESOLVED)
-            assert hops[address] == NextHop(HopState.RESOLVED, "", None, mac, own)
+            source = ip_address("10.0.0.2" if address.version == 4 else "fd00::2")
+            assert hops[address] == NextHop(HopState.RESOLVED, "", None, mac, own, source, 1500)
         assert hops[ABSENT].state is HopState.UNRESOLVED
         assert hops[ABSENT].reason == "10.0.0.99 does not answer on eth0"
         assert hops[BEHIND].state is HopState.NO_ROUTE
@@ -88,6 +89,8 @@ def test_routes_change(lab):
         lab.lb.ip("route del unreachable 192.0.2.0/24", "route add 192.0.2.0/24 dev lo")
         await hops.until(lambda: hops[BEHIND].state is HopState.OTHER_INTERFACE)
         assert hops[BEHIND].reason == "its route leads through lo, which is not served"
+        lab.lb.ip("route replace 192.0.2.0/24 via 10.0.0.11 mtu 1400")
+        await hops.until(lambda: hops[BEHIND].mtu == 1400)
         # one that was on the segment moves behind a gateway
         lab.lb.ip("route add 10.0.0.99/32 via 10.0.0.11")
         await hops.until(lambda: hops[ABSENT].state is HopState.RESOLVED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,20 @@ from crablb._native import ffi
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins
 from crablb.model import Vip
+
+#: Our clsact filters among those of others: priority and handle.
+FILTER = 0x4352
+
+
+def tool(*args: str) -> str:
+    """Output of ip or tc.  Raises :class:`KernelError` with what it says if it fails."""
+    try:
+        done = subprocess.run(args, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise KernelError(f"{args[0]} is not installed; install iproute2") from None
+    if done.returncode:
+        raise KernelError(f"{' '.join(args)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def cgroup_root() -> Path:

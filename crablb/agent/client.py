@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import structlog
 
 from crablb._native import lib
-from crablb.agent.base import Agent
+from crablb.agent.base import FILTER, Agent, tool
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf
 from crablb.model import Address, Network, OptionForm, Vip, mapped
@@ -20,24 +19,12 @@ from crablb.model import Address, Network, OptionForm, Vip, mapped
 log = structlog.get_logger()
 
 FORMS = {OptionForm.CRAB: lib.CRAB_FORM_CRAB, OptionForm.EXPERIMENTAL: lib.CRAB_FORM_EXPERIMENTAL}
-#: Our filters among those of others: priority and handle.
-FILTER = 0x4352
 #: Ours must win over a route of the same prefix; IPv4 has no room below its default, 0.
 IPV6_METRIC = "1"
 
 
-def _run(*args: str) -> str:
-    try:
-        done = subprocess.run(args, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise KernelError(f"{args[0]} is not installed; install iproute2") from None
-    if done.returncode:
-        raise KernelError(f"{' '.join(args)}: {done.stderr.strip()}")
-    return done.stdout
-
-
 def _ip(address: Address, *args: str) -> str:
-    return _run("ip", f"-{address.version}", *args)
+    return tool("ip", f"-{address.version}", *args)
 
 
 def _route(address: Address) -> dict[str, Any]:
@@ -152,7 +139,7 @@ class ClientAgent(Agent):
             metric = ["metric", IPV6_METRIC] if family == "-6" else []
             undo = ["replace", *before.splitlines()[0].split()] if before else ["del", prefix, *metric]
             try:
-                _run("ip", family, "route", *undo)
+                tool("ip", family, "route", *undo)
             except KernelError as error:
                 log.debug("route was gone", prefix=prefix, reason=str(error))
         for name, made in state.get("filters", {}).items():
@@ -162,7 +149,7 @@ class ClientAgent(Agent):
                 continue  # it went with its interface
             filters = bpf.TcFilter(index, "ingress", FILTER, FILTER)
             filters.detach()
-            if made and not any(_run("tc", "filter", "show", "dev", name, d) for d in ("ingress", "egress")):
+            if made and not any(tool("tc", "filter", "show", "dev", name, d) for d in ("ingress", "egress")):
                 filters.destroy_hook()
 
     @classmethod

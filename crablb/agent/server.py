@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import structlog
 
+from crablb.agent import dsr
 from crablb.agent.base import Agent
 from crablb.kernel import bpf
+from crablb.model import Vip
 
 log = structlog.get_logger()
 
@@ -15,18 +19,34 @@ log = structlog.get_logger()
 class ServerAgent(Agent):
     """Let the servers of a cgroup, in this network namespace, answer redirected connections to ``vips``.
 
-    Listeners that are there already are prepared too.
+    Listeners that are there already are prepared too.  With ``dsr`` the namespace also serves clients that are not
+    redirected: it gets the VIPs, silently, and takes packets for them out of tunnels that come in on ``interfaces`` (by
+    default every Ethernet interface that is up).
     """
 
     role: ClassVar[str] = "server"
 
+    def __init__(
+        self,
+        vips: Sequence[Vip],
+        cgroup: Path | str | None = None,
+        *,
+        dsr: bool = False,
+        interfaces: Sequence[str] = (),
+    ) -> None:
+        super().__init__(vips, cgroup)
+        self.dsr = dsr
+        self.interfaces = list(interfaces)
+
     def set_up(self, program: bpf.Object) -> None:
+        self.remember()
         for vip in self.vips:
             program.map("server_vips").update(vip.key(), 1)
             program.map("server_ports").update(vip.port, 1)
+        if self.dsr:
+            dsr.set_up(self.vips, self.interfaces, self.folder(), lambda state: self.remember(dsr=state))
         with program.program("crab_server").attach_cgroup_sockops(self.cgroup) as link:
             link.pin(self.folder() / "link")
-        self.remember()
         try:
             program.program("crab_arm").run_iterator()
         except bpf.BpfError as error:
@@ -34,4 +54,10 @@ class ServerAgent(Agent):
 
     @classmethod
     def tear_down(cls, state: dict[str, Any]) -> None:
-        pass
+        if "dsr" in state:
+            dsr.tear_down(state["dsr"], cls.folder())
+
+    @classmethod
+    def counters(cls) -> dict[str, int]:
+        more = dsr.counters(cls.folder()) if "dsr" in (cls.state() or {}) else {}
+        return super().counters() | more

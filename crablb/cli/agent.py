@@ -47,6 +47,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="where backends may be; repeatable",
     )
     client.add_argument("--option", default="crab", choices=[f.value for f in OptionForm])
+    server.add_argument(
+        "--dsr",
+        action="store_true",
+        help="serve clients that are not redirected too: the VIP on the loopback, and decapsulation",
+    )
+    server.add_argument(
+        "--interface",
+        action="append",
+        default=[],
+        metavar="IF",
+        help="with --dsr: where tunnels come in (default: every Ethernet interface that is up); repeatable",
+    )
     client.add_argument(
         "--interface",
         action="append",
@@ -81,7 +93,12 @@ def _parse_all(args: argparse.Namespace) -> tuple[list[object], list[object]]:
 
 def run_server(args: argparse.Namespace) -> int:
     vips, _ = _parse_all(args)
-    return _run(lambda: ServerAgent(vips, args.cgroup), args.detach)  # type: ignore[arg-type]
+    if args.interface and not args.dsr:
+        raise ConfigError("--interface says where tunnels come in, and is of use with --dsr only")
+    return _run(
+        lambda: ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=args.interface),  # type: ignore[arg-type]
+        args.detach,
+    )
 
 
 def run_client(args: argparse.Namespace) -> int:

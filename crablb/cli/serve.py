@@ -14,7 +14,7 @@ from crablb import config, seed
 from crablb import log as logging
 from crablb.engine import Engine
 from crablb.errors import ConfigError, KernelError
-from crablb.model import Config, OptionForm, XdpMode
+from crablb.model import Config, Fallback, OptionForm, XdpMode
 from crablb.notify import notify
 
 log = structlog.get_logger()
@@ -31,6 +31,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="tcp://10.0.0.100:80=10.0.0.11,10.0.0.12*3 (weights by *; IPv6 in brackets); repeatable",
     )
     parser.add_argument("--config", metavar="FILE.toml", help="instead of --service")
+    parser.add_argument(
+        "--fallback", choices=[f.value for f in Fallback], help="how clients that are not redirected are served"
+    )
     parser.add_argument("--option", choices=[f.value for f in OptionForm], help="the CR option's form")
     parser.add_argument("--xdp-mode", choices=[m.value for m in XdpMode], help="default: auto")
     parser.add_argument("--queues", type=int, help="RX queues to serve (default: all)")
@@ -45,6 +48,7 @@ def read_config(args: argparse.Namespace) -> Config:
             name
             for name, value in (
                 ("--service", args.service),
+                ("--fallback", args.fallback),
                 ("--option", args.option),
                 ("--xdp-mode", args.xdp_mode),
                 ("--queues", args.queues),
@@ -64,13 +68,15 @@ def read_config(args: argparse.Namespace) -> Config:
     if problems:
         raise ConfigError(problems)
     settings: dict[str, object] = {}
+    if args.fallback:
+        settings["fallback"] = Fallback(args.fallback)
     if args.option:
         settings["option"] = OptionForm(args.option)
     if args.xdp_mode:
         settings["xdp_mode"] = XdpMode(args.xdp_mode)
     if args.queues:
         settings["queues"] = args.queues
-    return config.config_from_args(args.interface, args.service, **settings)
+    return config.config_from_args(args.interface, args.service, **settings)  # type: ignore[arg-type]
 
 
 def run(args: argparse.Namespace) -> int:

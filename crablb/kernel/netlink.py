@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from pyroute2 import IPRoute
@@ -52,10 +52,22 @@ class NextHop:
     gateway: Address | None = None
     dst_mac: bytes = b""
     src_mac: bytes = b""
+    source: Address | None = None  # what the kernel would send from
+    mtu: int = 0  # of the way: bytes of an IP packet
 
     @property
     def on_link(self) -> bool:
         return self.gateway is None
+
+
+class _Route(NamedTuple):
+    """What the kernel's table says of an address; the other fields are set if the state is RESOLVED."""
+
+    state: HopState
+    reason: str = ""
+    gateway: Address | None = None
+    source: Address | None = None
+    mtu: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +121,7 @@ class NextHops:
         self.current: dict[Address, NextHop] = {}
         self._on_change = on_change
         self._wanted: frozenset[Address] = frozenset()
-        self._routes: dict[Address, tuple[HopState, str, Address | None]] = {}
+        self._routes: dict[Address, _Route] = {}
         self._neighbours: dict[str, tuple[int, bytes]] = {}  # of the interface: NUD state, MAC
         self._managed: set[str] = set()
         self._mac = interface.mac
@@ -208,62 +220,52 @@ class NextHops:
 
     def _hop_addresses(self) -> set[str]:
         return {
-            str(gateway or address)
-            for address, (state, _, gateway) in self._routes.items()
-            if state is HopState.RESOLVED
+            str(route.gateway or address) for address, route in self._routes.items() if route.state is HopState.RESOLVED
         }
 
     def _hop(self, address: Address) -> NextHop:
-        state, reason, gateway = self._routes[address]
+        state, reason, gateway, source, mtu = self._routes[address]
         if state is not HopState.RESOLVED:
             return NextHop(state, reason)
         via = str(gateway or address)
         nud, mac = self._neighbours.get(via, (0, b""))
         if not nud & NUD_VALID or len(mac) != 6:
             return NextHop(HopState.UNRESOLVED, f"{via} does not answer on {self.interface.name}", gateway)
-        return NextHop(HopState.RESOLVED, "", gateway, mac, self._mac)
+        return NextHop(HopState.RESOLVED, "", gateway, mac, self._mac, source, mtu)
 
     # ---- in the netlink thread ----
 
-    def _ask(
-        self,
-    ) -> tuple[dict[Address, tuple[HopState, str, Address | None]], dict[str, tuple[int, bytes]], bytes]:
+    def _ask(self) -> tuple[dict[Address, _Route], dict[str, tuple[int, bytes]], bytes]:
         name, index = self.interface.name, self.interface.index
-        routes: dict[Address, tuple[HopState, str, Address | None]] = {}
+        routes: dict[Address, _Route] = {}
         neighbours: dict[str, tuple[int, bytes]] = {}
         with IPRoute() as ipr:
             links = {link["index"]: link for link in ipr.get_links()}
             if index not in links:
-                return (
-                    dict.fromkeys(self._wanted, (HopState.NO_ROUTE, f"interface {name} is gone", None)),
-                    {},
-                    b"",
-                )
+                gone = _Route(HopState.NO_ROUTE, f"interface {name} is gone")
+                return dict.fromkeys(self._wanted, gone), {}, b""
             for address in self._wanted:
                 try:
                     route = next(iter(ipr.route("get", dst=str(address))))
                 except NetlinkError as error:
-                    routes[address] = (
-                        HopState.NO_ROUTE,
-                        f"no route: {os.strerror(error.code)}",
-                        None,
-                    )
+                    routes[address] = _Route(HopState.NO_ROUTE, f"no route: {os.strerror(error.code)}")
                     continue
                 out = route.get_attr("RTA_OIF")
-                gateway = route.get_attr("RTA_GATEWAY")
                 if out != index:
                     other = links[out].get_attr("IFLA_IFNAME") if out in links else out
-                    routes[address] = (
-                        HopState.OTHER_INTERFACE,
-                        f"its route leads through {other}, which is not served",
-                        None,
-                    )
-                else:
-                    routes[address] = (
-                        HopState.RESOLVED,
-                        "",
-                        type(address)(gateway) if gateway else None,
-                    )
+                    reason = f"its route leads through {other}, which is not served"
+                    routes[address] = _Route(HopState.OTHER_INTERFACE, reason)
+                    continue
+                gateway, source = route.get_attr("RTA_GATEWAY"), route.get_attr("RTA_PREFSRC")
+                metrics = route.get_attr("RTA_METRICS")
+                mtu = (metrics and metrics.get_attr("RTAX_MTU")) or links[index].get_attr("IFLA_MTU")
+                routes[address] = _Route(
+                    HopState.RESOLVED,
+                    "",
+                    type(address)(gateway) if gateway else None,
+                    type(address)(source) if source else None,
+                    int(mtu),
+                )
             for family in (socket.AF_INET, socket.AF_INET6):
                 for message in ipr.get_neighbours(family, ifindex=index):
                     if message.get_attr("NDA_DST"):

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/* The server's side of direct server return by IP in IP:
+ *
+ *   crab_decap   xdp: takes the outer header off packets to a VIP of ours (4 in 4, 6 in 6, 4 in 6, 6 in 4), so that the
+ *                kernel needs no tunnel device.  XDP, because it comes before GRO, which then sees plain TCP.
+ *   crab_clamp   clsact egress: lowers the MSS that SYN-ACKs from a VIP offer, so that what the client sends fits through
+ *                the tunnel.  Redirected connections answer from the server's own address: their MSS stays.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <stddef.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "maps.h"
+
+#define TCPOPT_MSS 2
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 4096);
+    __type(key, struct crab_address);
+    __type(value, __u32);
+} dsr_vips SEC(".maps");
+
+/* The largest MSS to offer: [0] over IPv4, [1] over IPv6. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 2);
+    __type(key, __u32);
+    __type(value, __u32);
+} dsr_mss SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    __uint(max_entries, CRAB_DSR_COUNTERS);
+    __type(key, __u32);
+    __type(value, __u64);
+} dsr_counters SEC(".maps");
+
+static __always_inline void count(__u32 what)
+{
+    __u64 *n = bpf_map_lookup_elem(&dsr_counters, &what);
+    if (n)
+        (*n)++;
+}
+
+static __always_inline int is_vip(const struct crab_address *a)
+{
+    return bpf_map_lookup_elem(&dsr_vips, a) != NULL;
+}
+
+static __always_inline void map_v4(struct crab_address *a, __be32 v4)
+{
+    __builtin_memset(a, 0, sizeof *a);
+    a->addr[10] = a->addr[11] = 0xff;
+    __builtin_memcpy(a->addr + 12, &v4, 4);
+}
+
+SEC("xdp")
+int crab_decap(struct xdp_md *ctx)
+{
+    void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+    struct ethhdr *eth = data, saved;
+    void *inner;
+    __u8 proto;
+    __u32 outer;
+
+    if ((void *)(eth + 1) > end)
+        return XDP_PASS;
+    if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+        struct iphdr *ip = (void *)(eth + 1);
+        if ((void *)(ip + 1) > end || ip->ihl != 5 || (ip->frag_off & bpf_htons(0x3fff)))
+            return XDP_PASS;
+        proto = ip->protocol;
+        outer = sizeof *ip;
+        inner = ip + 1;
+    } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+        struct ipv6hdr *ip = (void *)(eth + 1);
+        if ((void *)(ip + 1) > end)
+            return XDP_PASS;
+        proto = ip->nexthdr;
+        outer = sizeof *ip;
+        inner = ip + 1;
+    } else {
+        return XDP_PASS;
+    }
+
+    struct crab_address vip;
+    __be16 type;
+    if (proto == IPPROTO_IPIP) {
+        struct iphdr *ip = inner;
+        if ((void *)(ip + 1) > end || ip->version != 4)
+            return XDP_PASS;
+        map_v4(&vip, ip->daddr);
+        type = bpf_htons(ETH_P_IP);
+    } else if (proto == IPPROTO_IPV6) {
+        struct ipv6hdr *ip = inner;
+        if ((void *)(ip + 1) > end || ip->version != 6)
+            return XDP_PASS;
+        __builtin_memcpy(vip.addr, &ip->daddr, 16);
+        type = bpf_htons(ETH_P_IPV6);
+    } else {
+        return XDP_PASS;
+    }
+    if (!is_vip(&vip)) {
+        count(CRAB_DSR_NOT_VIP);
+        return XDP_PASS;
+    }
+    __builtin_memcpy(&saved, eth, sizeof saved);
+    saved.h_proto = type;
+    if (bpf_xdp_adjust_head(ctx, (int)outer))
+        return XDP_DROP;
+    eth = (void *)(long)ctx->data;
+    if ((void *)(eth + 1) > (void *)(long)ctx->data_end)
+        return XDP_DROP;
+    __builtin_memcpy(eth, &saved, sizeof saved);
+    count(CRAB_DSR_DECAPSULATED);
+    return XDP_PASS;
+}
+
+/* Lower the MSS option of the TCP header at `l4`. */
+static __always_inline void clamp(struct __sk_buff *skb, __u32 l4, __u32 length, __u32 limit)
+{
+    __u8 option[4];
+    __u32 at = 0;
+    for (int i = 0; i < 40; i++) {
+        if (at > 36 || at + 4 > length || bpf_skb_load_bytes(skb, l4 + 20 + at, option, 4) || option[0] == 0)
+            return;
+        if (option[0] == 1) {
+            at++;
+            continue;
+        }
+        if (option[1] < 2)
+            return;
+        if (option[0] != TCPOPT_MSS || option[1] != 4) {
+            at += option[1];
+            continue;
+        }
+        __u32 mss = (__u32)option[2] << 8 | option[3];
+        if (mss <= limit)
+            return;
+        __be16 new = bpf_htons((__u16)limit);
+        /* At an odd place the value lies across two words of the checksum, its bytes changed round. */
+        __u16 before = bpf_htons((__u16)mss), after = new;
+        if (at & 1) {
+            before = (__u16)mss;
+            after = (__u16)limit;
+        }
+        bpf_l4_csum_replace(skb, l4 + offsetof(struct tcphdr, check), before, after, 2);
+        bpf_skb_store_bytes(skb, l4 + 20 + at + 2, &new, 2, 0);
+        count(CRAB_DSR_CLAMPED);
+        return;
+    }
+}
+
+SEC("tc")
+int crab_clamp(struct __sk_buff *skb)
+{
+    struct crab_address vip;
+    struct tcphdr tcp;
+    __u32 l4, family;
+    if (skb->protocol == bpf_htons(ETH_P_IP)) {
+        struct iphdr ip;
+        if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof ip) || ip.protocol != IPPROTO_TCP)
+            return TC_ACT_UNSPEC;
+        map_v4(&vip, ip.saddr);
+        l4 = ETH_HLEN + ip.ihl * 4;
+        family = 0;
+    } else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+        struct ipv6hdr ip;
+        if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof ip) || ip.nexthdr != IPPROTO_TCP)
+            return TC_ACT_UNSPEC;
+        __builtin_memcpy(vip.addr, &ip.saddr, 16);
+        l4 = ETH_HLEN + sizeof ip;
+        family = 1;
+    } else {
+        return TC_ACT_UNSPEC;
+    }
+    if (bpf_skb_load_bytes(skb, l4, &tcp, sizeof tcp) || !tcp.syn || !tcp.ack || tcp.doff < 6 || !is_vip(&vip))
+        return TC_ACT_UNSPEC;
+    __u32 *limit = bpf_map_lookup_elem(&dsr_mss, &family);
+    if (limit && *limit)
+        clamp(skb, l4, (__u32)tcp.doff * 4 - 20, *limit);
+    return TC_ACT_UNSPEC;
+}
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -1,0 +1,164 @@
+"""Clients that are not redirected: direct server return, real clients and servers."""
+
+from __future__ import annotations
+
+import pytest
+from scapy.layers.inet import IP
+from scapy.layers.inet6 import IPv6
+from scapy.utils import rdpcap
+
+from crablb.lab import VIP4, VIP6
+from crablb.lab.demo import agent_status, crablb, status
+
+VIP = {4: str(VIP4), 6: str(VIP6)}
+
+
+@pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
+@pytest.mark.parametrize("topology", ["bridge", "routed"])
+@pytest.mark.parametrize("fallback", ["auto", "dsr-ipip"])
+def test_everybody_is_served(make_world, topology, offload, fallback):
+    """A prepared and an unprepared client, whole transfers both ways, wherever the servers are."""
+    world = make_world(topology, servers=2, offload=offload)
+    world.servers(dsr=True)
+    world.serve("--fallback", fallback)
+    tunnelled = topology == "routed" or fallback == "dsr-ipip"
+    for family in (4, 6):
+        seen = world.echo(VIP[family], "3000000")
+        assert seen["intact"]
+        assert seen["accepted_on"] == seen["peer"] == VIP[family]
+    total = status(world.lab)["total"]
+    assert total["fallback_no_offer"] == 2
+    assert bool(total["encapsulated"]) == tunnelled
+    assert not [name for name, n in total.items() if n and (name.startswith("drop") or name == "too_big")], total
+    counters = [agent_status(s)["server"]["counters"] for s in world.lab.servers]
+    assert sum(c["dsr_decapsulated"] for c in counters) == total["encapsulated"]
+    agent = world.client()
+    for family in (4, 6):
+        seen = world.echo(VIP[family])
+        assert seen["intact"]
+        assert seen["accepted_on"] != VIP[family]
+    agent.terminate()
+    assert agent.wait() == 0
+    assert status(world.lab)["total"]["redirected"] == 2
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_from_one_family_to_the_other(make_world, family):
+    world = make_world("routed")
+    world.servers(dsr=True)
+    world.client()
+    server = world.lab.servers[0]
+    vip = f"tcp://{VIP4}:80" if family == 4 else f"tcp://[{VIP6}]:80"
+    world.serve("--fallback", "dsr-ipip", what=[f"{vip}={server.ip6 if family == 4 else server.ip4}"])
+    seen = world.echo(VIP[family], "3000000")
+    assert seen["intact"]
+    assert seen["accepted_on"] == VIP[family]
+    total = status(world.lab)["total"]
+    assert total["fallback_no_cr_backend"] == 1  # it offered, but cannot be redirected into another family
+    assert total["too_big"] == 0
+
+
+def test_the_tunnels_packets(make_world):
+    """On the wire: the client's segments leave room for the outer header, because the SYN-ACK said so."""
+    world = make_world("routed", offload=False)
+    world.servers(dsr=True)
+    world.serve()
+    capture = world.folder / "lb.pcap"
+    with world.lab.middle.capture(capture, "ip or ip6", "lb"):
+        for family in (4, 6):
+            assert world.echo(VIP[family], "300000")["intact"]
+    outer = [p for p in rdpcap(str(capture)) if p.src == world.lab.lb.mac() and (p.haslayer(IP, 0) or IPv6 in p)]
+    tunnels = [p for p in outer if p[1].haslayer(IP) or p[1].haslayer(IPv6)]
+    tunnels = [p for p in tunnels if (p[1].proto if IP in p and p[1].version == 4 else p[1].nh) in (4, 41)]
+    assert len(tunnels) == status(world.lab)["total"]["encapsulated"]
+    for packet in tunnels:
+        assert packet[1].src in (world.lab.lb.ip4, world.lab.lb.ip6)
+        assert packet[1].dst in (world.lab.servers[0].ip4, world.lab.servers[0].ip6)
+        assert packet.wirelen <= 1514
+    assert max(p.wirelen for p in tunnels) > 1400
+    assert agent_status(world.lab.servers[0])["server"]["counters"]["dsr_clamped"] == 2
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_path_mtu_discovery_through_the_tunnel(make_world, family):
+    """The way to the backend is narrower than its agent knows: the client is told, and sends smaller packets."""
+    world = make_world("routed", offload=False)
+    world.servers(dsr=True)
+    via, net = ("10.2.0.254", "10.3.0.0/24") if family == 4 else ("fd00:2::fe", "fd00:3::/64")
+    world.lab.lb.ip(f"route add {net} via {via} mtu 1400")
+    world.serve()
+    assert world.echo(VIP[family], "300000")["intact"]
+    total = status(world.lab)["total"]
+    assert total["too_big"] >= 1
+    assert total["encapsulated"] > 200
+    route = "route" if family == 4 else "-6 route"
+    known = world.lab.client.run("sh", "-c", f"ip {route} get {VIP[family]}").stdout
+    assert f"mtu {1400 - (20 if family == 4 else 40)}" in known
+
+
+def test_dsr_l2_does_not_pass_a_gateway(make_world):
+    world = make_world("routed")
+    world.servers(dsr=True)
+    world.serve("--fallback", "dsr-l2")
+    done = world.lab.client.run("curl", "-s", "--connect-timeout", "1", f"http://{VIP4}/", check=False)
+    assert done.returncode == 28
+    assert status(world.lab)["total"]["drop_no_path"] >= 1
+    world.client()
+    assert world.echo(VIP4)["intact"]  # redirected clients need no path of that kind
+
+
+def test_the_agent_leaves_nothing(make_lab):
+    lab = make_lab("routed")
+    server = lab.servers[0]
+    server.ip(f"addr del {VIP4}/32 dev lo")  # the other VIP was there before, and stays
+    shown = (
+        "ip -4 addr; ip -6 addr; ip -o link | grep -o xdp; tc qdisc; sysctl -a 2>/dev/null | grep -E 'arp_(ign|ann)'"
+    )
+    before = server.run("sh", "-c", shown).stdout
+    install = crablb("agent", "server", "--vip", f"tcp://{VIP4}:80", "--vip", f"tcp://[{VIP6}]:80", "--dsr", "--detach")
+    server.run(*install)
+    assert "xdp" in server.run("ip", "link", "show", "eth0").stdout
+    assert str(VIP4) in server.run("ip", "addr", "show", "lo").stdout
+    assert set(agent_status(server)["server"]["counters"]) >= {"dsr_decapsulated", "dsr_clamped"}
+    server.run(*install)  # over itself
+    assert "removed" in server.run(*crablb("agent", "remove", "server")).stdout
+    assert server.run("sh", "-c", shown).stdout == before
+
+
+def test_the_agent_beside_another_xdp_program(make_lab, tmp_path):
+    import subprocess
+
+    lab = make_lab("routed")
+    source, target = tmp_path / "pass.bpf.c", tmp_path / "pass.bpf.o"
+    source.write_text('__attribute__((section("xdp"), used)) int pass(void *c) { return 2; }\n')
+    subprocess.run(["clang", "-target", "bpf", "-O2", "-c", source, "-o", target], check=True)
+    server = lab.servers[0]
+    server.ip(f"link set eth0 xdp obj {target} sec xdp")
+    done = server.run(*crablb("agent", "server", "--vip", f"tcp://{VIP4}:80", "--dsr"), check=False)
+    assert done.returncode == 2
+    assert "interface eth0 has an XDP program already" in done.stderr
+    assert agent_status(server) == {}
+    wrong = server.run(*crablb("agent", "server", "--vip", f"tcp://{VIP4}:80", "--interface", "eth0"), check=False)
+    assert (wrong.returncode, "of use with --dsr only" in wrong.stderr) == (2, True)
+
+
+def test_what_each_kind_of_client_costs(make_world):
+    """A redirected connection: one packet.  One by the fallback: everything that the client sends."""
+    world = make_world("bridge")
+    world.servers(dsr=True)
+    world.serve()
+    assert world.echo(VIP4, "100000")["intact"]
+    plain = status(world.lab)["total"]["received"]
+    assert plain > 5
+    world.client()
+    assert world.echo(VIP4, "100000")["intact"]
+    assert status(world.lab)["total"]["received"] == plain + 1
+
+
+def test_a_tunnel_too_narrow_for_ipv6_is_named(make_world):
+    world = make_world("routed")
+    world.lab.lb.ip("route add fd00:3::/64 via fd00:2::fe mtu 1300")
+    world.serve()
+    log = (world.folder / "serve.log").read_text()
+    assert "its tunnel carries 1260 bytes" in log
+    assert "IPv6 needs 1280" in log
