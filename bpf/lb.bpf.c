@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-/* The load balancer's XDP program: is the packet a VIP's?  Then it goes to the AF_XDP socket of its queue.  Everything
- * else passes on untouched.
+/* The load balancer's XDP program: is the packet a VIP's?  A packet of a known flow (a connection that goes by fallback)
+ * goes straight out again; any other goes to the AF_XDP socket of its queue, where user space decides.  Everything else
+ * passes on untouched.
+ *
+ * Flows are made by user space, for the first packet after the handshake, so a flood of SYNs makes none.  They outlive
+ * it: when the daemon dies, known flows go on.
  *
  * A VIP's packet that finds no socket is dropped, never passed: the kernel has no such listener and would answer with a
  * RST, which tells the client that the service is gone. */
@@ -18,12 +22,27 @@
 #define IP_MF_OFFSET 0x3fff /* more-fragments flag and fragment offset */
 
 struct {
-    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(type, BPF_MAP_TYPE_PERCPU_HASH);
     __uint(max_entries, CRAB_MAX_SERVICES);
     __uint(map_flags, BPF_F_NO_PREALLOC);
     __type(key, struct crab_vip);
-    __type(value, __u32); /* 1: served */
+    __type(value, struct crab_service_counters);
 } services SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __uint(max_entries, 1); /* user space says how many */
+    __type(key, struct crab_flow_id);
+    __type(value, struct crab_flow_entry);
+} flows SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 65536);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, struct crab_address);
+    __type(value, struct crab_path);
+} paths SEC(".maps");
 
 struct {
     __uint(type, BPF_MAP_TYPE_XSKMAP);
@@ -62,14 +81,174 @@ static __always_inline int pass(__u32 why)
     return XDP_PASS;
 }
 
+static __always_inline __u32 fold(__u64 sum)
+{
+    sum = (sum & 0xffffffff) + (sum >> 32);
+    sum = (sum & 0xffffffff) + (sum >> 32);
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    return (__u32)sum;
+}
+
+struct packet {
+    struct crab_vip vip;
+    struct crab_flow_id id;
+    __u32 pseudo; /* sum of the TCP pseudo-header */
+    __u32 frame;   /* bytes */
+    __u16 l3, len; /* of the IP packet: offset, length in bytes */
+    __u8 class, v6;
+};
+
+/* Put an IP header in front of the frame's own (RFC 2003, RFC 2473, RFC 4213). */
+static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *p, const struct crab_address *to,
+                                       const struct crab_path *path)
+{
+    struct {
+        struct ethhdr eth;
+        struct iphdr ip;
+    } __attribute__((packed)) *four;
+    struct {
+        struct ethhdr eth;
+        struct ipv6hdr ip;
+    } __attribute__((packed)) *six;
+    __u8 proto = p->v6 ? IPPROTO_IPV6 : IPPROTO_IPIP;
+
+    if (path->v6) {
+        if (bpf_xdp_adjust_head(ctx, -(int)sizeof(struct ipv6hdr)))
+            return -1;
+        six = (void *)(long)ctx->data;
+        if ((void *)(six + 1) > (void *)(long)ctx->data_end)
+            return -1;
+        __u32 label = (__u32)p->id.cport ^ p->pseudo; /* RFC 6438: any function of the flow */
+        __builtin_memcpy(&six->eth, path->macs, 12);
+        six->eth.h_proto = bpf_htons(ETH_P_IPV6);
+        struct ipv6hdr ip = {.payload_len = bpf_htons(p->len), .nexthdr = proto, .hop_limit = 64};
+        *(__be32 *)&ip = bpf_htonl(6u << 28 | (__u32)p->class << 20 | (label & 0xfffff));
+        __builtin_memcpy(&ip.saddr, path->tunnel_src, 16);
+        __builtin_memcpy(&ip.daddr, to->addr, 16);
+        __builtin_memcpy(&six->ip, &ip, sizeof ip);
+        return 0;
+    }
+    if (bpf_xdp_adjust_head(ctx, -(int)sizeof(struct iphdr)))
+        return -1;
+    four = (void *)(long)ctx->data;
+    if ((void *)(four + 1) > (void *)(long)ctx->data_end)
+        return -1;
+    __builtin_memcpy(&four->eth, path->macs, 12);
+    four->eth.h_proto = bpf_htons(ETH_P_IP);
+    struct iphdr ip = {
+        .version = 4,
+        .ihl = 5,
+        .tos = p->class,
+        .tot_len = bpf_htons((__u16)(p->len + sizeof ip)),
+        .frag_off = bpf_htons(0x4000),
+        .ttl = 64,
+        .protocol = proto,
+    };
+    __builtin_memcpy(&ip.saddr, path->tunnel_src + 12, 4);
+    __builtin_memcpy(&ip.daddr, to->addr + 12, 4);
+    __u64 sum = 0;
+    __u16 *words = (void *)&ip;
+    for (int i = 0; i < 10; i++)
+        sum += words[i];
+    ip.check = (__u16)~fold(sum);
+    __builtin_memcpy(&four->ip, &ip, sizeof ip);
+    return 0;
+}
+
+#define FIN 1
+#define SYN 2
+#define RST 4
+
+/* Forward a known flow's packet; flags: its TCP flags.  Returns an XDP action, or -1: user space decides. */
+static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, __u32 flags)
+{
+    struct crab_flow_entry *f = bpf_map_lookup_elem(&flows, &p->id);
+    if (!f)
+        return -1;
+    if (flags & SYN) {
+        f->ask = 1;
+        return -1;
+    }
+    __u32 now = (__u32)(bpf_ktime_get_coarse_ns() / 1000000000u);
+    if (now - f->seen > (f->state == CRAB_FLOW_OPEN ? CRAB_AGE_OPEN : CRAB_AGE_ENDING)) {
+        bpf_map_delete_elem(&flows, &p->id);
+        return -1;
+    }
+    if (f->ask || p->l3 != ETH_HLEN)
+        return -1;
+    struct crab_address to;
+    __builtin_memcpy(to.addr, f->backend, 16);
+    struct crab_path *path = bpf_map_lookup_elem(&paths, &to);
+    if (!path)
+        return -1;
+    __u32 tunnel = f->tunnel, ifindex = path->ifindex;
+    if (tunnel && p->len + (path->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) > path->mtu)
+        return -1; /* user space tells the client */
+    if (f->seen != now)
+        f->seen = now;
+    if (flags & RST)
+        bpf_map_delete_elem(&flows, &p->id);
+    else if (flags & FIN)
+        f->state = CRAB_FLOW_ENDING;
+
+    if (tunnel) {
+        /* Ethernet's padding of short frames must not become a part of the outer packet. */
+        int padding = (int)p->frame - (int)(ETH_HLEN + p->len);
+        if (padding > 0 && bpf_xdp_adjust_tail(ctx, -padding))
+            return XDP_DROP;
+        if (encapsulate(ctx, p, &to, path))
+            return XDP_DROP;
+    } else {
+        void *data = (void *)(long)ctx->data;
+        if (data + 12 > (void *)(long)ctx->data_end)
+            return XDP_DROP;
+        __builtin_memcpy(data, path->macs, 12);
+    }
+    count(CRAB_XDP_FLOW);
+    return ifindex ? (int)bpf_redirect(ifindex, 0) : XDP_TX;
+}
+
+/* What an ICMP error quotes: the beginning of a packet from a VIP.  0 if it is one. */
+static __always_inline int parse_quote(void *quote, void *end, struct packet *p)
+{
+    struct {
+        __be16 source, dest;
+    } *ports;
+    if (p->v6) {
+        struct ipv6hdr *ip = quote;
+        if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
+            return -1;
+        __builtin_memcpy(p->vip.addr, &ip->saddr, 16);
+        __builtin_memcpy(p->id.client, &ip->daddr, 16);
+        ports = (void *)(ip + 1);
+    } else {
+        struct iphdr *ip = quote;
+        if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
+            (ip->frag_off & bpf_htons(0x1fff)))
+            return -1;
+        p->vip.addr[10] = p->vip.addr[11] = p->id.client[10] = p->id.client[11] = 0xff;
+        __builtin_memcpy(p->vip.addr + 12, &ip->saddr, 4);
+        __builtin_memcpy(p->id.client + 12, &ip->daddr, 4);
+        ports = (void *)(ip + 1);
+    }
+    if ((void *)(ports + 2) > end) /* eight bytes, as RFC 792 has it */
+        return -1;
+    p->vip.port = p->id.vport = ports->source;
+    p->id.cport = ports->dest;
+    return 0;
+}
+
 SEC("xdp")
 int crab_lb(struct xdp_md *ctx)
 {
     void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
     struct ethhdr *eth = data;
-    struct crab_vip vip = {.proto = IPPROTO_TCP};
+    struct packet p = {.vip.proto = IPPROTO_TCP};
     struct tcphdr *tcp;
-    void *l3 = eth + 1;
+    void *l3 = eth + 1, *icmp = NULL;
+    __u32 flags = 0;
+    __u64 sum = 0;
 
     if (l3 > end)
         return pass(CRAB_XDP_PASS_MALFORMED);
@@ -80,25 +259,36 @@ int crab_lb(struct xdp_md *ctx)
         type = *(__be16 *)(l3 + 2);
         l3 += 4;
     }
+    p.l3 = (__u16)(l3 - data);
+    p.frame = (__u32)(end - data);
     if (type == bpf_htons(ETH_P_IP)) {
         struct iphdr *ip = l3;
         if ((void *)(ip + 1) > end)
             return pass(CRAB_XDP_PASS_MALFORMED);
-        if (ip->protocol != IPPROTO_TCP)
+        if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_ICMP)
             return pass(CRAB_XDP_PASS_NOT_VIP);
         if (ip->ihl != 5)
             return pass(CRAB_XDP_PASS_IP_OPTIONS);
         if (ip->frag_off & bpf_htons(IP_MF_OFFSET))
             return pass(CRAB_XDP_PASS_FRAGMENT);
-        vip.addr[10] = vip.addr[11] = 0xff;
-        __builtin_memcpy(vip.addr + 12, &ip->daddr, 4);
+        p.vip.addr[10] = p.vip.addr[11] = p.id.client[10] = p.id.client[11] = 0xff;
+        __builtin_memcpy(p.vip.addr + 12, &ip->daddr, 4);
+        __builtin_memcpy(p.id.client + 12, &ip->saddr, 4);
+        p.class = ip->tos;
+        p.len = bpf_ntohs(ip->tot_len);
+        sum = (__u64)ip->saddr + ip->daddr + bpf_htons((__u16)(p.len - sizeof *ip));
         tcp = (void *)(ip + 1);
+        if (ip->protocol == IPPROTO_ICMP)
+            icmp = tcp;
     } else if (type == bpf_htons(ETH_P_IPV6)) {
         struct ipv6hdr *ip = l3;
         if ((void *)(ip + 1) > end)
             return pass(CRAB_XDP_PASS_MALFORMED);
         switch (ip->nexthdr) {
         case IPPROTO_TCP:
+            break;
+        case IPPROTO_ICMPV6:
+            icmp = ip + 1;
             break;
         case IPPROTO_FRAGMENT:
             return pass(CRAB_XDP_PASS_FRAGMENT);
@@ -110,23 +300,63 @@ int crab_lb(struct xdp_md *ctx)
         default:
             return pass(CRAB_XDP_PASS_NOT_VIP);
         }
-        __builtin_memcpy(vip.addr, &ip->daddr, 16);
+        __builtin_memcpy(p.vip.addr, &ip->daddr, 16);
+        __builtin_memcpy(p.id.client, &ip->saddr, 16);
+        p.class = (__u8)(bpf_ntohl(*(__be32 *)ip) >> 20);
+        p.len = (__u16)(bpf_ntohs(ip->payload_len) + sizeof *ip);
+        p.v6 = 1;
+        __u32 *words = (void *)&ip->saddr;
+        for (int i = 0; i < 8; i++)
+            sum += words[i];
+        sum += ip->payload_len;
         tcp = (void *)(ip + 1);
     } else {
         return pass(CRAB_XDP_PASS_NOT_VIP);
     }
-    if ((void *)(tcp + 1) > end)
-        return pass(CRAB_XDP_PASS_MALFORMED);
-    vip.port = tcp->dest;
-    if (!bpf_map_lookup_elem(&services, &vip))
+    if (icmp) {
+        __u8 *kind = icmp;
+        if (icmp + 8 > end)
+            return pass(CRAB_XDP_PASS_NOT_VIP);
+        /* destination unreachable, time exceeded, parameter problem; ICMPv6: the same and packet too big */
+        if (p.v6 ? !(*kind >= 1 && *kind <= 4) : *kind != 3 && *kind != 11 && *kind != 12)
+            return pass(CRAB_XDP_PASS_NOT_VIP);
+        __builtin_memset(&p.vip.addr, 0, 16);
+        __builtin_memset(&p.id.client, 0, 16);
+        if (parse_quote(icmp + 8, end, &p))
+            return pass(CRAB_XDP_PASS_NOT_VIP);
+    } else {
+        if ((void *)(tcp + 1) > end)
+            return pass(CRAB_XDP_PASS_MALFORMED);
+        p.vip.port = p.id.vport = tcp->dest;
+        p.id.cport = tcp->source;
+        p.pseudo = fold(sum + bpf_htons(IPPROTO_TCP));
+        flags = (tcp->syn ? SYN : 0) | (tcp->fin ? FIN : 0) | (tcp->rst ? RST : 0);
+    }
+    struct crab_service_counters *service = bpf_map_lookup_elem(&services, &p.vip);
+    if (!service)
         return pass(CRAB_XDP_PASS_NOT_VIP);
+    __builtin_memcpy(p.id.vip, p.vip.addr, 16);
+
+    /* A virtual neighbour (veth, virtio) may have left the checksum to a network card that does not exist: the field holds
+     * the pseudo-header's sum alone.  User space completes it. */
+    int incomplete = 0;
+    if (!icmp && !(flags & SYN))
+        incomplete = tcp->check == p.pseudo;
+    int verdict = -1;
+    if ((__u32)p.l3 + p.len <= p.frame && !incomplete)
+        verdict = forward(ctx, &p, flags);
+    if (verdict >= 0) {
+        service->packets++;
+        service->bytes += p.frame;
+        return verdict;
+    }
 
     /* The flags argument is what the helper returns where no socket is bound to the queue. */
-    int verdict = bpf_redirect_map(&sockets, ctx->rx_queue_index, XDP_DROP);
+    verdict = bpf_redirect_map(&sockets, ctx->rx_queue_index, XDP_DROP);
     if (verdict != XDP_REDIRECT)
         count(CRAB_XDP_DROP_NO_SOCKET);
     else
-        count(tcp->syn ? CRAB_XDP_SYN : CRAB_XDP_OTHER);
+        count(icmp ? CRAB_XDP_ICMP : flags & SYN ? CRAB_XDP_SYN : CRAB_XDP_OTHER);
     return verdict;
 }
 

@@ -30,6 +30,54 @@ struct crab_vip {
     __u8 pad;
 };
 
+/* Value of map `services` (per CPU): what the XDP program forwarded by itself. */
+struct crab_service_counters {
+    __u64 packets;
+    __u64 bytes; /* of frames, as they came */
+};
+
+/* A 16-byte address as a key by itself. */
+struct crab_address {
+    __u8 addr[16];
+};
+
+/* Key of map `flows`: a connection that goes by fallback. */
+struct crab_flow_id {
+    __u8 client[16];
+    __u8 vip[16];
+    __be16 cport;
+    __be16 vport;
+};
+
+#define CRAB_FLOW_OPEN 1
+#define CRAB_FLOW_ENDING 2 /* a FIN was seen */
+
+/* Seconds without a packet after which a flow is forgotten.  A Linux client's last SYN retransmission comes 63 s after
+ * the first copy (six retries); an established connection sends a keep-alive at the latest every 7,200 s, if it asked
+ * for them. */
+#define CRAB_AGE_SYN 75
+#define CRAB_AGE_OPEN 7800
+#define CRAB_AGE_ENDING 120
+
+/* Value of map `flows`: made by user space, kept current by the XDP program. */
+struct crab_flow_entry {
+    __u8 backend[16];
+    __u32 seen;  /* second of the last packet, CLOCK_MONOTONIC_COARSE */
+    __u8 state;  /* CRAB_FLOW_* */
+    __u8 tunnel; /* 1: encapsulated, 0: by MAC address */
+    __u8 ask;    /* a SYN came: user space decides anew about the flow's next packet */
+    __u8 pad;
+};
+
+/* Value of map `paths` (key: a backend's struct crab_address): how frames get there. */
+struct crab_path {
+    __u8 macs[12]; /* destination, source */
+    __u32 mtu;
+    __u8 tunnel_src[16];
+    __u32 v6;      /* 1: the outer header is an IPv6 one */
+    __u32 ifindex; /* interface to send on by XDP_REDIRECT; 0: XDP_TX */
+};
+
 /* What the XDP program did with a packet: index into map `xdp_counters` (per CPU, __u64 each). */
 enum crab_xdp_counter {
     CRAB_XDP_PASS_NOT_VIP,      /* not a VIP's: given to the kernel untouched */
@@ -38,6 +86,8 @@ enum crab_xdp_counter {
     CRAB_XDP_PASS_MALFORMED,    /* truncated headers */
     CRAB_XDP_SYN,               /* a VIP's SYN, handed to its AF_XDP socket */
     CRAB_XDP_OTHER,             /* any other TCP packet of a VIP, handed to its AF_XDP socket */
+    CRAB_XDP_ICMP,              /* an ICMP error about a VIP's packet, handed to an AF_XDP socket */
+    CRAB_XDP_FLOW,              /* a known flow's packet, forwarded by the program alone */
     CRAB_XDP_DROP_NO_SOCKET,    /* a VIP's packet, and no daemon has a socket on this queue */
     CRAB_XDP_COUNTERS
 };
@@ -59,12 +109,7 @@ enum crab_server_counter {
     CRAB_SERVER_COUNTERS
 };
 
-/* ---- direct server return on the server (dsr.bpf.c) ---- */
-
-/* Key of map `dsr_vips`: a VIP's address, whatever the port (ICMP errors are decapsulated too). */
-struct crab_address {
-    __u8 addr[16];
-};
+/* ---- direct server return on the server (dsr.bpf.c; key of map `dsr_vips`: struct crab_address) ---- */
 
 enum crab_dsr_counter {
     CRAB_DSR_DECAPSULATED, /* packets whose outer header was taken off */

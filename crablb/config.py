@@ -20,12 +20,15 @@ from crablb.errors import ConfigError
 from crablb.model import (
     Address,
     Backend,
+    Bypass,
     Config,
     Fallback,
     Mode,
     Network,
+    OnDead,
     OptionForm,
     Service,
+    State,
     Vip,
     XdpMode,
     host_port,
@@ -195,16 +198,17 @@ def _backend_entry(entry: object) -> Backend:
     if isinstance(entry, str):
         return parse_backend(entry)
     if not isinstance(entry, dict):
-        raise ConfigError(f"{entry!r} is neither an address nor a table {{address=..., weight=..., cr=...}}")
+        raise ConfigError(f"{entry!r} is neither an address nor a table {{address=..., weight=..., cr=..., state=...}}")
     problems = _Problems()
-    _unknown_keys(problems, "", entry, ("address", "weight", "cr"))
+    _unknown_keys(problems, "", entry, ("address", "weight", "cr", "state"))
     backend = problems.attempt("address", lambda: parse_backend(_string(entry.get("address", ""))))
     weight = problems.attempt("weight", _weight, entry.get("weight", 1))
     if not isinstance(entry.get("cr", True), bool):
         problems.add("cr", f"{entry['cr']!r} is not true or false")
+    state = problems.attempt("state", _enum, State, entry.get("state", "up"))
     problems.finish()
-    assert backend is not None and weight is not None
-    return Backend(backend.address, weight if "weight" in entry else backend.weight, entry.get("cr", True))
+    assert backend is not None and weight is not None and state is not None
+    return Backend(backend.address, weight if "weight" in entry else backend.weight, entry.get("cr", True), state)
 
 
 def _list(value: object) -> list[object]:
@@ -217,10 +221,11 @@ def _service_entry(entry: object) -> Service:
     if not isinstance(entry, dict):
         raise ConfigError("must be a table, written [[service]]")
     problems = _Problems()
-    _unknown_keys(problems, "", entry, ("address", "mode", "redirect_clients", "fallback", "backends"))
+    _unknown_keys(problems, "", entry, ("address", "mode", "redirect_clients", "fallback", "on_dead", "backends"))
     vip = problems.attempt("address", lambda: parse_vip(_string(entry.get("address", ""))))
     mode = problems.attempt("mode", _enum, Mode, entry.get("mode", "negotiated"))
     fallback = problems.attempt("fallback", _enum, Fallback, entry.get("fallback", "auto"))
+    on_dead = problems.attempt("on_dead", _enum, OnDead, entry.get("on_dead", "reassign"))
     backends = [
         problems.attempt(f"backends[{i}]", _backend_entry, b)
         for i, b in enumerate(problems.attempt("backends", _list, entry.get("backends", [])) or [])
@@ -232,13 +237,14 @@ def _service_entry(entry: object) -> Service:
     if "redirect_clients" in entry and not prefixes:
         problems.add("redirect_clients", "is empty; leave it out to mean all, or set mode = 'never' for none")
     problems.finish()
-    assert vip is not None and mode is not None and fallback is not None
+    assert vip is not None and mode is not None and fallback is not None and on_dead is not None
     return Service(
         vip,
         tuple(b for b in backends if b is not None),
         mode,
         tuple(p for p in prefixes if p is not None),
         fallback,
+        on_dead,
     )
 
 
@@ -310,6 +316,7 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
     "queues": lambda v: _number(1, 64, v),
     "table_size": _table_size,
     "flows": lambda v: _number(64, 1 << 26, v),
+    "ack_bypass": lambda v: _enum(Bypass, v),
 }
 
 

@@ -11,7 +11,7 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,13 +19,25 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from crablb import statistics
+from crablb import flowmap, statistics
 from crablb._native import ffi, lib
-from crablb.errors import KernelError
+from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.netlink import HopState, NextHop, NextHops, interface_info
 from crablb.kernel.xsk import XskError, XskSocket
-from crablb.model import Address, Backend, Config, Fallback, Mode, OptionForm, mapped
+from crablb.model import (
+    Address,
+    Backend,
+    Bypass,
+    Config,
+    Fallback,
+    Mode,
+    OnDead,
+    OptionForm,
+    State,
+    Vip,
+    mapped,
+)
 
 __all__ = ["Engine", "maglev_table"]
 
@@ -41,10 +53,12 @@ FALLBACKS = {
     Fallback.DSR_L2: lib.CRAB_FALLBACK_L2,
     Fallback.DSR_IPIP: lib.CRAB_FALLBACK_IPIP,
 }
+ON_DEAD = {OnDead.REASSIGN: lib.CRAB_ON_DEAD_REASSIGN, OnDead.RESET: lib.CRAB_ON_DEAD_RESET}
 FORMS = {OptionForm.CRAB: lib.CRAB_FORM_CRAB, OptionForm.EXPERIMENTAL: lib.CRAB_FORM_EXPERIMENTAL}
 FRAMES = 4096  # a queue
 #: How long the start waits for the backends' neighbours before it serves with those that answered, in seconds.
 RESOLVE_TIMEOUT = 1.0
+SWEEP_INTERVAL = 30.0  # seconds
 
 Table = npt.NDArray[np.uint16]
 
@@ -58,7 +72,7 @@ def maglev_table(members: Mapping[int, Backend], size: int, seed: bytes) -> Tabl
     array = ffi.new("struct crab_maglev_member[]", max(len(members), 1))
     for entry, (backend_id, backend) in zip(array, members.items(), strict=False):
         entry.addr = mapped(backend.address)
-        entry.weight = backend.weight
+        entry.weight = backend.share
         entry.backend = backend_id
     if lib.crab_maglev_build(ffi.from_buffer("uint16_t[]", table), size, array, len(members), seed):
         raise MemoryError("no memory for a Maglev table")
@@ -72,12 +86,17 @@ class _Snapshot:
                  hops: Mapping[Address, NextHop], tables: dict[Any, Table]) -> None:  # fmt: skip
         self.tables: dict[Any, Table] = {}
         known = {b.address: b for service in config.services for b in service.backends}
-        backends = ffi.new("struct crab_backend[]", max(len(ids), 1))
+        dead = {address for address, b in known.items() if b.state is State.DEAD}
+        count = max(ids.values(), default=-1) + 1
+        backends = ffi.new("struct crab_backend[]", max(count, 1))
         for address, backend_id in ids.items():
             entry, hop = backends[backend_id], hops.get(address)
             entry.addr = mapped(address)
-            if known[address].cr:
+            # One that was removed stays for the flows that it has.
+            if address in known and known[address].cr:
                 entry.flags |= lib.CRAB_BACKEND_CR
+            if address in dead:
+                entry.flags |= lib.CRAB_BACKEND_DEAD
             if address.version == 6:
                 entry.flags |= lib.CRAB_BACKEND_V6
             if hop and hop.state is HopState.RESOLVED:
@@ -96,6 +115,7 @@ class _Snapshot:
             entry.protocol = 6
             entry.mode = MODES[service.mode]
             entry.fallback = FALLBACKS[service.fallback]
+            entry.on_dead = ON_DEAD[service.on_dead]
             entry.first_prefix, entry.prefix_count = len(prefixes), len(service.redirect_clients)
             for prefix in service.redirect_clients:
                 bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
@@ -116,7 +136,7 @@ class _Snapshot:
         for entry, (addr, bits) in zip(c_prefixes, prefixes, strict=False):
             entry.addr, entry.bits = addr, bits
         self.c = lib.crab_snapshot_new(
-            services, len(config.services), backends, len(ids), c_prefixes, len(prefixes),
+            services, len(config.services), backends, count, c_prefixes, len(prefixes),
             config.table_size, FORMS[config.option], seed,
         )  # fmt: skip
         if not self.c:
@@ -129,10 +149,10 @@ class _Snapshot:
 class _Worker:
     """One queue: socket, core, thread."""
 
-    def __init__(self, xsk: XskSocket, flows: int, counters: Any) -> None:
+    def __init__(self, xsk: XskSocket, flows: int, counters: Any, flow_map: int) -> None:
         self.xsk = xsk
         self.core = lib.crab_core_new(flows, counters)
-        self.c = lib.crab_worker_new(xsk.handle, self.core, counters) if self.core else ffi.NULL
+        self.c = lib.crab_worker_new(xsk.handle, self.core, counters, flow_map) if self.core else ffi.NULL
         if not self.c:
             lib.crab_core_free(self.core)
             raise MemoryError("no memory for a worker")
@@ -179,8 +199,13 @@ class Engine:
         self.mode = ""
         self.failure: asyncio.Future[str] | None = None
         self._pins = pins.folder(f"lb-{config.interface}")
-        addresses = sorted({b.address for s in config.services for b in s.backends}, key=mapped)
-        self._ids = {address: i for i, address in enumerate(addresses)}
+        # Ids are never used again: the workers' flow caches may still hold them.
+        self._next_id = 0
+        self._ids: dict[Address, int] = {}
+        self._paths: dict[Address, bytes] = {}
+        self._adopted: tuple[Any, Any] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+        self._name_backends(config)
         self._hops: dict[Address, NextHop] = {}
         self._workers: list[_Worker] = []
         self._snapshot: _Snapshot | None = None
@@ -189,6 +214,20 @@ class Engine:
         self._nexthops: NextHops | None = None
         self._link: bpf.Link | None = None
         self._resolved = asyncio.Event()
+
+    def _name_backends(self, config: Config) -> None:
+        addresses = {b.address for s in config.services for b in s.backends}
+        for address in sorted(addresses - self._ids.keys(), key=mapped):
+            if self._next_id == lib.CRAB_NO_BACKEND:
+                raise ConfigError("65,535 different backends have been served since the start; restart crablb serve")
+            self._ids[address] = self._next_id
+            self._next_id += 1
+
+    @property
+    def bypass(self) -> bool:
+        """Whether the XDP program forwards known fallback flows by itself."""
+        want = self.config.ack_bypass
+        return want is Bypass.ON or (want is Bypass.AUTO and self.interface.kind != "veth")
 
     @property
     def queues(self) -> int:
@@ -212,12 +251,19 @@ class Engine:
         name = self.config.interface
         self._stack.enter_context(pins.own(f"lb-{name}", f"the load balancer of {name}"))
 
-        program = self._stack.enter_context(bpf.Object(bpf.object_path("lb")))
-        self._maps = program.maps
         link = self._existing_link()
+        reuse = {"flows": bpf.Map.from_pin(self._pins / "flows")} if link and self.bypass else {}
+        sizes = {} if reuse else {"flows": self.config.flows}
+        try:
+            program = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes)
+        finally:
+            for old in reuse.values():
+                old.close()
+        self._stack.enter_context(program)
+        self._maps = program.maps
+        if reuse:
+            self._adopted = self._adoptable()
         self._open_queues()
-        for service in self.config.services:
-            self._maps["services"].update(service.vip.key(), 1)
 
         self._nexthops = NextHops(self.interface, self._changed)
         await self._nexthops.start(self._ids)
@@ -231,6 +277,9 @@ class Engine:
         def failed(queue: int, number: int) -> None:
             loop.call_soon_threadsafe(self._failed, queue, number)
 
+        self._adopt()
+        self._serve_vips(service.vip for service in self.config.services)
+        self._sweeper = asyncio.create_task(self._sweep())
         self._name_narrow()
         cpus = sorted(os.sched_getaffinity(0))
         for i, worker in enumerate(self._workers):
@@ -277,7 +326,8 @@ class Engine:
                 if queue and self.config.queues is None and error.errno == errno.EINVAL:
                     break
                 raise
-            self._workers.append(_Worker(xsk, self.config.flows, base[queue].n))
+            flow_map = self._maps["flows"].fd if self.bypass else -1
+            self._workers.append(_Worker(xsk, self.config.flows, base[queue].n, flow_map))
             xsk.register(self._maps["sockets"])
 
     def _attach(self, program: bpf.Program, link: bpf.Link | None) -> None:
@@ -294,11 +344,39 @@ class Engine:
         self.mode = link.mode
         pins.remove(self._pins)
         link.pin(self._pins / "link")
-        for name in ("services", "sockets", "xdp_counters", "worker_counters"):
+        for name in ("services", "sockets", "flows", "paths", "xdp_counters", "worker_counters"):
             self._maps[name].pin(self._pins / name)
+
+    def _adoptable(self) -> tuple[Any, Any]:
+        """Take over the flows of a daemon that died.  Their backends stay known, whatever the configuration says."""
+        keys, entries = flowmap.read(self._maps["flows"])
+        kept = flowmap.alive(entries, flowmap.now())
+        addresses, which = flowmap.by_backend(entries[kept])
+        for address in addresses:
+            if address not in self._ids and self._next_id < lib.CRAB_NO_BACKEND:
+                self._ids[address] = self._next_id
+                self._next_id += 1
+        ids = np.array([self._ids.get(a, lib.CRAB_NO_BACKEND) for a in addresses], np.uint16)
+        return np.ascontiguousarray(keys[kept]), np.ascontiguousarray(ids[which])
+
+    def _adopt(self) -> None:
+        if not self._adopted or not self._snapshot:
+            return
+        keys, ids = self._adopted
+        for worker in self._workers:
+            lib.crab_core_adopt(
+                worker.core, self._snapshot.c, ffi.from_buffer("struct crab_flow_id[]", keys),
+                ffi.from_buffer("uint16_t[]", ids), len(ids), flowmap.now(),
+            )  # fmt: skip
+        self._adopted = None
+        log.info("took over fallback flows", flows=len(ids))
 
     async def close(self) -> None:
         """Stop serving; leave nothing in the kernel.  Idempotent."""
+        if self._sweeper:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+            self._sweeper = None
         if self._link:
             self._link.detach()
             pins.remove(self._pins)
@@ -323,9 +401,11 @@ class Engine:
             usable = hop.state is HopState.RESOLVED
             if usable:
                 log.info("backend reachable", backend=str(address), mac=hop.dst_mac.hex(":"))
+            elif address not in self._hops:
+                log.warning("backend not usable yet", backend=str(address), reason=hop.reason)
             elif self._hops[address].state is HopState.RESOLVED:
                 log.warning("backend unreachable", backend=str(address), reason=hop.reason)
-        narrowed = any(hop.mtu != self._hops[a].mtu for a, hop in changes.items())
+        narrowed = any(a not in self._hops or hop.mtu != self._hops[a].mtu for a, hop in changes.items())
         self._hops.update(changes)
         self._publish()
         if narrowed:
@@ -340,8 +420,70 @@ class Engine:
             self._retired.append(self._snapshot)
         self._snapshot = snapshot
         self._free_retired()
+        self._publish_paths()
         if all(hop.state is HopState.RESOLVED for hop in self._hops.values()):
             self._resolved.set()
+
+    def _publish_paths(self) -> None:
+        """Tell the XDP program how frames get to the backends; the workers get the flows of those it cannot reach."""
+        dead = {b.address for s in self.config.services for b in s.backends if b.state is State.DEAD}
+        # XDP_TX into a veth wakes its other end only if that has an XDP program too (veth_xdp_flush); a redirect to the
+        # same interface wakes it always.
+        ifindex = (self.interface.index if self.interface.kind == "veth" else 0).to_bytes(4, "little")
+        paths = {
+            address: hop.dst_mac + hop.src_mac + hop.mtu.to_bytes(4, "little")
+            + (mapped(hop.source) if hop.source else bytes(16)) + (address.version == 6).to_bytes(4, "little") + ifindex
+            for address, hop in self._hops.items()
+            if hop.state is HopState.RESOLVED and address not in dead
+        }  # fmt: skip
+        for address in self._paths.keys() - paths.keys():
+            self._maps["paths"].delete(mapped(address))
+        for address, path in paths.items():
+            if self._paths.get(address) != path:
+                self._maps["paths"].update(mapped(address), path)
+        self._paths = paths
+
+    def _serve_vips(self, vips: Iterable[Vip]) -> None:
+        """Make the XDP program take these VIPs' packets, and no others."""
+        wanted = {vip.key() for vip in vips}
+        there = set(self._maps["services"].keys())
+        for key in there - wanted:
+            self._maps["services"].delete(key)
+        for key in wanted - there:
+            self._maps["services"].update(key, 0)
+
+    def apply(self, config: Config) -> None:
+        """Serve another configuration from now on.  No connection is broken whose backend lives.
+
+        Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
+        """
+        fixed = ("interface", "seed", "xdp_mode", "queues", "table_size", "flows", "ack_bypass")
+        differ = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        if differ:
+            raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
+        assert self._nexthops
+        self._name_backends(config)
+        served = {service.vip for service in config.services}
+        # A VIP's packets come only while the workers know it.
+        self._serve_vips(s.vip for s in self.config.services if s.vip in served)
+        self.config = config
+        self._nexthops.follow(self._ids)
+        self._publish()
+        self._serve_vips(served)
+
+    async def _sweep(self) -> None:
+        """Now and then: delete old flows, and forget removed backends that have none left."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL)
+            left = await loop.run_in_executor(None, flowmap.sweep, self._maps["flows"])
+            configured = {b.address for s in self.config.services for b in s.backends}
+            gone = {a for a in self._ids if a not in configured and a not in left}
+            if gone and self._nexthops:
+                self._ids = {a: i for a, i in self._ids.items() if a not in gone}
+                self._hops = {a: hop for a, hop in self._hops.items() if a not in gone}
+                self._nexthops.follow(self._ids)
+                self._publish()
 
     def _free_retired(self) -> None:
         in_use = []
@@ -363,7 +505,9 @@ class Engine:
         """Name the tunnels that IPv6 does not fit through (RFC 8200, 5)."""
         for service in self.config.services:
             for backend in service.backends:
-                hop = self._hops[backend.address]
+                hop = self._hops.get(backend.address)
+                if not hop:
+                    continue
                 tunnel = service.fallback is Fallback.DSR_IPIP or (
                     service.fallback is Fallback.AUTO and not hop.on_link
                 )

@@ -29,6 +29,29 @@ class Fallback(Enum):
     DSR_IPIP = "dsr-ipip"  # IP in IP
 
 
+class State(Enum):
+    """What an operator says of a backend."""
+
+    UP = "up"
+    DRAIN = "drain"  # no new connections; those it has go on
+    DEAD = "dead"  # its connections are lost
+
+
+class OnDead(Enum):
+    """What becomes of a dead backend's connections that go by fallback."""
+
+    REASSIGN = "reassign"  # their packets go to another backend
+    RESET = "reset"  # the client gets a RST
+
+
+class Bypass(Enum):
+    """Whether the XDP program forwards known fallback flows by itself."""
+
+    AUTO = "auto"  # on, but not on a veth, where XDP_TX needs the help of its other end
+    ON = "on"
+    OFF = "off"
+
+
 class OptionForm(Enum):
     """How the CR option is written on the wire."""
 
@@ -68,6 +91,12 @@ class Backend:
     address: Address
     weight: int = 1  # 0: gets no new connections
     cr: bool = True
+    state: State = State.UP
+
+    @property
+    def share(self) -> int:
+        """Its weight among those that get new connections."""
+        return self.weight if self.state is State.UP else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +124,7 @@ class Service:
     mode: Mode = Mode.NEGOTIATED
     redirect_clients: tuple[Network, ...] = ()  # empty: all
     fallback: Fallback = Fallback.AUTO
+    on_dead: OnDead = OnDead.REASSIGN
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,4 +138,5 @@ class Config:
     xdp_mode: XdpMode = XdpMode.AUTO
     queues: int | None = None  # None: as many as the interface has
     table_size: int = 65537  # prime
-    flows: int = 262144  # capacity of a worker's flow cache, in connections
+    flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections
+    ack_bypass: Bypass = Bypass.AUTO

@@ -8,6 +8,7 @@ from typing import Any
 
 from crablb._native import ffi, lib
 from crablb.kernel.bpf import Map
+from crablb.model import Vip, unmapped
 
 __all__ = ["WORKER_COUNTERS", "XDP_COUNTERS", "read"]
 
@@ -45,7 +46,23 @@ def read_pinned(folder: Path) -> dict[str, Any]:
         Map.from_pin(folder / "xdp_counters") as xdp,
         Map.from_pin(folder / "worker_counters") as workers,
         Map.from_pin(folder / "sockets") as sockets,
+        Map.from_pin(folder / "services") as services,
+        Map.from_pin(folder / "flows") as flows,
     ):
         # A socket's entry vanishes with its process, so the workers are told by their counters.
         used = [q for q in range(sockets.max_entries) if any(workers.lookup(q) or b"")]
-        return read(xdp, workers, max(used, default=-1) + 1)
+        more = {"services": read_services(services), "flows": len(flows.dump()[0]) // flows.key_size}
+        return read(xdp, workers, max(used, default=-1) + 1) | more
+
+
+def read_services(services: Map) -> dict[str, dict[str, int]]:
+    """What the XDP program forwarded by itself: packets and bytes by VIP."""
+    found = {}
+    for key in sorted(services.keys()):
+        try:
+            counts = [struct.unpack("=QQ", value) for value in services.lookup_percpu(key)]
+        except KeyError:
+            continue
+        vip = Vip(unmapped(key[:16]), int.from_bytes(key[16:18], "big"))
+        found[str(vip)] = {"packets": sum(c[0] for c in counts), "bytes": sum(c[1] for c in counts)}
+    return found

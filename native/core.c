@@ -17,17 +17,24 @@ struct crab_core {
     _Atomic(struct crab_snapshot *) published;
     _Atomic(struct crab_snapshot *) hazard;
     uint64_t *counters;
+    struct crab_learned *learned;
+    uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
     struct crab_flows flows;
 };
 
 struct item {
-    const struct crab_service *service; /* NULL: dropped in the first pass */
+    const struct crab_service *service;
+    bool icmp;
     uint64_t hash;
     struct crab_tcp_sum sum;
     struct crab_packet packet;
 };
 
 #define PREFETCH_AHEAD 8
+
+/* Flows learned in a second without having seen their SYN (it went to another load balancer, or to the daemon before us).
+ * A flood of other packets pushes no more than so many flows out of the map; what is beyond goes by the hash alone. */
+#define UNKNOWN_A_SECOND 10000
 
 _Static_assert(CRAB_COUNTERS <= CRAB_WORKER_COUNTERS, "the counters fit into the shared map's value");
 
@@ -62,6 +69,32 @@ bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *sn
     return atomic_load(&core->published) == snapshot || atomic_load(&core->hazard) == snapshot;
 }
 
+void crab_core_learn(struct crab_core *core, struct crab_learned *learned)
+{
+    core->learned = learned;
+}
+
+void crab_core_adopt(struct crab_core *core, const struct crab_snapshot *s, const struct crab_flow_id *keys,
+                     const uint16_t *backends, uint32_t n, uint32_t now)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        const struct crab_flow_id *k = &keys[i];
+        uint8_t addrs[32], ports[4];
+        int v4 = crab_is_mapped(k->client);
+        if (backends[i] == CRAB_NO_BACKEND)
+            continue;
+        memcpy(addrs, k->client + (v4 ? 12 : 0), v4 ? 4 : 16);
+        memcpy(addrs + (v4 ? 4 : 16), k->vip + (v4 ? 12 : 0), v4 ? 4 : 16);
+        memcpy(ports, &k->cport, 2);
+        memcpy(ports + 2, &k->vport, 2);
+        uint64_t hash = v4 ? crab_hash4(&s->hash_init, addrs, ports) : crab_hash6(&s->hash_init, addrs, ports);
+        struct crab_flow *f = crab_flows_place(&core->flows, hash, now);
+        if (f)
+            *f = (struct crab_flow){.tag = hash >> 16, .state = CRAB_FLOW_ESTABLISHED, .backend = backends[i],
+                                    .seen = (uint16_t)now};
+    }
+}
+
 static const struct crab_snapshot *acquire(struct crab_core *core)
 {
     struct crab_snapshot *s = atomic_load(&core->published), *seen;
@@ -78,12 +111,33 @@ static void release(struct crab_core *core)
     atomic_store_explicit(&core->hazard, NULL, memory_order_release);
 }
 
+/* First pass, an ICMP error: its connection is that of the packet which it quotes. */
+static enum crab_counter examine_icmp(const struct crab_snapshot *s, const uint8_t *frame, uint32_t len,
+                                      struct item *it)
+{
+    uint8_t tuple[36];
+    if (!crab_parse_icmp(frame, len, &it->packet, tuple))
+        return CRAB_C_DROP_NOT_SERVICE;
+    if (it->packet.family == 4) {
+        it->hash = crab_hash4(&s->hash_init, tuple, tuple + 8);
+        it->service = crab_service_find(s, 0, 0xffff0000ull | (uint64_t)load32(tuple + 4) << 32, load16(tuple + 10));
+    } else {
+        it->hash = crab_hash6(&s->hash_init, tuple, tuple + 32);
+        it->service = crab_service_find(s, load64(tuple + 16), load64(tuple + 24), load16(tuple + 34));
+    }
+    it->icmp = true;
+    return it->service ? CRAB_COUNTERS : CRAB_C_DROP_NOT_SERVICE;
+}
+
 /* First pass: what is it, and whose?  Returns the counter of the reason to drop it, or CRAB_COUNTERS. */
 static inline enum crab_counter examine(const struct crab_core *core, const struct crab_snapshot *s,
                                         const uint8_t *frame, uint32_t len, struct item *it)
 {
     struct crab_packet *p = &it->packet;
     int verdict = crab_parse(frame, len, p);
+    it->icmp = false;
+    if (crab_unlikely(verdict == CRAB_V_NOT_TCP))
+        return examine_icmp(s, frame, len, it);
     if (crab_unlikely(verdict != CRAB_V_OK))
         return verdict == CRAB_V_MALFORMED ? CRAB_C_DROP_MALFORMED : CRAB_C_DROP_NOT_SERVICE;
     const uint8_t *ip = frame + p->l3, *tcp = frame + p->l4;
@@ -146,7 +200,8 @@ static bool may_be_redirected(const struct crab_snapshot *s, const struct crab_s
 
 static inline bool usable(const struct crab_snapshot *s, uint16_t backend)
 {
-    return backend < s->backend_count && (s->backends[backend].flags & CRAB_BACKEND_USABLE);
+    return backend < s->backend_count &&
+           (s->backends[backend].flags & (CRAB_BACKEND_USABLE | CRAB_BACKEND_DEAD)) == CRAB_BACKEND_USABLE;
 }
 
 static inline uint16_t choose(const struct crab_snapshot *s, const struct item *it)
@@ -207,6 +262,8 @@ static inline enum crab_counter send_by_dsr(struct crab_core *core, struct crab_
         return CRAB_C_DROP_NO_PATH;
     uint32_t outer = crab_outer_header(backend);
     if (crab_unlikely(frame->len - p->l3 + outer > backend->mtu)) {
+        if (it->icmp) /* no error about an error (RFC 1122, 3.2.2) */
+            return CRAB_C_DROP_TOO_BIG;
         if (p->family == 4 && !(frame->data[p->l3 + 6] & 0x40))
             return CRAB_C_DROP_TOO_BIG;
         frame->data = crab_answer_too_big(frame->data, &frame->len, p, backend->mtu - outer);
@@ -278,6 +335,38 @@ static inline enum crab_counter forward_syn(struct crab_core *core, const struct
     return send_by_dsr(core, frame, it, backend, outcome);
 }
 
+/* Write down a flow for the XDP program, before its packet is changed; it counts when that is sent. */
+static inline void note_flow(struct crab_learned *l, const struct item *it, const uint8_t *frame,
+                             const struct crab_backend *backend, uint32_t now)
+{
+    const struct crab_packet *p = &it->packet;
+    struct crab_flow_id *k = &l->keys[l->count];
+    const uint8_t *ip = frame + p->l3, *tcp = frame + p->l4;
+    if (p->family == 4) {
+        memcpy(k->client, crab_mapped_prefix, 12);
+        memcpy(k->client + 12, ip + CRAB_IP4_SRC, 4);
+    } else {
+        memcpy(k->client, ip + CRAB_IP6_SRC, 16);
+    }
+    memcpy(k->vip, it->service->addr, 16);
+    k->cport = load16(tcp);
+    k->vport = load16(tcp + 2);
+    struct crab_flow_entry *e = &l->values[l->count];
+    memset(e, 0, sizeof *e);
+    memcpy(e->backend, backend->addr, 16);
+    e->seen = now;
+    e->state = p->tcp_flags & CRAB_FIN ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN;
+}
+
+static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
+{
+    if (core->unknown_second != now) {
+        core->unknown_second = now;
+        core->unknown_count = 0;
+    }
+    return core->unknown_count < UNKNOWN_A_SECOND && ++core->unknown_count;
+}
+
 /* Second pass, any other packet of a VIP: it belongs to a connection that goes by fallback. */
 static inline enum crab_counter forward_other(struct crab_core *core, const struct crab_snapshot *s,
                                               struct crab_frame *frame, struct item *it, uint32_t now)
@@ -285,21 +374,58 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
     struct crab_packet *p = &it->packet;
     struct crab_flow *f = crab_flows_find(&core->flows, it->hash, now);
     uint16_t id;
-    if (f && usable(s, f->backend)) {
+    if (f) {
+        id = f->backend;
+        if (crab_unlikely(!usable(s, id))) {
+            /* Without a next hop for the moment, the backend still has its connections. */
+            if (id >= s->backend_count || !(s->backends[id].flags & CRAB_BACKEND_DEAD))
+                return CRAB_C_DROP_NO_BACKEND;
+            if (it->service->on_dead == CRAB_ON_DEAD_RESET) {
+                frame->data = crab_answer_by_reset(frame->data, &frame->len, p);
+                return CRAB_C_RESET;
+            }
+            id = choose(s, it);
+            if (id == CRAB_NO_BACKEND)
+                return CRAB_C_DROP_NO_BACKEND;
+            f->backend = id;
+            core->counters[CRAB_C_REASSIGNED]++;
+        }
         if (p->tcp_flags & (CRAB_FIN | CRAB_RST))
             f->state = CRAB_FLOW_CLOSING;
         else if (f->state == CRAB_FLOW_SYN)
             f->state = CRAB_FLOW_ESTABLISHED;
         f->seen = (uint16_t)now;
-        id = f->backend;
     } else {
         id = choose(s, it);
         if (id == CRAB_NO_BACKEND)
             return CRAB_C_DROP_NO_BACKEND;
     }
+    const struct crab_backend *backend = &s->backends[id];
+    struct crab_learned *learned = core->learned;
+    bool learn = learned && !(p->tcp_flags & CRAB_RST) && (f || may_learn_unknown(core, now));
+    if (learn)
+        note_flow(learned, it, frame->data, backend, now);
+    uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
     frame->len = p->end;
     store16(frame->data + p->l4 + CRAB_TCP_CSUM, it->sum.right);
-    return send_by_dsr(core, frame, it, &s->backends[id], CRAB_C_FALLBACK_ESTABLISHED);
+    enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);
+    if (learn && outcome == CRAB_C_FALLBACK_ESTABLISHED) {
+        learned->values[learned->count++].tunnel = core->counters[CRAB_C_ENCAPSULATED] != tunnelled;
+        core->counters[CRAB_C_LEARNED]++;
+    }
+    return outcome;
+}
+
+/* Second pass, an ICMP error. */
+static enum crab_counter forward_icmp(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
+                                      struct item *it, uint32_t now)
+{
+    struct crab_flow *f = crab_flows_find(&core->flows, it->hash, now);
+    uint16_t id = f && usable(s, f->backend) ? f->backend : choose(s, it);
+    if (id == CRAB_NO_BACKEND)
+        return CRAB_C_DROP_NO_BACKEND;
+    frame->len = it->packet.end;
+    return send_by_dsr(core, frame, it, &s->backends[id], CRAB_C_FALLBACK_ICMP);
 }
 
 static inline bool is_drop(enum crab_counter c)
@@ -315,6 +441,8 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
     uint32_t kept = 0;
 
     counters[CRAB_C_RECEIVED] += count;
+    if (core->learned)
+        core->learned->count = 0;
     for (uint32_t i = 0; i < count && i < PREFETCH_AHEAD; i++)
         __builtin_prefetch(frames[i].data, 1);
     for (uint32_t i = 0; i < count; i++) {
@@ -334,7 +462,8 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
             continue;
         enum crab_counter what = items[i].packet.tcp_flags & CRAB_SYN
                                      ? forward_syn(core, s, &frames[i], &items[i], now)
-                                     : forward_other(core, s, &frames[i], &items[i], now);
+                                 : crab_unlikely(items[i].icmp) ? forward_icmp(core, s, &frames[i], &items[i], now)
+                                                                : forward_other(core, s, &frames[i], &items[i], now);
         counters[what]++;
         if (crab_unlikely(is_drop(what)))
             frames[i].len = 0;

@@ -96,6 +96,9 @@ int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_m
 #define CRAB_MODE_ALWAYS 1
 #define CRAB_MODE_NEVER 2
 
+#define CRAB_ON_DEAD_REASSIGN 0 /* a dead backend's flows go to another (which will reset them, if they are not stateless) */
+#define CRAB_ON_DEAD_RESET 1    /* we reset them */
+
 #define CRAB_FALLBACK_AUTO 0 /* by MAC address where the backend is on the segment, else encapsulated */
 #define CRAB_FALLBACK_L2 1
 #define CRAB_FALLBACK_IPIP 2
@@ -105,6 +108,7 @@ int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_m
 #define CRAB_BACKEND_ON_LINK 4 /* on the served segment, so that DSR by MAC address reaches it */
 
 #define CRAB_BACKEND_V6 8      /* its address is an IPv6 one */
+#define CRAB_BACKEND_DEAD 16   /* its connections are lost: never usable */
 
 struct crab_backend {
     uint8_t addr[16];
@@ -128,7 +132,7 @@ struct crab_service {
     uint32_t first_prefix; /* clients that may be redirected: prefixes [first, first + count); count 0: all */
     uint32_t prefix_count;
     uint32_t fallback;     /* CRAB_FALLBACK_* */
-    uint32_t pad;
+    uint32_t on_dead;      /* CRAB_ON_DEAD_* */
     const uint16_t *table; /* Maglev table, table_size slots; must outlive the snapshot */
 };
 
@@ -156,8 +160,10 @@ enum crab_counter {
     CRAB_C_FALLBACK_NO_ROOM,       /* the redirect does not fit into the TCP header */
     CRAB_C_FALLBACK_RETRANSMIT,    /* it offers, but twice its SYN got no answer by redirect */
     CRAB_C_FALLBACK_ESTABLISHED,   /* any packet but a SYN */
+    CRAB_C_FALLBACK_ICMP,          /* an ICMP error, to the backend whose packet it quotes */
     /* answered to the client instead */
     CRAB_C_TOO_BIG, /* does not fit through the tunnel: ICMP "fragmentation needed", ICMPv6 "packet too big" */
+    CRAB_C_RESET,   /* its backend is dead: RST */
     /* dropped */
     CRAB_C_DROP_NOT_SERVICE,
     CRAB_C_DROP_MALFORMED,
@@ -168,6 +174,8 @@ enum crab_counter {
     CRAB_C_DROP_TOO_BIG,  /* does not fit through the tunnel, and may be fragmented: that is for the sender to do */
     CRAB_C_DROP_TX,       /* the kernel refused to send */
     /* seen on the way, beside one of the above */
+    CRAB_C_REASSIGNED,   /* packets of a flow whose backend is dead, sent to another */
+    CRAB_C_LEARNED,      /* flows given to the XDP program */
     CRAB_C_ENCAPSULATED, /* fallback packets sent as IP in IP */
     CRAB_C_RETRANSMITTED_SYN,
     CRAB_C_FORGED_OPTION, /* a client sent a redirect; it was removed */
@@ -196,6 +204,22 @@ void crab_core_free(struct crab_core *core);
  * crab_core_uses says no. */
 void crab_core_publish(struct crab_core *core, struct crab_snapshot *snapshot);
 bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *snapshot);
+
+/* Flows that a batch decided, for the XDP program to forward from now on: keys and values of map `flows`. */
+struct crab_learned {
+    uint32_t count;
+    uint32_t pad;
+    struct crab_flow_id keys[CRAB_BATCH];
+    struct crab_flow_entry values[CRAB_BATCH];
+};
+
+/* Have every batch fill *learned, whose count is 0 before each (or NULL: no flow is learned). */
+void crab_core_learn(struct crab_core *core, struct crab_learned *learned);
+
+/* Remember n flows of map `flows`, so that a SYN of the same four-tuple does not move them.  backends: their ids, or
+ * CRAB_NO_BACKEND for those to leave out.  Before the core works on batches. */
+void crab_core_adopt(struct crab_core *core, const struct crab_snapshot *snapshot, const struct crab_flow_id *keys,
+                     const uint16_t *backends, uint32_t n, uint32_t now);
 
 /* Work on at most CRAB_BATCH frames where they lie.  now: seconds, monotonic.  Returns how many are to be sent. */
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now);
@@ -263,8 +287,9 @@ bool crab_xsk_conserved(const struct crab_xsk *xsk);
 
 struct crab_worker;
 
-/* The worker uses the socket and the core, and frees neither.  NULL without memory or eventfd. */
-struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters);
+/* The worker uses the socket and the core, and frees neither.  flow_map: descriptor of map `flows`, which it writes what
+ * the core learns to; negative: it learns nothing.  NULL without memory or eventfd. */
+struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters, int flow_map);
 void crab_worker_free(struct crab_worker *worker);
 
 /* Receive, work, send; sleep while there is nothing to do.  Returns 0 after crab_worker_stop, or -errno when the

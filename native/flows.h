@@ -12,6 +12,7 @@
 #include <stdlib.h>
 
 #include "bytes.h"
+#include "maps.h"
 
 enum crab_flow_state { CRAB_FLOW_FREE, CRAB_FLOW_SYN, CRAB_FLOW_ESTABLISHED, CRAB_FLOW_CLOSING };
 
@@ -32,11 +33,10 @@ struct crab_flows {
     uint64_t mask; /* buckets - 1 */
 };
 
-/* Seconds after the last packet.  A Linux client's last SYN retransmission comes 63 s after the first copy (six
- * retries); an established connection sends a keep-alive at the latest every 7,200 s, if it asked for them. */
+/* Seconds after the last packet: see CRAB_AGE_SYN. */
 static inline uint16_t crab_flow_lifetime(unsigned state)
 {
-    static const uint16_t seconds[] = {0, 75, 7800, 120};
+    static const uint16_t seconds[] = {0, CRAB_AGE_SYN, CRAB_AGE_OPEN, CRAB_AGE_ENDING};
     return seconds[state];
 }
 

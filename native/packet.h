@@ -107,4 +107,49 @@ static inline int crab_parse(const uint8_t *frame, size_t len, struct crab_packe
     return CRAB_V_OK;
 }
 
+/* Parse a frame that crab_parse calls CRAB_V_NOT_TCP as an ICMP error about a TCP packet (RFC 792, RFC 4443).  tuple: the
+ * quoted packet's addresses and ports the other way round, as they lie in a packet of the connection's client: source and
+ * destination address, then source and destination port.  Returns whether it is one; *out has l3, l4, end and family. */
+static inline bool crab_parse_icmp(const uint8_t *frame, size_t len, struct crab_packet *out, uint8_t tuple[36])
+{
+    size_t l3 = CRAB_ETH_LEN;
+    uint16_t type = load16(frame + 12);
+    if (type == htons(0x8100) || type == htons(0x88a8)) {
+        type = load16(frame + 16);
+        l3 += 4;
+    }
+    const uint8_t *ip = frame + l3, *icmp, *quote;
+    size_t size = type == htons(0x0800) ? 4 : 16, header = size == 4 ? 20 : 40, end;
+    if (type != htons(0x0800) && type != htons(0x86dd))
+        return false;
+    if (len < l3 + 2 * header + 16)
+        return false;
+    icmp = ip + header;
+    quote = icmp + 8;
+    if (size == 4) {
+        if (ip[0] != 0x45 || ip[9] != 1 || (load16(ip + 6) & htons(0x3fff)) ||
+            (icmp[0] != 3 && icmp[0] != 11 && icmp[0] != 12))
+            return false;
+        end = l3 + load16_be(ip + CRAB_IP4_LEN);
+        if (quote[0] != 0x45 || quote[9] != 6 || (load16(quote + 6) & htons(0x1fff)))
+            return false;
+    } else {
+        if (ip[0] >> 4 != 6 || ip[6] != 58 || icmp[0] < 1 || icmp[0] > 4)
+            return false;
+        end = l3 + 40 + load16_be(ip + CRAB_IP6_LEN);
+        if (quote[0] >> 4 != 6 || quote[6] != 6)
+            return false;
+    }
+    if (end > len || end < l3 + 2 * header + 16 || end > UINT16_MAX)
+        return false;
+    const uint8_t *from = quote + (size == 4 ? CRAB_IP4_SRC : CRAB_IP6_SRC), *ports = quote + header;
+    memcpy(tuple, from + size, size);
+    memcpy(tuple + size, from, size);
+    memcpy(tuple + 2 * size, ports + 2, 2);
+    memcpy(tuple + 2 * size + 2, ports, 2);
+    *out = (struct crab_packet){.l3 = (uint16_t)l3, .l4 = (uint16_t)(l3 + header), .end = (uint16_t)end,
+                                .family = size == 4 ? 4 : 6};
+    return true;
+}
+
 #endif

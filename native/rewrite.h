@@ -107,6 +107,46 @@ static inline uint8_t *crab_encapsulate(uint8_t *frame, uint32_t *len, const str
     return moved;
 }
 
+/* Turn a packet into the RST that answers it (RFC 9293, 3.5.2). */
+static inline uint8_t *crab_answer_by_reset(uint8_t *frame, uint32_t *len, const struct crab_packet *p)
+{
+    uint8_t *ip = frame + p->l3, *tcp = frame + p->l4, swap[16];
+    size_t size = p->family == 4 ? 4 : 16;
+    uint8_t *from = ip + (p->family == 4 ? CRAB_IP4_SRC : CRAB_IP6_SRC), *to = from + size;
+    uint32_t length = (uint32_t)(p->end - p->l4 - p->tcp_header) + !!(p->tcp_flags & CRAB_FIN);
+    memcpy(swap, frame, 6);
+    memcpy(frame, frame + 6, 6);
+    memcpy(frame + 6, swap, 6);
+    memcpy(swap, from, size);
+    memcpy(from, to, size);
+    memcpy(to, swap, size);
+    memcpy(swap, tcp, 2);
+    memcpy(tcp, tcp + 2, 2);
+    memcpy(tcp + 2, swap, 2);
+    uint32_t seq = ntohl(load32(tcp + CRAB_TCP_SEQ)), ack = load32(tcp + CRAB_TCP_SEQ + 4), next = htonl(seq + length);
+    memset(tcp + CRAB_TCP_SEQ, 0, 16);
+    tcp[CRAB_TCP_DOFF] = 5 << 4;
+    if (p->tcp_flags & CRAB_ACK) {
+        tcp[CRAB_TCP_FLAGS] = CRAB_RST;
+        memcpy(tcp + CRAB_TCP_SEQ, &ack, 4);
+    } else {
+        tcp[CRAB_TCP_FLAGS] = CRAB_RST | CRAB_ACK;
+        memcpy(tcp + CRAB_TCP_SEQ + 4, &next, 4);
+    }
+    if (p->family == 4) {
+        store16_be(ip + CRAB_IP4_LEN, 40);
+        ip[8] = 64;
+        store16(ip + CRAB_IP4_CSUM, 0);
+        store16(ip + CRAB_IP4_CSUM, (uint16_t)~crab_fold(crab_sum(ip, 20)));
+    } else {
+        store16_be(ip + CRAB_IP6_LEN, 20);
+        ip[7] = 64;
+    }
+    store16(tcp + CRAB_TCP_CSUM, crab_tcp_sum(tcp, 20, from, 2 * size).right);
+    *len = p->l4 + 20u;
+    return frame;
+}
+
 #define CRAB_QUOTE 64 /* bytes of the packet that an ICMP error quotes: its headers at the least */
 
 /* Turn a packet into the ICMP error that tells its sender to send smaller ones: "fragmentation needed" (RFC 1191) or

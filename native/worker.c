@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: MIT */
-/* RX ring -> core -> TX ring, for one queue.  Nothing here allocates, and there are two system calls at most a batch: the
- * kick, and the sleep when nothing is to do. */
+/* RX ring -> core -> TX ring, for one queue.  Nothing here allocates, and there are three system calls at most a batch: the
+ * kick, the update of the XDP program's flows, and the sleep when nothing is to do. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
+#include <linux/bpf.h>
 #include <poll.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,15 +21,18 @@ struct crab_worker {
     struct crab_core *core;
     uint64_t *counters;
     int wake; /* eventfd */
+    int flow_map;
     _Atomic(bool) stop;
+    struct crab_learned learned;
 };
 
-struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters)
+struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters, int flow_map)
 {
     struct crab_worker *w = calloc(1, sizeof *w);
     if (!w)
         return NULL;
-    *w = (struct crab_worker){.xsk = xsk, .core = core, .counters = counters};
+    *w = (struct crab_worker){.xsk = xsk, .core = core, .counters = counters, .flow_map = flow_map};
+    crab_core_learn(core, flow_map < 0 ? NULL : &w->learned);
     w->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (w->wake < 0) {
         free(w);
@@ -51,6 +56,20 @@ void crab_worker_stop(struct crab_worker *w)
     (void)n; /* it fails only when the counter is full, and then the worker is awake */
 }
 
+/* Hand flows to the XDP program.  bpf(2), BPF_MAP_UPDATE_BATCH: an LRU map makes room by itself.  A flow that could not
+ * be written passes here again with its next packet. */
+static void teach(struct crab_worker *w)
+{
+    union bpf_attr attr;
+    memset(&attr, 0, sizeof attr);
+    attr.batch.map_fd = (uint32_t)w->flow_map;
+    attr.batch.keys = (uintptr_t)w->learned.keys;
+    attr.batch.values = (uintptr_t)w->learned.values;
+    attr.batch.count = w->learned.count;
+    if (syscall(SYS_bpf, BPF_MAP_UPDATE_BATCH, &attr, sizeof attr.batch))
+        w->counters[CRAB_C_LEARNED] -= w->learned.count - attr.batch.count;
+}
+
 static int work(struct crab_worker *w)
 {
     struct crab_xsk *x = w->xsk;
@@ -63,6 +82,8 @@ static int work(struct crab_worker *w)
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
         crab_core_batch(w->core, frames, n, (uint32_t)now.tv_sec);
+        if (w->learned.count)
+            teach(w);
         for (uint32_t i = 0; i < n; i++) {
             if (frames[i].len)
                 out[sent++] = (struct crab_desc){.addr = (uint64_t)(frames[i].data - x->umem), .len = frames[i].len};

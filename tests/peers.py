@@ -93,6 +93,23 @@ def hold(host: str, port: str, local_port: str = "0") -> None:
             print(_line(conn), flush=True)
 
 
+def hold_many(host: str, port: str, count: str) -> None:
+    """``count`` connections; for each line of standard input exchange it on all, and tell on how many it came back."""
+    conns = [_connect(host, port) for _ in range(int(count))]
+    for conn in conns:
+        _line(conn)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        intact = 0
+        for conn in conns:
+            try:
+                conn.sendall(line.encode())
+                intact += _line(conn) == line.strip()
+            except (OSError, EOFError):
+                pass
+        print(intact, flush=True)
+
+
 def refused(host: str, port: str) -> None:
     """Connect; tell the error's name."""
     try:

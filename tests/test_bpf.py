@@ -16,6 +16,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
+from crablb._native import lib
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP
@@ -23,19 +24,20 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6, IPv6
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from crablb import statistics
+from crablb import flowmap, statistics
 from crablb.agent.base import counter_names
 from crablb.config import parse_vip
 from crablb.kernel import bpf, pins
 from crablb.kernel.xsk import XskSocket
 from crablb.model import mapped
+from tests.reference import packets as reference
 
 CLIENT = {4: "10.0.0.1", 6: "fd00::1"}
 DIP = {4: "10.0.0.11", 6: "fd00::11"}
 VIP = {4: "10.0.0.100", 6: "fd00::100"}
 OTHER_VIP = {4: "10.0.0.101", 6: "fd00::101"}
 OUTSIDE = {4: "203.0.113.9", 6: "2001:db8::9"}
-XDP_DROP, XDP_PASS, XDP_REDIRECT = 1, 2, 4
+XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = 1, 2, 3, 4
 TC_UNSPEC, TC_SHOT, TC_REDIRECT = 0xFFFFFFFF, 2, 7
 LWT_OK, LWT_REROUTE = 0, 128
 
@@ -66,7 +68,7 @@ class Counted:
 def lb(namespace) -> Iterator[Counted]:
     with bpf.Object(bpf.object_path("lb")) as loaded:
         for family in (4, 6):
-            loaded.map("services").update(parse_vip(url(VIP[family], 80)).key(), 1)
+            loaded.map("services").update(parse_vip(url(VIP[family], 80)).key(), 0)
         yield Counted(loaded, "xdp_counters", list(statistics.XDP_COUNTERS))
 
 
@@ -75,7 +77,9 @@ def url(host: str, port: int) -> str:
 
 
 def to_vip(family: int, **more: object) -> Packet:
-    return layer(family)(src=CLIENT[family], dst=VIP[family]) / TCP(sport=4242, dport=80, **{"flags": "S", **more})
+    return layer(family)(src=CLIENT[family], dst=VIP[family]) / TCP(
+        **{"sport": 4242, "dport": 80, "flags": "S", **more}
+    )
 
 
 LEFT_ALONE = {
@@ -451,3 +455,196 @@ def test_tc_filters(namespace):
         assert "pref 8" in prefs() and "pref 7" not in prefs()
         mine.destroy_hook()
         assert "clsact" not in tc("qdisc", "show", "dev", "veth0")
+
+
+# ---- the load balancer's flows ----
+
+MACS = bytes.fromhex("020000000b0b020000000202")
+TUNNEL_SRC = {4: "10.0.0.2", 6: "fd00::2"}
+
+
+def know(lb: Counted, family: int, backend: str, *, tunnel: bool = False, mtu: int = 1500, age: int = 0) -> bytes:
+    """Make the flow of :func:`to_vip` known; returns its key."""
+    key = mapped(ip_address(CLIENT[family])) + mapped(ip_address(VIP[family])) + struct.pack("!HH", 4242, 80)
+    address = ip_address(backend)
+    seen = (flowmap.now() - age) % 2**32
+    entry = mapped(address) + struct.pack("<IBBBB", seen, lib.CRAB_FLOW_OPEN, tunnel, 0, 0)
+    lb.maps["flows"].update(key, entry)
+    source = mapped(ip_address(TUNNEL_SRC[address.version]))
+    path = MACS + struct.pack("<I", mtu) + source + struct.pack("<II", address.version == 6, 0)
+    lb.maps["paths"].update(mapped(address), path)
+    return key
+
+
+@pytest.fixture
+def flows(namespace) -> Iterator[Counted]:
+    with (
+        bpf.Object(bpf.object_path("lb"), max_entries={"flows": 64}) as loaded,
+        XskSocket("veth0", load_program=False) as xsk,
+    ):
+        xsk.register(loaded.map("sockets"))
+        for family in (4, 6):
+            loaded.map("services").update(parse_vip(url(VIP[family], 80)).key(), 0)
+        yield Counted(loaded, "xdp_counters", list(statistics.XDP_COUNTERS))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_flow_by_mac(flows, family):
+    know(flows, family, DIP[family])
+    frame = bytes(ether() / to_vip(family, flags="PA") / b"data")
+    run = flows.programs["crab_lb"].test_run(frame)
+    assert run.retval == XDP_TX
+    assert run.data == MACS + frame[12:]
+    assert flows.counts() == {"flow": 1}
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("padding", [0, 6])
+def test_flow_by_tunnel(flows, inner, outer, padding):
+    know(flows, inner, DIP[outer], tunnel=True)
+    frame = bytes(ether() / to_vip(inner, flags="A"))
+    run = flows.programs["crab_lb"].test_run(frame + bytes(padding))
+    assert run.retval == XDP_TX
+    got, again = Ether(run.data), Ether(run.data)
+    assert run.data[:12] == MACS
+    assert (got[1].src, got[1].dst) == (TUNNEL_SRC[outer], DIP[outer])
+    assert bytes(got[1].payload) == frame[14:]
+    if outer == 4:
+        del again[1].chksum
+        assert (got[1].ttl, got[1].flags, got[1].proto) == (64, "DF", 4 if inner == 4 else 41)
+    assert bytes(again) == run.data
+
+
+ASKED = {
+    "syn": {"flags": "S"},
+    "checksum-left-to-the-card": {"flags": "A", "chksum": "partial"},
+    "other-port": {"flags": "A", "sport": 4243},
+}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("name", ASKED)
+def test_flow_user_space_is_asked(flows, family, name):
+    know(flows, family, DIP[family])
+    fields = dict(ASKED[name])
+    if fields.get("chksum"):
+        addresses = [ip_address(a).packed for a in (CLIENT[family], VIP[family])]
+        fields["chksum"] = ~reference.checksum(reference.pseudo(*addresses, 20)) & 0xFFFF
+    frame = bytes(ether() / to_vip(family, **fields))
+    run = flows.programs["crab_lb"].test_run(frame)
+    assert (run.retval, run.data) == (XDP_REDIRECT, frame)
+
+
+def test_flow_too_large_for_the_tunnel(flows):
+    know(flows, 4, DIP[4], tunnel=True, mtu=100)
+    fits = bytes(ether() / to_vip(4, flags="A") / bytes(40))
+    assert flows.programs["crab_lb"].test_run(fits).retval == XDP_TX
+    large = bytes(ether() / to_vip(4, flags="A") / bytes(41))
+    assert flows.programs["crab_lb"].test_run(large).retval == XDP_REDIRECT
+
+
+def test_flow_ends(flows):
+    """By a SYN (asked again), a FIN (aged sooner), a RST, and age."""
+    ack = bytes(ether() / to_vip(4, flags="A"))
+    run = flows.programs["crab_lb"].test_run
+    key = know(flows, 4, DIP[4])
+    run(bytes(ether() / to_vip(4, flags="S")))
+    assert run(ack).retval == XDP_REDIRECT  # until user space has decided
+    know(flows, 4, DIP[4])
+    assert run(ack).retval == XDP_TX
+    assert run(bytes(ether() / to_vip(4, flags="FA"))).retval == XDP_TX
+    assert flows.maps["flows"].lookup(key)[20] == lib.CRAB_FLOW_ENDING
+    assert run(ack).retval == XDP_TX
+    assert run(bytes(ether() / to_vip(4, flags="R"))).retval == XDP_TX
+    assert flows.maps["flows"].lookup(key) is None
+    assert run(ack).retval == XDP_REDIRECT
+    know(flows, 4, DIP[4], age=lib.CRAB_AGE_OPEN + 1)
+    assert run(ack).retval == XDP_REDIRECT
+    assert flows.maps["flows"].lookup(key) is None
+
+
+def test_flow_without_a_path(flows):
+    know(flows, 4, DIP[4])
+    flows.maps["paths"].delete(mapped(ip_address(DIP[4])))
+    assert flows.programs["crab_lb"].test_run(bytes(ether() / to_vip(4, flags="A"))).retval == XDP_REDIRECT
+
+
+def test_sweep(flows):
+    young, old = know(flows, 4, DIP[4], age=lib.CRAB_AGE_OPEN - 5), know(flows, 6, DIP[6], age=lib.CRAB_AGE_OPEN + 5)
+    assert flowmap.sweep(flows.maps["flows"]) == {ip_address(DIP[4]): 1}
+    assert flows.maps["flows"].lookup(young)
+    assert flows.maps["flows"].lookup(old) is None
+
+
+def icmp_error(family: int, kind: int, quoted: Packet, cut: int | None = None) -> bytes:
+    """A router's error about a packet of the server."""
+    router = "10.0.0.254" if family == 4 else "fd00::fe"
+    error = ICMP(type=kind, code=4) if family == 4 else ICMPv6DestUnreach(type=kind)
+    return bytes(ether() / layer(family)(src=router, dst=VIP[family]) / error / Raw(bytes(quoted)[:cut]))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", [1, 2, 3, 4, 11, 12, 8])
+def test_icmp_errors_follow_the_flow(flows, family, kind):
+    errors = {4: (3, 11, 12), 6: (1, 2, 3, 4)}[family]
+    quoted = layer(family)(src=VIP[family], dst=CLIENT[family]) / TCP(sport=80, dport=4242, seq=7)
+    run = flows.programs["crab_lb"].test_run
+    frame = icmp_error(family, kind, quoted, (20 if family == 4 else 40) + 8)
+    assert run(frame).retval == (XDP_REDIRECT if kind in errors else XDP_PASS)
+    know(flows, family, DIP[family])
+    got = run(frame)
+    assert got.retval == (XDP_TX if kind in errors else XDP_PASS)
+    assert got.data == (MACS + frame[12:] if kind in errors else frame)
+    for wrong in (
+        layer(family)(src=DIP[family], dst=CLIENT[family]) / TCP(sport=80, dport=4242),
+        layer(family)(src=VIP[family], dst=CLIENT[family]) / TCP(sport=81, dport=4242),
+    ):
+        assert run(icmp_error(family, kind, wrong)).retval == XDP_PASS
+    for length in range(14, len(frame)):
+        assert run(frame[:length]).retval in (XDP_PASS, XDP_REDIRECT)
+
+
+# ---- direct server return on the server ----
+
+
+@pytest.fixture
+def dsr(namespace) -> Iterator[Counted]:
+    with bpf.Object(bpf.object_path("dsr")) as loaded:
+        for family in (4, 6):
+            loaded.map("dsr_vips").update(mapped(ip_address(VIP[family])), 1)
+        loaded.map("dsr_mss").update(0, 1420)
+        loaded.map("dsr_mss").update(1, 1400)
+        yield Counted(loaded, "dsr_counters", counter_names("crab_dsr_counter", "CRAB_DSR_"))
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+def test_decapsulation(dsr, inner, outer):
+    packet = to_vip(inner, flags="A") / b"data"
+    frame = bytes(ether() / layer(outer)(src=TUNNEL_SRC[outer], dst=DIP[outer]) / packet)
+    run = dsr.programs["crab_decap"].test_run(frame)
+    assert (run.retval, run.data) == (XDP_PASS, bytes(ether() / packet))
+    assert dsr.counts() == {"decapsulated": 1}
+    for length in range(14, len(frame) - len(packet) + (20 if inner == 4 else 40)):
+        assert dsr.programs["crab_decap"].test_run(frame[:length]).data == frame[:length]
+    other = bytes(ether() / layer(outer)(dst=DIP[outer]) / layer(inner)(dst=OTHER_VIP[inner]) / TCP())
+    assert dsr.programs["crab_decap"].test_run(other).data == other
+    assert dsr.counts() == {"decapsulated": 1, "not_vip": 1}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("before", [[], [("NOP", None)], [("SAckOK", b"")], [("NOP", None), ("Timestamp", (1, 2))]])
+def test_mss_is_clamped(dsr, family, before):
+    """Wherever the option stands, and only in SYN-ACKs of a VIP."""
+    limit = 1420 if family == 4 else 1400
+
+    def syn_ack(source: str, mss: int, flags: str = "SA") -> bytes:
+        tcp = TCP(sport=80, flags=flags, options=[*before, ("MSS", mss)])
+        return bytes(ether() / layer(family)(src=source, dst=CLIENT[family]) / tcp)
+
+    run = dsr.programs["crab_clamp"].test_run
+    assert run(syn_ack(VIP[family], 1460)).data == syn_ack(VIP[family], limit)
+    for left in (syn_ack(VIP[family], limit - 1), syn_ack(DIP[family], 1460), syn_ack(VIP[family], 1460, "S")):
+        assert run(left).data == left
+    assert dsr.counts() == {"clamped": 1}

@@ -317,4 +317,5 @@ def test_demo(topology):
     assert sum(report["connections_per_backend"].values()) == 300
     assert report["load_balancer_packets"]["other"] == 0
     assert report["wire_packets"] == {"SYN": 2 * report["connection_attempts"]}
+    assert report["costs"]["prepared"] == 1 < report["costs"]["unprepared"]
     assert report["peers_seen"] == ["10.0.0.100", "fd00::100"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from crablb.config import config_from_args, load_config, parse_backend, parse_prefix, parse_service, parse_vip
 from crablb.errors import ConfigError
-from crablb.model import Backend, Fallback, Mode, OptionForm, Vip, XdpMode
+from crablb.model import Backend, Bypass, Fallback, Mode, OnDead, OptionForm, State, Vip, XdpMode
 
 GOOD = """
 interface = "eth1"
@@ -20,13 +20,15 @@ xdp_mode = "generic"
 queues = 2
 table_size = 655373
 flows = 1024
+ack_bypass = "off"
 
 [[service]]
 address = "tcp://10.0.0.100:80"
 mode = "always"
 fallback = "dsr-ipip"
+on_dead = "reset"
 redirect_clients = ["10.0.0.0/8", "192.168.0.0/16"]
-backends = ["10.0.0.11", "10.0.0.12*3", { address = "10.0.0.13", weight = 2, cr = false }]
+backends = ["10.0.0.11", "10.0.0.12*3", { address = "10.0.0.13", weight = 2, cr = false, state = "drain" }]
 
 [[service]]
 address = "tcp://[fd00::100]:443"
@@ -46,12 +48,14 @@ def test_everything(tmp_path):
     first, second = config.services
     assert first.vip == Vip(ip_address("10.0.0.100"), 80)
     assert first.mode is Mode.ALWAYS
+    assert (first.on_dead, second.on_dead) == (OnDead.RESET, OnDead.REASSIGN)
+    assert config.ack_bypass is Bypass.OFF
     assert (first.fallback, second.fallback) == (Fallback.DSR_IPIP, Fallback.AUTO)
     assert first.redirect_clients == (ip_network("10.0.0.0/8"), ip_network("192.168.0.0/16"))
     assert first.backends == (
         Backend(ip_address("10.0.0.11")),
         Backend(ip_address("10.0.0.12"), 3),
-        Backend(ip_address("10.0.0.13"), 2, cr=False),
+        Backend(ip_address("10.0.0.13"), 2, cr=False, state=State.DRAIN),
     )
     assert second.mode is Mode.NEGOTIATED
     assert second.backends == (Backend(ip_address("fd00::11")), Backend(ip_address("fd00::12"), 0))
@@ -170,8 +174,9 @@ BAD_FILES = {
     'interface = "eth0"\n[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = [7, {address="10.0.0.1", w=1}]\n'
     'redirect_clients = ["10.0.0.1/8"]\n[[service]]\naddress = "tcp://10.0.0.101:80"\n'
     'backends = ["10.0.0.1"]\nredirect_clients = []\n': [
-        "service 1 (line 2): backends[0]: 7 is neither an address nor a table {address=..., weight=..., cr=...}",
-        "service 1 (line 2): backends[1]: unknown key 'w'; known are address, cr, weight",
+        "service 1 (line 2): backends[0]: 7 is neither an address nor a table"
+        " {address=..., weight=..., cr=..., state=...}",
+        "service 1 (line 2): backends[1]: unknown key 'w'; known are address, cr, state, weight",
         "service 1 (line 2): redirect_clients[0]: 10.0.0.1/8 has bits set behind the prefix; write 10.0.0.0/8",
         "service 2 (line 6): redirect_clients: is empty; leave it out to mean all, or set mode = 'never' for none",
     ],

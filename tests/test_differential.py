@@ -250,6 +250,37 @@ def test_rubbish_is_counted(rubbish):
     assert sum(counts.values()) == len(rubbish)
 
 
+@pytest.mark.parametrize("v6", [False, True])
+@pytest.mark.parametrize("fallback", ["l2", "ipip"])
+@pytest.mark.parametrize("tagged", [False, True])
+def test_icmp_errors_go_where_the_packets_go(v6, fallback, tagged):
+    """An error that quotes a packet from the VIP reaches the backend that the connection's own packets reach."""
+    expected = reference(fallback=fallback)
+    core = Core(expected)
+    layer = IPv6 if v6 else IP
+    vip, client, router = ("fd00::100", "fd00:5::1", "fd00::fe") if v6 else ("10.0.0.100", "10.0.0.1", "10.0.0.254")
+    head = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
+    if tagged:
+        head /= Dot1Q(vlan=5)
+    compared = 0
+    for port in range(1, 30):
+        (data,) = core.handle(bytes(head / layer(src=client, dst=vip) / TCP(sport=port, dport=80, flags="A")))
+        quoted = bytes(layer(src=vip, dst=client) / TCP(sport=80, dport=port))[: (48 if v6 else 28)]
+        error = ICMPv6PacketTooBig(mtu=1300) if v6 else ICMP(type=3, code=4, nexthopmtu=1300)
+        frame = bytes(head / layer(src=router, dst=vip) / error / quoted)
+        (out,) = core.handle(frame)
+        if data is None:  # its backend is behind a gateway
+            assert out is None
+            continue
+        compared += 1
+        assert out[:12] == data[:12]
+        inner = 18 if tagged else 14
+        assert out.endswith(frame[inner:])
+        assert len(out) - len(frame) == {"l2": 0, "ipip": 40 if v6 else 20}[fallback]
+    assert compared > 10
+    assert core.counts()["fallback_icmp"] == compared
+
+
 @pytest.mark.parametrize("outer", [4, 6])
 @pytest.mark.parametrize("inner", [4, 6])
 @pytest.mark.parametrize("size", [10, 1400, 1461])

@@ -138,15 +138,15 @@ def test_a_clients_redirect_never_reaches_a_server(make_world, family):
     with server.capture(capture, "tcp[13] == 2 or (ip6 and ip6[53] == 2)"):
         child = world.python(world.lab.client, "syn", source, VIP[family], world.lab.lb.mac(), options)
         assert child.wait() == 0, child.stderr.read()
-        _until(lambda: status(world.lab)["total"]["sent"] == 1)
-        _until(lambda: capture.stat().st_size > 24)
+        until(lambda: status(world.lab)["total"]["sent"] == 1)
+        until(lambda: capture.stat().st_size > 24)
     got = [p for p in rdpcap(str(capture)) if TCP in p and p[TCP].sport == 4242]
     assert len(got) == 1
     assert got[0][TCP].options == [("MSS", 1460)]
     assert status(world.lab)["total"]["forged_option"] == 1
 
 
-def _until(condition, seconds: float = 10) -> None:
+def until(condition, seconds: float = 10) -> None:
     """Ask again and again until it holds; fail after ``seconds``."""
     import time
 
@@ -263,7 +263,7 @@ def test_the_next_load_balancer_takes_over(make_world):
     assert status(world.lab)["pid"] is None
     assert _exchange(held, "alive") == "alive"
     waiting = world.python(world.lab.client, "echo", VIP[6], "80")
-    _until(lambda: status(world.lab)["xdp"]["drop_no_socket"] > 0)
+    until(lambda: status(world.lab)["xdp"]["drop_no_socket"] > 0)
     world.serve()
     assert "took over" in (world.folder / "serve.log").read_text()
     # The waiting client's next SYN finds the new one; it makes no offer any more.
@@ -286,7 +286,7 @@ def test_only_backends_that_answer_are_chosen(make_world):
         assert world.echo(VIP4, "10")["accepted_on"] == good
     # One that appears later is used from then on: half of the connections are its.
     world.lab.servers[0].ip("addr add 10.0.0.99/24 dev eth0")
-    _until(lambda: "backend reachable" in (world.folder / "serve.log").read_text())
+    until(lambda: "backend reachable" in (world.folder / "serve.log").read_text())
     assert {world.echo(VIP4, "10")["accepted_on"] for _ in range(40)} == {good, "10.0.0.99"}
 
 

@@ -9,6 +9,8 @@ from scapy.utils import rdpcap
 
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import agent_status, crablb, status
+from tests.conftest import World, answer
+from tests.test_e2e import until
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
 
@@ -96,6 +98,25 @@ def test_path_mtu_discovery_through_the_tunnel(make_world, family):
     assert f"mtu {1400 - (20 if family == 4 else 40)}" in known
 
 
+@pytest.mark.parametrize("bypass", ["on", "off"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_path_mtu_discovery_towards_the_client(make_world, family, bypass):
+    """The ICMP error about the server's packet goes to the VIP, so to the load balancer: it finds the server."""
+    world = make_world("routed", servers=3, offload=False)
+    world.servers(dsr=True)
+    world.lab.middle.ip("link set client mtu 1300")
+    world.serve("--ack-bypass", bypass)
+    seen = world.echo(VIP[family], "300000")
+    assert seen["intact"]
+    server = world.lab.node(seen["server"])
+    route = "route" if family == 4 else "-6 route"
+    known = server.run("sh", "-c", f"ip {route} get {world.lab.client.ip4 if family == 4 else world.lab.client.ip6}")
+    assert "mtu 1300" in known.stdout
+    now = status(world.lab)
+    if bypass == "off":
+        assert now["total"]["fallback_icmp"] == now["xdp"]["icmp"] >= 1
+
+
 def test_dsr_l2_does_not_pass_a_gateway(make_world):
     world = make_world("routed")
     world.servers(dsr=True)
@@ -162,3 +183,173 @@ def test_a_tunnel_too_narrow_for_ipv6_is_named(make_world):
     log = (world.folder / "serve.log").read_text()
     assert "its tunnel carries 1260 bytes" in log
     assert "IPv6 needs 1280" in log
+
+
+# ---- the XDP program alone ----
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+@pytest.mark.parametrize("topology", ["bridge", "routed"])
+def test_known_flows_do_not_enter_user_space(make_world, topology, mode):
+    world = make_world(topology, offload=False)
+    world.servers(dsr=True)
+    world.serve("--ack-bypass", "on", "--xdp-mode", mode)
+    for family in (4, 6):
+        assert world.echo(VIP[family], "3000000")["intact"]
+    now = status(world.lab)
+    assert now["xdp"]["flow"] > 2000
+    # Each connection: the SYN, and the packets on their way until its flow is known.
+    assert now["total"]["learned"] >= 2
+    assert now["total"]["received"] < 100
+    assert sum(s["packets"] for s in now["services"].values()) == now["xdp"]["flow"]
+    assert all(s["packets"] > 1000 and s["bytes"] > 3000000 for s in now["services"].values())
+    assert now["flows"] == 2  # both have said FIN, and will be forgotten
+
+
+def test_established_flows_go_on_without_a_daemon(make_world):
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    first = world.serve("--ack-bypass", "on")
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "20", ready=True)
+    assert exchange(held, "one") == "20"  # the handshake's ACK, or this, makes the flow known
+    first.kill()
+    first.wait()
+    assert exchange(held, "two") == "20"
+    world.serve("--ack-bypass", "on")
+    assert "took over fallback flows" in (world.folder / "serve.log").read_text()
+    assert exchange(held, "three") == "20"
+
+
+def exchange(child, text: str) -> str:
+    child.stdin.write(text + "\n")
+    child.stdin.flush()
+    return answer(child)
+
+
+class Reloaded:
+    """A load balancer with a configuration file that changes."""
+
+    def __init__(self, world: World, bypass: str) -> None:
+        self.world, self.bypass = world, bypass
+        self.path = world.folder / "lb.toml"
+        self.reloads = 0
+
+    def write(self, backends: list[str], **more: str) -> None:
+        settings = "".join(f'{k} = "{v}"\n' for k, v in more.items())
+        self.path.write_text(
+            f'interface = "eth0"\nack_bypass = "{self.bypass}"\n[[service]]\naddress = "tcp://{VIP4}:80"\n{settings}'
+            f"backends = [{', '.join(backends)}]\n"
+        )
+
+    def start(self) -> None:
+        self.child = self.world.serve(config=self.path)
+
+    def reload(self, word: str = '"reloaded"') -> None:
+        before = self.log().count(word)
+        self.child.send_signal(1)
+        until(lambda: self.log().count(word) > before)
+
+    def log(self) -> str:
+        return (self.world.folder / "serve.log").read_text()
+
+
+ALL = ['"10.0.0.11"', '"10.0.0.12"', '"10.0.0.13"']
+
+
+def named(address: str, **more: object) -> str:
+    pairs = [f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in {"address": address, **more}.items()]
+    return "{" + ", ".join(pairs) + "}"
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+def test_no_change_breaks_a_connection(make_world, bypass):
+    """200 connections by the fallback live through every change of the backends, and every restart."""
+    world = make_world(servers=4, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, bypass)
+    lb.write(ALL)
+    lb.start()
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "200", ready=True)
+    assert exchange(held, "start") == "200"
+    assert (status(world.lab)["flows"] == 200) == (bypass == "on")
+
+    changes = {
+        "add": [*ALL, '"10.0.0.14"'],
+        "re-weight": ['"10.0.0.11*5"', *ALL[1:], '"10.0.0.14"'],
+        "drain": [named("10.0.0.11", state="drain"), *ALL[1:]],
+        "remove": ALL[1:],
+        "remove another": ALL[2:],
+        "all back": ALL,
+    }
+    for change, backends in changes.items():
+        lb.write(backends)
+        lb.reload()
+        assert exchange(held, change) == "200", change
+        if change == "remove another":
+            assert {world.echo(VIP4, "10")["server"] for _ in range(5)} == {"server3"}
+    # A bad configuration changes nothing.
+    lb.path.write_text("interface = 3")
+    lb.reload('"not reloaded"')
+    assert exchange(held, "bad") == "200"
+    lb.write(ALL)
+    for number in (15, 9):
+        lb.child.send_signal(number)
+        lb.child.wait()
+        lb.start()
+        assert exchange(held, f"restart after {number}") == "200"
+
+
+def test_a_flow_taken_over_outlives_its_backends_place(make_world):
+    """Killed, and started again with other backends: the flows that are there stay where they are."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, "on")
+    lb.write(ALL)
+    lb.start()
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "60", ready=True)
+    assert exchange(held, "one") == "60"
+    lb.child.kill()
+    lb.child.wait()
+    lb.write(ALL[2:])
+    lb.start()
+    assert exchange(held, "two") == "60"
+    assert status(world.lab)["flows"] == 60
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+@pytest.mark.parametrize("on_dead", ["reassign", "reset"])
+def test_a_dead_backend(make_world, on_dead, bypass):
+    """The connections that it had end, by another backend's RST or by ours; those of the others go on."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, bypass)
+    lb.write(ALL, on_dead=on_dead)
+    lb.start()
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "60", ready=True)
+    assert exchange(held, "one") == "60"
+    own = int(world.lab.servers[0].run("sh", "-c", "ss -Htn state established '( sport = :80 )' | wc -l").stdout)
+    assert 0 < own < 60
+    world.lab.servers[0].end()
+    lb.write([named("10.0.0.11", state="dead"), *ALL[1:]], on_dead=on_dead)
+    lb.reload()
+    assert exchange(held, "two") == str(60 - own)
+    total = status(world.lab)["total"]
+    assert bool(total["reset"]) == (on_dead == "reset")
+    assert bool(total["reassigned"]) == (on_dead == "reassign")
+    assert {world.echo(VIP4, "10")["server"] for _ in range(10)} == {"server2", "server3"}
+
+
+def test_a_reset_that_we_send_is_right(make_world):
+    """The client's kernel believes it at once: its sequence number and checksum fit."""
+    world = make_world(servers=1, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, "off")
+    lb.write(ALL[:1], on_dead="reset")
+    lb.start()
+    held = world.python(world.lab.client, "hold", VIP[4], "80", ready=True)
+    lb.write([named("10.0.0.11", state="dead")], on_dead="reset")
+    lb.reload()
+    held.stdin.write("hello\n")
+    held.stdin.flush()
+    assert held.wait() == 1
+    assert "ConnectionResetError" in held.stderr.read()

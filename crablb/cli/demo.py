@@ -36,6 +36,8 @@ def table(report: Report) -> str:
         ("packets that the load balancer saw", ""),
         *((f"  {kind}", f"{n:,}") for kind, n in report.load_balancer_packets.items()),
         ("what the client saw as its peer", ", ".join(report.peers_seen)),
+        ("one download cost the load balancer", ""),
+        *((f"  {kind} client: packets", f"{n:,}") for kind, n in report.costs.items()),
     ]
     width = max(len(name) for name, _ in rows)
     lines = ["", *(f"{name:{width}}  {value:>10}" for name, value in rows), ""]

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 
 import structlog
 import uvloop
@@ -14,7 +15,7 @@ from crablb import config, seed
 from crablb import log as logging
 from crablb.engine import Engine
 from crablb.errors import ConfigError, KernelError
-from crablb.model import Config, Fallback, OptionForm, XdpMode
+from crablb.model import Bypass, Config, Fallback, OptionForm, XdpMode
 from crablb.notify import notify
 
 log = structlog.get_logger()
@@ -34,6 +35,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--fallback", choices=[f.value for f in Fallback], help="how clients that are not redirected are served"
     )
+    parser.add_argument(
+        "--ack-bypass",
+        choices=[b.value for b in Bypass],
+        help="known fallback flows in the kernel alone (default: auto)",
+    )
     parser.add_argument("--option", choices=[f.value for f in OptionForm], help="the CR option's form")
     parser.add_argument("--xdp-mode", choices=[m.value for m in XdpMode], help="default: auto")
     parser.add_argument("--queues", type=int, help="RX queues to serve (default: all)")
@@ -49,6 +55,7 @@ def read_config(args: argparse.Namespace) -> Config:
             for name, value in (
                 ("--service", args.service),
                 ("--fallback", args.fallback),
+                ("--ack-bypass", args.ack_bypass),
                 ("--option", args.option),
                 ("--xdp-mode", args.xdp_mode),
                 ("--queues", args.queues),
@@ -70,6 +77,8 @@ def read_config(args: argparse.Namespace) -> Config:
     settings: dict[str, object] = {}
     if args.fallback:
         settings["fallback"] = Fallback(args.fallback)
+    if args.ack_bypass:
+        settings["ack_bypass"] = Bypass(args.ack_bypass)
     if args.option:
         settings["option"] = OptionForm(args.option)
     if args.xdp_mode:
@@ -85,16 +94,30 @@ def run(args: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise KernelError("crablb serve attaches BPF programs and binds AF_XDP sockets; run it as root")
     engine = Engine(settings, settings.seed or seed.load())
-    return uvloop.run(serve(engine))
+
+    def reload() -> None:
+        if not args.config:
+            log.warning("nothing to reload: there is no --config file")
+            return
+        try:
+            engine.apply(config.load_config(args.config, args.interface))
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("not reloaded", reason=problem)
+        else:
+            log.info("reloaded", services=[str(s.vip) for s in engine.config.services])
+
+    return uvloop.run(serve(engine, reload))
 
 
-async def serve(engine: Engine) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status."""
+async def serve(engine: Engine, reload: Callable[[], None]) -> int:
+    """Serve until SIGTERM or SIGINT, ``reload`` at SIGHUP; returns the exit status."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await engine.start()
+    loop.add_signal_handler(signal.SIGHUP, reload)
     assert engine.failure
     try:
         log.info(
@@ -103,6 +126,7 @@ async def serve(engine: Engine) -> int:
             xdp=engine.mode,
             queues=engine.queues,
             zero_copy=engine.zero_copy,
+            ack_bypass=engine.bypass,
             services=[str(s.vip) for s in engine.config.services],
         )
         notify("READY=1")

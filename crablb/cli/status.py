@@ -37,6 +37,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     daemon = f"process {state['pid']}" if state["pid"] else "no process: new connections are dropped"
     print(f"{args.interface}: {state['mode']} XDP, {daemon}")
+    print(f"{counters['flows']:,} fallback flows in the XDP program; it forwarded by itself")
+    for vip, forwarded in counters["services"].items():
+        print(f"  {vip:28} {forwarded['packets']:>14,} packets {forwarded['bytes']:>16,} bytes")
     for title in ("xdp", "total"):
         print("XDP program" if title == "xdp" else f"workers ({len(counters['workers'])})")
         for name, value in counters[title].items():

@@ -217,6 +217,8 @@ class Map(_Descriptor):
             value = value.to_bytes(self.value_size, "little")
         if len(value) != self.value_size:
             raise ValueError(f"map {self.name}: a value has {self.value_size} bytes, not {len(value)}")
+        if self.per_cpu:  # the same for every CPU
+            value = value.ljust((self.value_size + 7) // 8 * 8, b"\0") * lib.libbpf_num_possible_cpus()
         rc = lib.bpf_map_update_elem(self.fd, self._key(key), value, flags)
         if rc == -errno.E2BIG:
             raise BpfError(f"map {self.name} is full ({self.max_entries} entries)", errno.E2BIG, _log())
@@ -242,6 +244,30 @@ class Map(_Descriptor):
             value = self.lookup(key)
             if value is not None:  # it may have gone meanwhile
                 yield key, value
+
+    def dump(self, batch: int = 16384) -> tuple[bytes, bytes]:
+        """Keys and values of a whole hash map, one after the other (BPF_MAP_LOOKUP_BATCH).
+
+        What changes meanwhile may be missing or be there twice.
+        """
+        place, count = ffi.new("uint32_t *"), ffi.new("__u32 *")
+        all_keys, all_values = [], []
+        first = True
+        while True:
+            keys = ffi.new("uint8_t[]", batch * self.key_size)
+            values = ffi.new("uint8_t[]", batch * self.value_size)
+            count[0] = batch
+            rc = lib.bpf_map_lookup_batch(self.fd, ffi.NULL if first else place, place, keys, values, count, ffi.NULL)
+            if rc == -errno.ENOSPC:  # a bucket holds more than this
+                batch *= 2
+                continue
+            if rc and rc != -errno.ENOENT:
+                _check(rc, f"cannot read map {self.name}")
+            all_keys.append(ffi.buffer(keys, count[0] * self.key_size)[:])
+            all_values.append(ffi.buffer(values, count[0] * self.value_size)[:])
+            first = False
+            if rc:  # ENOENT: that was all
+                return b"".join(all_keys), b"".join(all_values)
 
     def mmap(self) -> mmap.mmap:
         """The whole of a ``BPF_F_MMAPABLE`` array, shared with the kernel and writable."""

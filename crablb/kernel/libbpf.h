@@ -104,6 +104,9 @@ bool bpf_map__is_internal(const struct bpf_map *map);
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
 int bpf_map_delete_elem(int fd, const void *key);
+struct bpf_map_batch_opts;
+int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values, __u32 *count,
+                         const struct bpf_map_batch_opts *opts);
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);
 int bpf_obj_pin(int fd, const char *path);
 int bpf_obj_get(const char *path);

@@ -78,6 +78,7 @@ class Interface:
     mtu: int
     up: bool
     rx_queues: int
+    kind: str  # "veth", "vlan", ...; empty for hardware
 
 
 def interface_info(name: str) -> Interface:
@@ -102,6 +103,7 @@ def interface_info(name: str) -> Interface:
         int(link.get_attr("IFLA_MTU")),
         bool(link["flags"] & 1),
         int(link.get_attr("IFLA_NUM_RX_QUEUES") or 1),
+        str(((info := link.get_attr("IFLA_LINKINFO")) and info.get_attr("IFLA_INFO_KIND")) or ""),
     )
 
 
@@ -143,6 +145,12 @@ class NextHops:
         await self._refresh(full=True)
         asyncio.get_running_loop().add_reader(sock, self._read)
         self._task = asyncio.create_task(self._follow())
+
+    def follow(self, addresses: Iterable[Address]) -> None:
+        """Follow these addresses from now on; ``on_change`` tells of those that are new."""
+        self._wanted = frozenset(addresses)
+        self._full = True
+        self._dirty.set()
 
     async def close(self) -> None:
         """Stop following, and give up the managed neighbour entries."""
@@ -212,7 +220,7 @@ class NextHops:
         missing = self._hop_addresses() - permanent
         if missing != self._managed:
             await loop.run_in_executor(self._thread, self._manage, missing)
-        hops = {address: self._hop(address) for address in self._wanted}
+        hops = {address: self._hop(address) for address in self._routes}
         changed = {a: hop for a, hop in hops.items() if self.current.get(a) != hop}
         self.current = hops
         if changed:
@@ -236,15 +244,15 @@ class NextHops:
     # ---- in the netlink thread ----
 
     def _ask(self) -> tuple[dict[Address, _Route], dict[str, tuple[int, bytes]], bytes]:
-        name, index = self.interface.name, self.interface.index
+        name, index, wanted = self.interface.name, self.interface.index, self._wanted
         routes: dict[Address, _Route] = {}
         neighbours: dict[str, tuple[int, bytes]] = {}
         with IPRoute() as ipr:
             links = {link["index"]: link for link in ipr.get_links()}
             if index not in links:
                 gone = _Route(HopState.NO_ROUTE, f"interface {name} is gone")
-                return dict.fromkeys(self._wanted, gone), {}, b""
-            for address in self._wanted:
+                return dict.fromkeys(wanted, gone), {}, b""
+            for address in wanted:
                 try:
                     route = next(iter(ipr.route("get", dst=str(address))))
                 except NetlinkError as error:

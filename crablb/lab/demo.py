@@ -28,6 +28,7 @@ from crablb.lab.lab import VIP4, VIP6, Lab, Node, Topology
 
 CONNECTIONS = 150  # for each family
 BIG = 256 << 20  # bytes
+COMPARED = 16 << 20  # bytes that a prepared and an unprepared client download each
 KILL_AFTER = 16 << 20  # bytes of the second download
 READY_TIMEOUT = 20  # seconds
 
@@ -68,6 +69,8 @@ class Report:
     wire_packets: dict[str, int] = field(default_factory=dict)
     client_packets: dict[str, int] = field(default_factory=dict)
     peers_seen: list[str] = field(default_factory=list)
+    #: Packets that the load balancer saw of one download, by kind of client.
+    costs: dict[str, int] = field(default_factory=dict)
 
     @property
     def held(self) -> bool:
@@ -130,9 +133,13 @@ def notify_socket(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         yield str(path), lambda: sock.recv(4096).decode()
 
 
-def start_serve(lab: Lab, folder: Path, *more: str, what: list[str] | None = None) -> subprocess.Popen[str]:
-    """``crablb serve`` in the load balancer's node; on return it serves."""
+def start_serve(
+    lab: Lab, folder: Path, *more: str, what: list[str] | None = None, config: Path | None = None
+) -> subprocess.Popen[str]:
+    """``crablb serve`` in the load balancer's node; on return it serves ``what``, or what the file says."""
     arguments = [part for s in (what or services(lab)) for part in ("--service", s)]
+    if config:
+        arguments = ["--config", str(config)]
     log = folder / "serve.log"
     with notify_socket(folder) as (path, wait), open(log, "a") as stderr:
         child = lab.lb.popen(
@@ -224,6 +231,7 @@ class Demo:
             self.report.wire_packets = dict(syns(capture))
             self._judge()
             self._die()
+            self._compare()
         return self.report
 
     def _set_up(self) -> None:
@@ -232,7 +240,7 @@ class Demo:
         self.say("starting nginx and a server agent on each server, a client agent on the client")
         for server in self.lab.servers:
             start_nginx(server, self.folder / server.name, big)
-            start_agent(server, "server")
+            start_agent(server, "server", "--dsr")
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
         start_agent(self.lab.client, "client", *prefixes)
         self.serve = start_serve(self.lab, self.folder)
@@ -373,3 +381,33 @@ class Demo:
             done.returncode == 28 and dropped > 0,
             f"curl timed out ({done.returncode}), {dropped} SYN dropped",
         )
+
+    def _compare(self) -> None:
+        """The same download by a client that takes part and by one that does not."""
+        self.say(f"a load balancer again; {COMPARED >> 20} MiB to a prepared and to an unprepared client")
+        self.serve = start_serve(self.lab, self.folder)
+        with open(self.folder / "big", "rb") as file:
+            wanted = hashlib.sha256(file.read(COMPARED)).hexdigest()
+        curl = ["curl", "-s", "-m", "60", "-r", f"0-{COMPARED - 1}", f"http://{VIP4}/big"]
+        # Outside of the node's cgroup the client's agent does not concern it.
+        commands = {
+            "prepared": self.lab.client.command(curl),
+            "unprepared": ["nsenter", f"--net={self.lab.client.path}", "--", *curl],
+        }
+        intact = []
+        for kind, command in commands.items():
+            before = self._seen()
+            done = subprocess.run(command, capture_output=True, check=False)
+            intact.append(hashlib.sha256(done.stdout).hexdigest() == wanted)
+            self.report.costs[kind] = self._seen() - before
+        costs = self.report.costs
+        self.report.claim(
+            "every client is served; only one that does not take part costs more than a packet",
+            all(intact) and costs["prepared"] == 1 < costs["unprepared"],
+            f"{COMPARED >> 20} MiB each: prepared {costs['prepared']} packet, unprepared {costs['unprepared']:,}",
+        )
+
+    def _seen(self) -> int:
+        """Packets of the VIPs that the load balancer has seen."""
+        xdp = status(self.lab)["xdp"]
+        return sum(n for name, n in xdp.items() if not name.startswith("pass"))
