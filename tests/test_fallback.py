@@ -104,7 +104,8 @@ def test_path_mtu_discovery_towards_the_client(make_world, family, bypass):
     """The ICMP error about the server's packet goes to the VIP, so to the load balancer: it finds the server."""
     world = make_world("routed", servers=3, offload=False)
     world.servers(dsr=True)
-    world.lab.middle.ip("link set client mtu 1300")
+    world.lab.middle.ip(f"route add {world.lab.client.ip4}/32 dev client mtu lock 1300")
+    world.lab.middle.ip(f"route add {world.lab.client.ip6}/128 dev client mtu lock 1300")
     world.serve("--ack-bypass", bypass)
     seen = world.echo(VIP[family], "300000")
     assert seen["intact"]
