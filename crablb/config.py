@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from crablb.errors import ConfigError
 from crablb.model import (
     Address,
+    Announce,
     Backend,
     Bypass,
     Config,
@@ -316,6 +317,7 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
     "queues": lambda v: _number(1, 64, v),
     "table_size": _table_size,
     "flows": lambda v: _number(64, 1 << 26, v),
+    "announce": lambda v: _enum(Announce, v),
     "ack_bypass": lambda v: _enum(Bypass, v),
 }
 

@@ -21,12 +21,14 @@ import structlog
 
 from crablb import flowmap, statistics
 from crablb._native import ffi, lib
+from crablb.announce import Announcer
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.netlink import HopState, NextHop, NextHops, interface_info
 from crablb.kernel.xsk import XskError, XskSocket
 from crablb.model import (
     Address,
+    Announce,
     Backend,
     Bypass,
     Config,
@@ -205,6 +207,7 @@ class Engine:
         self._paths: dict[Address, bytes] = {}
         self._adopted: tuple[Any, Any] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._announcer: Announcer | None = None
         self._name_backends(config)
         self._hops: dict[Address, NextHop] = {}
         self._workers: list[_Worker] = []
@@ -285,6 +288,9 @@ class Engine:
         for i, worker in enumerate(self._workers):
             worker.start(cpus[i % len(cpus)], failed)
         self._attach(program.program("crab_lb"), link)
+        if self.config.announce is Announce.ARP:
+            self._announcer = Announcer(name)
+            self._announcer.start(service.vip.address for service in self.config.services)
 
     def _existing_link(self) -> bpf.Link | None:
         """The link that a daemon which died left behind, so that it can be taken over."""
@@ -373,6 +379,9 @@ class Engine:
 
     async def close(self) -> None:
         """Stop serving; leave nothing in the kernel.  Idempotent."""
+        if self._announcer:
+            await self._announcer.close()
+            self._announcer = None
         if self._sweeper:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
@@ -457,7 +466,7 @@ class Engine:
 
         Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
         """
-        fixed = ("interface", "seed", "xdp_mode", "queues", "table_size", "flows", "ack_bypass")
+        fixed = ("interface", "seed", "xdp_mode", "queues", "table_size", "flows", "ack_bypass", "announce")
         differ = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if differ:
             raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
@@ -470,6 +479,8 @@ class Engine:
         self._nexthops.follow(self._ids)
         self._publish()
         self._serve_vips(served)
+        if self._announcer:
+            self._announcer.follow(vip.address for vip in served)
 
     async def _sweep(self) -> None:
         """Now and then: delete old flows, and forget removed backends that have none left."""

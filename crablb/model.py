@@ -52,6 +52,13 @@ class Bypass(Enum):
     OFF = "off"
 
 
+class Announce(Enum):
+    """Who answers for the VIPs on the segment."""
+
+    NONE = "none"  # somebody else: a router's route, keepalived
+    ARP = "arp"  # the load balancer, by ARP and neighbour discovery
+
+
 class OptionForm(Enum):
     """How the CR option is written on the wire."""
 
@@ -140,3 +147,4 @@ class Config:
     table_size: int = 65537  # prime
     flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections
     ack_bypass: Bypass = Bypass.AUTO
+    announce: Announce = Announce.NONE

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from crablb.config import config_from_args, load_config, parse_backend, parse_prefix, parse_service, parse_vip
 from crablb.errors import ConfigError
-from crablb.model import Backend, Bypass, Fallback, Mode, OnDead, OptionForm, State, Vip, XdpMode
+from crablb.model import Announce, Backend, Bypass, Fallback, Mode, OnDead, OptionForm, State, Vip, XdpMode
 
 GOOD = """
 interface = "eth1"
@@ -21,6 +21,7 @@ queues = 2
 table_size = 655373
 flows = 1024
 ack_bypass = "off"
+announce = "arp"
 
 [[service]]
 address = "tcp://10.0.0.100:80"
@@ -50,6 +51,7 @@ def test_everything(tmp_path):
     assert first.mode is Mode.ALWAYS
     assert (first.on_dead, second.on_dead) == (OnDead.RESET, OnDead.REASSIGN)
     assert config.ack_bypass is Bypass.OFF
+    assert config.announce is Announce.ARP
     assert (first.fallback, second.fallback) == (Fallback.DSR_IPIP, Fallback.AUTO)
     assert first.redirect_clients == (ip_network("10.0.0.0/8"), ip_network("192.168.0.0/16"))
     assert first.backends == (

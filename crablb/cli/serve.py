@@ -15,7 +15,7 @@ from crablb import config, seed
 from crablb import log as logging
 from crablb.engine import Engine
 from crablb.errors import ConfigError, KernelError
-from crablb.model import Bypass, Config, Fallback, OptionForm, XdpMode
+from crablb.model import Announce, Bypass, Config, Fallback, OptionForm, XdpMode
 from crablb.notify import notify
 
 log = structlog.get_logger()
@@ -34,6 +34,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--config", metavar="FILE.toml", help="instead of --service")
     parser.add_argument(
         "--fallback", choices=[f.value for f in Fallback], help="how clients that are not redirected are served"
+    )
+    parser.add_argument(
+        "--announce", choices=[a.value for a in Announce], help="answer ARP and neighbour discovery for the VIPs"
     )
     parser.add_argument(
         "--ack-bypass",
@@ -56,6 +59,7 @@ def read_config(args: argparse.Namespace) -> Config:
                 ("--service", args.service),
                 ("--fallback", args.fallback),
                 ("--ack-bypass", args.ack_bypass),
+                ("--announce", args.announce),
                 ("--option", args.option),
                 ("--xdp-mode", args.xdp_mode),
                 ("--queues", args.queues),
@@ -77,6 +81,8 @@ def read_config(args: argparse.Namespace) -> Config:
     settings: dict[str, object] = {}
     if args.fallback:
         settings["fallback"] = Fallback(args.fallback)
+    if args.announce:
+        settings["announce"] = Announce(args.announce)
     if args.ack_bypass:
         settings["ack_bypass"] = Bypass(args.ack_bypass)
     if args.option:
