@@ -129,8 +129,8 @@ class World:
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
         return start_agent(self.lab.client, "client", *prefixes, *more)
 
-    def serve(self, *more: str, what: list[str] | None = None, config: Path | None = None) -> subprocess.Popen[str]:
-        return start_serve(self.lab, self.folder, *more, what=what, config=config)
+    def serve(self, *more: str, **where: object) -> subprocess.Popen[str]:
+        return start_serve(self.lab, self.folder, *more, **where)  # type: ignore[arg-type]
 
     def python(self, node: Node, *args: str, ready: bool = False) -> subprocess.Popen[str]:
         """A program of tests/peers.py; with ``ready``, on return it has said so."""

@@ -186,5 +186,38 @@ def syn(source: str, destination: str, mac: str, options: str) -> None:
     conf.L2socket(iface="eth0").send(Ether(dst=mac) / layer(src=source, dst=destination) / tcp / Raw(raw))
 
 
+def flood(destination: str, mac: str, count: str) -> None:
+    """Send SYNs to port 80 from random addresses and ports; tell how many."""
+    import numpy as np
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.l2 import Ether
+
+    from crablb.kernel.xsk import XskSocket
+
+    random = np.random.default_rng(7)
+    syns = []
+    for _ in range(512):
+        source = ".".join(str(n) for n in (11, *random.integers(1, 255, 3)))
+        tcp = TCP(sport=int(random.integers(1024, 65536)), dport=80, flags="S")
+        frame = bytes(Ether(src="02:00:00:00:00:01", dst=mac) / IP(src=source, dst=destination) / tcp)
+        syns.append(np.frombuffer(frame, np.uint8).copy())
+    words = [s[26:28].view(">u2") for s in syns]  # the first half of the source address
+    sums = [s[24:26].view(">u2") for s in syns], [s[50:52].view(">u2") for s in syns]
+    sent = 0
+    with XskSocket("eth0", load_program=False) as xsk:
+        while sent < int(count):
+            batch = xsk.allocate(64, len(syns[0]))
+            for view in batch:
+                i = sent % len(syns)
+                sent += 1
+                view[:] = syns[i]
+                # The next time from another address: one more in a word, one less in both checksums (RFC 1624).
+                words[i][0] += 1
+                for csum in sums:
+                    csum[i][0] = csum[i][0] - 1 if csum[i][0] else 0xFFFE
+            xsk.send(batch)
+    print(sent)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])

@@ -250,6 +250,54 @@ def test_rubbish_is_counted(rubbish):
     assert sum(counts.values()) == len(rubbish)
 
 
+LINUX = [("MSS", 1460), ("SAckOK", b""), ("Timestamp", (1, 0)), ("NOP", None), ("WScale", 7)]
+OFFER = [(42, b""), ("NOP", None), ("NOP", None)]
+COOKIE = [("TFO", (1, 2)), ("NOP", None), ("NOP", None)]
+HARD = {
+    # name: options and payload of the SYN, then what the backend gets: options (None: its own, without the offer)
+    "fast open, data, IPv4": (4, [*LINUX[:1], *COOKIE, *OFFER], b"GET / HTTP/1.0\r\n" * 60, "redirected"),
+    "fast open, all options, IPv6": (6, [*COOKIE, *OFFER], b"x" * 1200, "redirected"),
+    "fast open, no room, IPv6": (6, [*LINUX, *COOKIE, *OFFER], b"", "fallback_no_room"),
+    "MD5, IPv4": (4, [(19, bytes(range(16))), ("NOP", None), ("NOP", None), *OFFER], b"", "redirected"),
+    "MD5, no room, IPv6": (
+        6,
+        [*LINUX[:1], (19, bytes(16)), ("NOP", None), ("NOP", None), *OFFER],
+        b"",
+        "fallback_no_room",
+    ),
+    "40 bytes, no offer": (4, [*LINUX, (30, bytes(18))], b"", "fallback_no_offer"),
+    "40 bytes and an offer": (4, [*LINUX, (30, bytes(14)), *OFFER], b"", "fallback_no_room"),
+    "jumbo": (4, [*LINUX, *OFFER], bytes(8900), "redirected"),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_syns(name):
+    """Scapy lays out what goes in and what must come out, to the byte."""
+    family, options, payload, outcome = HARD[name]
+    expected = reference()
+    for backend in expected.backends:
+        backend.cr = backend.on_link = True
+    core = Core(expected)
+    layer, source, vip = (IPv6, "fd00:5::1", "fd00::100") if family == 6 else (IP, "10.0.0.1", "10.0.0.100")
+
+    def frame(src: str, dst: str, to: str, listed: list[object]) -> bytes:
+        tcp = TCP(sport=7, dport=80, flags="S", options=listed) / payload
+        return bytes(Ether(src=src, dst=dst) / layer(src=source, dst=to) / tcp)
+
+    told, out = core.outcome(frame("02:00:00:00:00:01", "02:00:00:00:00:02", vip, options))
+    assert told == outcome
+    (backend,) = [b for b in expected.backends if b.mac == out[:6]]
+    packed = ipaddress.ip_address(vip).packed
+    rest = [o for o in options if o[0] != 42]
+    if (42, b"") in options:
+        rest = options[: options.index((42, b""))]
+        if outcome == "redirected":
+            rest = [*rest, (42, packed), ("NOP", None), ("NOP", None)]
+    to = str(ipaddress.ip_address(backend.address)) if outcome == "redirected" else vip
+    assert out == frame("02:00:00:00:00:02", backend.mac.hex(":"), to, rest)
+
+
 @pytest.mark.parametrize("v6", [False, True])
 @pytest.mark.parametrize("fallback", ["l2", "ipip"])
 @pytest.mark.parametrize("tagged", [False, True])

@@ -354,3 +354,64 @@ def test_a_reset_that_we_send_is_right(make_world):
     held.stdin.flush()
     assert held.wait() == 1
     assert "ConnectionResetError" in held.stderr.read()
+
+
+def test_flows_move_to_another_load_balancer_and_back(make_world):
+    """Two load balancers of one configuration, and a router that changes its mind in the middle of transfers."""
+    world = make_world("routed", servers=3, offload=False)
+    lab = world.lab
+    world.servers(dsr=True)
+    backends = ",".join(s.ip4 for s in lab.servers[:2])
+    what = [f"tcp://{VIP4}:80={backends}"]
+    world.serve("--ack-bypass", "on", what=what)
+    # The third server's machine is the other load balancer; it has the VIP no more.
+    second = lab.servers[2]
+    second.end()
+    second.cgroup.mkdir()
+    second.run(*crablb("agent", "remove"))
+    lab.middle.run("ethtool", "-K", second.name, "gro", "on")
+    world.serve("--ack-bypass", "on", what=what, node=second)
+    held = world.python(lab.client, "hold_many", VIP[4], "80", "100", ready=True)
+    for way in ("one", "two", "three", "four"):
+        assert exchange(held, way) == "100"
+        to = second.ip4 if way in ("one", "three") else lab.lb.ip4
+        lab.middle.ip(f"route replace {VIP4}/32 via {to}")
+    assert exchange(held, "five") == "100"
+    for node in (lab.lb, second):
+        now = status(lab, node)
+        assert now["flows"] == 100
+        assert now["total"]["learned"] >= 100
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+def test_a_flood_of_syns_disturbs_nobody(make_world, bypass):
+    """From random sources, more than there is room for: bounded memory, and established flows stay."""
+    world = make_world("bridge", servers=2, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, bypass)
+    lb.write(ALL[:2])
+    lb.path.write_text("flows = 1024\n" + lb.path.read_text())
+    lb.start()
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "50", ready=True)
+    assert exchange(held, "before") == "50"
+    resident = memory(lb.child.pid)
+    flood = world.python(world.lab.client, "flood", VIP[4], world.lab.lb.mac(), "100000")
+    out, err = flood.communicate(timeout=60)
+    assert flood.returncode == 0, err
+    assert int(out) >= 90000
+    # Other backends now: only what is remembered tells where the old connections go.
+    lb.write(ALL[:1])
+    lb.path.write_text("flows = 1024\n" + lb.path.read_text())
+    lb.reload()
+    assert exchange(held, "after") == "50"
+    now = status(world.lab)
+    assert now["xdp"]["syn"] > 10000
+    assert now["flows"] == (50 if bypass == "on" else 0)
+    assert memory(lb.child.pid) < resident + (4 << 20)
+    assert world.echo(VIP4, "10")["intact"]
+
+
+def memory(pid: int) -> int:
+    """Resident bytes."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * 4096

@@ -134,15 +134,20 @@ def notify_socket(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def start_serve(
-    lab: Lab, folder: Path, *more: str, what: list[str] | None = None, config: Path | None = None
+    lab: Lab,
+    folder: Path,
+    *more: str,
+    what: list[str] | None = None,
+    config: Path | None = None,
+    node: Node | None = None,
 ) -> subprocess.Popen[str]:
-    """``crablb serve`` in the load balancer's node; on return it serves ``what``, or what the file says."""
+    """``crablb serve`` in the load balancer's node, or another; on return it serves ``what``, or what the file says."""
     arguments = [part for s in (what or services(lab)) for part in ("--service", s)]
     if config:
         arguments = ["--config", str(config)]
     log = folder / "serve.log"
     with notify_socket(folder) as (path, wait), open(log, "a") as stderr:
-        child = lab.lb.popen(
+        child = (node or lab.lb).popen(
             *crablb("serve", "--iface", "eth0", *arguments, *more),
             stderr=stderr,
             env={**os.environ, "NOTIFY_SOCKET": path},
@@ -156,9 +161,9 @@ def start_serve(
     return child
 
 
-def status(lab: Lab) -> dict[str, Any]:
+def status(lab: Lab, node: Node | None = None) -> dict[str, Any]:
     """``crablb status --json`` of the load balancer."""
-    parsed: dict[str, Any] = json.loads(lab.lb.run(*crablb("status", "--iface", "eth0", "--json")).stdout)
+    parsed: dict[str, Any] = json.loads((node or lab.lb).run(*crablb("status", "--iface", "eth0", "--json")).stdout)
     return parsed
 
 
