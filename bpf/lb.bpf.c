@@ -253,7 +253,10 @@ int crab_lb(struct xdp_md *ctx)
     if (l3 > end)
         return pass(CRAB_XDP_PASS_MALFORMED);
     __be16 type = eth->h_proto;
-    if (type == bpf_htons(ETH_P_8021Q) || type == bpf_htons(ETH_P_8021AD)) {
+#pragma unroll
+    for (int tags = 0; tags < 2; tags++) {
+        if (type != bpf_htons(ETH_P_8021Q) && type != bpf_htons(ETH_P_8021AD))
+            break;
         if (l3 + 4 > end)
             return pass(CRAB_XDP_PASS_MALFORMED);
         type = *(__be16 *)(l3 + 2);

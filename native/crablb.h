@@ -71,7 +71,7 @@ struct crab_packet {
     uint8_t tcp_flags;
 };
 
-/* Parse Ethernet, at most one VLAN tag (802.1Q or 802.1ad), IPv4 without options or IPv6 without extension headers, and
+/* Parse Ethernet, at most two VLAN tags (802.1Q or 802.1ad), IPv4 without options or IPv6 without extension headers, and
  * TCP.  Returns a crab_verdict; *out is valid only with CRAB_V_OK. */
 int crab_packet_parse(const uint8_t *frame, size_t len, struct crab_packet *out);
 

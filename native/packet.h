@@ -49,14 +49,21 @@ static inline struct crab_tcp_sum crab_tcp_sum(const uint8_t *tcp, size_t tcp_le
     return out;
 }
 
+#define CRAB_MAX_TAGS 2 /* 802.1ad around 802.1Q */
+
+static inline bool crab_is_tag(uint16_t ethertype)
+{
+    return ethertype == htons(0x8100) || ethertype == htons(0x88a8);
+}
+
 static inline int crab_parse(const uint8_t *frame, size_t len, struct crab_packet *out)
 {
     size_t l3 = CRAB_ETH_LEN;
     if (crab_unlikely(len < l3 + 20 || len > UINT16_MAX))
         return CRAB_V_MALFORMED;
     uint16_t type = load16(frame + 12);
-    if (crab_unlikely(type == htons(0x8100) || type == htons(0x88a8))) {
-        type = load16(frame + 16);
+    for (int tags = 0; crab_unlikely(crab_is_tag(type)) && tags < CRAB_MAX_TAGS; tags++) {
+        type = load16(frame + l3 + 2);
         l3 += 4;
         if (len < l3 + 20)
             return CRAB_V_MALFORMED;
@@ -114,8 +121,8 @@ static inline bool crab_parse_icmp(const uint8_t *frame, size_t len, struct crab
 {
     size_t l3 = CRAB_ETH_LEN;
     uint16_t type = load16(frame + 12);
-    if (type == htons(0x8100) || type == htons(0x88a8)) {
-        type = load16(frame + 16);
+    for (int tags = 0; crab_is_tag(type) && tags < CRAB_MAX_TAGS; tags++) {
+        type = load16(frame + l3 + 2);
         l3 += 4;
     }
     const uint8_t *ip = frame + l3, *icmp, *quote;

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
-from scapy.layers.l2 import ARP, Dot1Q, Ether
+from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from crablb import flowmap, statistics
@@ -93,7 +93,7 @@ LEFT_ALONE = {
     "fragment6": (ether() / IPv6(dst=VIP[6]) / IPv6ExtHdrFragment() / TCP(dport=80, flags="S"), "pass_fragment"),
     "ip-options": (ether() / IP(dst=VIP[4], options=b"\x01" * 4) / TCP(dport=80, flags="S"), "pass_ip_options"),
     "extension": (ether() / IPv6(dst=VIP[6]) / IPv6ExtHdrHopByHop() / TCP(dport=80, flags="S"), "pass_ip_options"),
-    "two-tags": (ether() / Dot1Q() / Dot1Q() / to_vip(4), "pass_not_vip"),
+    "three-tags": (ether() / Dot1Q() / Dot1Q() / Dot1Q() / to_vip(4), "pass_not_vip"),
     "cut": (Raw(bytes(ether() / to_vip(4))[:50]), "pass_malformed"),
 }
 
@@ -108,10 +108,10 @@ def test_lb_leaves_alone(lb, name):
     assert lb.counts() == {reason: 1}
 
 
-@pytest.mark.parametrize("tagged", [False, True], ids=["plain", "vlan"])
+@pytest.mark.parametrize("tags", [0, 1, 2], ids=["plain", "vlan", "qinq"])
 @pytest.mark.parametrize("family", [4, 6])
-def test_lb_takes_a_vips_packets(lb, namespace, family, tagged):
-    head = ether() / Dot1Q(vlan=7) if tagged else ether()
+def test_lb_takes_a_vips_packets(lb, namespace, family, tags):
+    head = [ether(), ether() / Dot1Q(vlan=7), ether() / Dot1AD(vlan=9) / Dot1Q(vlan=7)][tags]
     syn, ack = bytes(head / to_vip(family)), bytes(head / to_vip(family, flags="A"))
     # Without a daemon: dropped, because the kernel would answer with a RST.
     assert lb.programs["crab_lb"].test_run(syn).retval == XDP_DROP

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
-from scapy.layers.l2 import Dot1Q, Ether
+from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 
 from tests.native import Core, mapped
 from tests.reference import maglev, packets
@@ -191,7 +191,9 @@ def frames(draw):
         sport=draw(st.integers(1, 40)), dport=port, flags=flags, seq=draw(st.integers(0, 3)),
         dataofs=5 + len(options) // 4,
     )  # fmt: skip
-    tag = [None, Dot1Q(vlan=5)][draw(st.integers(0, 7)) == 0]
+    tag = draw(
+        st.sampled_from([None] * 8 + [Dot1Q(vlan=5), Dot1AD(vlan=9) / Dot1Q(vlan=5), Dot1Q() / Dot1Q() / Dot1Q()])
+    )
     ether = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
     packet = (ether / tag if tag else ether) / layer
     # Scapy lays out options itself; ours may be rubbish, so they are put in front of the payload by hand.
@@ -300,15 +302,15 @@ def test_hard_syns(name):
 
 @pytest.mark.parametrize("v6", [False, True])
 @pytest.mark.parametrize("fallback", ["l2", "ipip"])
-@pytest.mark.parametrize("tagged", [False, True])
-def test_icmp_errors_go_where_the_packets_go(v6, fallback, tagged):
+@pytest.mark.parametrize("tags", [0, 1, 2])
+def test_icmp_errors_go_where_the_packets_go(v6, fallback, tags):
     """An error that quotes a packet from the VIP reaches the backend that the connection's own packets reach."""
     expected = reference(fallback=fallback)
     core = Core(expected)
     layer = IPv6 if v6 else IP
     vip, client, router = ("fd00::100", "fd00:5::1", "fd00::fe") if v6 else ("10.0.0.100", "10.0.0.1", "10.0.0.254")
     head = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
-    if tagged:
+    for _ in range(tags):
         head /= Dot1Q(vlan=5)
     compared = 0
     for port in range(1, 30):
@@ -322,7 +324,7 @@ def test_icmp_errors_go_where_the_packets_go(v6, fallback, tagged):
             continue
         compared += 1
         assert out[:12] == data[:12]
-        inner = 18 if tagged else 14
+        inner = 14 + 4 * tags
         assert out.endswith(frame[inner:])
         assert len(out) - len(frame) == {"l2": 0, "ipip": 40 if v6 else 20}[fallback]
     assert compared > 10

@@ -117,10 +117,11 @@ class LoadBalancer:
         if len(frame) < 34:
             return "drop_malformed", None
         ethertype = frame[12:14]
-        if ethertype in (b"\x81\x00", b"\x88\xa8"):
-            ethertype, l3 = frame[16:18], 18
-            if len(frame) < 38:
-                return "drop_malformed", None
+        for _ in range(2):
+            if ethertype in (b"\x81\x00", b"\x88\xa8"):
+                ethertype, l3 = frame[l3 + 2 : l3 + 4], l3 + 4
+                if len(frame) < l3 + 20:
+                    return "drop_malformed", None
         ip = frame[l3:]
         if ethertype == b"\x08\x00":
             if ip[0] >> 4 != 4 or ip[0] & 15 < 5:
