@@ -1,9 +1,9 @@
 """What a packet of a known fallback flow costs in the XDP program, and what flows cost in memory.
 
 By BPF_PROG_TEST_RUN, one packet of a random flow at a time: the kernel's own measure of one run, beside that of a
-program which only writes MAC addresses (mac.bpf.c) on the same packets in the same run.  Between two runs Python uses the
-caches, so these are figures of a cold start for every packet, with the harness (MAC only) in them.  Medians of ROUNDS
-rounds, with minimum and maximum.  Needs root.
+program which only writes MAC addresses (mac.bpf.c) on the same packets in the same run.  Between two runs Python uses
+the caches, so these are figures of a cold start for every packet, with the harness (MAC only) in them.  Medians of
+ROUNDS rounds, with minimum and maximum.  Needs root.
 """
 
 from __future__ import annotations

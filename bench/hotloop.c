@@ -134,25 +134,29 @@ int main(int argc, char **argv)
         fprintf(stderr, "hotloop: RUNS is 1 to %d\n", MAX_RUNS);
         return 2;
     }
-    static uint16_t table[TABLE];
-    struct crab_maglev_member members[BACKENDS] = {0};
-    struct crab_backend backends[BACKENDS] = {0};
-    for (uint16_t i = 0; i < BACKENDS; i++) {
-        members[i] = (struct crab_maglev_member){.addr = {[10] = 0xff, [11] = 0xff, 10, 1, 0, (uint8_t)i}, .weight = 1,
-                                                 .backend = i};
+    static uint16_t tables[2][TABLE]; /* IPv4's backends, IPv6's */
+    struct crab_maglev_member members[2 * BACKENDS] = {0};
+    struct crab_backend backends[2 * BACKENDS] = {0};
+    for (uint16_t i = 0; i < 2 * BACKENDS; i++) {
+        bool v6 = i >= BACKENDS;
+        uint8_t last = (uint8_t)(i % BACKENDS);
+        members[i] = v6 ? (struct crab_maglev_member){.addr = {0xfd, [15] = last}, .weight = 1, .backend = i}
+                        : (struct crab_maglev_member){.addr = {[10] = 0xff, [11] = 0xff, 10, 1, 0, last}, .weight = 1,
+                                                      .backend = i};
         memcpy(backends[i].addr, members[i].addr, 16);
-        backends[i].flags = CRAB_BACKEND_USABLE | CRAB_BACKEND_CR | CRAB_BACKEND_ON_LINK;
+        backends[i].flags = CRAB_BACKEND_USABLE | CRAB_BACKEND_CR | CRAB_BACKEND_ON_LINK | (v6 ? CRAB_BACKEND_V6 : 0);
     }
     struct crab_service services[2] = {
-        {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .port_be = htons(80), .protocol = 6, .table = table},
-        {.addr = {0xfd, [15] = 0x64}, .port_be = htons(80), .protocol = 6, .table = table},
+        {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .port_be = htons(80), .protocol = 6, .table = tables[0]},
+        {.addr = {0xfd, [15] = 0x64}, .port_be = htons(80), .protocol = 6, .table = tables[1]},
     };
     uint64_t counters[CRAB_COUNTERS] = {0};
     struct bench b = {.core = crab_core_new(1 << 20, counters)};
-    if (!b.core || crab_maglev_build(table, TABLE, members, BACKENDS, key))
+    if (!b.core || crab_maglev_build(tables[0], TABLE, members, BACKENDS, key) ||
+        crab_maglev_build(tables[1], TABLE, members + BACKENDS, BACKENDS, key))
         return 1;
     struct crab_snapshot *s =
-        crab_snapshot_new(services, 2, backends, BACKENDS, NULL, 0, TABLE, CRAB_FORM_CRAB, key);
+        crab_snapshot_new(services, 2, backends, 2 * BACKENDS, NULL, 0, TABLE, CRAB_FORM_CRAB, key);
     crab_core_publish(b.core, s);
 
     printf("%-34s %24s %24s\n", "ns per SYN (median, min - max)", "IPv4", "IPv6");
