@@ -4,6 +4,8 @@ By BPF_PROG_TEST_RUN, one packet of a random flow at a time: the kernel's own me
 program which only writes MAC addresses (mac.bpf.c) on the same packets in the same run.  Between two runs Python uses
 the caches, so these are figures of a cold start for every packet, with the harness (MAC only) in them.  Medians of
 ROUNDS rounds, with minimum and maximum.  Needs root.
+
+    bypass.py [FLOWS ...]
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def main() -> None:
     random = np.random.default_rng(1)
     print(f"{'ns per packet (median, min - max)':34} {'bypass':>22} {'MAC only':>22} {'memory':>10}")
     with mac_program() as mac:
-        for count in (1_000, 100_000, 1_000_000):
+        for count in [int(n) for n in sys.argv[1:]] or (1_000, 100_000, 1_000_000):
             for tunnel in (False, True):
                 with bpf.Object(bpf.object_path("lb"), max_entries={"flows": count}) as loaded:
                     loaded.map("services").update(VIP.key(), 0)
