@@ -255,7 +255,7 @@ class Engine:
         self._stack.enter_context(pins.own(f"lb-{name}", f"the load balancer of {name}"))
 
         link = self._existing_link()
-        reuse = {"flows": bpf.Map.from_pin(self._pins / "flows")} if link and self.bypass else {}
+        reuse = self._old_flows() if link and self.bypass else {}
         sizes = {} if reuse else {"flows": self.config.flows}
         try:
             program = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes)
@@ -352,6 +352,18 @@ class Engine:
         link.pin(self._pins / "link")
         for name in ("services", "sockets", "flows", "paths", "xdp_counters", "worker_counters"):
             self._maps[name].pin(self._pins / name)
+
+    def _old_flows(self) -> dict[str, bpf.Map]:
+        """The flows of a daemon that died, if they can be read."""
+        try:
+            flows = bpf.Map.from_pin(self._pins / "flows")
+        except bpf.BpfNotFoundError:  # it died before it had pinned them
+            return {}
+        if (flows.key_size, flows.value_size) != (flowmap.KEY.itemsize, flowmap.ENTRY.itemsize):
+            log.warning("the flows of another version of crablb are given up", interface=self.config.interface)
+            flows.close()
+            return {}
+        return {"flows": flows}
 
     def _adoptable(self) -> tuple[Any, Any]:
         """Take over the flows of a daemon that died.  Their backends stay known, whatever the configuration says."""
@@ -487,7 +499,11 @@ class Engine:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
-            left = await loop.run_in_executor(None, flowmap.sweep, self._maps["flows"])
+            try:
+                left = await loop.run_in_executor(None, flowmap.sweep, self._maps["flows"])
+            except bpf.BpfError as error:
+                log.warning("cannot age the flows; trying again", reason=str(error))
+                continue
             configured = {b.address for s in self.config.services for b in s.backends}
             gone = {a for a in self._ids if a not in configured and a not in left}
             if gone and self._nexthops:

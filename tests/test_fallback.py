@@ -7,6 +7,7 @@ from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 from scapy.utils import rdpcap
 
+from crablb.kernel import pins
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import agent_status, crablb, status
 from tests.conftest import World, answer
@@ -315,6 +316,18 @@ def test_a_flow_taken_over_outlives_its_backends_place(make_world):
     lb.start()
     assert exchange(held, "two") == "60"
     assert status(world.lab)["flows"] == 60
+
+
+def test_flows_that_cannot_be_taken_over(make_world):
+    """A daemon that died before it had pinned its flows does not keep the next one from starting."""
+    world = make_world(offload=False)
+    world.servers(dsr=True)
+    child = world.serve("--ack-bypass", "on")
+    child.kill()
+    child.wait()
+    (pins.ensure_bpffs() / "crablb" / str(world.lab.lb.inode) / "lb-eth0" / "flows").unlink()
+    world.serve("--ack-bypass", "on")
+    assert world.echo(VIP4)["intact"]
 
 
 @pytest.mark.parametrize("bypass", ["on", "off"])

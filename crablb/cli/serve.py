@@ -122,6 +122,7 @@ async def serve(engine: Engine, reload: Callable[[], None]) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # there is nothing to read again yet
     await engine.start()
     loop.add_signal_handler(signal.SIGHUP, reload)
     assert engine.failure

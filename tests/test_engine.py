@@ -1,0 +1,92 @@
+"""The engine by itself, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from ipaddress import ip_address
+
+import pytest
+from crablb._native import lib
+
+from crablb import engine, flowmap
+from crablb.config import config_from_args
+from crablb.errors import ConfigError
+from crablb.model import Bypass, mapped
+from tests.conftest import inside
+
+FIRST, SECOND = ip_address("10.0.0.11"), ip_address("10.0.0.12")
+SEED = bytes(16)
+
+
+def config(*backends: object, **settings: object):
+    return config_from_args(
+        "eth0", [f"tcp://10.0.0.100:80={','.join(map(str, backends))}"], ack_bypass=Bypass.ON, **settings
+    )
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def flow(age: int) -> bytes:
+    seen = (flowmap.now() - age) % 2**32
+    return mapped(SECOND) + struct.pack("<IBBBB", seen, lib.CRAB_FLOW_OPEN, 0, 0, 0)
+
+
+def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
+    lab = make_lab("bridge", servers=2)
+    monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
+    key = mapped(ip_address("10.0.0.1")) + mapped(ip_address("10.0.0.100")) + struct.pack("!HH", 4242, 80)
+
+    def managed() -> bool:
+        return str(SECOND) in lab.lb.run("sh", "-c", "ip neigh | grep managed").stdout
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST, SECOND), SEED)
+        await load_balancer.start()
+        try:
+            flows, paths = load_balancer._maps["flows"], load_balancer._maps["paths"]
+            flows.update(key, flow(0))
+            load_balancer.apply(config(FIRST))
+            for _ in range(5):  # sweeps
+                await asyncio.sleep(0.06)
+            assert managed()
+            assert paths.lookup(mapped(SECOND))
+            flows.update(key, flow(lib.CRAB_AGE_OPEN + 1))
+            await until(lambda: not managed())
+            assert flows.lookup(key) is None
+            assert paths.lookup(mapped(SECOND)) is None
+            assert paths.lookup(mapped(FIRST))
+            # and it may come back
+            load_balancer.apply(config(FIRST, SECOND))
+            await until(lambda: paths.lookup(mapped(SECOND)) is not None)
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_what_is_fixed_at_the_start(make_lab):
+    lab = make_lab("bridge")
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST), SEED)
+        await load_balancer.start()
+        try:
+            with pytest.raises(ConfigError) as caught:
+                load_balancer.apply(config(FIRST, table_size=251, flows=64))
+            assert caught.value.problems == [
+                "table_size cannot be changed while serving; restart crablb serve",
+                "flows cannot be changed while serving; restart crablb serve",
+            ]
+            assert load_balancer.config == config(FIRST)
+        finally:
+            await load_balancer.close()
+            await load_balancer.close()  # once more does no harm
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
