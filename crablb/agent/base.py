@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from crablb._native import ffi
 from crablb.errors import ConfigError, KernelError
@@ -28,6 +29,19 @@ def tool(*args: str) -> str:
     if done.returncode:
         raise KernelError(f"{' '.join(args)}: {done.stderr.strip()}")
     return done.stdout
+
+
+def detach_filters(interfaces: dict[str, bool], direction: Literal["ingress", "egress"]) -> None:
+    """Remove our clsact filters, and the qdiscs that were made for them (True) if nobody else uses them."""
+    for name, made in interfaces.items():
+        try:
+            index = socket.if_nametoindex(name)
+        except OSError:
+            continue  # it went with its interface
+        filters = bpf.TcFilter(index, direction, FILTER, FILTER)
+        filters.detach()
+        if made and not any(tool("tc", "filter", "show", "dev", name, d) for d in ("ingress", "egress")):
+            filters.destroy_hook()
 
 
 def cgroup_root() -> Path:

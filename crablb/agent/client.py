@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import structlog
 
 from crablb._native import lib
-from crablb.agent.base import FILTER, Agent, tool
+from crablb.agent.base import FILTER, Agent, detach_filters, tool
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf
 from crablb.model import Address, Network, OptionForm, Vip, mapped
@@ -142,15 +142,7 @@ class ClientAgent(Agent):
                 tool("ip", family, "route", *undo)
             except KernelError as error:
                 log.debug("route was gone", prefix=prefix, reason=str(error))
-        for name, made in state.get("filters", {}).items():
-            try:
-                index = socket.if_nametoindex(name)
-            except OSError:
-                continue  # it went with its interface
-            filters = bpf.TcFilter(index, "ingress", FILTER, FILTER)
-            filters.detach()
-            if made and not any(tool("tc", "filter", "show", "dev", name, d) for d in ("ingress", "egress")):
-                filters.destroy_hook()
+        detach_filters(state.get("filters", {}), "ingress")
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:

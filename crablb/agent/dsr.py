@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crablb.agent.base import FILTER, counter_names, tool
+from crablb.agent.base import FILTER, counter_names, detach_filters, tool
 from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.model import Vip, mapped
@@ -84,15 +84,7 @@ def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Any) 
 
 def tear_down(state: dict[str, Any], folder: Path) -> None:
     """Undo what :func:`set_up` noted."""
-    for name, made in state.get("interfaces", {}).items():
-        try:
-            index = socket.if_nametoindex(name)
-        except OSError:
-            continue  # it went with its interface
-        filters = bpf.TcFilter(index, "egress", FILTER, FILTER)
-        filters.detach()
-        if made and not any(tool("tc", "filter", "show", "dev", name, d) for d in ("ingress", "egress")):
-            filters.destroy_hook()
+    detach_filters(state.get("interfaces", {}), "egress")
     for pin in folder.glob("decap-*"):
         with bpf.Link.from_pin(pin) as link:
             link.detach()
