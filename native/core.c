@@ -308,7 +308,7 @@ static inline enum crab_counter forward_syn(struct crab_core *core, const struct
         return CRAB_C_DROP_NO_BACKEND;
     const struct crab_backend *backend = &s->backends[id];
 
-    int found = crab_option_find(options, options_len, s->form);
+    int word, found = crab_option_scan(options, options_len, s->form, &word);
     if (crab_unlikely(found & CRAB_OPTION_FORGED))
         core->counters[CRAB_C_FORGED_OPTION]++;
     enum crab_counter outcome = decide(s, it, ip, found, backend, copies);
@@ -316,15 +316,23 @@ static inline enum crab_counter forward_syn(struct crab_core *core, const struct
     uint8_t list[CRAB_MAX_OPTIONS];
     int n = -1;
     if (crab_likely(outcome == CRAB_C_REDIRECTED)) {
-        n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list);
-        if (crab_unlikely(n < 0))
-            outcome = CRAB_C_FALLBACK_NO_ROOM;
-    }
-    if (crab_likely(n >= 0)) {
         const uint8_t *dip = p->family == 4 ? backend->addr + 12 : backend->addr;
-        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, dip);
-        crab_set_macs(frame->data, backend);
-        return outcome;
+        const struct crab_redirect *r = &s->redirects[it->service - s->services];
+        if (crab_likely(word >= 0)) {
+            if (crab_likely(options_len - 4 + r->len <= CRAB_MAX_OPTIONS)) {
+                frame->data = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)word, r, dip);
+                crab_set_macs(frame->data, backend);
+                return outcome;
+            }
+        } else {
+            n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list);
+        }
+        if (crab_likely(n >= 0)) {
+            frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, dip);
+            crab_set_macs(frame->data, backend);
+            return outcome;
+        }
+        outcome = CRAB_C_FALLBACK_NO_ROOM;
     }
     /* Without CR options the list stays, to the byte. */
     if (found)

@@ -45,6 +45,12 @@ int crab_csum_state(const uint8_t *ip, size_t ip_len, uint16_t *right);
  * under 2 and at a length past the end. */
 int crab_option_find(const uint8_t *options, size_t len, int form);
 
+/* The same, and in *word which word of the list is one offer and NOPs, if there is no other CR option; else -1. */
+int crab_option_scan(const uint8_t *options, size_t len, int form, int *word);
+
+/* Write the redirect to a VIP, padded by NOPs.  Returns its length, 8 or 20. */
+size_t crab_option_redirect(uint8_t out[20], int form, const uint8_t vip16[16]);
+
 /* Write the list to send on: every CR option overwritten by NOPs, the words that consist of nothing else removed, and,
  * if vip16 is not NULL, a redirect to that VIP put in the place of the first removed word (in front of the list where
  * none was removed).  len is a multiple of 4.  Returns the new length (a multiple of 4, at most 40) or -1 if it does

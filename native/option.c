@@ -40,18 +40,38 @@ static int flag_of(int kind, int form)
     return (kind == OFFER_EXPERIMENTAL) == (form == CRAB_FORM_EXPERIMENTAL) ? CRAB_OPTION_OFFER : CRAB_OPTION_OTHER;
 }
 
-int crab_option_find(const uint8_t *options, size_t len, int form)
+int crab_option_scan(const uint8_t *options, size_t len, int form, int *word)
 {
     int flags = 0;
+    unsigned found = 0;
+    size_t at = 0, size = 0;
     for (size_t i = 0, n; i < len && (n = option_len(options + i, len - i)); i += n) {
         int kind = classify(options + i, n);
-        if (kind != NOT_CR)
-            flags |= flag_of(kind, form);
+        if (crab_likely(kind == NOT_CR))
+            continue;
+        flags |= flag_of(kind, form);
+        found++;
+        at = i;
+        size = n;
+    }
+    *word = -1;
+    if (found == 1 && size <= 4 && at / 4 == (at + size - 1) / 4) {
+        uint8_t rest[4];
+        memcpy(rest, options + at / 4 * 4, 4);
+        memset(rest + at % 4, NOP, size);
+        if (load32(rest) == 0x01010101u * NOP)
+            *word = (int)(at / 4);
     }
     return flags;
 }
 
-static size_t write_redirect(uint8_t *out, int form, const uint8_t *vip16)
+int crab_option_find(const uint8_t *options, size_t len, int form)
+{
+    int word;
+    return crab_option_scan(options, len, form, &word);
+}
+
+size_t crab_option_redirect(uint8_t out[20], int form, const uint8_t vip16[16])
 {
     const uint8_t *vip = vip16;
     size_t vip_len = 16, n = 0;
@@ -96,7 +116,7 @@ int crab_option_rewrite(const uint8_t *options, size_t len, int form, const uint
     size_t redirect = 0;
     uint8_t option[20];
     if (vip16)
-        redirect = write_redirect(option, form, vip16);
+        redirect = crab_option_redirect(option, form, vip16);
     if (len - 4u * (size_t)__builtin_popcount(gone) + redirect > CRAB_MAX_OPTIONS)
         return -1;
     size_t n = 0;

@@ -4,9 +4,50 @@
 #define CRAB_REWRITE_H
 
 #include "packet.h"
+#include "snapshot.h"
 
-/* Replace the TCP options of a frame, and its destination address if dip is not NULL (4 or 16 bytes, by the frame's
- * family), and write the checksums that belong to it.
+/* After the options have changed and the headers in front of them have moved: lengths, the destination address (dip: 4
+ * or 16 bytes by the frame's family, or NULL to keep it), checksums.  body: the TCP checksum's sum so far, of which the
+ * options' part is right already.  Updates *len and *p. */
+static inline void crab_settle(uint8_t *moved, uint32_t *len, struct crab_packet *p, int32_t growth, uint64_t body,
+                               const uint8_t *dip)
+{
+    uint8_t *ip = moved + p->l3, *tcp = moved + p->l4;
+    uint16_t old_tcp_len = htons((uint16_t)(p->end - p->l4)), doff = load16(tcp + CRAB_TCP_DOFF), new_doff;
+    p->end = (uint16_t)(p->end + growth);
+    p->tcp_header = (uint8_t)(p->tcp_header + growth);
+    *len = p->end;
+    new_doff = htons((uint16_t)((ntohs(doff) & 0x0fff) | p->tcp_header << 10));
+    store16(tcp + CRAB_TCP_DOFF, new_doff);
+    body += (uint16_t)~doff;
+    body += new_doff;
+    body += (uint16_t)~old_tcp_len;
+    body += htons((uint16_t)(p->end - p->l4));
+    if (p->family == 4) {
+        uint64_t header = (uint16_t)~load16(ip + CRAB_IP4_CSUM);
+        uint16_t total = htons((uint16_t)(p->end - p->l3));
+        header += (uint16_t)~load16(ip + CRAB_IP4_LEN);
+        store16(ip + CRAB_IP4_LEN, total);
+        header += total;
+        if (dip) {
+            uint64_t change = crab_sum_less(crab_sum(ip + CRAB_IP4_DST, 4)) + crab_sum(dip, 4);
+            memcpy(ip + CRAB_IP4_DST, dip, 4);
+            header += change;
+            body += change;
+        }
+        store16(ip + CRAB_IP4_CSUM, (uint16_t)~crab_fold(header));
+    } else {
+        store16_be(ip + CRAB_IP6_LEN, (uint16_t)(p->end - p->l4));
+        if (dip) {
+            body += crab_sum_less(crab_sum(ip + CRAB_IP6_DST, 16)) + crab_sum(dip, 16);
+            memcpy(ip + CRAB_IP6_DST, dip, 16);
+        }
+    }
+    store16(tcp + CRAB_TCP_CSUM, (uint16_t)~crab_fold(body));
+}
+
+/* Replace the TCP options of a frame, and its destination address if dip is not NULL, and write the checksums that
+ * belong to it.
  *
  * The payload stays; what is in front of it moves by the difference of the options' lengths, into the headroom when
  * they grow.  options_len is a multiple of 4, at most 40; the front of the frame has CRAB_HEADROOM bytes.  Returns the
@@ -23,42 +64,23 @@ static inline uint8_t *crab_rewrite(uint8_t *frame, uint32_t *len, struct crab_p
     uint8_t *moved = frame - growth;
     if (growth)
         memmove(moved, frame, (size_t)p->l4 + CRAB_TCP_MIN);
-    uint8_t *ip = moved + p->l3, *tcp = moved + p->l4;
-    memcpy(tcp + CRAB_TCP_MIN, options, options_len);
-    body += crab_sum(options, options_len);
+    memcpy(moved + p->l4 + CRAB_TCP_MIN, options, options_len);
+    crab_settle(moved, len, p, growth, body + crab_sum(options, options_len), dip);
+    return moved;
+}
 
-    uint16_t doff = load16(tcp + CRAB_TCP_DOFF);
-    tcp[CRAB_TCP_DOFF] = (uint8_t)((tcp[CRAB_TCP_DOFF] & 0x0f) | (options_len + CRAB_TCP_MIN) << 2);
-    body += (uint16_t)~doff;
-    body += load16(tcp + CRAB_TCP_DOFF);
-
-    uint16_t old_tcp_len = htons((uint16_t)(p->end - p->l4));
-    p->end = (uint16_t)(p->end + growth);
-    p->tcp_header = (uint8_t)(options_len + CRAB_TCP_MIN);
-    *len = p->end;
-    body += (uint16_t)~old_tcp_len;
-    body += htons((uint16_t)(p->end - p->l4));
-
-    if (p->family == 4) {
-        uint64_t header = (uint16_t)~load16(ip + CRAB_IP4_CSUM);
-        header += (uint16_t)~load16(ip + CRAB_IP4_LEN);
-        store16_be(ip + CRAB_IP4_LEN, (uint16_t)(p->end - p->l3));
-        header += load16(ip + CRAB_IP4_LEN);
-        if (dip) {
-            uint64_t change = crab_sum_less(crab_sum(ip + CRAB_IP4_DST, 4)) + crab_sum(dip, 4);
-            memcpy(ip + CRAB_IP4_DST, dip, 4);
-            header += change;
-            body += change;
-        }
-        store16(ip + CRAB_IP4_CSUM, (uint16_t)~crab_fold(header));
-    } else {
-        store16_be(ip + CRAB_IP6_LEN, (uint16_t)(p->end - p->l4));
-        if (dip) {
-            body += crab_sum_less(crab_sum(ip + CRAB_IP6_DST, 16)) + crab_sum(dip, 16);
-            memcpy(ip + CRAB_IP6_DST, dip, 16);
-        }
-    }
-    store16(tcp + CRAB_TCP_CSUM, (uint16_t)~crab_fold(body));
+/* The usual redirect: one word of the options, which holds the offer, becomes r, and the others stay. */
+static inline uint8_t *crab_rewrite_word(uint8_t *frame, uint32_t *len, struct crab_packet *p,
+                                         const struct crab_tcp_sum *sum, uint32_t word, const struct crab_redirect *r,
+                                         const uint8_t *dip)
+{
+    size_t before = (size_t)p->l4 + CRAB_TCP_MIN + 4 * word;
+    int32_t growth = (int32_t)r->len - 4;
+    uint8_t *moved = frame - growth;
+    uint64_t body = sum->body + crab_sum_less(crab_sum(frame + before, 4)) + r->sum;
+    memmove(moved, frame, before);
+    memcpy(moved + before, r->bytes, r->len);
+    crab_settle(moved, len, p, growth, body, dip);
     return moved;
 }
 

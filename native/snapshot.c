@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 #include "snapshot.h"
 
+#include "checksum.h"
+
 #include <stdlib.h>
 
 static void *copy(const void *from, size_t count, size_t size)
@@ -26,7 +28,8 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
     s->services = copy(services, service_count, sizeof *services);
     s->backends = copy(backends, backend_count, sizeof *backends);
     s->prefixes = copy(prefixes, prefix_count, sizeof *prefixes);
-    if (!s->places || !s->services || !s->backends || !s->prefixes) {
+    s->redirects = calloc(service_count ? service_count : 1, sizeof *s->redirects);
+    if (!s->places || !s->services || !s->backends || !s->prefixes || !s->redirects) {
         crab_snapshot_free(s);
         return NULL;
     }
@@ -36,6 +39,9 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
     s->backend_count = backend_count;
     s->mask = places - 1;
     for (uint32_t n = 0; n < service_count; n++) {
+        struct crab_redirect *r = &s->redirects[n];
+        r->len = (uint32_t)crab_option_redirect(r->bytes, form, services[n].addr);
+        r->sum = crab_sum(r->bytes, r->len);
         uint64_t a = load64(services[n].addr), b = load64(services[n].addr + 8);
         uint32_t i = crab_place_of(a, b, services[n].port_be) & s->mask;
         while (s->places[i].service)
@@ -53,5 +59,6 @@ void crab_snapshot_free(struct crab_snapshot *s)
     free(s->services);
     free(s->backends);
     free(s->prefixes);
+    free(s->redirects);
     free(s);
 }

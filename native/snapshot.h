@@ -13,6 +13,13 @@ struct crab_place {
     uint16_t pad;
 };
 
+/* A service's redirect option, ready to be copied. */
+struct crab_redirect {
+    uint8_t bytes[20];
+    uint32_t len;
+    uint64_t sum; /* of its words */
+};
+
 struct crab_snapshot {
     struct crab_sip hash_init;
     uint8_t form;
@@ -23,6 +30,7 @@ struct crab_snapshot {
     struct crab_service *services;
     struct crab_backend *backends;
     struct crab_prefix *prefixes;
+    struct crab_redirect *redirects; /* one a service */
 };
 
 static inline uint32_t crab_place_of(uint64_t a, uint64_t b, uint16_t port_be)
