@@ -138,9 +138,10 @@ int crab_worker_once(struct crab_worker *w, int timeout_ms)
     int ready = poll(fds, 2, timeout_ms);
     if (ready < 0)
         return errno == EINTR ? 0 : -errno;
-    int error = ready && !(fds[0].revents & (POLLERR | POLLNVAL)) ? 0 : crab_xsk_error(w->xsk);
-    if (error)
-        return -error;
+    bool failed = fds[0].revents & (POLLERR | POLLNVAL);
+    int error = ready && !failed ? 0 : crab_xsk_error(w->xsk);
+    if (error || failed)
+        return error ? -error : -ENETDOWN;
     return work(w);
 }
 

@@ -203,7 +203,8 @@ class XskSocket:
             left = 1.0 if end is None else max(0.0, min(1.0, end - time.monotonic()))
             events = poll.poll(left * 1000)
             # An interface that goes is only seen by looking: see crab_xsk_error.
-            if not events and lib.crab_xsk_error(self._xsk):
+            failed = bool(events) and bool(events[0][1] & (select.POLLERR | select.POLLNVAL))
+            if failed or (not events and lib.crab_xsk_error(self._xsk)):
                 raise XskError(f"interface {self.interface} is gone", errno.ENETDOWN)
             if events or (end is not None and time.monotonic() >= end):
                 return bool(events)
