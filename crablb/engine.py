@@ -218,13 +218,18 @@ class Engine:
         self._link: bpf.Link | None = None
         self._resolved = asyncio.Event()
 
-    def _name_backends(self, config: Config) -> None:
-        addresses = {b.address for s in config.services for b in s.backends}
-        for address in sorted(addresses - self._ids.keys(), key=mapped):
+    def _assign_ids(self, addresses: Iterable[Address]) -> bool:
+        """Ids for those that have none yet; False if they are used up."""
+        for address in sorted(set(addresses) - self._ids.keys(), key=mapped):
             if self._next_id == lib.CRAB_NO_BACKEND:
-                raise ConfigError("65,535 different backends have been served since the start; restart crablb serve")
+                return False
             self._ids[address] = self._next_id
             self._next_id += 1
+        return True
+
+    def _name_backends(self, config: Config) -> None:
+        if not self._assign_ids(b.address for s in config.services for b in s.backends):
+            raise ConfigError("65,535 different backends have been served since the start; restart crablb serve")
 
     @property
     def bypass(self) -> bool:
@@ -370,10 +375,7 @@ class Engine:
         keys, entries = flowmap.read(self._maps["flows"])
         kept = flowmap.alive(entries, flowmap.now())
         addresses, which = flowmap.by_backend(entries[kept])
-        for address in addresses:
-            if address not in self._ids and self._next_id < lib.CRAB_NO_BACKEND:
-                self._ids[address] = self._next_id
-                self._next_id += 1
+        self._assign_ids(addresses)
         ids = np.array([self._ids.get(a, lib.CRAB_NO_BACKEND) for a in addresses], np.uint16)
         return np.ascontiguousarray(keys[kept]), np.ascontiguousarray(ids[which])
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,22 @@ def answer(child: subprocess.Popen[str]) -> str:
     line = child.stdout.readline().strip()
     assert line, child.stderr.read()
     return line
+
+
+def until(condition, seconds: float = 10) -> None:
+    """Ask again and again until it holds; fail after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+
+
+@pytest.fixture
+def other_xdp_program(tmp_path: Path) -> Path:
+    """Somebody else's XDP program, compiled: ``ip link set eth0 xdp obj PATH sec xdp``."""
+    source, target = tmp_path / "pass.bpf.c", tmp_path / "pass.bpf.o"
+    source.write_text('__attribute__((section("xdp"), used)) int pass(void *c) { return 2; }\n')
+    subprocess.run(["clang", "-target", "bpf", "-O2", "-c", source, "-o", target], check=True)
+    return target
 
 
 CLONE_NEWNET = 0x40000000

@@ -20,7 +20,7 @@ from scapy.layers.l2 import ARP, Ether
 from crablb.announce import Question, announcement, answer, parse, probe
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import status
-from tests.test_e2e import until
+from tests.conftest import until
 
 MAC, OTHER = "02:00:00:00:00:02", "02:00:00:00:00:01"
 MAC_BYTES, OTHER_BYTES = bytes.fromhex(MAC.replace(":", "")), bytes.fromhex(OTHER.replace(":", ""))

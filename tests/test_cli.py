@@ -87,11 +87,8 @@ def test_serve_on_an_interface_that_is_down(lab):
     assert leftovers(lab) == []
 
 
-def test_serve_beside_another_xdp_program(lab, tmp_path):
-    source, target = tmp_path / "pass.bpf.c", tmp_path / "pass.bpf.o"
-    source.write_text('__attribute__((section("xdp"), used)) int pass(void *c) { return 2; }\n')
-    subprocess.run(["clang", "-target", "bpf", "-O2", "-c", source, "-o", target], check=True)
-    lab.lb.ip(f"link set eth0 xdp obj {target} sec xdp")
+def test_serve_beside_another_xdp_program(lab, other_xdp_program):
+    lab.lb.ip(f"link set eth0 xdp obj {other_xdp_program} sec xdp")
     done = lab.lb.run(*crablb("serve", "--iface", "eth0", "--service", SERVICE), check=False)
     assert done.returncode == 2
     assert re.fullmatch(

@@ -12,7 +12,7 @@ from scapy.utils import rdpcap
 
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import VIPS, agent_status, crablb, start_agent, status, syns
-from tests.conftest import answer
+from tests.conftest import answer, until
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
 
@@ -144,15 +144,6 @@ def test_a_clients_redirect_never_reaches_a_server(make_world, family):
     assert len(got) == 1
     assert got[0][TCP].options == [("MSS", 1460)]
     assert status(world.lab)["total"]["forged_option"] == 1
-
-
-def until(condition, seconds: float = 10) -> None:
-    """Ask again and again until it holds; fail after ``seconds``."""
-    import time
-
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -10,8 +10,7 @@ from scapy.utils import rdpcap
 from crablb.kernel import pins
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import agent_status, crablb, status
-from tests.conftest import World, answer
-from tests.test_e2e import until
+from tests.conftest import World, answer, until
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
 
@@ -148,15 +147,10 @@ def test_the_agent_leaves_nothing(make_lab):
     assert server.run("sh", "-c", shown).stdout == before
 
 
-def test_the_agent_beside_another_xdp_program(make_lab, tmp_path):
-    import subprocess
-
+def test_the_agent_beside_another_xdp_program(make_lab, other_xdp_program):
     lab = make_lab("routed")
-    source, target = tmp_path / "pass.bpf.c", tmp_path / "pass.bpf.o"
-    source.write_text('__attribute__((section("xdp"), used)) int pass(void *c) { return 2; }\n')
-    subprocess.run(["clang", "-target", "bpf", "-O2", "-c", source, "-o", target], check=True)
     server = lab.servers[0]
-    server.ip(f"link set eth0 xdp obj {target} sec xdp")
+    server.ip(f"link set eth0 xdp obj {other_xdp_program} sec xdp")
     done = server.run(*crablb("agent", "server", "--vip", f"tcp://{VIP4}:80", "--dsr"), check=False)
     assert done.returncode == 2
     assert "interface eth0 has an XDP program already" in done.stderr
