@@ -52,6 +52,13 @@ struct {
 } sockets SEC(".maps");
 
 struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, CRAB_MAX_INTERFACES);
+    __type(key, __u32);
+    __type(value, struct crab_queues);
+} interfaces SEC(".maps");
+
+struct {
     __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
     __uint(max_entries, CRAB_XDP_COUNTERS);
     __type(key, __u32);
@@ -67,6 +74,14 @@ struct {
     __type(key, __u32);
     __type(value, struct crab_worker_counters);
 } worker_counters SEC(".maps");
+
+/* The daemon's own counters; here for the same reason. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, CRAB_DAEMON_COUNTERS);
+    __type(key, __u32);
+    __type(value, __u64);
+} daemon_counters SEC(".maps");
 
 static __always_inline void count(__u32 what)
 {
@@ -182,8 +197,13 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     struct crab_path *path = bpf_map_lookup_elem(&paths, &to);
     if (!path)
         return -1;
-    __u32 tunnel = f->tunnel, ifindex = path->ifindex;
-    if (tunnel && p->len + (path->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) > path->mtu)
+    __u32 tunnel = f->tunnel, ifindex = path->ifindex, outer = 0;
+    int back = ifindex == ctx->ingress_ifindex, tx = back && path->tx;
+    if (!tx && !path->redirect)
+        return -1;
+    if (tunnel)
+        outer = path->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
+    if ((tunnel || !back) && p->len + outer > path->mtu)
         return -1; /* user space tells the client */
     if (f->seen != now)
         f->seen = now;
@@ -206,7 +226,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         __builtin_memcpy(data, path->macs, 12);
     }
     count(CRAB_XDP_FLOW);
-    return ifindex ? (int)bpf_redirect(ifindex, 0) : XDP_TX;
+    return tx ? XDP_TX : (int)bpf_redirect(ifindex, 0);
 }
 
 /* What an ICMP error quotes: the beginning of a packet from a VIP.  0 if it is one. */
@@ -354,8 +374,12 @@ int crab_lb(struct xdp_md *ctx)
         return verdict;
     }
 
+    __u32 ifindex = ctx->ingress_ifindex, queue = ctx->rx_queue_index;
+    struct crab_queues *queues = bpf_map_lookup_elem(&interfaces, &ifindex);
+    verdict = XDP_DROP;
     /* The flags argument is what the helper returns where no socket is bound to the queue. */
-    verdict = bpf_redirect_map(&sockets, ctx->rx_queue_index, XDP_DROP);
+    if (queues && queue < queues->count)
+        verdict = bpf_redirect_map(&sockets, queues->first + queue, XDP_DROP);
     if (verdict != XDP_REDIRECT)
         count(CRAB_XDP_DROP_NO_SOCKET);
     else

@@ -20,7 +20,14 @@
 /* ---- load balancer (lb.bpf.c) ---- */
 
 #define CRAB_MAX_SERVICES 65536
-#define CRAB_MAX_QUEUES 64
+#define CRAB_MAX_QUEUES 256 /* of all interfaces together */
+#define CRAB_MAX_INTERFACES 64
+
+/* Value of map `interfaces` (key: ifindex, __u32): where its queues are in `sockets` and `worker_counters`. */
+struct crab_queues {
+    __u32 first;
+    __u32 count;
+};
 
 /* Key of map `services`. */
 struct crab_vip {
@@ -74,8 +81,11 @@ struct crab_path {
     __u8 macs[12]; /* destination, source */
     __u32 mtu;
     __u8 tunnel_src[16];
-    __u32 v6;      /* 1: the outer header is an IPv6 one */
-    __u32 ifindex; /* interface to send on by XDP_REDIRECT; 0: XDP_TX */
+    __u32 ifindex; /* interface to send on */
+    __u8 v6;       /* 1: the outer header is an IPv6 one */
+    __u8 tx;       /* 1: what came in by that interface may go out again by XDP_TX */
+    __u8 redirect; /* 1: the interface takes what is sent by XDP_REDIRECT */
+    __u8 pad;
 };
 
 /* What the XDP program did with a packet: index into map `xdp_counters` (per CPU, __u64 each). */
@@ -97,6 +107,18 @@ enum crab_xdp_counter {
 #define CRAB_WORKER_COUNTERS 64
 struct crab_worker_counters {
     __u64 n[CRAB_WORKER_COUNTERS];
+};
+
+/* What befell the daemon: index into map `daemon_counters` (__u64 each).  A log line tells of each. */
+enum crab_daemon_counter {
+    CRAB_DAEMON_RELOADS,         /* configurations applied */
+    CRAB_DAEMON_RELOADS_REFUSED, /* configurations refused */
+    CRAB_DAEMON_BACKENDS_LOST,   /* backends whose next hop stopped answering */
+    CRAB_DAEMON_VIPS_IN_USE,     /* VIPs that somebody else on the segment has */
+    CRAB_DAEMON_NARROW_TUNNELS,  /* tunnels found too narrow for IPv6 */
+    CRAB_DAEMON_FLOWS_NEARLY_FULL, /* sweeps that found map `flows` nearly full */
+    CRAB_DAEMON_CACHE_FULL,      /* sweeps since whose predecessor a worker's flow cache had no room */
+    CRAB_DAEMON_COUNTERS
 };
 
 /* ---- server endpoint (server.bpf.c) ---- */

@@ -241,6 +241,19 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
     return backend;
 }
 
+/* Write the link-layer addresses for a backend, and say by which interface it goes there. */
+static inline void send_to(struct crab_frame *frame, const struct crab_packet *p, const struct crab_backend *backend)
+{
+    if (crab_unlikely(frame->ifindex != backend->ifindex)) {
+        /* VLANs are those of the interface that it came in by; the kernel's route leads there without any. */
+        uint32_t tags = p->l3 - 14u;
+        frame->data += tags;
+        frame->len -= tags;
+        frame->ifindex = backend->ifindex;
+    }
+    crab_set_macs(frame->data, backend);
+}
+
 static inline bool same_family(const struct crab_packet *p, const struct crab_backend *backend)
 {
     return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
@@ -254,13 +267,10 @@ static inline enum crab_counter send_by_dsr(struct crab_core *core, struct crab_
     const struct crab_packet *p = &it->packet;
     bool on_link = backend->flags & CRAB_BACKEND_ON_LINK;
     uint32_t how = it->service->fallback;
-    if (crab_likely(on_link && how != CRAB_FALLBACK_IPIP && same_family(p, backend))) {
-        crab_set_macs(frame->data, backend);
-        return outcome;
-    }
-    if (crab_unlikely(how == CRAB_FALLBACK_L2))
+    bool by_mac = on_link && how != CRAB_FALLBACK_IPIP && same_family(p, backend);
+    if (crab_unlikely(!by_mac && how == CRAB_FALLBACK_L2))
         return CRAB_C_DROP_NO_PATH;
-    uint32_t outer = crab_outer_header(backend);
+    uint32_t outer = by_mac ? 0 : crab_outer_header(backend);
     if (crab_unlikely(frame->len - p->l3 + outer > backend->mtu)) {
         if (it->icmp) /* no error about an error (RFC 1122, 3.2.2) */
             return CRAB_C_DROP_TOO_BIG;
@@ -269,9 +279,11 @@ static inline enum crab_counter send_by_dsr(struct crab_core *core, struct crab_
         frame->data = crab_answer_too_big(frame->data, &frame->len, p, backend->mtu - outer);
         return CRAB_C_TOO_BIG;
     }
-    frame->data = crab_encapsulate(frame->data, &frame->len, p, backend, it->hash);
-    crab_set_macs(frame->data, backend);
-    core->counters[CRAB_C_ENCAPSULATED]++;
+    if (!by_mac) {
+        frame->data = crab_encapsulate(frame->data, &frame->len, p, backend, it->hash);
+        core->counters[CRAB_C_ENCAPSULATED]++;
+    }
+    send_to(frame, p, backend);
     return outcome;
 }
 
@@ -321,7 +333,7 @@ static inline enum crab_counter forward_syn(struct crab_core *core, const struct
         if (crab_likely(word >= 0)) {
             if (crab_likely(options_len - 4 + r->len <= CRAB_MAX_OPTIONS)) {
                 frame->data = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)word, r, dip);
-                crab_set_macs(frame->data, backend);
+                send_to(frame, p, backend);
                 return outcome;
             }
         } else {
@@ -329,7 +341,7 @@ static inline enum crab_counter forward_syn(struct crab_core *core, const struct
         }
         if (crab_likely(n >= 0)) {
             frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, dip);
-            crab_set_macs(frame->data, backend);
+            send_to(frame, p, backend);
             return outcome;
         }
         outcome = CRAB_C_FALLBACK_NO_ROOM;
@@ -410,7 +422,9 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
     }
     const struct crab_backend *backend = &s->backends[id];
     struct crab_learned *learned = core->learned;
-    bool learn = learned && !(p->tcp_flags & CRAB_RST) && (f || may_learn_unknown(core, now));
+    /* The XDP program leaves frames with VLAN tags, and backends out of its reach, to us: they are not worth a flow. */
+    bool learn = learned && backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
+                 (f || may_learn_unknown(core, now));
     if (learn)
         note_flow(learned, it, frame->data, backend, now);
     uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];

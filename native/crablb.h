@@ -115,6 +115,7 @@ int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_m
 
 #define CRAB_BACKEND_V6 8      /* its address is an IPv6 one */
 #define CRAB_BACKEND_DEAD 16   /* its connections are lost: never usable */
+#define CRAB_BACKEND_BYPASS 32 /* the XDP program reaches it: flows to it are worth learning */
 
 struct crab_backend {
     uint8_t addr[16];
@@ -123,6 +124,7 @@ struct crab_backend {
     uint32_t flags;
     uint8_t tunnel_src[16]; /* outer source address of packets encapsulated for it, of the family of addr */
     uint32_t mtu;           /* of the way to it: bytes of an IP packet, the outer header included */
+    uint32_t ifindex;       /* interface that leads to it */
 };
 
 struct crab_prefix {
@@ -168,7 +170,7 @@ enum crab_counter {
     CRAB_C_FALLBACK_ESTABLISHED,   /* any packet but a SYN */
     CRAB_C_FALLBACK_ICMP,          /* an ICMP error, to the backend whose packet it quotes */
     /* answered to the client instead */
-    CRAB_C_TOO_BIG, /* does not fit through the tunnel: ICMP "fragmentation needed", ICMPv6 "packet too big" */
+    CRAB_C_TOO_BIG, /* does not fit on the way: ICMP "fragmentation needed", ICMPv6 "packet too big" */
     CRAB_C_RESET,   /* its backend is dead: RST */
     /* dropped */
     CRAB_C_DROP_NOT_SERVICE,
@@ -177,7 +179,7 @@ enum crab_counter {
     CRAB_C_DROP_CHECKSUM, /* wrong IPv4 header or TCP checksum */
     CRAB_C_DROP_NO_BACKEND,
     CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
-    CRAB_C_DROP_TOO_BIG,  /* does not fit through the tunnel, and may be fragmented: that is for the sender to do */
+    CRAB_C_DROP_TOO_BIG,  /* does not fit on the way, and may be fragmented: that is for the sender to do */
     CRAB_C_DROP_TX,       /* the kernel refused to send */
     /* seen on the way, beside one of the above */
     CRAB_C_REASSIGNED,   /* packets of a flow whose backend is dead, sent to another */
@@ -196,7 +198,7 @@ enum crab_counter {
 struct crab_frame {
     uint8_t *data; /* first byte; moves when the frame is rewritten */
     uint32_t len;  /* 0 after the batch: dropped */
-    uint32_t pad;
+    uint32_t ifindex; /* interface that it came in by; after the batch: the one to send it on */
 };
 
 struct crab_core;
@@ -294,7 +296,8 @@ bool crab_xsk_conserved(const struct crab_xsk *xsk);
 struct crab_worker;
 
 /* The worker uses the socket and the core, and frees neither.  flow_map: descriptor of map `flows`, which it writes what
- * the core learns to; negative: it learns nothing.  NULL without memory or eventfd. */
+ * the core learns to; negative: it learns nothing.  Frames for other interfaces than the socket's go out by a packet
+ * socket.  NULL with errno set: no memory or descriptor, or no right to a packet socket. */
 struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters, int flow_map);
 void crab_worker_free(struct crab_worker *worker);
 

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: MIT */
-/* RX ring -> core -> TX ring, for one queue.  Nothing here allocates, and there are three system calls at most a batch: the
- * kick, the update of the XDP program's flows, and the sleep when nothing is to do. */
+/* RX ring -> core -> TX ring, for one queue.  Nothing here allocates, and there are few system calls a batch: the kick,
+ * the update of the XDP program's flows, the sending of what goes out by another interface, and the sleep when nothing is
+ * to do. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
 #include <linux/bpf.h>
+#include <linux/if_packet.h>
 #include <poll.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -20,7 +22,8 @@ struct crab_worker {
     struct crab_xsk *xsk;
     struct crab_core *core;
     uint64_t *counters;
-    int wake; /* eventfd */
+    int wake;   /* eventfd */
+    int packet; /* socket that sends by any interface, and receives nothing */
     int flow_map;
     _Atomic(bool) stop;
     struct crab_learned learned;
@@ -32,12 +35,17 @@ struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core
     if (!w)
         return NULL;
     *w = (struct crab_worker){.xsk = xsk, .core = core, .counters = counters, .flow_map = flow_map};
-    crab_core_learn(core, flow_map < 0 ? NULL : &w->learned);
     w->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (w->wake < 0) {
-        free(w);
+    w->packet = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    /* Like the AF_XDP socket: straight to the driver.  A full queue then drops, and is counted. */
+    if (w->wake < 0 || w->packet < 0 ||
+        setsockopt(w->packet, SOL_PACKET, PACKET_QDISC_BYPASS, &(int){1}, sizeof(int))) {
+        int error = errno;
+        crab_worker_free(w);
+        errno = error;
         return NULL;
     }
+    crab_core_learn(core, flow_map < 0 ? NULL : &w->learned);
     return w;
 }
 
@@ -45,7 +53,10 @@ void crab_worker_free(struct crab_worker *w)
 {
     if (!w)
         return;
-    close(w->wake);
+    if (w->wake >= 0)
+        close(w->wake);
+    if (w->packet >= 0)
+        close(w->packet);
     free(w);
 }
 
@@ -70,27 +81,55 @@ static void teach(struct crab_worker *w)
         w->counters[CRAB_C_LEARNED] -= w->learned.count - attr.batch.count;
 }
 
+/* Send frames by other interfaces than the AF_XDP socket's, in order.  One that is refused (a link that is down, a frame
+ * too long for it) does not hold back the others. */
+static void send_elsewhere(struct crab_worker *w, const struct crab_frame *frames, uint32_t count)
+{
+    struct mmsghdr messages[CRAB_BATCH];
+    struct sockaddr_ll to[CRAB_BATCH];
+    struct iovec data[CRAB_BATCH];
+    for (uint32_t i = 0; i < count; i++) {
+        data[i] = (struct iovec){.iov_base = frames[i].data, .iov_len = frames[i].len};
+        to[i] = (struct sockaddr_ll){.sll_family = AF_PACKET, .sll_ifindex = (int)frames[i].ifindex};
+        messages[i] = (struct mmsghdr){.msg_hdr = {
+            .msg_name = &to[i], .msg_namelen = sizeof to[i], .msg_iov = &data[i], .msg_iovlen = 1}};
+    }
+    for (uint32_t done = 0; done < count;) {
+        int sent = sendmmsg(w->packet, messages + done, count - done, MSG_DONTWAIT);
+        if (sent > 0)
+            w->counters[CRAB_C_SENT] += (uint32_t)sent;
+        else
+            w->counters[CRAB_C_DROP_TX]++;
+        done += sent > 0 ? (uint32_t)sent : 1;
+    }
+}
+
 static int work(struct crab_worker *w)
 {
     struct crab_xsk *x = w->xsk;
     struct crab_desc descs[CRAB_BATCH], out[CRAB_BATCH], rest[CRAB_BATCH];
-    struct crab_frame frames[CRAB_BATCH];
-    uint32_t n = crab_xsk_receive(x, descs, CRAB_BATCH), sent = 0, dropped = 0;
+    struct crab_frame frames[CRAB_BATCH], elsewhere[CRAB_BATCH];
+    uint32_t n = crab_xsk_receive(x, descs, CRAB_BATCH), sent = 0, done_with = 0, others = 0;
     if (n) {
         for (uint32_t i = 0; i < n; i++)
-            frames[i] = (struct crab_frame){.data = x->umem + descs[i].addr, .len = descs[i].len};
+            frames[i] = (struct crab_frame){.data = x->umem + descs[i].addr, .len = descs[i].len, .ifindex = x->ifindex};
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
         crab_core_batch(w->core, frames, n, (uint32_t)now.tv_sec);
         if (w->learned.count)
             teach(w);
         for (uint32_t i = 0; i < n; i++) {
-            if (frames[i].len)
+            if (crab_likely(frames[i].len && frames[i].ifindex == x->ifindex)) {
                 out[sent++] = (struct crab_desc){.addr = (uint64_t)(frames[i].data - x->umem), .len = frames[i].len};
-            else
-                rest[dropped++] = descs[i];
+                continue;
+            }
+            if (frames[i].len)
+                elsewhere[others++] = frames[i];
+            rest[done_with++] = descs[i];
         }
-        crab_xsk_release(x, rest, dropped);
+        if (others)
+            send_elsewhere(w, elsewhere, others);
+        crab_xsk_release(x, rest, done_with);
         for (uint32_t done = 0; done < sent;) {
             uint32_t queued = crab_xsk_send(x, out + done, sent - done);
             w->counters[CRAB_C_SENT] += queued;

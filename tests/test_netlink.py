@@ -36,7 +36,7 @@ class Followed:
 def follow(lab: Lab, check: Callable[[Followed], Coroutine[None, None, None]]) -> None:
     async def main() -> None:
         changed = asyncio.Event()
-        hops = NextHops(interface_info("eth0"), lambda _: changed.set())
+        hops = NextHops(lambda _: changed.set())
         await hops.start([FIRST, SECOND, BEHIND, ABSENT])
         try:
             await check(Followed(hops, changed))
@@ -59,10 +59,11 @@ def test_what_answers_and_what_does_not(lab):
     own = bytes.fromhex(lab.lb.mac().replace(":", ""))
 
     async def check(hops: Followed) -> None:
+        index = interface_info("eth0").index
         for address in (FIRST, SECOND):
             await hops.until(lambda a=address: hops[a].state is HopState.RESOLVED)
             source = ip_address("10.0.0.2" if address.version == 4 else "fd00::2")
-            assert hops[address] == NextHop(HopState.RESOLVED, "", None, mac, own, source, 1500)
+            assert hops[address] == NextHop(HopState.RESOLVED, "", index, None, mac, own, source, 1500)
         assert hops[ABSENT].state is HopState.UNRESOLVED
         assert hops[ABSENT].reason == "10.0.0.99 does not answer on eth0"
         assert hops[BEHIND].state is HopState.NO_ROUTE
@@ -87,10 +88,21 @@ def test_routes_change(lab):
         await hops.until(lambda: hops[BEHIND].state is HopState.NO_ROUTE)
         assert hops[BEHIND].reason in ("no route: No route to host", "no route: Network is unreachable")
         lab.lb.ip("route del unreachable 192.0.2.0/24", "route add 192.0.2.0/24 dev lo")
-        await hops.until(lambda: hops[BEHIND].state is HopState.OTHER_INTERFACE)
-        assert hops[BEHIND].reason == "its route leads through lo, which is not served"
+        await hops.until(lambda: hops[BEHIND].state is HopState.NOT_ETHERNET)
+        assert hops[BEHIND].reason == "its route leads through lo, which is not an Ethernet interface"
         lab.lb.ip("route replace 192.0.2.0/24 via 10.0.0.11 mtu 1400")
         await hops.until(lambda: hops[BEHIND].mtu == 1400)
+        # through another interface
+        lab.lb.ip(
+            "link add veth0 type veth peer name veth1", "link set veth0 up", "link set veth1 up",
+            "route replace 192.0.2.0/24 dev veth0", "neigh replace 192.0.2.1 lladdr 02:00:00:00:99:99 dev veth0",
+        )  # fmt: skip
+        await hops.until(lambda: hops[BEHIND].dst_mac == bytes.fromhex("020000009999"))
+        assert hops[BEHIND].on_link
+        assert hops[BEHIND].ifindex == interface_info("veth0").index != interface_info("eth0").index
+        assert hops[BEHIND].src_mac == interface_info("veth0").mac
+        lab.lb.ip("link del veth0")
+        await hops.until(lambda: hops[BEHIND].state is HopState.NO_ROUTE)
         # one that was on the segment moves behind a gateway
         lab.lb.ip("route add 10.0.0.99/32 via 10.0.0.11")
         await hops.until(lambda: hops[ABSENT].state is HopState.RESOLVED)
@@ -119,7 +131,7 @@ def test_neighbours_and_links_change(lab):
         lab.lb.ip("link set eth0 up")
         await hops.until(lambda: hops[FIRST].state is HopState.RESOLVED)
         lab.lb.ip("link del eth0")
-        await hops.until(lambda: hops[FIRST].reason == "interface eth0 is gone")
+        await hops.until(lambda: hops[FIRST].reason == "no route: Network is unreachable")
 
     follow(lab, check)
 

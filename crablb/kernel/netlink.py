@@ -32,6 +32,7 @@ RTM_NEIGH = (28, 29)
 NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, probe, noarp, permanent
 NUD_PERMANENT = 0x80
 NTF_EXT_MANAGED = 1
+ARPHRD_ETHER = 1
 
 log = structlog.get_logger()
 
@@ -40,7 +41,7 @@ class HopState(Enum):
     RESOLVED = "resolved"
     UNRESOLVED = "unresolved"
     NO_ROUTE = "no-route"
-    OTHER_INTERFACE = "other-interface"
+    NOT_ETHERNET = "not-ethernet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class NextHop:
 
     state: HopState
     reason: str = ""
+    ifindex: int = 0  # of the interface to send on
     gateway: Address | None = None
     dst_mac: bytes = b""
     src_mac: bytes = b""
@@ -65,9 +67,29 @@ class _Route(NamedTuple):
 
     state: HopState
     reason: str = ""
+    ifindex: int = 0
     gateway: Address | None = None
     source: Address | None = None
     mtu: int = 0
+
+    def neighbour(self, address: Address) -> tuple[int, str]:
+        """Whose link-layer address frames to ``address`` need."""
+        return self.ifindex, str(self.gateway or address)
+
+
+class _Link(NamedTuple):
+    name: str
+    mac: bytes
+    mtu: int
+    ethernet: bool
+
+
+class _Tables(NamedTuple):
+    """What the kernel said, all at once."""
+
+    routes: dict[Address, _Route]
+    neighbours: dict[tuple[int, str], tuple[int, bytes]]  # (ifindex, address) -> NUD state, MAC
+    links: dict[int, _Link]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +134,19 @@ def _mac(text: str | None) -> bytes:
 
 
 class NextHops:
-    """The next hops of a set of backends through one interface, kept current.
+    """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current.
 
-    ``on_change`` is called in the event loop with those that changed.  To be used in the network namespace of the
-    interface: :meth:`start`, then :meth:`close`.
+    ``on_change`` is called in the event loop with those that changed.  To be used in the network namespace of the load
+    balancer: :meth:`start`, then :meth:`close`.
     """
 
-    def __init__(self, interface: Interface, on_change: Callable[[Mapping[Address, NextHop]], None]) -> None:
-        self.interface = interface
+    def __init__(self, on_change: Callable[[Mapping[Address, NextHop]], None]) -> None:
         self.current: dict[Address, NextHop] = {}
         self._on_change = on_change
         self._wanted: frozenset[Address] = frozenset()
-        self._routes: dict[Address, _Route] = {}
-        self._neighbours: dict[str, tuple[int, bytes]] = {}  # of the interface: NUD state, MAC
-        self._managed: set[str] = set()
-        self._mac = interface.mac
+        self._tables = _Tables({}, {}, {})
+        self._vias: set[tuple[int, str]] = set()  # the neighbours that the routes need
+        self._managed: set[tuple[int, str]] = set()
         # See interface_info for why in a thread; one for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
         self._events: socket.socket | None = None
@@ -180,21 +200,19 @@ class NextHops:
                 kind = message["header"]["type"]
                 if kind not in RTM_NEIGH:
                     self._full = True
-                elif message["ifindex"] == self.interface.index:
-                    self._neighbour(message, gone=kind == RTM_NEIGH[1])
-                else:
+                elif not self._neighbour(message, gone=kind == RTM_NEIGH[1]):
                     continue
                 self._dirty.set()
 
-    def _neighbour(self, message: Any, gone: bool = False) -> None:
-        address = message.get_attr("NDA_DST")
-        if not address:
-            return
+    def _neighbour(self, message: Any, gone: bool = False) -> bool:
+        """Note a neighbour's change; whether it concerns a backend."""
+        key = message["ifindex"], message.get_attr("NDA_DST")
         if gone:
-            self._neighbours.pop(address, None)
-            self._managed.discard(address)
-        else:
-            self._neighbours[address] = (message["state"], _mac(message.get_attr("NDA_LLADDR")))
+            self._tables.neighbours.pop(key, None)
+            self._managed.discard(key)
+        elif key[1]:
+            self._tables.neighbours[key] = (message["state"], _mac(message.get_attr("NDA_LLADDR")))
+        return key in self._vias
 
     async def _follow(self) -> None:
         while True:
@@ -209,100 +227,98 @@ class NextHops:
     async def _refresh(self, full: bool) -> None:
         loop = asyncio.get_running_loop()
         if full:
-            routes, neighbours, self._mac = await loop.run_in_executor(self._thread, self._ask)
-            self._routes = routes
-            # Events that came meanwhile are newer than the dump; they wait in the socket and are read after it.
-            self._neighbours = neighbours
-            self._managed &= neighbours.keys()  # a link that went down took its entries with it
+            # Events that come meanwhile are newer than the dump; they wait in the socket and are read after it.
+            self._tables = await loop.run_in_executor(self._thread, self._ask)
+            self._managed &= self._tables.neighbours.keys()  # a link that went down took its entries with it
+        routes, neighbours, _ = self._tables
+        self._vias = {r.neighbour(address) for address, r in routes.items() if r.state is HopState.RESOLVED}
         # An entry that the administrator made permanent is his: not managed, and never removed by us.
-        permanent = {a for a, (state, mac) in self._neighbours.items() if state & NUD_PERMANENT and mac}
+        permanent = {key for key, (state, mac) in neighbours.items() if state & NUD_PERMANENT and mac}
         self._managed -= permanent
-        missing = self._hop_addresses() - permanent
+        missing = self._vias - permanent
         if missing != self._managed:
             await loop.run_in_executor(self._thread, self._manage, missing)
-        hops = {address: self._hop(address) for address in self._routes}
+        hops = {address: self._hop(address) for address in routes}
         changed = {a: hop for a, hop in hops.items() if self.current.get(a) != hop}
         self.current = hops
         if changed:
             self._on_change(changed)
 
-    def _hop_addresses(self) -> set[str]:
-        return {
-            str(route.gateway or address) for address, route in self._routes.items() if route.state is HopState.RESOLVED
-        }
-
     def _hop(self, address: Address) -> NextHop:
-        state, reason, gateway, source, mtu = self._routes[address]
-        if state is not HopState.RESOLVED:
-            return NextHop(state, reason)
-        via = str(gateway or address)
-        nud, mac = self._neighbours.get(via, (0, b""))
+        route = self._tables.routes[address]
+        if route.state is not HopState.RESOLVED:
+            return NextHop(route.state, route.reason)
+        via = route.neighbour(address)
+        link = self._tables.links[route.ifindex]
+        nud, mac = self._tables.neighbours.get(via, (0, b""))
         if not nud & NUD_VALID or len(mac) != 6:
-            return NextHop(HopState.UNRESOLVED, f"{via} does not answer on {self.interface.name}", gateway)
-        return NextHop(HopState.RESOLVED, "", gateway, mac, self._mac, source, mtu)
+            reason = f"{via[1]} does not answer on {link.name}"
+            return NextHop(HopState.UNRESOLVED, reason, route.ifindex, route.gateway)
+        return NextHop(HopState.RESOLVED, "", route.ifindex, route.gateway, mac, link.mac, route.source, route.mtu)
 
     # ---- in the netlink thread ----
 
-    def _ask(self) -> tuple[dict[Address, _Route], dict[str, tuple[int, bytes]], bytes]:
-        name, index, wanted = self.interface.name, self.interface.index, self._wanted
-        routes: dict[Address, _Route] = {}
-        neighbours: dict[str, tuple[int, bytes]] = {}
+    def _ask(self) -> _Tables:
         with IPRoute() as ipr:
-            links = {link["index"]: link for link in ipr.get_links()}
-            if index not in links:
-                gone = _Route(HopState.NO_ROUTE, f"interface {name} is gone")
-                return dict.fromkeys(wanted, gone), {}, b""
-            for address in wanted:
-                try:
-                    route = next(iter(ipr.route("get", dst=str(address))))
-                except NetlinkError as error:
-                    routes[address] = _Route(HopState.NO_ROUTE, f"no route: {os.strerror(error.code)}")
-                    continue
-                out = route.get_attr("RTA_OIF")
-                if out != index:
-                    other = links[out].get_attr("IFLA_IFNAME") if out in links else out
-                    reason = f"its route leads through {other}, which is not served"
-                    routes[address] = _Route(HopState.OTHER_INTERFACE, reason)
-                    continue
-                gateway, source = route.get_attr("RTA_GATEWAY"), route.get_attr("RTA_PREFSRC")
-                metrics = route.get_attr("RTA_METRICS")
-                mtu = (metrics and metrics.get_attr("RTAX_MTU")) or links[index].get_attr("IFLA_MTU")
-                routes[address] = _Route(
-                    HopState.RESOLVED,
-                    "",
-                    type(address)(gateway) if gateway else None,
-                    type(address)(source) if source else None,
-                    int(mtu),
+            links = {
+                link["index"]: _Link(
+                    link.get_attr("IFLA_IFNAME"),
+                    _mac(link.get_attr("IFLA_ADDRESS")),
+                    int(link.get_attr("IFLA_MTU")),
+                    link["ifi_type"] == ARPHRD_ETHER,
                 )
-            for family in (socket.AF_INET, socket.AF_INET6):
-                for message in ipr.get_neighbours(family, ifindex=index):
-                    if message.get_attr("NDA_DST"):
-                        neighbours[message.get_attr("NDA_DST")] = (
-                            message["state"],
-                            _mac(message.get_attr("NDA_LLADDR")),
-                        )
-            return routes, neighbours, _mac(links[index].get_attr("IFLA_ADDRESS"))
+                for link in ipr.get_links()
+            }
+            routes = {address: self._route(ipr, address, links) for address in self._wanted}
+            neighbours = {
+                (message["ifindex"], message.get_attr("NDA_DST")): (
+                    message["state"],
+                    _mac(message.get_attr("NDA_LLADDR")),
+                )
+                for family in (socket.AF_INET, socket.AF_INET6)
+                for message in ipr.get_neighbours(family)
+                if message.get_attr("NDA_DST")
+            }
+            return _Tables(routes, neighbours, links)
 
-    def _manage(self, wanted: set[str]) -> None:
+    @staticmethod
+    def _route(ipr: Any, address: Address, links: Mapping[int, _Link]) -> _Route:
+        try:
+            route = next(iter(ipr.route("get", dst=str(address))))
+        except NetlinkError as error:
+            return _Route(HopState.NO_ROUTE, f"no route: {os.strerror(error.code)}")
+        out = route.get_attr("RTA_OIF")
+        link = links.get(out)
+        if not link:
+            return _Route(HopState.NO_ROUTE, f"no route: interface {out} is gone")
+        if not link.ethernet:
+            reason = f"its route leads through {link.name}, which is not an Ethernet interface"
+            return _Route(HopState.NOT_ETHERNET, reason)
+        gateway, source = route.get_attr("RTA_GATEWAY"), route.get_attr("RTA_PREFSRC")
+        metrics = route.get_attr("RTA_METRICS")
+        return _Route(
+            HopState.RESOLVED,
+            "",
+            out,
+            type(address)(gateway) if gateway else None,
+            type(address)(source) if source else None,
+            int((metrics and metrics.get_attr("RTAX_MTU")) or link.mtu),
+        )
+
+    def _manage(self, wanted: set[tuple[int, str]]) -> None:
         with IPRoute() as ipr:
-            for address in wanted - self._managed:
+            for index, address in wanted - self._managed:
                 try:
-                    ipr.neigh(
-                        "replace",
-                        dst=address,
-                        ifindex=self.interface.index,
-                        state=0,
-                        flags_ext=NTF_EXT_MANAGED,
-                    )
+                    ipr.neigh("replace", dst=address, ifindex=index, state=0, flags_ext=NTF_EXT_MANAGED)
                 except NetlinkError as error:
                     log.warning("cannot manage neighbour", neighbour=address, error=str(error))
             self._release(ipr, self._managed - wanted)
         self._managed = set(wanted)
 
-    def _release(self, ipr: Any, addresses: Iterable[str]) -> None:
-        for address in addresses:
+    def _release(self, ipr: Any, neighbours: Iterable[tuple[int, str]]) -> None:
+        for index, address in neighbours:
             try:
-                ipr.neigh("del", dst=address, ifindex=self.interface.index)
+                ipr.neigh("del", dst=address, ifindex=index)
             except NetlinkError as error:
                 if error.code not in (errno.ENOENT, errno.ENODEV):
                     log.warning("cannot release neighbour", neighbour=address, error=str(error))
