@@ -97,9 +97,8 @@ def main() -> None:
             for tunnel in (False, True):
                 with bpf.Object(bpf.object_path("lb"), max_entries={"flows": count}) as loaded:
                     loaded.map("services").update(VIP.key(), 0)
-                    path = (
-                        bytes(12) + struct.pack("<I", 1500) + mapped(ip_address("10.0.0.2")) + struct.pack("<II", 0, 0)
-                    )
+                    # Test runs come in by interface 1, lo.
+                    path = flowmap.path(BACKEND, bytes(12), 1500, ip_address("10.0.0.2"), 1, tx=True, redirect=False)
                     loaded.map("paths").update(mapped(BACKEND), path)
                     # An LRU map makes room before it is full; what it threw out must not be measured.
                     fill(loaded.map("flows"), count * 9 // 10, tunnel)

@@ -11,7 +11,7 @@ import ctypes
 import socket
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
@@ -143,8 +143,13 @@ class Announcer:
     An address that somebody else on the segment has is named in the log and not answered for.
     """
 
-    def __init__(self, interface: str) -> None:
+    def __init__(
+        self, interface: str, ours: Iterable[bytes] = (), on_conflict: Callable[[], None] = lambda: None
+    ) -> None:
+        """``ours``: MAC addresses that are the load balancer's too, on other interfaces of perhaps the same segment."""
         self.interface = interface
+        self._ours = frozenset(ours)
+        self._on_conflict = on_conflict
         self.conflicts: dict[Address, bytes] = {}  # VIP -> who has it
         self._wanted: set[Address] = set()
         self._held: set[Address] = set()
@@ -240,8 +245,9 @@ class Announcer:
         address = question.address
         if address in self._held and question.asks:
             self._send(answer(question, self.mac))
-        elif not question.asks and question.mac != self.mac:
+        elif not question.asks and question.mac not in self._ours | {self.mac}:
             if self.conflicts.get(address) != question.mac:
+                self._on_conflict()
                 log.error(
                     "somebody else on the segment has this VIP; find it and take the address away there",
                     vip=str(address),

@@ -296,21 +296,38 @@ def check_services(services: Sequence[tuple[str, Service]], table_size: int) -> 
 
 
 def config_from_args(
-    interface: str, services: Sequence[str], *, fallback: Fallback = Fallback.AUTO, **settings: Any
+    interfaces: Sequence[str], services: Sequence[str], *, fallback: Fallback = Fallback.AUTO, **settings: Any
 ) -> Config:
     """A configuration from ``--service`` strings.  Raises :class:`ConfigError` with every fault."""
     problems = _Problems()
+    names = problems.attempt("--iface", _distinct, interfaces)
     parsed = [(f"--service {text}", problems.attempt(f"--service {text}", parse_service, text)) for text in services]
     good = [(where, replace(service, fallback=fallback)) for where, service in parsed if service is not None]
     problems.found += check_services(
         good, settings.get("table_size", Config.__dataclass_fields__["table_size"].default)
     )
     problems.finish()
-    return Config(interface, tuple(service for _, service in good), **settings)
+    assert names is not None
+    return Config(names, tuple(service for _, service in good), **settings)
+
+
+def _interfaces(value: object) -> tuple[str, ...]:
+    names = [_string(name) for name in value] if isinstance(value, list) else [_string(value)]
+    if not names:
+        raise ConfigError("names no interface")
+    return _distinct(names)
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of interfaces, each once.  Raises :class:`ConfigError`."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} is named twice")
+    return tuple(names)
 
 
 SETTINGS: dict[str, Callable[[object], Any]] = {
-    "interface": _string,
+    "interface": _interfaces,
     "option": lambda v: _enum(OptionForm, v),
     "seed": _seed,
     "xdp_mode": lambda v: _enum(XdpMode, v),
@@ -322,8 +339,8 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
 }
 
 
-def load_config(path: Path | str, interface: str | None = None) -> Config:
-    """Read a TOML file; ``interface`` overrides the file's.  Raises :class:`ConfigError` with every fault."""
+def load_config(path: Path | str, interfaces: Sequence[str] = ()) -> Config:
+    """Read a TOML file; ``interfaces``, if any, override the file's.  Raises :class:`ConfigError` with every fault."""
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -341,8 +358,8 @@ def load_config(path: Path | str, interface: str | None = None) -> Config:
     for key, parse in SETTINGS.items():
         if key in table:
             settings[key] = problems.attempt(f"{path}: {key}", parse, table[key])
-    if interface:
-        settings["interface"] = interface
+    if interfaces:
+        settings["interface"] = problems.attempt("--iface", _distinct, interfaces)
     elif "interface" not in table:
         problems.add(str(path), "interface is missing; add interface = 'eth0', or pass --iface")
     lines = [n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*service\s*\]\]", line)]
@@ -357,4 +374,4 @@ def load_config(path: Path | str, interface: str | None = None) -> Config:
         problems.add(str(path), "no [[service]]; add one with address and backends")
     problems.found += check_services(services, settings.get("table_size") or 65537)
     problems.finish()
-    return Config(services=tuple(service for _, service in services), **settings)
+    return Config(settings.pop("interface"), tuple(service for _, service in services), **settings)

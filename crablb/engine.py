@@ -1,4 +1,4 @@
-"""The heart: one XDP program, one worker thread a queue, and the snapshot that the workers look things up in.
+"""The heart: one XDP program, one worker thread a queue of each interface, and the snapshot that they look into.
 
 The packet path is C (native/) and never enters Python.  What is here decides what the workers see: it turns the
 configuration and the state of the backends' next hops into an immutable snapshot and publishes it with one pointer
@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
+import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,7 +26,7 @@ from crablb._native import ffi, lib
 from crablb.announce import Announcer
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins
-from crablb.kernel.netlink import HopState, NextHop, NextHops, interface_info
+from crablb.kernel.netlink import HopState, Interface, NextHop, NextHops, interface_info
 from crablb.kernel.xsk import XskError, XskSocket
 from crablb.model import (
     Address,
@@ -38,6 +40,7 @@ from crablb.model import (
     OptionForm,
     State,
     Vip,
+    XdpMode,
     mapped,
 )
 
@@ -61,6 +64,19 @@ FRAMES = 4096  # a queue
 #: How long the start waits for the backends' neighbours before it serves with those that answered, in seconds.
 RESOLVE_TIMEOUT = 1.0
 SWEEP_INTERVAL = 30.0  # seconds
+#: From this share on, a full flow map is named: an LRU map of the kernel forgets before it is quite full.
+NEARLY_FULL = 0.9
+#: What ``crablb status`` reads, and the next daemon takes over.
+PINNED = (
+    "services",
+    "sockets",
+    "interfaces",
+    "flows",
+    "paths",
+    "xdp_counters",
+    "worker_counters",
+    "daemon_counters",
+)
 
 Table = npt.NDArray[np.uint16]
 
@@ -84,8 +100,8 @@ def maglev_table(members: Mapping[int, Backend], size: int, seed: bytes) -> Tabl
 class _Snapshot:
     """A C snapshot and the Maglev tables that it points to."""
 
-    def __init__(self, config: Config, seed: bytes, ids: Mapping[Address, int],
-                 hops: Mapping[Address, NextHop], tables: dict[Any, Table]) -> None:  # fmt: skip
+    def __init__(self, config: Config, seed: bytes, ids: Mapping[Address, int], hops: Mapping[Address, NextHop],
+                 bypassed: Container[Address], tables: dict[Any, Table]) -> None:  # fmt: skip
         self.tables: dict[Any, Table] = {}
         known = {b.address: b for service in config.services for b in service.backends}
         dead = {address for address, b in known.items() if b.state is State.DEAD}
@@ -106,6 +122,9 @@ class _Snapshot:
                 if hop.source:
                     entry.tunnel_src = mapped(hop.source)
                 entry.flags |= lib.CRAB_BACKEND_USABLE
+                entry.ifindex = hop.ifindex
+                if address in bypassed:
+                    entry.flags |= lib.CRAB_BACKEND_BYPASS
                 entry.dst_mac, entry.src_mac = hop.dst_mac, hop.src_mac
                 if hop.on_link:
                     entry.flags |= lib.CRAB_BACKEND_ON_LINK
@@ -153,23 +172,25 @@ class _Worker:
 
     def __init__(self, xsk: XskSocket, flows: int, counters: Any, flow_map: int) -> None:
         self.xsk = xsk
+        self.counters = counters  # CRAB_COUNTERS of uint64_t
         self.core = lib.crab_core_new(flows, counters)
         self.c = lib.crab_worker_new(xsk.handle, self.core, counters, flow_map) if self.core else ffi.NULL
         if not self.c:
+            error = os.strerror(ffi.errno)
             lib.crab_core_free(self.core)
-            raise MemoryError("no memory for a worker")
+            raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
         self._thread: threading.Thread | None = None
 
-    def start(self, cpu: int, failed: Callable[[int, int], None]) -> None:
-        """Run in a thread on ``cpu``; ``failed(queue, errno)`` is called from it if the socket fails."""
+    def start(self, cpu: int, failed: Callable[[XskSocket, int], None]) -> None:
+        """Run in a thread on ``cpu``; ``failed(socket, errno)`` is called from it if the socket fails."""
 
         def run() -> None:
             os.sched_setaffinity(0, {cpu})
             rc = lib.crab_worker_run(self.c)  # without the GIL
             if rc:
-                failed(self.xsk.queue, -rc)
+                failed(self.xsk, -rc)
 
-        self._thread = threading.Thread(target=run, name=f"crablb-q{self.xsk.queue}", daemon=True)
+        self._thread = threading.Thread(target=run, name=f"crablb-{self.xsk.interface}/{self.xsk.queue}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -181,10 +202,69 @@ class _Worker:
         self.xsk.close()
 
 
-class Engine:
-    """Serve the services of a configuration on its interface.
+class _Served:
+    """An interface that clients' packets come in by."""
 
-    Make it outside of an event loop, in the network namespace of the interface; then ``await start()`` and at the end
+    def __init__(self, info: Interface) -> None:
+        self.info = info
+        self.role = f"lb-{info.name}"
+        self.pins = pins.folder(self.role)
+        self.old: bpf.Link | None = None  # what a daemon that died left behind
+        self.link: bpf.Link | None = None
+        self.mode = ""
+
+    def find_old(self) -> None:
+        """The link of a daemon that died, to be taken over.  Raises BpfBusyError if there is somebody else's."""
+        try:
+            link = bpf.Link.from_pin(self.pins / "link")
+        except bpf.BpfNotFoundError:
+            link = None
+        attached, mode = bpf.xdp_program(self.info.index)
+        if link and attached == link.program_id:
+            link.mode = mode
+            self.old = link
+            return
+        if link:  # of an interface that is gone
+            link.close()
+            pins.remove(self.pins)
+        if attached:
+            raise bpf.BpfBusyError(
+                f"interface {self.info.name} has an XDP program already (id {attached}, see bpftool net);"
+                f" remove it: ip link set {self.info.name} xdp off"
+            )
+
+    def attach(self, program: bpf.Program, want: XdpMode, maps: Mapping[str, bpf.Map]) -> None:
+        link, self.old = self.old, None
+        if link and want.value in ("auto", link.mode):
+            link.update(program)
+            log.info("took over from a load balancer that had died", interface=self.info.name)
+        else:
+            if link:
+                link.detach()
+                link.close()
+            link = program.attach_xdp(self.info.index, want.value)
+        self.link, self.mode = link, link.mode
+        pins.remove(self.pins)
+        link.pin(self.pins / "link")
+        for name in PINNED:
+            maps[name].pin(self.pins / name)
+
+    def detach(self) -> None:
+        """Idempotent."""
+        if self.link:
+            self.link.detach()
+            self.link.close()
+            pins.remove(self.pins)
+            self.link = None
+        if self.old:
+            self.old.close()
+            self.old = None
+
+
+class Engine:
+    """Serve the services of a configuration on its interfaces.
+
+    Make it outside of an event loop, in the network namespace of the interfaces; then ``await start()`` and at the end
     ``await close()``, which leaves nothing in the kernel.
 
     Raises :class:`KernelError` (no such interface, it is down, it has an XDP program of somebody else, another process
@@ -194,28 +274,29 @@ class Engine:
     def __init__(self, config: Config, seed: bytes) -> None:
         self.config = config
         self.seed = seed
-        self.interface = interface_info(config.interface)
-        if not self.interface.up:
-            name = config.interface
-            raise KernelError(f"interface {name} is down; bring it up: ip link set {name} up")
-        self.mode = ""
+        self._served = [_Served(interface_info(name)) for name in config.interfaces]
+        for served in self._served:
+            if not served.info.up:
+                name = served.info.name
+                raise KernelError(f"interface {name} is down; bring it up: ip link set {name} up")
         self.failure: asyncio.Future[str] | None = None
-        self._pins = pins.folder(f"lb-{config.interface}")
         # Ids are never used again: the workers' flow caches may still hold them.
         self._next_id = 0
         self._ids: dict[Address, int] = {}
         self._paths: dict[Address, bytes] = {}
         self._adopted: tuple[Any, Any] | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._announcer: Announcer | None = None
+        self._announcers: list[Announcer] = []
         self._name_backends(config)
         self._hops: dict[Address, NextHop] = {}
         self._workers: list[_Worker] = []
         self._snapshot: _Snapshot | None = None
         self._retired: list[_Snapshot] = []
+        self._counted = dict.fromkeys(statistics.DAEMON_COUNTERS, 0)
+        self._refused = 0  # connections that the flow caches had no room for, when last looked at
         self._stack = ExitStack()
         self._nexthops: NextHops | None = None
-        self._link: bpf.Link | None = None
+        self._maps: Mapping[str, bpf.Map] = {}
         self._resolved = asyncio.Event()
 
     def _assign_ids(self, addresses: Iterable[Address]) -> bool:
@@ -233,9 +314,13 @@ class Engine:
 
     @property
     def bypass(self) -> bool:
-        """Whether the XDP program forwards known fallback flows by itself."""
-        want = self.config.ack_bypass
-        return want is Bypass.ON or (want is Bypass.AUTO and self.interface.kind != "veth")
+        """Whether the XDP program may forward known fallback flows by itself."""
+        return self.config.ack_bypass is not Bypass.OFF
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """How the XDP program is attached, by interface: ``native`` or ``generic``."""
+        return {served.info.name: served.mode for served in self._served}
 
     @property
     def queues(self) -> int:
@@ -256,11 +341,11 @@ class Engine:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         self.failure = loop.create_future()
-        name = self.config.interface
-        self._stack.enter_context(pins.own(f"lb-{name}", f"the load balancer of {name}"))
-
-        link = self._existing_link()
-        reuse = self._old_flows() if link and self.bypass else {}
+        for served in self._served:
+            self._stack.enter_context(pins.own(served.role, f"the load balancer of {served.info.name}"))
+        for served in self._served:
+            served.find_old()
+        reuse = self._old_flows() if self.bypass else {}
         sizes = {} if reuse else {"flows": self.config.flows}
         try:
             program = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes)
@@ -273,7 +358,7 @@ class Engine:
             self._adopted = self._adoptable()
         self._open_queues()
 
-        self._nexthops = NextHops(self.interface, self._changed)
+        self._nexthops = NextHops(self._changed)
         await self._nexthops.start(self._ids)
         self._hops = dict(self._nexthops.current)
         self._publish()
@@ -282,8 +367,8 @@ class Engine:
         except TimeoutError:
             self._name_unusable()
 
-        def failed(queue: int, number: int) -> None:
-            loop.call_soon_threadsafe(self._failed, queue, number)
+        def failed(xsk: XskSocket, number: int) -> None:
+            loop.call_soon_threadsafe(self._failed, xsk, number)
 
         self._adopt()
         self._serve_vips(service.vip for service in self.config.services)
@@ -292,83 +377,64 @@ class Engine:
         cpus = sorted(os.sched_getaffinity(0))
         for i, worker in enumerate(self._workers):
             worker.start(cpus[i % len(cpus)], failed)
-        self._attach(program.program("crab_lb"), link)
+        for served in self._served:
+            served.attach(program.program("crab_lb"), self.config.xdp_mode, self._maps)
+        self._publish()  # what the XDP program can reach depends on how it is attached
+        self._name_unreached()
         if self.config.announce is Announce.ARP:
-            self._announcer = Announcer(name)
-            self._announcer.start(service.vip.address for service in self.config.services)
-
-    def _existing_link(self) -> bpf.Link | None:
-        """The link that a daemon which died left behind, so that it can be taken over."""
-        try:
-            link = bpf.Link.from_pin(self._pins / "link")
-        except bpf.BpfNotFoundError:
-            link = None
-        attached, mode = bpf.xdp_program(self.interface.index)
-        if link and attached == link.program_id:
-            link.mode = mode
-            return link
-        if link:  # of an interface that is gone
-            link.close()
-            pins.remove(self._pins)
-        if attached:
-            raise bpf.BpfBusyError(
-                f"interface {self.config.interface} has an XDP program already (id {attached}, see bpftool net);"
-                f" remove it: ip link set {self.config.interface} xdp off"
-            )
-        return None
+            ours = {served.info.mac for served in self._served}
+            for served in self._served:
+                announcer = Announcer(served.info.name, ours, lambda: self.count("vips_in_use"))
+                self._announcers.append(announcer)
+                announcer.start(service.vip.address for service in self.config.services)
 
     def _open_queues(self) -> None:
-        wanted = self.config.queues or self.interface.rx_queues
         counters = self._maps["worker_counters"]
         shared = counters.mmap()
         base = ffi.cast("struct crab_worker_counters *", ffi.from_buffer(shared))
         self._stack.callback(lambda: shared)  # the mapping lives as long as the workers
-        for queue in range(wanted):
+        flow_map = self._maps["flows"].fd if self.bypass else -1
+        for served in self._served:
+            first = len(self._workers)
+            for xsk in self._sockets(served.info):
+                slot = len(self._workers)
+                if slot == lib.CRAB_MAX_QUEUES:
+                    xsk.close()
+                    raise KernelError(f"the interfaces have more than {slot} queues; serve fewer of each: --queues N")
+                self._workers.append(_Worker(xsk, self.config.flows, base[slot].n, flow_map))
+                xsk.register(self._maps["sockets"], slot)
+            self._maps["interfaces"].update(served.info.index, struct.pack("=II", first, len(self._workers) - first))
+
+    def _sockets(self, interface: Interface) -> Iterator[XskSocket]:
+        for queue in range(self.config.queues or interface.rx_queues):
             try:
-                xsk = XskSocket(
-                    self.config.interface,
+                yield XskSocket(
+                    interface.name,
                     queue,
                     frames=FRAMES,
-                    frame_size=2048 if self.interface.mtu <= 1700 else 4096,
+                    frame_size=2048 if interface.mtu <= 1700 else 4096,
                     load_program=False,
                 )
             except XskError as error:
                 # A device may have fewer queues in use than it has in all.
                 if queue and self.config.queues is None and error.errno == errno.EINVAL:
-                    break
+                    return
                 raise
-            flow_map = self._maps["flows"].fd if self.bypass else -1
-            self._workers.append(_Worker(xsk, self.config.flows, base[queue].n, flow_map))
-            xsk.register(self._maps["sockets"])
-
-    def _attach(self, program: bpf.Program, link: bpf.Link | None) -> None:
-        want = self.config.xdp_mode
-        if link and want.value in ("auto", link.mode):
-            link.update(program)
-            log.info("took over from a load balancer that had died", interface=self.config.interface)
-        else:
-            if link:
-                link.detach()
-                link.close()
-            link = program.attach_xdp(self.interface.index, want.value)
-        self._link = self._stack.enter_context(link)
-        self.mode = link.mode
-        pins.remove(self._pins)
-        link.pin(self._pins / "link")
-        for name in ("services", "sockets", "flows", "paths", "xdp_counters", "worker_counters"):
-            self._maps[name].pin(self._pins / name)
 
     def _old_flows(self) -> dict[str, bpf.Map]:
         """The flows of a daemon that died, if they can be read."""
-        try:
-            flows = bpf.Map.from_pin(self._pins / "flows")
-        except bpf.BpfNotFoundError:  # it died before it had pinned them
-            return {}
-        if (flows.key_size, flows.value_size) != (flowmap.KEY.itemsize, flowmap.ENTRY.itemsize):
-            log.warning("the flows of another version of crablb are given up", interface=self.config.interface)
+        for served in self._served:
+            if not served.old:
+                continue
+            try:
+                flows = bpf.Map.from_pin(served.pins / "flows")
+            except bpf.BpfNotFoundError:  # it died before it had pinned them
+                continue
+            if (flows.key_size, flows.value_size) == (flowmap.KEY.itemsize, flowmap.ENTRY.itemsize):
+                return {"flows": flows}
+            log.warning("the flows of another version of crablb are given up", interface=served.info.name)
             flows.close()
-            return {}
-        return {"flows": flows}
+        return {}
 
     def _adoptable(self) -> tuple[Any, Any]:
         """Take over the flows of a daemon that died.  Their backends stay known, whatever the configuration says."""
@@ -393,17 +459,15 @@ class Engine:
 
     async def close(self) -> None:
         """Stop serving; leave nothing in the kernel.  Idempotent."""
-        if self._announcer:
-            await self._announcer.close()
-            self._announcer = None
+        for announcer in self._announcers:
+            await announcer.close()
+        self._announcers.clear()
         if self._sweeper:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
             self._sweeper = None
-        if self._link:
-            self._link.detach()
-            pins.remove(self._pins)
-            self._link = None
+        for served in self._served:
+            served.detach()
         for worker in self._workers:
             worker.close()
         self._workers.clear()
@@ -428,6 +492,7 @@ class Engine:
                 log.warning("backend not usable yet", backend=str(address), reason=hop.reason)
             elif self._hops[address].state is HopState.RESOLVED:
                 log.warning("backend unreachable", backend=str(address), reason=hop.reason)
+                self.count("backends_lost")
         narrowed = any(a not in self._hops or hop.mtu != self._hops[a].mtu for a, hop in changes.items())
         self._hops.update(changes)
         self._publish()
@@ -435,36 +500,43 @@ class Engine:
             self._name_narrow()
 
     def _publish(self) -> None:
+        self._publish_paths()
         tables = self._snapshot.tables if self._snapshot else {}
-        snapshot = _Snapshot(self.config, self.seed, self._ids, self._hops, tables)
+        snapshot = _Snapshot(self.config, self.seed, self._ids, self._hops, self._paths, tables)
         for worker in self._workers:
             lib.crab_core_publish(worker.core, snapshot.c)
         if self._snapshot:
             self._retired.append(self._snapshot)
         self._snapshot = snapshot
         self._free_retired()
-        self._publish_paths()
         if all(hop.state is HopState.RESOLVED for hop in self._hops.values()):
             self._resolved.set()
 
     def _publish_paths(self) -> None:
         """Tell the XDP program how frames get to the backends; the workers get the flows of those it cannot reach."""
         dead = {b.address for s in self.config.services for b in s.backends if b.state is State.DEAD}
-        # XDP_TX into a veth wakes its other end only if that has an XDP program too (veth_xdp_flush); a redirect to the
-        # same interface wakes it always.
-        ifindex = (self.interface.index if self.interface.kind == "veth" else 0).to_bytes(4, "little")
-        paths = {
-            address: hop.dst_mac + hop.src_mac + hop.mtu.to_bytes(4, "little")
-            + (mapped(hop.source) if hop.source else bytes(16)) + (address.version == 6).to_bytes(4, "little") + ifindex
-            for address, hop in self._hops.items()
-            if hop.state is HopState.RESOLVED and address not in dead
-        }  # fmt: skip
+        paths = {}
+        for address, hop in self._hops.items():
+            tx, redirect = self._ways(hop)
+            if hop.state is HopState.RESOLVED and address not in dead and (tx or redirect):
+                paths[address] = flowmap.path(
+                    address, hop.dst_mac + hop.src_mac, hop.mtu, hop.source, hop.ifindex, tx=tx, redirect=redirect
+                )
         for address in self._paths.keys() - paths.keys():
             self._maps["paths"].delete(mapped(address))
         for address, path in paths.items():
             if self._paths.get(address) != path:
                 self._maps["paths"].update(mapped(address), path)
         self._paths = paths
+
+    def _ways(self, hop: NextHop) -> tuple[bool, bool]:
+        """How the XDP program can send on the interface of a next hop: by XDP_TX what came in there, by a redirect."""
+        served = {s.info.index: s for s in self._served}.get(hop.ifindex)
+        # XDP_TX into a veth wakes its other end only if that has an XDP program too (veth_xdp_flush); a redirect wakes
+        # it always, if it polls.
+        tx = served is not None and bool(served.mode) and (served.mode == "generic" or served.info.kind != "veth")
+        generic = all(s.mode == "generic" for s in self._served)
+        return tx, hop.redirect or generic or self.config.ack_bypass is Bypass.ON
 
     def _serve_vips(self, vips: Iterable[Vip]) -> None:
         """Make the XDP program take these VIPs' packets, and no others."""
@@ -480,7 +552,7 @@ class Engine:
 
         Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
         """
-        fixed = ("interface", "seed", "xdp_mode", "queues", "table_size", "flows", "ack_bypass", "announce")
+        fixed = ("interfaces", "seed", "xdp_mode", "queues", "table_size", "flows", "ack_bypass", "announce")
         differ = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if differ:
             raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
@@ -493,8 +565,9 @@ class Engine:
         self._nexthops.follow(self._ids)
         self._publish()
         self._serve_vips(served)
-        if self._announcer:
-            self._announcer.follow(vip.address for vip in served)
+        for announcer in self._announcers:
+            announcer.follow(vip.address for vip in served)
+        self.count("reloads")
 
     async def _sweep(self) -> None:
         """Now and then: delete old flows, and forget removed backends that have none left."""
@@ -506,6 +579,9 @@ class Engine:
             except bpf.BpfError as error:
                 log.warning("cannot age the flows; trying again", reason=str(error))
                 continue
+            self._name_full(sum(left.values()))
+            if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets
+                self._nexthops.follow(self._ids)
             configured = {b.address for s in self.config.services for b in s.backends}
             gone = {a for a in self._ids if a not in configured and a not in left}
             if gone and self._nexthops:
@@ -548,16 +624,57 @@ class Engine:
                         backend=str(backend.address),
                         reason=f"its tunnel carries {room} bytes, and IPv6 needs 1280; raise the MTU of the way to it",
                     )
+                    self.count("narrow_tunnels")
+
+    def _name_unreached(self) -> None:
+        """Name the backends whose flows pass user space all their life."""
+        for address, hop in self._hops.items():
+            if self.bypass and hop.state is HopState.RESOLVED and address not in self._paths:
+                log.info(
+                    "fallback flows pass user space",
+                    backend=str(address),
+                    reason=f"interface {socket.if_indextoname(hop.ifindex)} takes no packets from XDP programs"
+                    " (a veth does when GRO is on at its other end: ethtool -K PEER gro on)",
+                )
+
+    def _name_full(self, flows: int) -> None:
+        """Name the tables that have no room, as the sweep found them."""
+        room = self._maps["flows"].max_entries
+        if flows > NEARLY_FULL * room:
+            self.count("flows_nearly_full")
+            log.warning(
+                "the XDP program's flow map is nearly full; the least recently used flows are forgotten",
+                flows=flows,
+                room=room,
+                remedy="raise `flows`",
+            )
+        refused = self.statistics()["total"]["flows_full"]
+        if refused > self._refused:
+            self.count("cache_full")
+            log.warning(
+                "a worker's flow cache had no room for connections; they are decided by the hash alone",
+                connections=refused - self._refused,
+                remedy="raise `flows`",
+            )
+        self._refused = refused
 
     def _name_unusable(self) -> None:
         for address, hop in self._hops.items():
             if hop.state is not HopState.RESOLVED:
                 log.warning("backend not usable yet", backend=str(address), reason=hop.reason)
 
-    def _failed(self, queue: int, number: int) -> None:
+    def _failed(self, xsk: XskSocket, number: int) -> None:
         if self.failure and not self.failure.done():
-            self.failure.set_result(f"queue {queue} of {self.config.interface} failed: {os.strerror(number)}")
+            self.failure.set_result(f"queue {xsk.queue} of {xsk.interface} failed: {os.strerror(number)}")
+
+    def count(self, what: str) -> None:
+        """Add one to a daemon counter, a name of :data:`crablb.statistics.DAEMON_COUNTERS`."""
+        self._counted[what] += 1
+        if self._maps:
+            index = statistics.DAEMON_COUNTERS.index(what)
+            self._maps["daemon_counters"].update(index, struct.pack("=Q", self._counted[what]))
 
     def statistics(self) -> dict[str, Any]:
         """Packets by what became of them: see :func:`crablb.statistics.read`."""
-        return statistics.read(self._maps["xdp_counters"], self._maps["worker_counters"], self.queues)
+        maps = self._maps
+        return statistics.read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], self.queues)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 
 import numpy as np
@@ -9,9 +10,9 @@ import numpy.typing as npt
 
 from crablb._native import lib
 from crablb.kernel.bpf import Map
-from crablb.model import Address, unmapped
+from crablb.model import Address, mapped, unmapped
 
-__all__ = ["ENTRY", "KEY", "now", "read", "sweep"]
+__all__ = ["ENTRY", "KEY", "now", "path", "read", "sweep"]
 
 #: ``struct crab_flow_id``: addresses of 16 bytes (IPv4-mapped), ports.
 KEY = np.dtype([("client", "u1", 16), ("vip", "u1", 16), ("cport", ">u2"), ("vport", ">u2")])
@@ -24,6 +25,14 @@ ENTRY = np.dtype(
 def now() -> int:
     """The clock of ``seen``: seconds of CLOCK_MONOTONIC_COARSE, which Linux numbers 6."""
     return int(time.clock_gettime(6))
+
+
+def path(
+    backend: Address, macs: bytes, mtu: int, source: Address | None, ifindex: int, *, tx: bool, redirect: bool
+) -> bytes:
+    """``struct crab_path``, a value of map ``paths``.  ``macs``: destination, source; ``mtu``: of an IP packet."""
+    outer = mapped(source) if source else bytes(16)
+    return macs + struct.pack("=I16sIBBBx", mtu, outer, ifindex, backend.version == 6, tx, redirect)
 
 
 def read(flows: Map) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:

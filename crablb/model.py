@@ -47,8 +47,8 @@ class OnDead(Enum):
 class Bypass(Enum):
     """Whether the XDP program forwards known fallback flows by itself."""
 
-    AUTO = "auto"  # on, but not on a veth, where XDP_TX needs the help of its other end
-    ON = "on"
+    AUTO = "auto"  # where the interface that leads to the backend takes what XDP programs send
+    ON = "on"  # also where the kernel does not say that it does
     OFF = "off"
 
 
@@ -138,12 +138,12 @@ class Service:
 class Config:
     """All that ``crablb serve`` needs to know."""
 
-    interface: str
+    interfaces: tuple[str, ...]
     services: tuple[Service, ...]
     option: OptionForm = OptionForm.CRAB
     seed: bytes | None = None  # 16 bytes; None: made once and kept in the state directory
     xdp_mode: XdpMode = XdpMode.AUTO
-    queues: int | None = None  # None: as many as the interface has
+    queues: int | None = None  # of each interface; None: as many as it has
     table_size: int = 65537  # prime
     flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections
     ack_bypass: Bypass = Bypass.AUTO

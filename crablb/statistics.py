@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from crablb._native import ffi, lib
 from crablb.kernel.bpf import Map
 from crablb.model import Vip, unmapped
 
-__all__ = ["WORKER_COUNTERS", "XDP_COUNTERS", "read"]
+__all__ = ["DAEMON_COUNTERS", "WORKER_COUNTERS", "XDP_COUNTERS", "read"]
 
 
 def _names(enum: str, prefix: str) -> list[str]:
@@ -25,10 +27,12 @@ def _names(enum: str, prefix: str) -> list[str]:
 
 XDP_COUNTERS = _names("crab_xdp_counter", "CRAB_XDP_")
 WORKER_COUNTERS = _names("crab_counter", "CRAB_C_")
+DAEMON_COUNTERS = _names("crab_daemon_counter", "CRAB_DAEMON_")
 
 
-def read(xdp: Map, workers: Map, queues: int) -> dict[str, Any]:
-    """``{"xdp": {...}, "workers": [{...} a queue], "total": {... over the workers}}``, packets since the start."""
+def read(xdp: Map, workers: Map, daemon: Map, queues: int) -> dict[str, Any]:
+    """Counts since the start: ``{"xdp": {...}, "workers": [{...} a queue], "total": {... over the workers},
+    "daemon": {...}}``, packets all but the last."""
     per_queue = []
     for queue in range(queues):
         values = struct.unpack(f"={lib.CRAB_WORKER_COUNTERS}Q", workers.lookup(queue) or b"")
@@ -37,6 +41,9 @@ def read(xdp: Map, workers: Map, queues: int) -> dict[str, Any]:
         "xdp": {name: xdp.sum_u64(i) for i, name in enumerate(XDP_COUNTERS)},
         "workers": per_queue,
         "total": {name: sum(q[name] for q in per_queue) for name in WORKER_COUNTERS},
+        "daemon": {
+            name: int.from_bytes(daemon.lookup(i) or b"", sys.byteorder) for i, name in enumerate(DAEMON_COUNTERS)
+        },
     }
 
 
@@ -45,14 +52,32 @@ def read_pinned(folder: Path) -> dict[str, Any]:
     with (
         Map.from_pin(folder / "xdp_counters") as xdp,
         Map.from_pin(folder / "worker_counters") as workers,
-        Map.from_pin(folder / "sockets") as sockets,
+        Map.from_pin(folder / "daemon_counters") as daemon,
+        Map.from_pin(folder / "interfaces") as interfaces,
         Map.from_pin(folder / "services") as services,
         Map.from_pin(folder / "flows") as flows,
     ):
-        # A socket's entry vanishes with its process, so the workers are told by their counters.
-        used = [q for q in range(sockets.max_entries) if any(workers.lookup(q) or b"")]
-        more = {"services": read_services(services), "flows": len(flows.dump()[0]) // flows.key_size}
-        return read(xdp, workers, max(used, default=-1) + 1) | more
+        queues = read_interfaces(interfaces)
+        more = {
+            "queues": queues,
+            "services": read_services(services),
+            "flows": len(flows.dump()[0]) // flows.key_size,
+        }
+        return read(xdp, workers, daemon, len(queues)) | more
+
+
+def read_interfaces(interfaces: Map) -> list[str]:
+    """The workers' queues, by name: ``eth0/0``, ``eth0/1``, ``eth1/0``."""
+    found = {}
+    for key in interfaces.keys():  # noqa: SIM118 - a map, not a dict
+        first, count = struct.unpack("=II", interfaces.lookup(key) or bytes(8))
+        index = int.from_bytes(key, sys.byteorder)
+        try:
+            name = socket.if_indextoname(index)
+        except OSError:  # it is gone
+            name = f"if{index}"
+        found.update({first + queue: f"{name}/{queue}" for queue in range(count)})
+    return [name for _, name in sorted(found.items())]
 
 
 def read_services(services: Map) -> dict[str, dict[str, int]]:

@@ -271,7 +271,9 @@ static inline enum crab_counter send_by_dsr(struct crab_core *core, struct crab_
     if (crab_unlikely(!by_mac && how == CRAB_FALLBACK_L2))
         return CRAB_C_DROP_NO_PATH;
     uint32_t outer = by_mac ? 0 : crab_outer_header(backend);
-    if (crab_unlikely(frame->len - p->l3 + outer > backend->mtu)) {
+    /* On the segment that it came from it fits: there no router would say so either. */
+    bool must_fit = !by_mac || frame->ifindex != backend->ifindex;
+    if (crab_unlikely(must_fit && frame->len - p->l3 + outer > backend->mtu)) {
         if (it->icmp) /* no error about an error (RFC 1122, 3.2.2) */
             return CRAB_C_DROP_TOO_BIG;
         if (p->family == 4 && !(frame->data[p->l3 + 6] & 0x40))

@@ -159,11 +159,11 @@ class World:
             assert answer(child) == "ready"
         return child
 
-    def echo(self, host: object, *more: str, port: int = 80) -> dict[str, object]:
-        """Connect from the client, send, compare the echo; what it saw."""
+    def echo(self, host: object, *more: str, port: int = 80, node: Node | None = None) -> dict[str, object]:
+        """Connect from the client (or another node), send, compare the echo; what it saw."""
         import json
 
-        child = self.python(self.lab.client, "echo", str(host), str(port), *more)
+        child = self.python(node or self.lab.client, "echo", str(host), str(port), *more)
         out, err = child.communicate(timeout=60)
         assert child.returncode == 0, err
         parsed: dict[str, object] = json.loads(out)

@@ -13,6 +13,7 @@ from tests.reference import packets
 MODES = {"negotiated": lib.CRAB_MODE_NEGOTIATED, "always": lib.CRAB_MODE_ALWAYS, "never": lib.CRAB_MODE_NEVER}
 FALLBACKS = {"auto": lib.CRAB_FALLBACK_AUTO, "l2": lib.CRAB_FALLBACK_L2, "ipip": lib.CRAB_FALLBACK_IPIP}
 CANARY = 0xA5
+ELSEWHERE = 1000
 
 
 def mapped(address: bytes) -> bytes:
@@ -22,13 +23,16 @@ def mapped(address: bytes) -> bytes:
 class Core:
     """A core with the services and backends of a reference load balancer."""
 
-    def __init__(self, reference: packets.LoadBalancer, flows: int = 4096) -> None:
+    def __init__(self, reference: packets.LoadBalancer, flows: int = 4096, ifindex: int = 3) -> None:
+        self.ifindex = ifindex  # that frames come in by; a backend that is elsewhere is behind ELSEWHERE more
+        self.elsewhere = False  # whether the last frame left by another
         self.counters = ffi.new("uint64_t[]", lib.CRAB_COUNTERS)
         self.core = ffi.gc(lib.crab_core_new(flows, self.counters), lib.crab_core_free)
         backends = ffi.new("struct crab_backend[]", max(1, len(reference.backends)))
         for entry, b in zip(backends, reference.backends, strict=False):
             entry.addr, entry.dst_mac, entry.src_mac = mapped(b.address), b.mac, b.source_mac
             entry.tunnel_src, entry.mtu = mapped(b.source), b.mtu
+            entry.ifindex = ifindex + ELSEWHERE * b.elsewhere
             entry.flags = (
                 b.usable * lib.CRAB_BACKEND_USABLE
                 | b.cr * lib.CRAB_BACKEND_CR
@@ -69,11 +73,12 @@ class Core:
         for entry, frame in zip(array, frames, strict=True):
             memory = ffi.new("uint8_t[]", bytes([CANARY] * 16) + bytes(64) + frame + bytes([CANARY] * 16))
             memories.append(memory)
-            entry.data, entry.len = memory + 80, len(frame)
+            entry.data, entry.len, entry.ifindex = memory + 80, len(frame), self.ifindex
         lib.crab_core_batch(self.core, array, len(frames), now)
         out: list[bytes | None] = []
         for entry, memory, frame in zip(array, memories, frames, strict=True):
             raw = bytes(ffi.buffer(memory))
+            self.elsewhere = entry.ifindex != self.ifindex
             assert raw[:16] == bytes([CANARY] * 16)
             assert raw[80 + len(frame) : 96 + len(frame)] == bytes([CANARY] * 16)
             out.append(bytes(ffi.buffer(entry.data, entry.len)) if entry.len else None)

@@ -137,6 +137,7 @@ def test_an_address_in_use_is_not_taken(make_world, family):
     until(lambda: '"announced"' in log.read_text())
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     (conflict,) = [e for e in entries if e["event"].startswith("somebody else")]
+    assert status(world.lab)["daemon"]["vips_in_use"] == 1
     assert (conflict["vip"], conflict["mac"], conflict["level"]) == (str(taken), other.mac(), "error")
     assert [e["vip"] for e in entries if e["event"] == "announced"] == [str(free)]
     assert world.echo(free)["server"] == "server1"

@@ -38,6 +38,7 @@ VIP = {4: "10.0.0.100", 6: "fd00::100"}
 OTHER_VIP = {4: "10.0.0.101", 6: "fd00::101"}
 OUTSIDE = {4: "203.0.113.9", 6: "2001:db8::9"}
 XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = 1, 2, 3, 4
+LO = 1  # ifindex that test runs come in by
 TC_UNSPEC, TC_SHOT, TC_REDIRECT = 0xFFFFFFFF, 2, 7
 LWT_OK, LWT_REROUTE = 0, 128
 
@@ -116,15 +117,18 @@ def test_lb_takes_a_vips_packets(lb, namespace, family, tags):
     # Without a daemon: dropped, because the kernel would answer with a RST.
     assert lb.programs["crab_lb"].test_run(syn).retval == XDP_DROP
     assert lb.programs["crab_lb"].test_run(ack).retval == XDP_DROP
+    lb.maps["interfaces"].update(LO, struct.pack("=II", 5, 0))  # a queue that is not served
+    assert lb.programs["crab_lb"].test_run(ack).retval == XDP_DROP
     with XskSocket("veth0", load_program=False) as xsk:
-        xsk.register(lb.maps["sockets"])
+        xsk.register(lb.maps["sockets"], 5)
+        lb.maps["interfaces"].update(LO, struct.pack("=II", 5, 1))
         for frame in (syn, ack):
             run = lb.programs["crab_lb"].test_run(frame)
             assert run.retval == XDP_REDIRECT
             assert run.data == frame
     # A socket that is closed leaves the map by itself.
     assert lb.programs["crab_lb"].test_run(syn).retval == XDP_DROP
-    assert lb.counts() == {"syn": 1, "other": 1, "drop_no_socket": 3}
+    assert lb.counts() == {"syn": 1, "other": 1, "drop_no_socket": 4}
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -463,15 +467,16 @@ MACS = bytes.fromhex("020000000b0b020000000202")
 TUNNEL_SRC = {4: "10.0.0.2", 6: "fd00::2"}
 
 
-def know(lb: Counted, family: int, backend: str, *, tunnel: bool = False, mtu: int = 1500, age: int = 0) -> bytes:
+def know(lb: Counted, family: int, backend: str, *, tunnel: bool = False, mtu: int = 1500, age: int = 0,
+         ifindex: int = LO, tx: bool = True, redirect: bool = False) -> bytes:  # fmt: skip
     """Make the flow of :func:`to_vip` known; returns its key."""
     key = mapped(ip_address(CLIENT[family])) + mapped(ip_address(VIP[family])) + struct.pack("!HH", 4242, 80)
     address = ip_address(backend)
     seen = (flowmap.now() - age) % 2**32
     entry = mapped(address) + struct.pack("<IBBBB", seen, lib.CRAB_FLOW_OPEN, tunnel, 0, 0)
     lb.maps["flows"].update(key, entry)
-    source = mapped(ip_address(TUNNEL_SRC[address.version]))
-    path = MACS + struct.pack("<I", mtu) + source + struct.pack("<II", address.version == 6, 0)
+    source = ip_address(TUNNEL_SRC[address.version])
+    path = flowmap.path(address, MACS, mtu, source, ifindex, tx=tx, redirect=redirect)
     lb.maps["paths"].update(mapped(address), path)
     return key
 
@@ -483,6 +488,7 @@ def flows(namespace) -> Iterator[Counted]:
         XskSocket("veth0", load_program=False) as xsk,
     ):
         xsk.register(loaded.map("sockets"))
+        loaded.map("interfaces").update(LO, struct.pack("=II", 0, 1))
         for family in (4, 6):
             loaded.map("services").update(parse_vip(url(VIP[family], 80)).key(), 0)
         yield Counted(loaded, "xdp_counters", list(statistics.XDP_COUNTERS))
@@ -496,6 +502,26 @@ def test_flow_by_mac(flows, family):
     assert run.retval == XDP_TX
     assert run.data == MACS + frame[12:]
     assert flows.counts() == {"flow": 1}
+
+
+@pytest.mark.parametrize("tunnel", [False, True])
+def test_flow_by_another_interface(flows, tunnel):
+    """By a redirect; what does not fit there, and what that interface does not take, goes to user space."""
+    frame = bytes(ether() / to_vip(4, flags="PA") / bytes(1000))
+    program, other = flows.programs["crab_lb"], socket.if_nametoindex("veth1")
+    know(flows, 4, DIP[4], tunnel=tunnel, ifindex=other, tx=True, redirect=True)
+    assert program.test_run(frame).data.startswith(MACS)
+    assert flows.counts() == {"flow": 1}
+    know(flows, 4, DIP[4], tunnel=tunnel, ifindex=other, tx=True, redirect=True, mtu=1000)
+    assert program.test_run(frame).data == frame
+    know(flows, 4, DIP[4], tunnel=tunnel, ifindex=other, tx=True, redirect=False)
+    assert program.test_run(frame).data == frame
+    # Back by the interface that it came from: both ways.
+    know(flows, 4, DIP[4], tunnel=tunnel, tx=False, redirect=True)
+    assert program.test_run(frame).retval == XDP_REDIRECT
+    know(flows, 4, DIP[4], tunnel=tunnel, tx=False, redirect=False)
+    assert program.test_run(frame).data == frame
+    assert flows.counts() == {"flow": 2, "other": 3}
 
 
 @pytest.mark.parametrize("outer", [4, 6])

@@ -164,7 +164,7 @@ def test_serve_from_a_file_and_its_logs(lab, tmp_path):
         lines.append(json.loads(line))
         if lines[-1]["event"] == "serving":
             break
-    assert lines[-1]["xdp"] == "generic"
+    assert lines[-1]["interfaces"] == {"eth0": "generic"}
     assert lines[-1]["services"] == [f"tcp://{VIP4}:80"]
     assert [e["reason"] for e in lines if e["event"] == "backend not usable yet"] == [
         "10.0.0.99 does not answer on eth0"

@@ -41,7 +41,7 @@ def test_everything(tmp_path):
     path = tmp_path / "lb.toml"
     path.write_text(GOOD)
     config = load_config(path)
-    assert config.interface == "eth1"
+    assert config.interfaces == ("eth1",)
     assert config.option is OptionForm.EXPERIMENTAL
     assert config.seed == bytes.fromhex("00112233445566778899aabbccddeeff")
     assert config.xdp_mode is XdpMode.GENERIC
@@ -61,7 +61,7 @@ def test_everything(tmp_path):
     )
     assert second.mode is Mode.NEGOTIATED
     assert second.backends == (Backend(ip_address("fd00::11")), Backend(ip_address("fd00::12"), 0))
-    assert load_config(path, "eth9").interface == "eth9"
+    assert load_config(path, ("eth9", "eth8")).interfaces == ("eth9", "eth8")
 
 
 def test_from_arguments_and_from_a_file_are_the_same(tmp_path):
@@ -69,7 +69,7 @@ def test_from_arguments_and_from_a_file_are_the_same(tmp_path):
     path.write_text(
         'interface = "eth0"\n[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = ["10.0.0.11", "10.0.0.12*3"]\n'
     )
-    assert config_from_args("eth0", ["tcp://10.0.0.100:80=10.0.0.11, 10.0.0.12*3"]) == load_config(path)
+    assert config_from_args(["eth0"], ["tcp://10.0.0.100:80=10.0.0.11, 10.0.0.12*3"]) == load_config(path)
 
 
 BAD_VIPS = {

@@ -139,7 +139,9 @@ def test_scapy_reads_the_redirect(vip, experimental):
 # ---- whole frames ----
 
 
-def reference(experimental: bool = False, mode: str = "negotiated", fallback: str = "l2") -> packets.LoadBalancer:
+def reference(experimental: bool = False, mode: str = "negotiated", fallback: str = "l2", *,
+              elsewhere: bool = False) -> packets.LoadBalancer:  # fmt: skip
+    """``elsewhere``: the last backend of each family is behind another interface, with a small MTU."""
     mac, addresses = b"\2\0\0\0\0\2", [ipaddress.ip_address(f"10.0.0.{11 + i}").packed for i in range(4)]
     backends = [
         packets.Backend(a, bytes([2, 0, 0, 0, 1, i]), mac, cr=i != 2, on_link=i != 1, mtu=200 if i == 1 else 1500)
@@ -153,6 +155,9 @@ def reference(experimental: bool = False, mode: str = "negotiated", fallback: st
     ]
     four = maglev.table(61, [(mapped(b.address), 1, i) for i, b in enumerate(backends[:4])], SEED)
     six = maglev.table(61, [(b.address, 1, i + 4) for i, b in enumerate(backends[4:])], SEED)
+    if elsewhere:
+        for backend in (backends[3], backends[7]):
+            backend.elsewhere, backend.mtu = True, 150
     services = [
         packets.Service(VIP4, 80, mode, [], four),
         packets.Service(VIP4, 443, mode, [ipaddress.ip_network("10.0.0.0/15")], four),
@@ -225,13 +230,15 @@ def frames(draw):
     st.booleans(),
     st.sampled_from(["negotiated", "always"]),
     st.sampled_from(["auto", "l2", "ipip"]),
+    st.booleans(),
 )
-def test_frames(sequence, experimental, mode, fallback):
+def test_frames(sequence, experimental, mode, fallback, elsewhere):
     """Frame by frame: the same verdict and the same bytes, state included."""
-    expected = reference(experimental, mode, fallback)
+    expected = reference(experimental, mode, fallback, elsewhere=elsewhere)
     core = Core(expected)
     for frame in sequence:
         assert core.outcome(frame) == expected.handle(frame)
+        assert core.elsewhere == expected.elsewhere
 
 
 @settings(max_examples=200, deadline=None)

@@ -21,7 +21,7 @@ SEED = bytes(16)
 
 def config(*backends: object, **settings: object):
     return config_from_args(
-        "eth0", [f"tcp://10.0.0.100:80={','.join(map(str, backends))}"], ack_bypass=Bypass.ON, **settings
+        ["eth0"], [f"tcp://10.0.0.100:80={','.join(map(str, backends))}"], ack_bypass=Bypass.ON, **settings
     )
 
 
@@ -63,6 +63,33 @@ def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
             # and it may come back
             load_balancer.apply(config(FIRST, SECOND))
             await until(lambda: paths.lookup(mapped(SECOND)) is not None)
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_tables_that_are_full_are_named(make_lab, monkeypatch):
+    lab = make_lab("bridge")
+    monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
+    monkeypatch.setattr(engine, "NEARLY_FULL", 0.25)  # an LRU map this small forgets long before it is full
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST, SECOND, flows=256), SEED)
+        await load_balancer.start()
+        try:
+            assert not any(load_balancer.statistics()["daemon"].values())
+            for port in range(80):
+                key = mapped(ip_address("10.0.0.1")) + mapped(ip_address("10.0.0.100")) + struct.pack("!HH", port, 80)
+                load_balancer._maps["flows"].update(key, flow(0))
+            await until(lambda: load_balancer.statistics()["daemon"]["flows_nearly_full"])
+            counters = load_balancer._workers[0].counters
+            counters[lib.CRAB_C_FLOWS_FULL] += 3
+            await until(lambda: load_balancer.statistics()["daemon"]["cache_full"])
+            for _ in range(3):  # sweeps
+                await asyncio.sleep(0.06)
+            assert load_balancer.statistics()["daemon"]["cache_full"] == 1  # nothing new
         finally:
             await load_balancer.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import socket
+from collections import Counter
 
 import pytest
 from crablb._native import ffi, lib
@@ -10,12 +12,14 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from crablb.kernel.xsk import XskSocket
-from tests.native import Core
+from tests.native import ELSEWHERE, Core
+from tests.reference import packets
 from tests.test_differential import reference
 
 
 class Worker:
-    def __init__(self, xsk: XskSocket, core: Core) -> None:
+    def __init__(self, xsk: XskSocket, reference: packets.LoadBalancer) -> None:
+        core = Core(reference, ifindex=socket.if_nametoindex(xsk.interface))
         self.xsk, self.core = xsk, core
         self.c = ffi.gc(lib.crab_worker_new(xsk.handle, core.core, core.counters, -1), lib.crab_worker_free)
 
@@ -39,7 +43,7 @@ def test_every_frame_goes_somewhere(namespace, mode):
     lb, choose = reference(), random.Random(5)
     sent, expected, got = 0, [], []
     with namespace.wire() as wire, XskSocket("veth0", frames=256, ring=128, mode=mode) as xsk:
-        worker = Worker(xsk, Core(lb))
+        worker = Worker(xsk, lb)
         for _ in range(60):
             burst = choose.randrange(1, 100)
             for _ in range(burst):
@@ -75,23 +79,60 @@ def test_every_frame_goes_somewhere(namespace, mode):
 
 def test_waits_for_frames(namespace):
     with namespace.wire() as wire, XskSocket("veth0") as xsk:
-        worker = Worker(xsk, Core(reference()))
+        worker = Worker(xsk, reference())
         assert worker.once(1) == 0
         wire.send(syn(1))
         assert worker.once(10_000) == 1
         assert worker.core.counts() == {"received": 1, "sent": 1, "redirected": 1}
 
 
+def test_backends_behind_another_interface(namespace):
+    """Half of the backends are; what that interface refuses does not hold back the others."""
+    other = socket.if_nametoindex("veth0") + ELSEWHERE
+    namespace.ip("link", "add", "veth2", "index", str(other), "type", "veth", "peer", "name", "veth3")
+    namespace.ip("link", "set", "veth2", "up")
+    namespace.ip("link", "set", "veth3", "up")
+    lb = reference(elsewhere=True)
+    expected: dict[bool, list[bytes]] = {False: [], True: []}
+    reasons: Counter[str] = Counter()
+    with namespace.wire() as here, namespace.wire("veth3") as there, XskSocket("veth0") as xsk:
+        worker = Worker(xsk, lb)
+
+        def burst(first: int) -> int:
+            for port in range(first, first + 60):
+                here.send(syn(port))
+                reason, out = lb.handle(syn(port))
+                assert out
+                reasons[reason] += 1
+                expected[lb.elsewhere].append(out)
+            done = 0
+            while done < 60:
+                done += worker.once(10_000)
+            return len(expected[True])
+
+        away = burst(1)
+        assert 10 < away < 50
+        assert [here.recv(2048) for _ in expected[False]] == expected[False]
+        assert [there.recv(2048) for _ in expected[True]] == expected[True]
+        assert worker.core.counts() == {"received": 60, "sent": 60} | reasons
+        namespace.ip("link", "set", "veth2", "down")
+        expected[False].clear()
+        refused = burst(101) - away
+        assert [here.recv(2048) for _ in expected[False]] == expected[False]
+        counts = worker.core.counts()
+        assert counts == {"received": 120, "sent": 120 - refused, "drop_tx": refused} | reasons
+
+
 def test_stops(namespace):
     with XskSocket("veth0") as xsk:
-        worker = Worker(xsk, Core(reference()))
+        worker = Worker(xsk, reference())
         lib.crab_worker_stop(worker.c)
         assert lib.crab_worker_run(worker.c) == 0
 
 
 def test_a_link_that_is_down_keeps_its_frames(namespace):
     with namespace.wire() as wire, XskSocket("veth0") as xsk:
-        worker = Worker(xsk, Core(reference()))
+        worker = Worker(xsk, reference())
         wire.send(syn(1))
         assert xsk.wait(10)
         namespace.ip("link", "set", "veth0", "down")
@@ -106,6 +147,6 @@ def test_a_link_that_is_down_keeps_its_frames(namespace):
 
 def test_the_interface_goes(namespace):
     with XskSocket("veth0") as xsk:
-        worker = Worker(xsk, Core(reference()))
+        worker = Worker(xsk, reference())
         namespace.ip("link", "del", "veth0")
         assert lib.crab_worker_run(worker.c) == -100  # ENETDOWN

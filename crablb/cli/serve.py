@@ -22,8 +22,16 @@ log = structlog.get_logger()
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("serve", help="run the load balancer on an interface")
-    parser.add_argument("--iface", "--interface", dest="interface", metavar="IF")
+    parser = commands.add_parser("serve", help="run the load balancer")
+    parser.add_argument(
+        "--iface",
+        "--interface",
+        dest="interfaces",
+        action="append",
+        default=[],
+        metavar="IF",
+        help="where clients' packets come in; repeatable (backends may be behind any interface)",
+    )
     parser.add_argument(
         "--service",
         action="append",
@@ -45,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--option", choices=[f.value for f in OptionForm], help="the CR option's form")
     parser.add_argument("--xdp-mode", choices=[m.value for m in XdpMode], help="default: auto")
-    parser.add_argument("--queues", type=int, help="RX queues to serve (default: all)")
+    parser.add_argument("--queues", type=int, help="RX queues to serve of each interface (default: all)")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.set_defaults(run=run)
 
@@ -68,9 +76,9 @@ def read_config(args: argparse.Namespace) -> Config:
         ]
         if extra:
             raise ConfigError(f"{', '.join(extra)} cannot be given with --config; say it in {args.config}")
-        return config.load_config(args.config, args.interface)
+        return config.load_config(args.config, args.interfaces)
     problems = []
-    if not args.interface:
+    if not args.interfaces:
         problems.append("say which interface to serve: --iface eth0")
     if not args.service:
         problems.append("say what to serve: --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12, or --config FILE.toml")
@@ -91,7 +99,7 @@ def read_config(args: argparse.Namespace) -> Config:
         settings["xdp_mode"] = XdpMode(args.xdp_mode)
     if args.queues:
         settings["queues"] = args.queues
-    return config.config_from_args(args.interface, args.service, **settings)  # type: ignore[arg-type]
+    return config.config_from_args(args.interfaces, args.service, **settings)  # type: ignore[arg-type]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,8 +114,9 @@ def run(args: argparse.Namespace) -> int:
             log.warning("nothing to reload: there is no --config file")
             return
         try:
-            engine.apply(config.load_config(args.config, args.interface))
+            engine.apply(config.load_config(args.config, args.interfaces))
         except ConfigError as error:
+            engine.count("reloads_refused")
             for problem in error.problems:
                 log.error("not reloaded", reason=problem)
         else:
@@ -129,8 +138,7 @@ async def serve(engine: Engine, reload: Callable[[], None]) -> int:
     try:
         log.info(
             "serving",
-            interface=engine.config.interface,
-            xdp=engine.mode,
+            interfaces=engine.modes,
             queues=engine.queues,
             zero_copy=engine.zero_copy,
             ack_bypass=engine.bypass,

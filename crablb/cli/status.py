@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"{counters['flows']:,} fallback flows in the XDP program; it forwarded by itself")
     for vip, forwarded in counters["services"].items():
         print(f"  {vip:28} {forwarded['packets']:>14,} packets {forwarded['bytes']:>16,} bytes")
-    for title in ("xdp", "total"):
-        print("XDP program" if title == "xdp" else f"workers ({len(counters['workers'])})")
+    titles = {"xdp": "XDP program", "total": f"workers ({', '.join(counters['queues'])})", "daemon": "daemon"}
+    for title, words in titles.items():
+        print(words)
         for name, value in counters[title].items():
             if value:
                 print(f"  {name:28} {value:>14,}")

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import structlog
 from pyroute2 import IPRoute
+from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST, genlmsg
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.generic import GenericNetlinkSocket
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
 from crablb.errors import KernelError
@@ -33,6 +35,7 @@ NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, 
 NUD_PERMANENT = 0x80
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
+NETDEV_CMD_DEV_GET, NETDEV_XDP_ACT_NDO_XMIT = 1, 4
 
 log = structlog.get_logger()
 
@@ -56,6 +59,7 @@ class NextHop:
     src_mac: bytes = b""
     source: Address | None = None  # what the kernel would send from
     mtu: int = 0  # of the way: bytes of an IP packet
+    redirect: bool = False  # the interface takes what an XDP program redirects to it
 
     @property
     def on_link(self) -> bool:
@@ -82,6 +86,7 @@ class _Link(NamedTuple):
     mac: bytes
     mtu: int
     ethernet: bool
+    redirect: bool
 
 
 class _Tables(NamedTuple):
@@ -127,6 +132,30 @@ def interface_info(name: str) -> Interface:
         int(link.get_attr("IFLA_NUM_RX_QUEUES") or 1),
         str(((info := link.get_attr("IFLA_LINKINFO")) and info.get_attr("IFLA_INFO_KIND")) or ""),
     )
+
+
+class _Device(genlmsg):  # type: ignore[misc]
+    """A message of the generic netlink family "netdev" (Documentation/netlink/specs/netdev.yaml)."""
+
+    nla_map = (
+        ("NETDEV_A_DEV_UNSPEC", "none"),
+        ("NETDEV_A_DEV_IFINDEX", "uint32"),
+        ("NETDEV_A_DEV_PAD", "none"),
+        ("NETDEV_A_DEV_XDP_FEATURES", "uint64"),
+    )
+
+
+def xdp_features() -> dict[int, int]:
+    """What XDP programs can do with each interface, NETDEV_XDP_ACT_* by ifindex; empty before Linux 6.3."""
+    try:
+        with GenericNetlinkSocket() as sock:
+            sock.bind("netdev", _Device)
+            ask = _Device()
+            ask["cmd"], ask["version"] = NETDEV_CMD_DEV_GET, 1
+            answers = sock.nlm_request(ask, msg_type=sock.prid, msg_flags=NLM_F_REQUEST | NLM_F_DUMP)
+            return {a.get_attr("NETDEV_A_DEV_IFINDEX"): a.get_attr("NETDEV_A_DEV_XDP_FEATURES") for a in answers}
+    except NetlinkError:
+        return {}
 
 
 def _mac(text: str | None) -> bytes:
@@ -254,11 +283,14 @@ class NextHops:
         if not nud & NUD_VALID or len(mac) != 6:
             reason = f"{via[1]} does not answer on {link.name}"
             return NextHop(HopState.UNRESOLVED, reason, route.ifindex, route.gateway)
-        return NextHop(HopState.RESOLVED, "", route.ifindex, route.gateway, mac, link.mac, route.source, route.mtu)
+        return NextHop(
+            HopState.RESOLVED, "", route.ifindex, route.gateway, mac, link.mac, route.source, route.mtu, link.redirect
+        )
 
     # ---- in the netlink thread ----
 
     def _ask(self) -> _Tables:
+        features = xdp_features()
         with IPRoute() as ipr:
             links = {
                 link["index"]: _Link(
@@ -266,6 +298,7 @@ class NextHops:
                     _mac(link.get_attr("IFLA_ADDRESS")),
                     int(link.get_attr("IFLA_MTU")),
                     link["ifi_type"] == ARPHRD_ETHER,
+                    bool(features.get(link["index"], 0) & NETDEV_XDP_ACT_NDO_XMIT),
                 )
                 for link in ipr.get_links()
             }

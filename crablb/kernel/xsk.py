@@ -178,9 +178,9 @@ class XskSocket:
         self._program = program, link
         self.mode = link.mode
 
-    def register(self, sockets: bpf.Map) -> None:
-        """Put this socket into an XSKMAP, under its queue's number."""
-        sockets.update(self.queue, self.fd)
+    def register(self, sockets: bpf.Map, slot: int | None = None) -> None:
+        """Put this socket into an XSKMAP, under ``slot`` (default: its queue's number)."""
+        sockets.update(self.queue if slot is None else slot, self.fd)
 
     @property
     def handle(self) -> Any:

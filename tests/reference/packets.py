@@ -90,6 +90,7 @@ class Backend:
     usable: bool = True
     source: bytes = b"\x0a\0\0\2"  # of tunnels, 4 or 16 bytes as the address
     mtu: int = 1500
+    elsewhere: bool = False  # behind another interface than the clients
 
 
 @dataclass
@@ -110,9 +111,11 @@ class LoadBalancer:
         self.seed, self.experimental = seed, experimental
         self.syns: dict[tuple[bytes, bytes], tuple[int, int]] = {}  # four-tuple, ISN -> backend, copies
         self.flows: dict[bytes, int] = {}
+        self.elsewhere = False  # whether the last frame left by another interface than it came by
 
     def handle(self, frame: bytes) -> tuple[str, bytes | None]:
         """What becomes of a frame: the counter's name, and the frame that is sent (None: none is)."""
+        self.elsewhere = False
         l3 = 14
         if len(frame) < 34:
             return "drop_malformed", None
@@ -214,25 +217,30 @@ class LoadBalancer:
         packet = ip[:header] + tcp[:16] + struct.pack("!H", right) + tcp[18:]
         if not vip:
             return self.fall_back(outcome, frame[:l3], packet, service, four_tuple, chosen)
-        return outcome, backend.mac + backend.source_mac + frame[12:l3] + packet
+        return outcome, self.ethernet(frame[:l3], backend) + packet
+
+    def ethernet(self, old: bytes, backend: Backend) -> bytes:
+        """The Ethernet header to a backend.  VLAN tags are of no meaning on another interface."""
+        self.elsewhere = backend.elsewhere
+        return backend.mac + backend.source_mac + (old[-2:] if backend.elsewhere else old[12:])
 
     def fall_back(
         self, outcome: str, ethernet: bytes, ip: bytes, service: Service, four_tuple: bytes, chosen: int
     ) -> tuple[str, bytes | None]:
         """Direct server return: to the backend's MAC address, or encapsulated."""
         backend = self.backends[chosen]
-        macs = backend.mac + backend.source_mac
         same = len(backend.address) == len(service.vip)
         if service.fallback == "l2" and not (backend.on_link and same):
             return "drop_no_path", None
-        if backend.on_link and same and service.fallback != "ipip":
-            return outcome, macs + ethernet[12:] + ip
+        by_mac = backend.on_link and same and service.fallback != "ipip"
         v4 = len(service.vip) == 4
-        fits = backend.mtu - (20 if len(backend.address) == 4 else 40)
-        if len(ip) > fits:
+        fits = backend.mtu - (0 if by_mac else 20 if len(backend.address) == 4 else 40)
+        if len(ip) > fits and (not by_mac or backend.elsewhere):
             if v4 and not ip[6] & 0x40:
                 return "drop_too_big", None
             return "too_big", ethernet[6:12] + ethernet[:6] + ethernet[12:] + too_big(ip, fits)
+        if by_mac:
+            return outcome, self.ethernet(ethernet, backend) + ip
         traffic_class = ip[1] if v4 else int.from_bytes(ip[:2], "big") >> 4 & 0xFF
         protocol = 4 if v4 else 41
         if len(backend.address) == 4:
@@ -246,7 +254,7 @@ class LoadBalancer:
             outer = struct.pack("!IHBB", 6 << 28 | traffic_class << 20 | label, len(ip), protocol, 64)
             outer += backend.source + backend.address
             kind = b"\x86\xdd"
-        return outcome, macs + ethernet[12:-2] + kind + outer + ip
+        return outcome, self.ethernet(ethernet[:-2] + kind, backend) + outer + ip
 
 
 def too_big(ip: bytes, mtu: int) -> bytes:
