@@ -1,20 +1,27 @@
 """What a packet of a known fallback flow costs in the XDP program, and what flows cost in memory.
 
-By BPF_PROG_TEST_RUN, one packet of a random flow at a time: the kernel's own measure of one run, beside that of a
-program which only writes MAC addresses (mac.bpf.c) on the same packets in the same run.  Between two runs Python uses
-the caches, so these are figures of a cold start for every packet, with the harness (MAC only) in them.  Medians of
-ROUNDS rounds, with minimum and maximum.  Needs root.
+Beside a program which only writes MAC addresses (mac.bpf.c), on the same packets in the same run:
+
+- cold: by BPF_PROG_TEST_RUN, one packet of a random flow at a time, as the kernel measures it.  Between two runs Python
+  uses the caches, so every packet is a cold start; the harness (MAC only) is in the figures.
+- live: packets per second over a veth, the program alone on one core, a source (live.bpf.c) on another.
+
+Medians of ROUNDS rounds, with minimum and maximum.  Needs root.
 
     bypass.py [FLOWS ...]
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import socket
 import statistics
 import struct
 import subprocess
 import sys
+import time
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -26,29 +33,19 @@ from crablb.kernel import bpf
 from crablb.model import Vip, mapped
 
 ROUNDS = 5
-PACKETS = 4000  # a round
+PACKETS = 4000  # a round, cold
+SECONDS = 1.0  # a round, live
 VIP = Vip(ip_address("10.0.0.100"), 80)
 BACKEND = ip_address("10.0.0.11")
 
 
-def mac_program() -> bpf.Object:
+def compiled(name: str) -> bpf.Object:
     here = Path(__file__).parent
-    target = here / "build" / "mac.bpf.o"
+    target = here / "build" / f"{name}.bpf.o"
     target.parent.mkdir(exist_ok=True)
     triplet = subprocess.run(["gcc", "-print-multiarch"], capture_output=True, text=True, check=True).stdout.strip()
-    command = [
-        "clang",
-        "-target",
-        "bpf",
-        "-O2",
-        "-g",
-        f"-I/usr/include/{triplet}",
-        "-c",
-        here / "mac.bpf.c",
-        "-o",
-        target,
-    ]
-    subprocess.run(command, check=True)
+    command = ["clang", "-target", "bpf", "-O2", "-g", f"-I/usr/include/{triplet}", "-c", here / f"{name}.bpf.c"]
+    subprocess.run([*command, "-o", target], check=True)
     return bpf.Object(target)
 
 
@@ -89,30 +86,88 @@ def memory(flows: bpf.Map) -> int:
     return int(match[1]) if match else 0
 
 
-def main() -> None:
+def loaded(count: int, tunnel: bool, ifindex: int) -> bpf.Object:
+    """The load balancer's program with ``count`` places for flows, nine tenths of them taken."""
+    program = bpf.Object(bpf.object_path("lb"), max_entries={"flows": count})
+    program.map("services").update(VIP.key(), 0)
+    path = flowmap.path(BACKEND, bytes(12), 1500, ip_address("10.0.0.2"), ifindex, tx=True, redirect=False)
+    program.map("paths").update(mapped(BACKEND), path)
+    # An LRU map makes room before it is full; what it threw out must not be measured.
+    fill(program.map("flows"), count * 9 // 10, tunnel)
+    return program
+
+
+def cold(counts: list[int]) -> None:
     random = np.random.default_rng(1)
-    print(f"{'ns per packet (median, min - max)':34} {'bypass':>22} {'MAC only':>22} {'memory':>10}")
-    with mac_program() as mac:
-        for count in [int(n) for n in sys.argv[1:]] or (1_000, 100_000, 1_000_000):
-            for tunnel in (False, True):
-                with bpf.Object(bpf.object_path("lb"), max_entries={"flows": count}) as loaded:
-                    loaded.map("services").update(VIP.key(), 0)
-                    # Test runs come in by interface 1, lo.
-                    path = flowmap.path(BACKEND, bytes(12), 1500, ip_address("10.0.0.2"), 1, tx=True, redirect=False)
-                    loaded.map("paths").update(mapped(BACKEND), path)
-                    # An LRU map makes room before it is full; what it threw out must not be measured.
-                    fill(loaded.map("flows"), count * 9 // 10, tunnel)
-                    there = flowmap.read(loaded.map("flows"))[0]
-                    clients = there["client"][:, 12:].copy().view(">u4")[:, 0].astype(np.int64) - 0x0B000000
-                    numbers = (clients << 14) + there["cport"].astype(np.int64) - 1024
-                    ours, theirs = [], []
-                    for _ in range(ROUNDS):
-                        picks = random.choice(numbers, PACKETS).tolist()
-                        ours.append(run(loaded.program("crab_lb"), picks))
-                        theirs.append(run(mac.program("mac"), picks))
-                    name = f"{count:,} flows, {'IP in IP' if tunnel else 'by MAC address'}"
-                    columns = (f"{statistics.median(t):6.0f} ({min(t):5.0f} - {max(t):5.0f})" for t in (ours, theirs))
-                    print(f"{name:34} {'   '.join(columns)} {memory(loaded.map('flows')) / 2**20:6.1f} MiB", flush=True)
+    print(f"{'cold: ns per packet':34} {'bypass':>22} {'MAC only':>22} {'memory':>10}")
+    with compiled("mac") as mac:
+        for count, tunnel in itertools.product(counts, (False, True)):
+            with loaded(count, tunnel, 1) as lb:  # test runs come in by interface 1, lo
+                there = flowmap.read(lb.map("flows"))[0]
+                clients = there["client"][:, 12:].copy().view(">u4")[:, 0].astype(np.int64) - 0x0B000000
+                numbers = (clients << 14) + there["cport"].astype(np.int64) - 1024
+                ours, theirs = [], []
+                for _ in range(ROUNDS):
+                    picks = random.choice(numbers, PACKETS).tolist()
+                    ours.append(run(lb.program("crab_lb"), picks))
+                    theirs.append(run(mac.program("mac"), picks))
+                columns = (f"{statistics.median(t):6.0f} ({min(t):5.0f} - {max(t):5.0f})" for t in (ours, theirs))
+                memory_ = memory(lb.map("flows")) / 2**20
+                print(f"{named(count, tunnel):34} {'   '.join(columns)} {memory_:6.1f} MiB", flush=True)
+
+
+def named(count: int, tunnel: bool) -> str:
+    return f"{count:,} flows, {'IP in IP' if tunnel else 'by MAC address'}"
+
+
+def packets_per_second(source: bpf.Object, attached: bpf.Program) -> float:
+    """What one core forwards: the source on CPU 0, veth0 with the program on CPU 1."""
+    near, far = socket.if_nametoindex("veth0"), socket.if_nametoindex("veth1")
+    with attached.attach_xdp(near, "native"), source.program("sink").attach_xdp(far, "native"):
+        Path("/sys/class/net/veth0/threaded").write_text("1")
+        for status in Path("/proc").glob("[0-9]*/comm"):
+            if status.read_text().startswith("napi/veth0"):
+                os.sched_setaffinity(int(status.parent.name), {1})
+        os.sched_setaffinity(0, {0})
+        program, start = source.program("source"), source.map("received").sum_u64(0)
+        began = time.monotonic()
+        while (took := time.monotonic() - began) < SECONDS:
+            program.run_live(bytes(60), far, 1 << 18)
+        return (source.map("received").sum_u64(0) - start) / took
+
+
+def live(counts: list[int]) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        print("live: left out, it needs two CPUs")
+        return
+    print(f"{'live: packets per second, 10^6':34} {'bypass':>22} {'MAC only':>22} {'ratio':>10}")
+    subprocess.run(["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1"], check=True)
+    for name in ("veth0", "veth1"):
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        subprocess.run(["ip", "link", "set", name, "up"], check=True)
+    with compiled("mac") as mac, compiled("live") as source:
+        for count, tunnel in itertools.product(counts, (False, True)):
+            with loaded(count, tunnel, socket.if_nametoindex("veth0")) as lb:
+                source.map("settings").update(0, struct.pack("=I", count * 9 // 10))
+                ours, theirs = [], []
+                for _ in range(ROUNDS):
+                    ours.append(packets_per_second(source, lb.program("crab_lb")) / 1e6)
+                    theirs.append(packets_per_second(source, mac.program("mac")) / 1e6)
+                columns = (f"{statistics.median(t):6.2f} ({min(t):5.2f} - {max(t):5.2f})" for t in (ours, theirs))
+                ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+                print(f"{named(count, tunnel):34} {'   '.join(columns)} {ratio:10.2f}", flush=True)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--live"]:
+        live([int(n) for n in arguments[1:]])
+        return
+    counts = [int(n) for n in arguments] or [1_000, 100_000, 1_000_000]
+    cold(counts)
+    # In a network namespace of its own, whose /sys says what is in it.
+    inside = ["unshare", "--net", "--mount", "sh", "-c", 'mount -t sysfs sysfs /sys && exec "$@"', "sh"]
+    subprocess.run([*inside, sys.executable, __file__, "--live", *map(str, counts)], check=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ XDP_FLAGS_SKB_MODE = 1 << 1
 XDP_FLAGS_DRV_MODE = 1 << 2
 
 lib.crab_log_install()
+
+
+BPF_F_TEST_XDP_LIVE_FRAMES = 1 << 1  # linux/bpf.h
 
 
 class BpfError(KernelError):
@@ -367,6 +371,20 @@ class Program(_Descriptor):
             bytes(ffi.buffer(ctx_out, opts.ctx_size_out)) if context else b"",
             int(opts.duration),
         )
+
+    def run_live(self, data: bytes, ifindex: int, repeat: int) -> None:
+        """Run an XDP program ``repeat`` times on a packet as if it came in by an interface, and do what it returns.
+
+        Source: Documentation/bpf/bpf_prog_run.rst, "Running XDP programs in live frame mode".
+        """
+        context = struct.pack("=6I", 0, len(data), 0, ifindex, 0, 0)  # struct xdp_md
+        data_in, ctx_in = ffi.from_buffer(data), ffi.from_buffer(context)
+        opts = ffi.new("struct bpf_test_run_opts *")
+        opts.sz = ffi.sizeof("struct bpf_test_run_opts")
+        opts.repeat, opts.flags = repeat, BPF_F_TEST_XDP_LIVE_FRAMES
+        opts.data_in, opts.data_size_in = data_in, len(data)
+        opts.ctx_in, opts.ctx_size_in = ctx_in, len(context)
+        _check(lib.bpf_prog_test_run_opts(self.fd, opts), f"cannot run program {self.name} on live frames")
 
 
 class Link(_Descriptor):
