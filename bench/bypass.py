@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import time
-from ipaddress import ip_address
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,14 @@ from crablb._native import lib
 
 from crablb import flowmap
 from crablb.kernel import bpf
-from crablb.model import Vip, mapped
+from crablb.model import Vip
 
 ROUNDS = 5
 PACKETS = 4000  # a round, cold
 SECONDS = 1.0  # a round, live
-VIP = Vip(ip_address("10.0.0.100"), 80)
-BACKEND = ip_address("10.0.0.11")
+VIP = Vip(IPv4Address("10.0.0.100"), 80)
+BACKEND = IPv4Address("10.0.0.11")
+SEED = bytes(16)
 
 
 def compiled(name: str) -> bpf.Object:
@@ -62,12 +63,15 @@ def packet(i: int) -> bytes:
     return bytes(12) + b"\x08\x00" + ip + tcp + bytes(6)
 
 
-def fill(flows: bpf.Map, count: int, tunnel: bool) -> None:
-    prefix, vip = bytes(10) + b"\xff\xff", mapped(VIP.address)
-    entry = mapped(BACKEND) + struct.pack("<IBBBB", flowmap.now(), lib.CRAB_FLOW_OPEN, tunnel, 0, 0)
-    for i in range(count):
-        address, port = client(i)
-        flows.update(prefix + address + vip + struct.pack("!HH", port, VIP.port), entry)
+def fill(table: flowmap.FlowTable, count: int, tunnel: bool) -> list[int]:
+    """Flows 0 to ``count`` - 1; returns those that found room."""
+    flags = lib.CRAB_FLOW_TUNNEL if tunnel else 0
+    return [
+        i
+        for i in range(count)
+        for address, port in [client(i)]
+        if table.add(flowmap.flow_hash(SEED, IPv4Address(address), port, VIP.address, VIP.port), 0, 0, flags=flags)
+    ]
 
 
 def run(program: bpf.Program, picks: list[int]) -> float:
@@ -86,15 +90,15 @@ def memory(flows: bpf.Map) -> int:
     return int(match[1]) if match else 0
 
 
-def loaded(count: int, tunnel: bool, ifindex: int) -> bpf.Object:
-    """The load balancer's program with ``count`` places for flows, nine tenths of them taken."""
-    program = bpf.Object(bpf.object_path("lb"), max_entries={"flows": count})
+def loaded(count: int, tunnel: bool, ifindex: int) -> tuple[bpf.Object, list[int]]:
+    """The load balancer's program with ``count`` flows, and the numbers of those that found room."""
+    buckets = flowmap.buckets_for(count)
+    program = bpf.Object(bpf.object_path("lb"), max_entries={"flows": buckets})
     program.map("services").update(VIP.key(), 0)
-    path = flowmap.path(BACKEND, bytes(12), 1500, ip_address("10.0.0.2"), ifindex, tx=True, redirect=False)
-    program.map("paths").update(mapped(BACKEND), path)
-    # An LRU map makes room before it is full; what it threw out must not be measured.
-    fill(program.map("flows"), count * 9 // 10, tunnel)
-    return program
+    program.map("hashing").update(0, flowmap.hashing(SEED, buckets))
+    path = flowmap.path(BACKEND, bytes(12), 1500, IPv4Address("10.0.0.2"), ifindex, tx=True, redirect=False)
+    program.map("paths").update(0, path)
+    return program, fill(flowmap.FlowTable(program.map("flows")), count, tunnel)
 
 
 def cold(counts: list[int]) -> None:
@@ -102,10 +106,8 @@ def cold(counts: list[int]) -> None:
     print(f"{'cold: ns per packet':34} {'bypass':>22} {'MAC only':>22} {'memory':>10}")
     with compiled("mac") as mac:
         for count, tunnel in itertools.product(counts, (False, True)):
-            with loaded(count, tunnel, 1) as lb:  # test runs come in by interface 1, lo
-                there = flowmap.read(lb.map("flows"))[0]
-                clients = there["client"][:, 12:].copy().view(">u4")[:, 0].astype(np.int64) - 0x0B000000
-                numbers = (clients << 14) + there["cport"].astype(np.int64) - 1024
+            lb, numbers = loaded(count, tunnel, 1)  # test runs come in by interface 1, lo
+            with lb:
                 ours, theirs = [], []
                 for _ in range(ROUNDS):
                     picks = random.choice(numbers, PACKETS).tolist()
@@ -147,8 +149,9 @@ def live(counts: list[int]) -> None:
         subprocess.run(["ip", "link", "set", name, "up"], check=True)
     with compiled("mac") as mac, compiled("live") as source:
         for count, tunnel in itertools.product(counts, (False, True)):
-            with loaded(count, tunnel, socket.if_nametoindex("veth0")) as lb:
-                source.map("settings").update(0, struct.pack("=I", count * 9 // 10))
+            lb, _ = loaded(count, tunnel, socket.if_nametoindex("veth0"))
+            with lb:
+                source.map("settings").update(0, struct.pack("=I", count))
                 ours, theirs = [], []
                 for _ in range(ROUNDS):
                     ours.append(packets_per_second(source, lb.program("crab_lb")) / 1e6)

@@ -22,25 +22,41 @@
 #define IP_MF_OFFSET 0x3fff /* more-fragments flag and fragment offset */
 
 struct {
-    __uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+    __uint(type, BPF_MAP_TYPE_HASH);
     __uint(max_entries, CRAB_MAX_SERVICES);
     __uint(map_flags, BPF_F_NO_PREALLOC);
     __type(key, struct crab_vip);
-    __type(value, struct crab_service_counters);
+    __type(value, __u32);
 } services SEC(".maps");
 
 struct {
-    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
     __uint(max_entries, 1); /* user space says how many */
-    __type(key, struct crab_flow_id);
-    __type(value, struct crab_flow_entry);
+    __type(key, __u32);
+    __type(value, struct crab_service_counters);
+} service_counters SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, struct crab_hashing);
+} hashing SEC(".maps");
+
+/* A hash table of our own in an array: an entry is one cache line away, where the kernel's hash maps need three or four;
+ * and user space, which maps it, adds, ages and counts flows without system calls. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 1); /* user space says how many: a power of two */
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __type(key, __u32);
+    __type(value, struct crab_bucket);
 } flows SEC(".maps");
 
 struct {
-    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(type, BPF_MAP_TYPE_ARRAY);
     __uint(max_entries, 65536);
-    __uint(map_flags, BPF_F_NO_PREALLOC);
-    __type(key, struct crab_address);
+    __type(key, __u32);
     __type(value, struct crab_path);
 } paths SEC(".maps");
 
@@ -107,7 +123,8 @@ static __always_inline __u32 fold(__u64 sum)
 
 struct packet {
     struct crab_vip vip;
-    struct crab_flow_id id;
+    __u8 client[16];
+    __be16 cport;
     __u32 pseudo; /* sum of the TCP pseudo-header */
     __u32 frame;   /* bytes */
     __u16 l3, len; /* of the IP packet: offset, length in bytes */
@@ -115,8 +132,7 @@ struct packet {
 };
 
 /* Put an IP header in front of the frame's own (RFC 2003, RFC 2473, RFC 4213). */
-static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *p, const struct crab_address *to,
-                                       const struct crab_path *path)
+static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *p, const struct crab_path *path)
 {
     struct {
         struct ethhdr eth;
@@ -134,13 +150,13 @@ static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *
         six = (void *)(long)ctx->data;
         if ((void *)(six + 1) > (void *)(long)ctx->data_end)
             return -1;
-        __u32 label = (__u32)p->id.cport ^ p->pseudo; /* RFC 6438: any function of the flow */
+        __u32 label = (__u32)p->cport ^ p->pseudo; /* RFC 6438: any function of the flow */
         __builtin_memcpy(&six->eth, path->macs, 12);
         six->eth.h_proto = bpf_htons(ETH_P_IPV6);
         struct ipv6hdr ip = {.payload_len = bpf_htons(p->len), .nexthdr = proto, .hop_limit = 64};
         *(__be32 *)&ip = bpf_htonl(6u << 28 | (__u32)p->class << 20 | (label & 0xfffff));
         __builtin_memcpy(&ip.saddr, path->tunnel_src, 16);
-        __builtin_memcpy(&ip.daddr, to->addr, 16);
+        __builtin_memcpy(&ip.daddr, path->addr, 16);
         __builtin_memcpy(&six->ip, &ip, sizeof ip);
         return 0;
     }
@@ -161,7 +177,7 @@ static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *
         .protocol = proto,
     };
     __builtin_memcpy(&ip.saddr, path->tunnel_src + 12, 4);
-    __builtin_memcpy(&ip.daddr, to->addr + 12, 4);
+    __builtin_memcpy(&ip.daddr, path->addr + 12, 4);
     __u64 sum = 0;
     __u16 *words = (void *)&ip;
     for (int i = 0; i < 10; i++)
@@ -175,29 +191,107 @@ static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *
 #define SYN 2
 #define RST 4
 
-/* Forward a known flow's packet; flags: its TCP flags.  Returns an XDP action, or -1: user space decides. */
+static __always_inline __u64 rotate(__u64 x, int bits)
+{
+    return x << bits | x >> (64 - bits);
+}
+
+static __always_inline void sip_round(__u64 v[4])
+{
+    v[0] += v[1];
+    v[1] = rotate(v[1], 13) ^ v[0];
+    v[0] = rotate(v[0], 32);
+    v[2] += v[3];
+    v[3] = rotate(v[3], 16) ^ v[2];
+    v[0] += v[3];
+    v[3] = rotate(v[3], 21) ^ v[0];
+    v[2] += v[1];
+    v[1] = rotate(v[1], 17) ^ v[2];
+    v[2] = rotate(v[2], 32);
+}
+
+static __always_inline void sip_word(__u64 v[4], __u64 word)
+{
+    v[3] ^= word;
+    sip_round(v);
+    v[0] ^= word;
+}
+
+/* The connection's hash as native/hash.h has it: SipHash-1-3 over source, destination and ports. */
+static __always_inline __u64 flow_hash(const struct crab_hashing *h, const struct packet *p)
+{
+    __u64 v[4] = {h->key[0] ^ 0x736f6d6570736575ull, h->key[1] ^ 0x646f72616e646f6dull,
+                  h->key[0] ^ 0x6c7967656e657261ull, h->key[1] ^ 0x7465646279746573ull};
+    const __u32 *client = (const void *)p->client, *vip = (const void *)p->vip.addr;
+    __u64 last = (__u64)p->cport | (__u64)p->vip.port << 16;
+    if (p->v6) {
+        sip_word(v, (__u64)client[1] << 32 | client[0]);
+        sip_word(v, (__u64)client[3] << 32 | client[2]);
+        sip_word(v, (__u64)vip[1] << 32 | vip[0]);
+        sip_word(v, (__u64)vip[3] << 32 | vip[2]);
+        last |= 36ull << 56;
+    } else {
+        sip_word(v, (__u64)vip[3] << 32 | client[3]);
+        last |= 12ull << 56;
+    }
+    sip_word(v, last);
+    v[2] ^= 0xff;
+    sip_round(v);
+    sip_round(v);
+    sip_round(v);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* Forward a known flow's packet; flags: its TCP flags.  Returns an XDP action, or -1: it is none, or user space decides. */
 static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, __u32 flags)
 {
-    struct crab_flow_entry *f = bpf_map_lookup_elem(&flows, &p->id);
-    if (!f)
+    __u32 zero = 0;
+    struct crab_hashing *h = bpf_map_lookup_elem(&hashing, &zero);
+    if (!h)
+        return -1;
+    __u64 hash = flow_hash(h, p);
+    __u32 index = (__u32)hash & h->mask;
+    struct crab_bucket *bucket = bpf_map_lookup_elem(&flows, &index);
+    if (!bucket)
+        return -1;
+    volatile struct crab_flow *f;
+    if (bucket->flows[0].hash == hash)
+        f = &bucket->flows[0];
+    else if (bucket->flows[1].hash == hash)
+        f = &bucket->flows[1];
+    else if (bucket->flows[2].hash == hash)
+        f = &bucket->flows[2];
+    else if (bucket->flows[3].hash == hash)
+        f = &bucket->flows[3];
+    else
+        return -1;
+    union {
+        __u64 word;
+        struct {
+            __u16 backend, service, seen;
+            __u8 state, flags;
+        };
+    } flow = {.word = *(volatile __u64 *)&f->backend};
+    if (f->hash != hash)
         return -1;
     if (flags & SYN) {
-        f->ask = 1;
+        f->flags = flow.flags | CRAB_FLOW_ASK;
         return -1;
     }
-    __u32 now = (__u32)(bpf_ktime_get_coarse_ns() / 1000000000u);
-    if (now - f->seen > (f->state == CRAB_FLOW_OPEN ? CRAB_AGE_OPEN : CRAB_AGE_ENDING)) {
-        bpf_map_delete_elem(&flows, &p->id);
+    __u16 now = (__u16)(bpf_ktime_get_coarse_ns() / 1000000000u);
+    __u16 age = now - flow.seen;
+    if (age <= CRAB_AGE_NEGATIVE && age > (flow.state == CRAB_FLOW_OPEN ? CRAB_AGE_OPEN : CRAB_AGE_ENDING)) {
+        f->hash = 0;
         return -1;
     }
-    if (f->ask || p->l3 != ETH_HLEN)
+    if (flow.flags & CRAB_FLOW_ASK || p->l3 != ETH_HLEN)
         return -1;
-    struct crab_address to;
-    __builtin_memcpy(to.addr, f->backend, 16);
-    struct crab_path *path = bpf_map_lookup_elem(&paths, &to);
-    if (!path)
+    __u32 backend = flow.backend, service = flow.service;
+    struct crab_path *path = bpf_map_lookup_elem(&paths, &backend);
+    struct crab_service_counters *counters = bpf_map_lookup_elem(&service_counters, &service);
+    if (!path || !counters)
         return -1;
-    __u32 tunnel = f->tunnel, ifindex = path->ifindex, outer = 0;
+    __u32 tunnel = flow.flags & CRAB_FLOW_TUNNEL, ifindex = path->ifindex, outer = 0;
     int back = ifindex == ctx->ingress_ifindex, tx = back && path->tx;
     if (!tx && !path->redirect)
         return -1;
@@ -205,10 +299,10 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         outer = path->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
     if ((tunnel || !back) && p->len + outer > path->mtu)
         return -1; /* user space tells the client */
-    if (f->seen != now)
+    if (flow.seen != now)
         f->seen = now;
     if (flags & RST)
-        bpf_map_delete_elem(&flows, &p->id);
+        f->hash = 0;
     else if (flags & FIN)
         f->state = CRAB_FLOW_ENDING;
 
@@ -217,7 +311,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         int padding = (int)p->frame - (int)(ETH_HLEN + p->len);
         if (padding > 0 && bpf_xdp_adjust_tail(ctx, -padding))
             return XDP_DROP;
-        if (encapsulate(ctx, p, &to, path))
+        if (encapsulate(ctx, p, path))
             return XDP_DROP;
     } else {
         void *data = (void *)(long)ctx->data;
@@ -226,6 +320,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         __builtin_memcpy(data, path->macs, 12);
     }
     count(CRAB_XDP_FLOW);
+    counters->packets++;
+    counters->bytes += p->frame;
     return tx ? XDP_TX : (int)bpf_redirect(ifindex, 0);
 }
 
@@ -240,22 +336,22 @@ static __always_inline int parse_quote(void *quote, void *end, struct packet *p)
         if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
             return -1;
         __builtin_memcpy(p->vip.addr, &ip->saddr, 16);
-        __builtin_memcpy(p->id.client, &ip->daddr, 16);
+        __builtin_memcpy(p->client, &ip->daddr, 16);
         ports = (void *)(ip + 1);
     } else {
         struct iphdr *ip = quote;
         if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
             (ip->frag_off & bpf_htons(0x1fff)))
             return -1;
-        p->vip.addr[10] = p->vip.addr[11] = p->id.client[10] = p->id.client[11] = 0xff;
+        p->vip.addr[10] = p->vip.addr[11] = p->client[10] = p->client[11] = 0xff;
         __builtin_memcpy(p->vip.addr + 12, &ip->saddr, 4);
-        __builtin_memcpy(p->id.client + 12, &ip->daddr, 4);
+        __builtin_memcpy(p->client + 12, &ip->daddr, 4);
         ports = (void *)(ip + 1);
     }
     if ((void *)(ports + 2) > end) /* eight bytes, as RFC 792 has it */
         return -1;
-    p->vip.port = p->id.vport = ports->source;
-    p->id.cport = ports->dest;
+    p->vip.port = ports->source;
+    p->cport = ports->dest;
     return 0;
 }
 
@@ -294,9 +390,9 @@ int crab_lb(struct xdp_md *ctx)
             return pass(CRAB_XDP_PASS_IP_OPTIONS);
         if (ip->frag_off & bpf_htons(IP_MF_OFFSET))
             return pass(CRAB_XDP_PASS_FRAGMENT);
-        p.vip.addr[10] = p.vip.addr[11] = p.id.client[10] = p.id.client[11] = 0xff;
+        p.vip.addr[10] = p.vip.addr[11] = p.client[10] = p.client[11] = 0xff;
         __builtin_memcpy(p.vip.addr + 12, &ip->daddr, 4);
-        __builtin_memcpy(p.id.client + 12, &ip->saddr, 4);
+        __builtin_memcpy(p.client + 12, &ip->saddr, 4);
         p.class = ip->tos;
         p.len = bpf_ntohs(ip->tot_len);
         sum = (__u64)ip->saddr + ip->daddr + bpf_htons((__u16)(p.len - sizeof *ip));
@@ -324,7 +420,7 @@ int crab_lb(struct xdp_md *ctx)
             return pass(CRAB_XDP_PASS_NOT_VIP);
         }
         __builtin_memcpy(p.vip.addr, &ip->daddr, 16);
-        __builtin_memcpy(p.id.client, &ip->saddr, 16);
+        __builtin_memcpy(p.client, &ip->saddr, 16);
         p.class = (__u8)(bpf_ntohl(*(__be32 *)ip) >> 20);
         p.len = (__u16)(bpf_ntohs(ip->payload_len) + sizeof *ip);
         p.v6 = 1;
@@ -344,22 +440,17 @@ int crab_lb(struct xdp_md *ctx)
         if (p.v6 ? !(*kind >= 1 && *kind <= 4) : *kind != 3 && *kind != 11 && *kind != 12)
             return pass(CRAB_XDP_PASS_NOT_VIP);
         __builtin_memset(&p.vip.addr, 0, 16);
-        __builtin_memset(&p.id.client, 0, 16);
+        __builtin_memset(&p.client, 0, 16);
         if (parse_quote(icmp + 8, end, &p))
             return pass(CRAB_XDP_PASS_NOT_VIP);
     } else {
         if ((void *)(tcp + 1) > end)
             return pass(CRAB_XDP_PASS_MALFORMED);
-        p.vip.port = p.id.vport = tcp->dest;
-        p.id.cport = tcp->source;
+        p.vip.port = tcp->dest;
+        p.cport = tcp->source;
         p.pseudo = fold(sum + bpf_htons(IPPROTO_TCP));
         flags = (tcp->syn ? SYN : 0) | (tcp->fin ? FIN : 0) | (tcp->rst ? RST : 0);
     }
-    struct crab_service_counters *service = bpf_map_lookup_elem(&services, &p.vip);
-    if (!service)
-        return pass(CRAB_XDP_PASS_NOT_VIP);
-    __builtin_memcpy(p.id.vip, p.vip.addr, 16);
-
     /* A virtual neighbour (veth, virtio) may have left the checksum to a network card that does not exist: the field holds
      * the pseudo-header's sum alone.  User space completes it. */
     int incomplete = 0;
@@ -368,11 +459,10 @@ int crab_lb(struct xdp_md *ctx)
     int verdict = -1;
     if ((__u32)p.l3 + p.len <= p.frame && !incomplete)
         verdict = forward(ctx, &p, flags);
-    if (verdict >= 0) {
-        service->packets++;
-        service->bytes += p.frame;
+    if (verdict >= 0)
         return verdict;
-    }
+    if (!bpf_map_lookup_elem(&services, &p.vip))
+        return pass(CRAB_XDP_PASS_NOT_VIP);
 
     __u32 ifindex = ctx->ingress_ifindex, queue = ctx->rx_queue_index;
     struct crab_queues *queues = bpf_map_lookup_elem(&interfaces, &ifindex);

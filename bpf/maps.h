@@ -37,7 +37,8 @@ struct crab_vip {
     __u8 pad;
 };
 
-/* Value of map `services` (per CPU): what the XDP program forwarded by itself. */
+/* Value of map `services`: the service's index into map `service_counters`, whose values (per CPU) say what the XDP
+ * program forwarded by itself. */
 struct crab_service_counters {
     __u64 packets;
     __u64 bytes; /* of frames, as they came */
@@ -48,12 +49,11 @@ struct crab_address {
     __u8 addr[16];
 };
 
-/* Key of map `flows`: a connection that goes by fallback. */
-struct crab_flow_id {
-    __u8 client[16];
-    __u8 vip[16];
-    __be16 cport;
-    __be16 vport;
+/* The only value of map `hashing`: how connections are found in map `flows`. */
+struct crab_hashing {
+    __u64 key[2]; /* of SipHash-1-3 */
+    __u32 mask;   /* buckets of `flows` - 1 */
+    __u32 pad;
 };
 
 #define CRAB_FLOW_OPEN 1
@@ -66,26 +66,41 @@ struct crab_flow_id {
 #define CRAB_AGE_OPEN 7800
 #define CRAB_AGE_ENDING 120
 
-/* Value of map `flows`: made by user space, kept current by the XDP program. */
-struct crab_flow_entry {
-    __u8 backend[16];
-    __u32 seen;  /* second of the last packet, CLOCK_MONOTONIC_COARSE */
-    __u8 state;  /* CRAB_FLOW_* */
-    __u8 tunnel; /* 1: encapsulated, 0: by MAC address */
-    __u8 ask;    /* a SYN came: user space decides anew about the flow's next packet */
-    __u8 pad;
+/* An age above this is none: the packet's clock was read a little before that of another CPU, which wrote `seen`. */
+#define CRAB_AGE_NEGATIVE 0xff00
+
+#define CRAB_FLOW_TUNNEL 1 /* encapsulated; else by MAC address */
+#define CRAB_FLOW_ASK 2    /* a SYN came: user space decides anew about the flow's next packet */
+
+/* A connection that goes by fallback, in map `flows`: made by user space, kept current by the XDP program.  It is known by
+ * the hash of its four-tuple alone, which nobody can steer who does not know the key.  Written are the words: first `hash`
+ * as 0, then the second, then `hash`; who reads looks at `hash` again in the end. */
+struct crab_flow {
+    __u64 hash;    /* 0: free */
+    __u16 backend; /* index into map `paths` */
+    __u16 service; /* index into map `service_counters` */
+    __u16 seen;    /* second of the last packet, CLOCK_MONOTONIC_COARSE, modulo 2^16 */
+    __u8 state;    /* CRAB_FLOW_OPEN, CRAB_FLOW_ENDING */
+    __u8 flags;    /* CRAB_FLOW_TUNNEL, CRAB_FLOW_ASK */
 };
 
-/* Value of map `paths` (key: a backend's struct crab_address): how frames get there. */
+/* Value of map `flows`: the flows whose hash ends in its index.  One cache line. */
+#define CRAB_BUCKET 4
+struct crab_bucket {
+    struct crab_flow flows[CRAB_BUCKET];
+};
+
+/* Value of map `paths` (index: a backend's id): whose it is, and how frames get there.  One cache line. */
 struct crab_path {
+    __u8 addr[16];
+    __u8 tunnel_src[16];
     __u8 macs[12]; /* destination, source */
     __u32 mtu;
-    __u8 tunnel_src[16];
     __u32 ifindex; /* interface to send on */
     __u8 v6;       /* 1: the outer header is an IPv6 one */
     __u8 tx;       /* 1: what came in by that interface may go out again by XDP_TX */
-    __u8 redirect; /* 1: the interface takes what is sent by XDP_REDIRECT */
-    __u8 pad;
+    __u8 redirect; /* 1: the interface takes what is sent by XDP_REDIRECT; with neither, user space forwards */
+    __u8 pad[9];
 };
 
 /* What the XDP program did with a packet: index into map `xdp_counters` (per CPU, __u64 each). */

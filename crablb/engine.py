@@ -8,6 +8,7 @@ store a worker.  A snapshot that was replaced is freed when no worker uses it an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -66,9 +67,13 @@ RESOLVE_TIMEOUT = 1.0
 SWEEP_INTERVAL = 30.0  # seconds
 #: From this share on, a full flow map is named: an LRU map of the kernel forgets before it is quite full.
 NEARLY_FULL = 0.9
+#: How many services can be added at the least without a restart.
+SERVICES = 4096
 #: What ``crablb status`` reads, and the next daemon takes over.
 PINNED = (
     "services",
+    "service_counters",
+    "hashing",
     "sockets",
     "interfaces",
     "flows",
@@ -100,8 +105,16 @@ def maglev_table(members: Mapping[int, Backend], size: int, seed: bytes) -> Tabl
 class _Snapshot:
     """A C snapshot and the Maglev tables that it points to."""
 
-    def __init__(self, config: Config, seed: bytes, ids: Mapping[Address, int], hops: Mapping[Address, NextHop],
-                 bypassed: Container[Address], tables: dict[Any, Table]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        seed: bytes,
+        ids: Mapping[Address, int],
+        hops: Mapping[Address, NextHop],
+        bypassed: Container[Address],
+        indices: Mapping[bytes, int],
+        tables: dict[Any, Table],
+    ) -> None:
         self.tables: dict[Any, Table] = {}
         known = {b.address: b for service in config.services for b in service.backends}
         dead = {address for address, b in known.items() if b.state is State.DEAD}
@@ -137,6 +150,7 @@ class _Snapshot:
             entry.mode = MODES[service.mode]
             entry.fallback = FALLBACKS[service.fallback]
             entry.on_dead = ON_DEAD[service.on_dead]
+            entry.index = indices[service.vip.key()]
             entry.first_prefix, entry.prefix_count = len(prefixes), len(service.redirect_clients)
             for prefix in service.redirect_clients:
                 bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
@@ -170,15 +184,16 @@ class _Snapshot:
 class _Worker:
     """One queue: socket, core, thread."""
 
-    def __init__(self, xsk: XskSocket, flows: int, counters: Any, flow_map: int) -> None:
+    def __init__(self, xsk: XskSocket, flows: int, counters: Any, table: Any) -> None:
         self.xsk = xsk
         self.counters = counters  # CRAB_COUNTERS of uint64_t
         self.core = lib.crab_core_new(flows, counters)
-        self.c = lib.crab_worker_new(xsk.handle, self.core, counters, flow_map) if self.core else ffi.NULL
+        self.c = lib.crab_worker_new(xsk.handle, self.core, counters) if self.core else ffi.NULL
         if not self.c:
             error = os.strerror(ffi.errno)
             lib.crab_core_free(self.core)
             raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
+        lib.crab_core_learn(self.core, table)
         self._thread: threading.Thread | None = None
 
     def start(self, cpu: int, failed: Callable[[XskSocket, int], None]) -> None:
@@ -283,11 +298,15 @@ class Engine:
         # Ids are never used again: the workers' flow caches may still hold them.
         self._next_id = 0
         self._ids: dict[Address, int] = {}
-        self._paths: dict[Address, bytes] = {}
-        self._adopted: tuple[Any, Any] | None = None
+        self._indices: dict[bytes, int] = {}  # of services, by their key; those removed until a sweep has found no flow
+        self._known_paths: dict[Address, bytes] = {}  # what map `paths` holds
+        self._paths: dict[Address, bytes] = {}  # of those that the XDP program reaches
+        self._flows: flowmap.FlowTable | None = None
+        self._table: Any = ffi.NULL
+        self._attached = False
+        self._sweep_soon = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
         self._announcers: list[Announcer] = []
-        self._name_backends(config)
         self._hops: dict[Address, NextHop] = {}
         self._workers: list[_Worker] = []
         self._snapshot: _Snapshot | None = None
@@ -345,17 +364,15 @@ class Engine:
             self._stack.enter_context(pins.own(served.role, f"the load balancer of {served.info.name}"))
         for served in self._served:
             served.find_old()
-        reuse = self._old_flows() if self.bypass else {}
-        sizes = {} if reuse else {"flows": self.config.flows}
-        try:
-            program = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes)
-        finally:
-            for old in reuse.values():
-                old.close()
-        self._stack.enter_context(program)
-        self._maps = program.maps
-        if reuse:
-            self._adopted = self._adoptable()
+        inherited = self._inherited() if self.bypass else None
+        if inherited:
+            self._ids, self._indices = inherited.backends, inherited.services
+            self._next_id = max(self._ids.values(), default=-1) + 1
+        self._name_backends(self.config)
+        program = self._load(inherited)
+        self._index_services(self.config)
+        if inherited and self._flows:
+            adopted = self._flows.flows()
         self._open_queues()
 
         self._nexthops = NextHops(self._changed)
@@ -363,14 +380,16 @@ class Engine:
         self._hops = dict(self._nexthops.current)
         self._publish()
         try:
-            await asyncio.wait_for(self._all_resolved(), RESOLVE_TIMEOUT)
+            async with asyncio.timeout(RESOLVE_TIMEOUT):
+                await self._all_resolved()
         except TimeoutError:
             self._name_unusable()
 
         def failed(xsk: XskSocket, number: int) -> None:
             loop.call_soon_threadsafe(self._failed, xsk, number)
 
-        self._adopt()
+        if inherited:
+            self._adopt(adopted)
         self._serve_vips(service.vip for service in self.config.services)
         self._sweeper = asyncio.create_task(self._sweep())
         self._name_narrow()
@@ -379,6 +398,7 @@ class Engine:
             worker.start(cpus[i % len(cpus)], failed)
         for served in self._served:
             served.attach(program.program("crab_lb"), self.config.xdp_mode, self._maps)
+        self._attached = True
         self._publish()  # what the XDP program can reach depends on how it is attached
         self._name_unreached()
         if self.config.announce is Announce.ARP:
@@ -393,7 +413,6 @@ class Engine:
         shared = counters.mmap()
         base = ffi.cast("struct crab_worker_counters *", ffi.from_buffer(shared))
         self._stack.callback(lambda: shared)  # the mapping lives as long as the workers
-        flow_map = self._maps["flows"].fd if self.bypass else -1
         for served in self._served:
             first = len(self._workers)
             for xsk in self._sockets(served.info):
@@ -401,7 +420,7 @@ class Engine:
                 if slot == lib.CRAB_MAX_QUEUES:
                     xsk.close()
                     raise KernelError(f"the interfaces have more than {slot} queues; serve fewer of each: --queues N")
-                self._workers.append(_Worker(xsk, self.config.flows, base[slot].n, flow_map))
+                self._workers.append(_Worker(xsk, self.config.flows, base[slot].n, self._table))
                 xsk.register(self._maps["sockets"], slot)
             self._maps["interfaces"].update(served.info.index, struct.pack("=II", first, len(self._workers) - first))
 
@@ -421,41 +440,51 @@ class Engine:
                     return
                 raise
 
-    def _old_flows(self) -> dict[str, bpf.Map]:
-        """The flows of a daemon that died, if they can be read."""
+    def _inherited(self) -> flowmap.Inherited | None:
+        """What a daemon that died left, if it is of use."""
         for served in self._served:
             if not served.old:
                 continue
             try:
-                flows = bpf.Map.from_pin(served.pins / "flows")
-            except bpf.BpfNotFoundError:  # it died before it had pinned them
+                return flowmap.Inherited.open(served.pins, self.seed)
+            except bpf.BpfNotFoundError:  # it died before it had pinned them, or it was of another version
                 continue
-            if (flows.key_size, flows.value_size) == (flowmap.KEY.itemsize, flowmap.ENTRY.itemsize):
-                return {"flows": flows}
-            log.warning("the flows of another version of crablb are given up", interface=served.info.name)
-            flows.close()
-        return {}
+            except ValueError as error:
+                log.warning("fallback flows are given up", interface=served.info.name, reason=str(error))
+        return None
 
-    def _adoptable(self) -> tuple[Any, Any]:
-        """Take over the flows of a daemon that died.  Their backends stay known, whatever the configuration says."""
-        keys, entries = flowmap.read(self._maps["flows"])
-        kept = flowmap.alive(entries, flowmap.now())
-        addresses, which = flowmap.by_backend(entries[kept])
-        self._assign_ids(addresses)
-        ids = np.array([self._ids.get(a, lib.CRAB_NO_BACKEND) for a in addresses], np.uint16)
-        return np.ascontiguousarray(keys[kept]), np.ascontiguousarray(ids[which])
+    def _load(self, inherited: flowmap.Inherited | None) -> bpf.Object:
+        """The XDP program with its maps."""
+        buckets = flowmap.buckets_for(self.config.flows) if self.bypass else 1
+        needed = max(self._indices.values(), default=-1) + 1 + len(self.config.services)
+        sizes = {"service_counters": min(max(2 * needed, SERVICES), lib.CRAB_MAX_SERVICES)}
+        reuse = {}
+        if inherited:
+            reuse = {"flows": inherited.flows, "paths": inherited.paths}
+            buckets = inherited.flows.max_entries
+        else:
+            sizes["flows"] = buckets
+        try:
+            program = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes)
+        finally:
+            if inherited:
+                inherited.close()
+        self._stack.enter_context(program)
+        self._maps = program.maps
+        self._maps["hashing"].update(0, flowmap.hashing(self.seed, buckets))
+        if self.bypass:
+            self._flows = flowmap.FlowTable(self._maps["flows"])
+            self._table = lib.crab_table_new(self._flows.pointer, buckets)
+            if not self._table:
+                raise MemoryError("no memory for a table of flows")
+            self._stack.callback(lib.crab_table_free, self._table)
+        return program
 
-    def _adopt(self) -> None:
-        if not self._adopted or not self._snapshot:
-            return
-        keys, ids = self._adopted
+    def _adopt(self, flows: npt.NDArray[np.void]) -> None:
         for worker in self._workers:
-            lib.crab_core_adopt(
-                worker.core, self._snapshot.c, ffi.from_buffer("struct crab_flow_id[]", keys),
-                ffi.from_buffer("uint16_t[]", ids), len(ids), flowmap.now(),
-            )  # fmt: skip
-        self._adopted = None
-        log.info("took over fallback flows", flows=len(ids))
+            array = ffi.from_buffer("struct crab_flow[]", flows)
+            lib.crab_core_adopt(worker.core, array, len(flows), flowmap.now())
+        log.info("took over fallback flows", flows=len(flows))
 
     async def close(self) -> None:
         """Stop serving; leave nothing in the kernel.  Idempotent."""
@@ -502,7 +531,7 @@ class Engine:
     def _publish(self) -> None:
         self._publish_paths()
         tables = self._snapshot.tables if self._snapshot else {}
-        snapshot = _Snapshot(self.config, self.seed, self._ids, self._hops, self._paths, tables)
+        snapshot = _Snapshot(self.config, self.seed, self._ids, self._hops, self._paths, self._indices, tables)
         for worker in self._workers:
             lib.crab_core_publish(worker.core, snapshot.c)
         if self._snapshot:
@@ -514,19 +543,24 @@ class Engine:
 
     def _publish_paths(self) -> None:
         """Tell the XDP program how frames get to the backends; the workers get the flows of those it cannot reach."""
+        if not self._attached:  # what is there may be in use still, by the program of a daemon that died
+            return
         dead = {b.address for s in self.config.services for b in s.backends if b.state is State.DEAD}
         paths = {}
-        for address, hop in self._hops.items():
+        for address in self._ids:
+            hop = self._hops.get(address)
+            if not hop or hop.state is not HopState.RESOLVED or address in dead:
+                continue
             tx, redirect = self._ways(hop)
-            if hop.state is HopState.RESOLVED and address not in dead and (tx or redirect):
+            if tx or redirect:
                 paths[address] = flowmap.path(
                     address, hop.dst_mac + hop.src_mac, hop.mtu, hop.source, hop.ifindex, tx=tx, redirect=redirect
                 )
-        for address in self._paths.keys() - paths.keys():
-            self._maps["paths"].delete(mapped(address))
-        for address, path in paths.items():
-            if self._paths.get(address) != path:
-                self._maps["paths"].update(mapped(address), path)
+        for address, backend_id in self._ids.items():
+            path = paths.get(address, flowmap.no_path(address))
+            if self._known_paths.get(address) != path:
+                self._maps["paths"].update(backend_id, path)
+                self._known_paths[address] = path
         self._paths = paths
 
     def _ways(self, hop: NextHop) -> tuple[bool, bool]:
@@ -538,6 +572,16 @@ class Engine:
         generic = all(s.mode == "generic" for s in self._served)
         return tx, hop.redirect or generic or self.config.ack_bypass is Bypass.ON
 
+    def _index_services(self, config: Config) -> None:
+        """Indices for services that have none yet.  Raises :class:`ConfigError` if there is no room."""
+        new = [service.vip.key() for service in config.services if service.vip.key() not in self._indices]
+        room = self._maps["service_counters"].max_entries
+        used = set(self._indices.values())
+        free = (i for i in range(room) if i not in used)
+        if len(new) > room - len(used):
+            raise ConfigError(f"{room} services at most can be added without a restart; restart crablb serve")
+        self._indices.update(zip(new, free, strict=False))
+
     def _serve_vips(self, vips: Iterable[Vip]) -> None:
         """Make the XDP program take these VIPs' packets, and no others."""
         wanted = {vip.key() for vip in vips}
@@ -545,7 +589,7 @@ class Engine:
         for key in there - wanted:
             self._maps["services"].delete(key)
         for key in wanted - there:
-            self._maps["services"].update(key, 0)
+            self._maps["services"].update(key, self._indices[key])
 
     def apply(self, config: Config) -> None:
         """Serve another configuration from now on.  No connection is broken whose backend lives.
@@ -557,6 +601,7 @@ class Engine:
         if differ:
             raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
         assert self._nexthops
+        self._index_services(config)
         self._name_backends(config)
         served = {service.vip for service in config.services}
         # A VIP's packets come only while the workers know it.
@@ -567,28 +612,46 @@ class Engine:
         self._serve_vips(served)
         for announcer in self._announcers:
             announcer.follow(vip.address for vip in served)
+        self._sweep_soon.set()  # services that were removed lose their flows
         self.count("reloads")
 
     async def _sweep(self) -> None:
-        """Now and then: delete old flows, and forget removed backends that have none left."""
+        """Now and then: delete old flows, and forget removed services, and removed backends that have no flow left."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(SWEEP_INTERVAL)
-            try:
-                left = await loop.run_in_executor(None, flowmap.sweep, self._maps["flows"])
-            except bpf.BpfError as error:
-                log.warning("cannot age the flows; trying again", reason=str(error))
-                continue
-            self._name_full(sum(left.values()))
+            # wait_for of Python 3.11 may swallow a cancellation.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SWEEP_INTERVAL):
+                    await self._sweep_soon.wait()
+            self._sweep_soon.clear()
+            keys = {service.vip.key() for service in self.config.services}
+            services = np.zeros(1 << 16, np.bool_)
+            services[[self._indices[key] for key in keys]] = True
+            left = await loop.run_in_executor(None, self._count_flows, services)
+            # What was added meanwhile stays, too.
+            keys |= {service.vip.key() for service in self.config.services}
+            self._indices = {key: index for key, index in self._indices.items() if key in keys}
+            configured = {b.address for s in self.config.services for b in s.backends}
+            gone = {a for a, i in self._ids.items() if a not in configured and not left[i]}
+            for address in gone:
+                self._known_paths.pop(address, None)
+                self._maps["paths"].update(self._ids.pop(address), bytes(flowmap.PATH_SIZE))
+                self._hops.pop(address, None)
             if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets
                 self._nexthops.follow(self._ids)
-            configured = {b.address for s in self.config.services for b in s.backends}
-            gone = {a for a in self._ids if a not in configured and a not in left}
-            if gone and self._nexthops:
-                self._ids = {a: i for a, i in self._ids.items() if a not in gone}
-                self._hops = {a: hop for a, hop in self._hops.items() if a not in gone}
-                self._nexthops.follow(self._ids)
+            if gone:
                 self._publish()
+
+    def _count_flows(self, services: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+        """Sweep; how many flows each backend (by id) has, here or in the XDP program.  In a thread of its own."""
+        left = np.zeros(1 << 16, np.uint32)
+        if self._flows:
+            swept = self._flows.sweep(services)
+            left[: len(swept)] += swept.astype(np.uint32)
+            self._name_full(int(swept.sum()))
+        for worker in self._workers:
+            lib.crab_core_count(worker.core, ffi.from_buffer("uint32_t[]", left), len(left), flowmap.now())
+        return left
 
     def _free_retired(self) -> None:
         in_use = []
@@ -639,11 +702,11 @@ class Engine:
 
     def _name_full(self, flows: int) -> None:
         """Name the tables that have no room, as the sweep found them."""
-        room = self._maps["flows"].max_entries
+        room = self.config.flows
         if flows > NEARLY_FULL * room:
             self.count("flows_nearly_full")
             log.warning(
-                "the XDP program's flow map is nearly full; the least recently used flows are forgotten",
+                "as many flows as `flows` allows, nearly; some may be left to user space",
                 flows=flows,
                 room=room,
                 remedy="raise `flows`",

@@ -1,30 +1,51 @@
-"""The XDP program's flows (map ``flows`` of bpf/lb.bpf.c), as arrays: to age them, and to take them over."""
+"""The XDP program's flows (maps ``flows`` and ``paths`` of bpf/lb.bpf.c): to make, age, count and take them over."""
 
 from __future__ import annotations
 
 import struct
 import time
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from crablb._native import lib
+from crablb._native import ffi, lib
 from crablb.kernel.bpf import Map
 from crablb.model import Address, mapped, unmapped
 
-__all__ = ["ENTRY", "KEY", "now", "path", "read", "sweep"]
+__all__ = ["FLOW", "PATH_SIZE", "FlowTable", "Inherited", "buckets_for", "flow_hash", "hashing", "now", "path"]
 
-#: ``struct crab_flow_id``: addresses of 16 bytes (IPv4-mapped), ports.
-KEY = np.dtype([("client", "u1", 16), ("vip", "u1", 16), ("cport", ">u2"), ("vport", ">u2")])
-#: ``struct crab_flow_entry``; ``backend`` is an address, as two words.
-ENTRY = np.dtype(
-    [("backend", "<u8", 2), ("seen", "<u4"), ("state", "u1"), ("tunnel", "u1"), ("ask", "u1"), ("pad", "u1")]
+#: ``struct crab_flow``.
+FLOW = np.dtype(
+    [("hash", "<u8"), ("backend", "<u2"), ("service", "<u2"), ("seen", "<u2"), ("state", "u1"), ("flags", "u1")]
 )
+PATH_SIZE = 64
+#: Places in the table for each flow that is asked for: a bucket of four is full for one flow in some thousands then.
+PLACES_A_FLOW = 4
 
 
 def now() -> int:
-    """The clock of ``seen``: seconds of CLOCK_MONOTONIC_COARSE, which Linux numbers 6."""
+    """The clock of ``seen``, before it is cut to 16 bits: seconds of CLOCK_MONOTONIC_COARSE, which Linux numbers 6."""
     return int(time.clock_gettime(6))
+
+
+def buckets_for(flows: int) -> int:
+    """How many buckets map ``flows`` needs for so many flows: a power of two."""
+    bits: int = (flows * PLACES_A_FLOW // lib.CRAB_BUCKET - 1).bit_length()
+    return 1 << max(4, bits)
+
+
+def hashing(seed: bytes, buckets: int) -> bytes:
+    """``struct crab_hashing``, the value of map ``hashing``."""
+    return seed + struct.pack("=II", buckets - 1, 0)
+
+
+def flow_hash(seed: bytes, client: Address, cport: int, vip: Address, vport: int) -> int:
+    """What a connection's flow is found by."""
+    ports = [int.from_bytes(port.to_bytes(2, "big"), "little") for port in (cport, vport)]
+    found: int = lib.crab_flow_hash(seed, mapped(client), mapped(vip), *ports)
+    return found
 
 
 def path(
@@ -32,36 +53,94 @@ def path(
 ) -> bytes:
     """``struct crab_path``, a value of map ``paths``.  ``macs``: destination, source; ``mtu``: of an IP packet."""
     outer = mapped(source) if source else bytes(16)
-    return macs + struct.pack("=I16sIBBBx", mtu, outer, ifindex, backend.version == 6, tx, redirect)
+    return mapped(backend) + outer + macs + struct.pack("=IIBBB9x", mtu, ifindex, backend.version == 6, tx, redirect)
 
 
-def read(flows: Map) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
-    """Keys (dtype :data:`KEY`) and entries (:data:`ENTRY`) of all flows, shape (n,) each."""
-    keys, values = flows.dump()
-    return np.frombuffer(keys, KEY), np.frombuffer(values, ENTRY)
+def no_path(backend: Address) -> bytes:
+    """The value for a backend that the XDP program does not reach: its packets go to user space."""
+    return path(backend, bytes(12), 0, None, 0, tx=False, redirect=False)
 
 
-def alive(entries: npt.NDArray[np.void], at: int) -> npt.NDArray[np.bool_]:
-    """Which entries are not too old, shape (n,)."""
-    age = (at - entries["seen"].astype(np.int64)) % 2**32  # as the XDP program reckons
-    limit = np.where(entries["state"] == lib.CRAB_FLOW_OPEN, lib.CRAB_AGE_OPEN, lib.CRAB_AGE_ENDING)
-    kept: npt.NDArray[np.bool_] = age <= limit
-    return kept
+class FlowTable:
+    """Map ``flows``, shared with the kernel: ``places``, a writable array of dtype :data:`FLOW`, one a place."""
+
+    def __init__(self, flows: Map) -> None:
+        self._memory = flows.mmap()
+        self.buckets = flows.max_entries
+        self.places = np.frombuffer(self._memory, FLOW, self.buckets * lib.CRAB_BUCKET)
+
+    def alive(self, at: int) -> npt.NDArray[np.bool_]:
+        """Which places hold flows that are not too old, shape (places,)."""
+        age = np.uint16(at & 0xFFFF) - self.places["seen"]  # modulo 2^16, as the XDP program reckons
+        limit = np.where(
+            self.places["state"] == lib.CRAB_FLOW_OPEN, np.uint16(lib.CRAB_AGE_OPEN), np.uint16(lib.CRAB_AGE_ENDING)
+        )
+        kept: npt.NDArray[np.bool_] = (self.places["hash"] != 0) & ((age <= limit) | (age > lib.CRAB_AGE_NEGATIVE))
+        return kept
+
+    def count(self) -> int:
+        """How many flows there are."""
+        return int(np.count_nonzero(self.alive(now())))
+
+    def flows(self) -> npt.NDArray[np.void]:
+        """A copy of the flows there are, dtype :data:`FLOW`."""
+        return self.places[self.alive(now())]
+
+    def sweep(self, services: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+        """Delete the flows that are too old, and those of services (by index) that are not there any more.
+
+        Returns how many flows each backend (by id) has left.
+        """
+        kept = self.alive(now()) & services[self.places["service"]]
+        self.places["hash"][~kept & (self.places["hash"] != 0)] = 0
+        return np.bincount(self.places["backend"][kept])
+
+    def add(self, hash_: int, backend: int, service: int, *, age: int = 0, flags: int = 0) -> bool:
+        """Write a flow down as a worker does; False if its bucket has no room."""
+        flow = ffi.new("struct crab_flow *", {"hash": hash_, "backend": backend, "service": service})
+        flow.seen, flow.state, flow.flags = (now() - age) & 0xFFFF, lib.CRAB_FLOW_OPEN, flags
+        table = ffi.gc(lib.crab_table_new(self.pointer, self.buckets), lib.crab_table_free)
+        return bool(lib.crab_table_write(table, flow))
+
+    @property
+    def pointer(self) -> object:
+        """``struct crab_bucket *``, valid as long as this table."""
+        return ffi.cast("struct crab_bucket *", ffi.from_buffer(self._memory))
 
 
-def by_backend(entries: npt.NDArray[np.void]) -> tuple[list[Address], npt.NDArray[np.intp]]:
-    """The backends there are, and for each entry the index of its own."""
-    if not len(entries):
-        return [], np.empty(0, np.intp)
-    unique, inverse = np.unique(entries["backend"], axis=0, return_inverse=True)
-    return [unmapped(row.tobytes()) for row in unique], inverse.reshape(-1)
+class Inherited:
+    """What a daemon that died left: its flows, its backends' ids and its services' indices.
+
+    Raises :class:`BpfNotFoundError` from :meth:`open` if there is nothing, ``ValueError`` if it is of no use.
+    """
+
+    def __init__(self, flows: Map, paths: Map, backends: dict[Address, int], services: dict[bytes, int]) -> None:
+        self.flows, self.paths = flows, paths
+        self.backends, self.services = backends, services
+
+    @classmethod
+    def open(cls, folder: Path, seed: bytes) -> Self:
+        with Map.from_pin(folder / "services") as old, Map.from_pin(folder / "hashing") as keys:
+            flows, paths = Map.from_pin(folder / "flows"), Map.from_pin(folder / "paths")
+            try:
+                sizes = flows.value_size, paths.value_size, old.value_size
+                if sizes != (FLOW.itemsize * lib.CRAB_BUCKET, PATH_SIZE, 4):
+                    raise ValueError("another version of crablb made them")
+                if keys.lookup(0) != hashing(seed, flows.max_entries):
+                    raise ValueError("they were found by another seed")
+                services = {key: int.from_bytes(value, "little") for key, value in old.items()}
+                used = np.unique(FlowTable(flows).flows()["backend"]).tolist()
+                backends = {unmapped((paths.lookup(i) or bytes(16))[:16]): i for i in used}
+            except BaseException:
+                flows.close()
+                paths.close()
+                raise
+        return cls(flows, paths, backends, services)
+
+    def close(self) -> None:
+        self.flows.close()
+        self.paths.close()
 
 
-def sweep(flows: Map) -> dict[Address, int]:
-    """Delete the flows that are too old; how many each backend has left."""
-    keys, entries = read(flows)
-    kept = alive(entries, now())
-    for key in keys[~kept]:
-        flows.delete(key.tobytes())
-    addresses, which = by_backend(entries[kept])
-    return dict(zip(addresses, np.bincount(which, minlength=len(addresses)).tolist(), strict=True))
+assert FLOW.itemsize == ffi.sizeof("struct crab_flow")
+assert ffi.sizeof("struct crab_path") == PATH_SIZE

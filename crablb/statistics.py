@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crablb._native import ffi, lib
+from crablb.flowmap import FlowTable
 from crablb.kernel.bpf import Map
 from crablb.model import Vip, unmapped
 
@@ -55,13 +56,14 @@ def read_pinned(folder: Path) -> dict[str, Any]:
         Map.from_pin(folder / "daemon_counters") as daemon,
         Map.from_pin(folder / "interfaces") as interfaces,
         Map.from_pin(folder / "services") as services,
+        Map.from_pin(folder / "service_counters") as counters,
         Map.from_pin(folder / "flows") as flows,
     ):
         queues = read_interfaces(interfaces)
         more = {
             "queues": queues,
-            "services": read_services(services),
-            "flows": len(flows.dump()[0]) // flows.key_size,
+            "services": read_services(services, counters),
+            "flows": FlowTable(flows).count(),
         }
         return read(xdp, workers, daemon, len(queues)) | more
 
@@ -80,14 +82,11 @@ def read_interfaces(interfaces: Map) -> list[str]:
     return [name for _, name in sorted(found.items())]
 
 
-def read_services(services: Map) -> dict[str, dict[str, int]]:
+def read_services(services: Map, counters: Map) -> dict[str, dict[str, int]]:
     """What the XDP program forwarded by itself: packets and bytes by VIP."""
     found = {}
-    for key in sorted(services.keys()):
-        try:
-            counts = [struct.unpack("=QQ", value) for value in services.lookup_percpu(key)]
-        except KeyError:
-            continue
+    for key, index in sorted(services.items()):
+        counts = [struct.unpack("=QQ", value) for value in counters.lookup_percpu(index)]
         vip = Vip(unmapped(key[:16]), int.from_bytes(key[16:18], "big"))
         found[str(vip)] = {"packets": sum(c[0] for c in counts), "bytes": sum(c[1] for c in counts)}
     return found

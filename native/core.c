@@ -12,12 +12,13 @@
 #include "flows.h"
 #include "rewrite.h"
 #include "snapshot.h"
+#include "table.h"
 
 struct crab_core {
     _Atomic(struct crab_snapshot *) published;
     _Atomic(struct crab_snapshot *) hazard;
     uint64_t *counters;
-    struct crab_learned *learned;
+    struct crab_table *table;
     uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
     struct crab_flows flows;
 };
@@ -69,29 +70,46 @@ bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *sn
     return atomic_load(&core->published) == snapshot || atomic_load(&core->hazard) == snapshot;
 }
 
-void crab_core_learn(struct crab_core *core, struct crab_learned *learned)
+struct crab_table *crab_table_new(struct crab_bucket *buckets, uint32_t count)
 {
-    core->learned = learned;
+    struct crab_table *t = calloc(1, sizeof *t);
+    if (t)
+        *t = (struct crab_table){.buckets = buckets, .mask = count - 1};
+    return t;
 }
 
-void crab_core_adopt(struct crab_core *core, const struct crab_snapshot *s, const struct crab_flow_id *keys,
-                     const uint16_t *backends, uint32_t n, uint32_t now)
+void crab_table_free(struct crab_table *table)
+{
+    free(table);
+}
+
+bool crab_table_write(struct crab_table *table, const struct crab_flow *flow)
+{
+    return crab_table_put(table, *flow);
+}
+
+void crab_core_learn(struct crab_core *core, struct crab_table *table)
+{
+    core->table = table;
+}
+
+void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now)
 {
     for (uint32_t i = 0; i < n; i++) {
-        const struct crab_flow_id *k = &keys[i];
-        uint8_t addrs[32], ports[4];
-        int v4 = crab_is_mapped(k->client);
-        if (backends[i] == CRAB_NO_BACKEND)
-            continue;
-        memcpy(addrs, k->client + (v4 ? 12 : 0), v4 ? 4 : 16);
-        memcpy(addrs + (v4 ? 4 : 16), k->vip + (v4 ? 12 : 0), v4 ? 4 : 16);
-        memcpy(ports, &k->cport, 2);
-        memcpy(ports + 2, &k->vport, 2);
-        uint64_t hash = v4 ? crab_hash4(&s->hash_init, addrs, ports) : crab_hash6(&s->hash_init, addrs, ports);
-        struct crab_flow *f = crab_flows_place(&core->flows, hash, now);
-        if (f)
-            *f = (struct crab_flow){.tag = hash >> 16, .state = CRAB_FLOW_ESTABLISHED, .backend = backends[i],
-                                    .seen = (uint16_t)now};
+        struct crab_entry *e = crab_flows_place(&core->flows, flows[i].hash, now);
+        if (e)
+            *e = (struct crab_entry){.tag = flows[i].hash >> 16, .state = CRAB_ENTRY_ESTABLISHED,
+                                     .backend = flows[i].backend, .seen = (uint16_t)now};
+    }
+}
+
+void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now)
+{
+    for (uint64_t i = 0; i < (core->flows.mask + 1) * CRAB_BUCKET; i++) {
+        /* The core's thread may be writing it: then this counts the one or the other. */
+        struct crab_entry e = core->flows.entries[i];
+        if (!crab_entry_dead(&e, now) && e.backend < n)
+            counts[e.backend]++;
     }
 }
 
@@ -216,8 +234,8 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
                               uint32_t isn, uint32_t now, unsigned *copies)
 {
     *copies = 0;
-    struct crab_flow *f = crab_flows_find(&core->flows, it->hash, now);
-    if (crab_unlikely(f && usable(s, f->backend) && (f->isn == isn || f->state == CRAB_FLOW_ESTABLISHED))) {
+    struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
+    if (crab_unlikely(f && usable(s, f->backend) && (f->isn == isn || f->state == CRAB_ENTRY_ESTABLISHED))) {
         /* A SYN with another sequence number on an established flow: its server knows whether the old connection
          * lives, and answers accordingly; whoever forged it must not move the flow. */
         if (f->isn == isn) {
@@ -234,7 +252,7 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
     if (crab_likely(!f))
         f = crab_flows_place(&core->flows, it->hash, now);
     if (crab_likely(f != NULL))
-        *f = (struct crab_flow){.tag = it->hash >> 16, .state = CRAB_FLOW_SYN, .copies = 1, .isn = isn,
+        *f = (struct crab_entry){.tag = it->hash >> 16, .state = CRAB_ENTRY_SYN, .copies = 1, .isn = isn,
                                 .backend = backend, .seen = (uint16_t)now};
     else
         core->counters[CRAB_C_FLOWS_FULL]++;
@@ -357,29 +375,6 @@ static inline enum crab_counter forward_syn(struct crab_core *core, const struct
     return send_by_dsr(core, frame, it, backend, outcome);
 }
 
-/* Write down a flow for the XDP program, before its packet is changed; it counts when that is sent. */
-static inline void note_flow(struct crab_learned *l, const struct item *it, const uint8_t *frame,
-                             const struct crab_backend *backend, uint32_t now)
-{
-    const struct crab_packet *p = &it->packet;
-    struct crab_flow_id *k = &l->keys[l->count];
-    const uint8_t *ip = frame + p->l3, *tcp = frame + p->l4;
-    if (p->family == 4) {
-        memcpy(k->client, crab_mapped_prefix, 12);
-        memcpy(k->client + 12, ip + CRAB_IP4_SRC, 4);
-    } else {
-        memcpy(k->client, ip + CRAB_IP6_SRC, 16);
-    }
-    memcpy(k->vip, it->service->addr, 16);
-    k->cport = load16(tcp);
-    k->vport = load16(tcp + 2);
-    struct crab_flow_entry *e = &l->values[l->count];
-    memset(e, 0, sizeof *e);
-    memcpy(e->backend, backend->addr, 16);
-    e->seen = now;
-    e->state = p->tcp_flags & CRAB_FIN ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN;
-}
-
 static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
 {
     if (core->unknown_second != now) {
@@ -394,7 +389,7 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
                                               struct crab_frame *frame, struct item *it, uint32_t now)
 {
     struct crab_packet *p = &it->packet;
-    struct crab_flow *f = crab_flows_find(&core->flows, it->hash, now);
+    struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
     uint16_t id;
     if (f) {
         id = f->backend;
@@ -413,9 +408,9 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
             core->counters[CRAB_C_REASSIGNED]++;
         }
         if (p->tcp_flags & (CRAB_FIN | CRAB_RST))
-            f->state = CRAB_FLOW_CLOSING;
-        else if (f->state == CRAB_FLOW_SYN)
-            f->state = CRAB_FLOW_ESTABLISHED;
+            f->state = CRAB_ENTRY_CLOSING;
+        else if (f->state == CRAB_ENTRY_SYN)
+            f->state = CRAB_ENTRY_ESTABLISHED;
         f->seen = (uint16_t)now;
     } else {
         id = choose(s, it);
@@ -423,19 +418,19 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
             return CRAB_C_DROP_NO_BACKEND;
     }
     const struct crab_backend *backend = &s->backends[id];
-    struct crab_learned *learned = core->learned;
     /* The XDP program leaves frames with VLAN tags, and backends out of its reach, to us: they are not worth a flow. */
-    bool learn = learned && backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
+    bool learn = core->table && backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
                  (f || may_learn_unknown(core, now));
-    if (learn)
-        note_flow(learned, it, frame->data, backend, now);
     uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
     frame->len = p->end;
     store16(frame->data + p->l4 + CRAB_TCP_CSUM, it->sum.right);
     enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);
     if (learn && outcome == CRAB_C_FALLBACK_ESTABLISHED) {
-        learned->values[learned->count++].tunnel = core->counters[CRAB_C_ENCAPSULATED] != tunnelled;
-        core->counters[CRAB_C_LEARNED]++;
+        struct crab_flow flow = {
+            .hash = it->hash, .backend = id, .service = (uint16_t)it->service->index, .seen = (uint16_t)now,
+            .state = p->tcp_flags & CRAB_FIN ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN,
+            .flags = core->counters[CRAB_C_ENCAPSULATED] != tunnelled ? CRAB_FLOW_TUNNEL : 0};
+        core->counters[CRAB_C_LEARNED] += crab_table_put(core->table, flow);
     }
     return outcome;
 }
@@ -444,7 +439,7 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
 static enum crab_counter forward_icmp(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
                                       struct item *it, uint32_t now)
 {
-    struct crab_flow *f = crab_flows_find(&core->flows, it->hash, now);
+    struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
     uint16_t id = f && usable(s, f->backend) ? f->backend : choose(s, it);
     if (id == CRAB_NO_BACKEND)
         return CRAB_C_DROP_NO_BACKEND;
@@ -465,8 +460,6 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
     uint32_t kept = 0;
 
     counters[CRAB_C_RECEIVED] += count;
-    if (core->learned)
-        core->learned->count = 0;
     for (uint32_t i = 0; i < count && i < PREFETCH_AHEAD; i++)
         __builtin_prefetch(frames[i].data, 1);
     for (uint32_t i = 0; i < count; i++) {

@@ -142,6 +142,8 @@ struct crab_service {
     uint32_t fallback;     /* CRAB_FALLBACK_* */
     uint32_t on_dead;      /* CRAB_ON_DEAD_* */
     const uint16_t *table; /* Maglev table, table_size slots; must outlive the snapshot */
+    uint32_t index;        /* into map `service_counters` */
+    uint32_t pad;
 };
 
 struct crab_snapshot;
@@ -213,21 +215,23 @@ void crab_core_free(struct crab_core *core);
 void crab_core_publish(struct crab_core *core, struct crab_snapshot *snapshot);
 bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *snapshot);
 
-/* Flows that a batch decided, for the XDP program to forward from now on: keys and values of map `flows`. */
-struct crab_learned {
-    uint32_t count;
-    uint32_t pad;
-    struct crab_flow_id keys[CRAB_BATCH];
-    struct crab_flow_entry values[CRAB_BATCH];
-};
+struct crab_table;
 
-/* Have every batch fill *learned, whose count is 0 before each (or NULL: no flow is learned). */
-void crab_core_learn(struct crab_core *core, struct crab_learned *learned);
+/* The XDP program's flows: map `flows`, mapped at buckets, count (a power of two) of them.  NULL without memory. */
+struct crab_table *crab_table_new(struct crab_bucket *buckets, uint32_t count);
+void crab_table_free(struct crab_table *table);
+/* Write a flow down, if there is room and nobody else is writing.  From any thread. */
+bool crab_table_write(struct crab_table *table, const struct crab_flow *flow);
 
-/* Remember n flows of map `flows`, so that a SYN of the same four-tuple does not move them.  backends: their ids, or
- * CRAB_NO_BACKEND for those to leave out.  Before the core works on batches. */
-void crab_core_adopt(struct crab_core *core, const struct crab_snapshot *snapshot, const struct crab_flow_id *keys,
-                     const uint16_t *backends, uint32_t n, uint32_t now);
+/* Write the flows that this core decides into a table, which several may share (or NULL: nowhere). */
+void crab_core_learn(struct crab_core *core, struct crab_table *table);
+
+/* Remember n flows of map `flows`, so that a SYN of the same four-tuple does not move them.  Before the core works on
+ * batches. */
+void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now);
+
+/* Add to counts[backend] how many flows each backend below n has in the core's cache.  From any thread. */
+void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now);
 
 /* Work on at most CRAB_BATCH frames where they lie.  now: seconds, monotonic.  Returns how many are to be sent. */
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now);
@@ -295,10 +299,9 @@ bool crab_xsk_conserved(const struct crab_xsk *xsk);
 
 struct crab_worker;
 
-/* The worker uses the socket and the core, and frees neither.  flow_map: descriptor of map `flows`, which it writes what
- * the core learns to; negative: it learns nothing.  Frames for other interfaces than the socket's go out by a packet
- * socket.  NULL with errno set: no memory or descriptor, or no right to a packet socket. */
-struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters, int flow_map);
+/* The worker uses the socket and the core, and frees neither.  Frames for other interfaces than the socket's go out by a
+ * packet socket.  NULL with errno set: no memory or descriptor, or no right to a packet socket. */
+struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters);
 void crab_worker_free(struct crab_worker *worker);
 
 /* Receive, work, send; sleep while there is nothing to do.  Returns 0 after crab_worker_stop, or -errno when the

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The flow cache: which backend a connection's packets go to.  One a worker, so nothing here is atomic.
+/* The flow cache of a worker: which backend a connection's packets go to.  One a worker, so nothing here is atomic.
  *
  * A bucket is one cache line of four entries.  An entry is known by 48 bits of the connection's keyed hash beside the
  * bits that chose its bucket; who does not know the key cannot make two connections meet.
@@ -15,12 +15,11 @@
 #include "bytes.h"
 #include "maps.h"
 
-enum crab_flow_state { CRAB_FLOW_FREE, CRAB_FLOW_SYN, CRAB_FLOW_ESTABLISHED, CRAB_FLOW_CLOSING };
+enum crab_entry_state { CRAB_ENTRY_FREE, CRAB_ENTRY_SYN, CRAB_ENTRY_ESTABLISHED, CRAB_ENTRY_CLOSING };
 
-#define CRAB_BUCKET 4
 #define CRAB_HUGE_PAGE (2u << 20)
 
-struct crab_flow {
+struct crab_entry {
     uint64_t tag : 48;
     uint64_t state : 8;
     uint64_t copies : 8; /* of its SYN seen so far; stays at 255 */
@@ -28,23 +27,23 @@ struct crab_flow {
     uint16_t backend;
     uint16_t seen; /* second of the last packet, modulo 2^16 */
 };
-_Static_assert(sizeof(struct crab_flow) * CRAB_BUCKET == 64, "a bucket is a cache line");
+_Static_assert(sizeof(struct crab_entry) * CRAB_BUCKET == 64, "a bucket is a cache line");
 
 struct crab_flows {
-    struct crab_flow *entries;
+    struct crab_entry *entries;
     uint64_t mask; /* buckets - 1 */
 };
 
 /* Seconds after the last packet: see CRAB_AGE_SYN. */
-static inline uint16_t crab_flow_lifetime(unsigned state)
+static inline uint16_t crab_entry_lifetime(unsigned state)
 {
     static const uint16_t seconds[] = {0, CRAB_AGE_SYN, CRAB_AGE_OPEN, CRAB_AGE_ENDING};
     return seconds[state];
 }
 
-static inline int crab_flow_dead(const struct crab_flow *f, uint32_t now)
+static inline int crab_entry_dead(const struct crab_entry *f, uint32_t now)
 {
-    return (uint16_t)((uint16_t)now - f->seen) >= crab_flow_lifetime(f->state);
+    return (uint16_t)((uint16_t)now - f->seen) >= crab_entry_lifetime(f->state);
 }
 
 static inline int crab_flows_init(struct crab_flows *t, uint32_t capacity)
@@ -64,29 +63,29 @@ static inline int crab_flows_init(struct crab_flows *t, uint32_t capacity)
     return 0;
 }
 
-static inline struct crab_flow *crab_flows_bucket(const struct crab_flows *t, uint64_t hash)
+static inline struct crab_entry *crab_flows_bucket(const struct crab_flows *t, uint64_t hash)
 {
     return &t->entries[(hash & t->mask) * CRAB_BUCKET];
 }
 
-static inline struct crab_flow *crab_flows_find(const struct crab_flows *t, uint64_t hash, uint32_t now)
+static inline struct crab_entry *crab_flows_find(const struct crab_flows *t, uint64_t hash, uint32_t now)
 {
-    struct crab_flow *bucket = crab_flows_bucket(t, hash);
+    struct crab_entry *bucket = crab_flows_bucket(t, hash);
     for (int i = 0; i < CRAB_BUCKET; i++)
-        if (bucket[i].tag == hash >> 16 && bucket[i].state != CRAB_FLOW_FREE && !crab_flow_dead(&bucket[i], now))
+        if (bucket[i].tag == hash >> 16 && bucket[i].state != CRAB_ENTRY_FREE && !crab_entry_dead(&bucket[i], now))
             return &bucket[i];
     return NULL;
 }
 
 /* A place for a new entry of this hash, or NULL: four live established connections fill the bucket. */
-static inline struct crab_flow *crab_flows_place(const struct crab_flows *t, uint64_t hash, uint32_t now)
+static inline struct crab_entry *crab_flows_place(const struct crab_flows *t, uint64_t hash, uint32_t now)
 {
-    struct crab_flow *bucket = crab_flows_bucket(t, hash), *oldest = NULL;
+    struct crab_entry *bucket = crab_flows_bucket(t, hash), *oldest = NULL;
     for (int i = 0; i < CRAB_BUCKET; i++) {
-        struct crab_flow *f = &bucket[i];
-        if (crab_flow_dead(f, now))
+        struct crab_entry *f = &bucket[i];
+        if (crab_entry_dead(f, now))
             return f;
-        if (f->state == CRAB_FLOW_SYN &&
+        if (f->state == CRAB_ENTRY_SYN &&
             (!oldest || (uint16_t)((uint16_t)now - f->seen) > (uint16_t)((uint16_t)now - oldest->seen)))
             oldest = f;
     }

@@ -1,18 +1,15 @@
 /* SPDX-License-Identifier: MIT */
-/* RX ring -> core -> TX ring, for one queue.  Nothing here allocates, and there are few system calls a batch: the kick,
- * the update of the XDP program's flows, the sending of what goes out by another interface, and the sleep when nothing is
- * to do. */
+/* RX ring -> core -> TX ring, for one queue.  Nothing here allocates, and there are three system calls at most a batch: the
+ * kick, the sending of what goes out by another interface, and the sleep when nothing is to do. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
-#include <linux/bpf.h>
 #include <linux/if_packet.h>
 #include <poll.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -24,17 +21,15 @@ struct crab_worker {
     uint64_t *counters;
     int wake;   /* eventfd */
     int packet; /* socket that sends by any interface, and receives nothing */
-    int flow_map;
     _Atomic(bool) stop;
-    struct crab_learned learned;
 };
 
-struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters, int flow_map)
+struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters)
 {
     struct crab_worker *w = calloc(1, sizeof *w);
     if (!w)
         return NULL;
-    *w = (struct crab_worker){.xsk = xsk, .core = core, .counters = counters, .flow_map = flow_map};
+    *w = (struct crab_worker){.xsk = xsk, .core = core, .counters = counters};
     w->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     w->packet = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     /* Like the AF_XDP socket: straight to the driver.  A full queue then drops, and is counted. */
@@ -45,7 +40,6 @@ struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core
         errno = error;
         return NULL;
     }
-    crab_core_learn(core, flow_map < 0 ? NULL : &w->learned);
     return w;
 }
 
@@ -65,20 +59,6 @@ void crab_worker_stop(struct crab_worker *w)
     atomic_store(&w->stop, true);
     ssize_t n = write(w->wake, &(uint64_t){1}, 8);
     (void)n; /* it fails only when the counter is full, and then the worker is awake */
-}
-
-/* Hand flows to the XDP program.  bpf(2), BPF_MAP_UPDATE_BATCH: an LRU map makes room by itself.  A flow that could not
- * be written passes here again with its next packet. */
-static void teach(struct crab_worker *w)
-{
-    union bpf_attr attr;
-    memset(&attr, 0, sizeof attr);
-    attr.batch.map_fd = (uint32_t)w->flow_map;
-    attr.batch.keys = (uintptr_t)w->learned.keys;
-    attr.batch.values = (uintptr_t)w->learned.values;
-    attr.batch.count = w->learned.count;
-    if (syscall(SYS_bpf, BPF_MAP_UPDATE_BATCH, &attr, sizeof attr.batch))
-        w->counters[CRAB_C_LEARNED] -= w->learned.count - attr.batch.count;
 }
 
 /* Send frames by other interfaces than the AF_XDP socket's, in order.  One that is refused (a link that is down, a frame
@@ -116,8 +96,6 @@ static int work(struct crab_worker *w)
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
         crab_core_batch(w->core, frames, n, (uint32_t)now.tv_sec);
-        if (w->learned.count)
-            teach(w);
         for (uint32_t i = 0; i < n; i++) {
             if (crab_likely(frames[i].len && frames[i].ifindex == x->ifindex)) {
                 out[sent++] = (struct crab_desc){.addr = (uint64_t)(frames[i].data - x->umem), .len = frames[i].len};

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 from ipaddress import ip_address
 
 import pytest
@@ -31,15 +30,20 @@ async def until(condition) -> None:
             await asyncio.sleep(0.01)
 
 
-def flow(age: int) -> bytes:
-    seen = (flowmap.now() - age) % 2**32
-    return mapped(SECOND) + struct.pack("<IBBBB", seen, lib.CRAB_FLOW_OPEN, 0, 0, 0)
+CLIENT, VIP = ip_address("10.0.0.1"), ip_address("10.0.0.100")
+
+
+def know(load_balancer: engine.Engine, age: int, port: int = 4242) -> None:
+    """A flow to the second backend."""
+    hash_ = flowmap.flow_hash(SEED, CLIENT, port, VIP, 80)
+    assert load_balancer._flows
+    load_balancer._flows.places["hash"][load_balancer._flows.places["hash"] == hash_] = 0
+    assert load_balancer._flows.add(hash_, load_balancer._ids[SECOND], 0, age=age)
 
 
 def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
     lab = make_lab("bridge", servers=2)
     monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
-    key = mapped(ip_address("10.0.0.1")) + mapped(ip_address("10.0.0.100")) + struct.pack("!HH", 4242, 80)
 
     def managed() -> bool:
         return str(SECOND) in lab.lb.run("sh", "-c", "ip neigh | grep managed").stdout
@@ -48,21 +52,26 @@ def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
         load_balancer = engine.Engine(config(FIRST, SECOND), SEED)
         await load_balancer.start()
         try:
-            flows, paths = load_balancer._maps["flows"], load_balancer._maps["paths"]
-            flows.update(key, flow(0))
+            know(load_balancer, age=0)
+            first, second = (load_balancer._ids[a] for a in (FIRST, SECOND))
+
+            def path(backend_id: int) -> bytes:
+                return load_balancer._maps["paths"].lookup(backend_id) or b""
+
             load_balancer.apply(config(FIRST))
             for _ in range(5):  # sweeps
                 await asyncio.sleep(0.06)
             assert managed()
-            assert paths.lookup(mapped(SECOND))
-            flows.update(key, flow(lib.CRAB_AGE_OPEN + 1))
+            assert path(second).startswith(mapped(SECOND))
+            know(load_balancer, age=lib.CRAB_AGE_OPEN + 1)
             await until(lambda: not managed())
-            assert flows.lookup(key) is None
-            assert paths.lookup(mapped(SECOND)) is None
-            assert paths.lookup(mapped(FIRST))
+            assert load_balancer._flows.count() == 0
+            assert not any(path(second))
+            assert path(first).startswith(mapped(FIRST))
             # and it may come back
             load_balancer.apply(config(FIRST, SECOND))
-            await until(lambda: paths.lookup(mapped(SECOND)) is not None)
+            await until(lambda: path(load_balancer._ids[SECOND]).startswith(mapped(SECOND)))
+            assert load_balancer._ids[SECOND] > second
         finally:
             await load_balancer.close()
 
@@ -73,7 +82,7 @@ def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
 def test_tables_that_are_full_are_named(make_lab, monkeypatch):
     lab = make_lab("bridge")
     monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
-    monkeypatch.setattr(engine, "NEARLY_FULL", 0.25)  # an LRU map this small forgets long before it is full
+    monkeypatch.setattr(engine, "NEARLY_FULL", 0.25)
 
     async def main() -> None:
         load_balancer = engine.Engine(config(FIRST, SECOND, flows=256), SEED)
@@ -81,8 +90,7 @@ def test_tables_that_are_full_are_named(make_lab, monkeypatch):
         try:
             assert not any(load_balancer.statistics()["daemon"].values())
             for port in range(80):
-                key = mapped(ip_address("10.0.0.1")) + mapped(ip_address("10.0.0.100")) + struct.pack("!HH", port, 80)
-                load_balancer._maps["flows"].update(key, flow(0))
+                know(load_balancer, 0, port)
             await until(lambda: load_balancer.statistics()["daemon"]["flows_nearly_full"])
             counters = load_balancer._workers[0].counters
             counters[lib.CRAB_C_FLOWS_FULL] += 3

@@ -21,7 +21,7 @@ class Worker:
     def __init__(self, xsk: XskSocket, reference: packets.LoadBalancer) -> None:
         core = Core(reference, ifindex=socket.if_nametoindex(xsk.interface))
         self.xsk, self.core = xsk, core
-        self.c = ffi.gc(lib.crab_worker_new(xsk.handle, core.core, core.counters, -1), lib.crab_worker_free)
+        self.c = ffi.gc(lib.crab_worker_new(xsk.handle, core.core, core.counters), lib.crab_worker_free)
 
     def once(self, timeout_ms: int = 0) -> int:
         n = int(lib.crab_worker_once(self.c, timeout_ms))
