@@ -64,14 +64,15 @@ def packet(i: int) -> bytes:
 
 
 def fill(table: flowmap.FlowTable, count: int, tunnel: bool) -> list[int]:
-    """Flows 0 to ``count`` - 1; returns those that found room."""
+    """Flows 0 to ``count`` - 1; returns those that found room, and were not pushed out by later ones."""
     flags = lib.CRAB_FLOW_TUNNEL if tunnel else 0
-    return [
-        i
-        for i in range(count)
-        for address, port in [client(i)]
-        if table.add(flowmap.flow_hash(SEED, IPv4Address(address), port, VIP.address, VIP.port), 0, 0, flags=flags)
+    hashes = [
+        flowmap.flow_hash(SEED, IPv4Address(a), port, VIP.address, VIP.port) for a, port in map(client, range(count))
     ]
+    for hash_ in hashes:
+        table.add(hash_, 0, 0, flags=flags)
+    there = np.isin(np.array(hashes, np.uint64), table.flows()["hash"])
+    return np.flatnonzero(there).tolist()
 
 
 def run(program: bpf.Program, picks: list[int]) -> float:
