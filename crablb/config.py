@@ -34,6 +34,7 @@ from crablb.model import (
     XdpMode,
     host_port,
 )
+from crablb.policy import BUILTIN
 
 __all__ = ["load_config", "parse_backend", "parse_prefix", "parse_service", "parse_vip"]
 
@@ -212,6 +213,29 @@ def _backend_entry(entry: object) -> Backend:
     return Backend(backend.address, weight if "weight" in entry else backend.weight, entry.get("cr", True), state)
 
 
+def parse_policy(value: object) -> str:
+    """The name of a policy.  Raises :class:`ConfigError`."""
+    if value in BUILTIN:
+        return str(value)
+    near = difflib.get_close_matches(str(value), BUILTIN, 1)
+    raise ConfigError(
+        f"{value!r} is no policy; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILTIN)}")
+    )
+
+
+def _source_prefix(value: object) -> tuple[int, int]:
+    lengths = _list(value)
+    if len(lengths) != 2:
+        raise ConfigError(f"{value!r} is not a pair of prefix lengths, for IPv4 and IPv6: [24, 56]")
+    return _number(1, 32, lengths[0]), _number(1, 128, lengths[1])
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 86400:
+        return float(value)
+    raise ConfigError(f"{value!r} is not a number of seconds from 0 to 86400")
+
+
 def _list(value: object) -> list[object]:
     if isinstance(value, list):
         return value
@@ -222,11 +246,17 @@ def _service_entry(entry: object) -> Service:
     if not isinstance(entry, dict):
         raise ConfigError("must be a table, written [[service]]")
     problems = _Problems()
-    _unknown_keys(problems, "", entry, ("address", "mode", "redirect_clients", "fallback", "on_dead", "backends"))
+    known = ("address", "mode", "redirect_clients", "fallback", "on_dead", "policy", "source_prefix", "slow_start")
+    _unknown_keys(problems, "", entry, (*known, "backends"))
     vip = problems.attempt("address", lambda: parse_vip(_string(entry.get("address", ""))))
     mode = problems.attempt("mode", _enum, Mode, entry.get("mode", "negotiated"))
     fallback = problems.attempt("fallback", _enum, Fallback, entry.get("fallback", "auto"))
     on_dead = problems.attempt("on_dead", _enum, OnDead, entry.get("on_dead", "reassign"))
+    policy = problems.attempt("policy", parse_policy, entry.get("policy", "maglev"))
+    prefix = problems.attempt("source_prefix", _source_prefix, entry.get("source_prefix", [32, 128]))
+    if "source_prefix" in entry and policy not in (None, "source-hash"):
+        problems.add("source_prefix", f"is of use with policy = 'source-hash' only, not with {policy!r}")
+    slow_start = problems.attempt("slow_start", _seconds, entry.get("slow_start", 0))
     backends = [
         problems.attempt(f"backends[{i}]", _backend_entry, b)
         for i, b in enumerate(problems.attempt("backends", _list, entry.get("backends", [])) or [])
@@ -239,6 +269,7 @@ def _service_entry(entry: object) -> Service:
         problems.add("redirect_clients", "is empty; leave it out to mean all, or set mode = 'never' for none")
     problems.finish()
     assert vip is not None and mode is not None and fallback is not None and on_dead is not None
+    assert policy is not None and prefix is not None and slow_start is not None
     return Service(
         vip,
         tuple(b for b in backends if b is not None),
@@ -246,6 +277,9 @@ def _service_entry(entry: object) -> Service:
         tuple(p for p in prefixes if p is not None),
         fallback,
         on_dead,
+        policy,
+        prefix,
+        slow_start,
     )
 
 
@@ -296,13 +330,20 @@ def check_services(services: Sequence[tuple[str, Service]], table_size: int) -> 
 
 
 def config_from_args(
-    interfaces: Sequence[str], services: Sequence[str], *, fallback: Fallback = Fallback.AUTO, **settings: Any
+    interfaces: Sequence[str],
+    services: Sequence[str],
+    *,
+    fallback: Fallback = Fallback.AUTO,
+    policy: str = "maglev",
+    **settings: Any,
 ) -> Config:
     """A configuration from ``--service`` strings.  Raises :class:`ConfigError` with every fault."""
     problems = _Problems()
     names = problems.attempt("--iface", _distinct, interfaces)
     parsed = [(f"--service {text}", problems.attempt(f"--service {text}", parse_service, text)) for text in services]
-    good = [(where, replace(service, fallback=fallback)) for where, service in parsed if service is not None]
+    good = [
+        (where, replace(service, fallback=fallback, policy=policy)) for where, service in parsed if service is not None
+    ]
     problems.found += check_services(
         good, settings.get("table_size", Config.__dataclass_fields__["table_size"].default)
     )

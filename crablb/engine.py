@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -32,18 +33,19 @@ from crablb.kernel.xsk import XskError, XskSocket
 from crablb.model import (
     Address,
     Announce,
-    Backend,
     Bypass,
     Config,
     Fallback,
     Mode,
     OnDead,
     OptionForm,
+    Service,
     State,
     Vip,
     XdpMode,
     mapped,
 )
+from crablb.policy import CONSISTENT, Balance, Pool
 
 __all__ = ["Engine", "maglev_table"]
 
@@ -65,6 +67,9 @@ FRAMES = 4096  # a queue
 #: How long the start waits for the backends' neighbours before it serves with those that answered, in seconds.
 RESOLVE_TIMEOUT = 1.0
 SWEEP_INTERVAL = 30.0  # seconds
+#: How often schedules are worked out anew, and the loads of backends that do not report aged, in seconds.
+REFRESH_INTERVAL = 0.1
+AGE_INTERVAL = 1.0
 #: From this share on, a full flow map is named: an LRU map of the kernel forgets before it is quite full.
 NEARLY_FULL = 0.9
 #: How many services can be added at the least without a restart.
@@ -86,16 +91,16 @@ PINNED = (
 Table = npt.NDArray[np.uint16]
 
 
-def maglev_table(members: Mapping[int, Backend], size: int, seed: bytes) -> Table:
-    """The Maglev table of ``members`` (backend id -> backend): ``size`` (a prime) ids.
+def maglev_table(members: Mapping[int, tuple[Address, int]], size: int, seed: bytes) -> Table:
+    """The Maglev table of ``members`` (backend id -> address and weight): ``size`` (a prime) ids.
 
     Slots hold ``lib.CRAB_NO_BACKEND`` if there is no member with a weight.  Source: Eisenbud et al., NSDI 2016, 3.4.
     """
     table: Table = np.empty(size, np.uint16)
     array = ffi.new("struct crab_maglev_member[]", max(len(members), 1))
-    for entry, (backend_id, backend) in zip(array, members.items(), strict=False):
-        entry.addr = mapped(backend.address)
-        entry.weight = backend.share
+    for entry, (backend_id, (address, weight)) in zip(array, members.items(), strict=False):
+        entry.addr = mapped(address)
+        entry.weight = weight
         entry.backend = backend_id
     if lib.crab_maglev_build(ffi.from_buffer("uint16_t[]", table), size, array, len(members), seed):
         raise MemoryError("no memory for a Maglev table")
@@ -103,7 +108,7 @@ def maglev_table(members: Mapping[int, Backend], size: int, seed: bytes) -> Tabl
 
 
 class _Snapshot:
-    """A C snapshot and the Maglev tables that it points to."""
+    """A C snapshot, and the Maglev tables and pools that it points to."""
 
     def __init__(
         self,
@@ -113,8 +118,10 @@ class _Snapshot:
         hops: Mapping[Address, NextHop],
         bypassed: Container[Address],
         indices: Mapping[bytes, int],
-        tables: dict[Any, Table],
+        balance: Balance,
+        before: _Snapshot | None,
     ) -> None:
+        self.pools: dict[Vip, tuple[Any, Pool]] = {}
         self.tables: dict[Any, Table] = {}
         known = {b.address: b for service in config.services for b in service.backends}
         dead = {address for address, b in known.items() if b.state is State.DEAD}
@@ -155,18 +162,30 @@ class _Snapshot:
             for prefix in service.redirect_clients:
                 bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
                 prefixes.append((mapped(prefix.network_address), bits))
-            members = {
-                ids[b.address]: b for b in service.backends if backends[ids[b.address]].flags & lib.CRAB_BACKEND_USABLE
+            usable = {
+                b.address: b for b in service.backends if backends[ids[b.address]].flags & lib.CRAB_BACKEND_USABLE
             }
+            weights = balance.weights(service, usable.values(), time.monotonic())
+            members = {ids[address]: (address, weight) for address, weight in weights.items()}
             # Services with the same backends share a table, and so does the next snapshot.
-            pool = frozenset(members.items())
-            table = self.tables.get(pool)
-            if table is None:
-                table = tables.get(pool)
+            key = frozenset(members.items())
+            table = self.tables.get(key)
+            if table is None and before:
+                table = before.tables.get(key)
             if table is None:
                 table = maglev_table(members, config.table_size, seed)
-            self.tables[pool] = table
+            self.tables[key] = table
             entry.table = ffi.from_buffer("uint16_t[]", table)
+            if service.policy == "source-hash":
+                entry.source4, entry.source6 = service.source_prefix
+            if service.policy not in CONSISTENT:
+                # Who cannot be redirected to is the fallback's.
+                chosen = {
+                    backend_id: weight
+                    for backend_id, (address, weight) in members.items()
+                    if usable[address].cr and address.version == service.vip.address.version
+                }
+                entry.pool = self._pool(service, chosen, ids, balance, before).c
         c_prefixes = ffi.new("struct crab_prefix[]", max(len(prefixes), 1))
         for entry, (addr, bits) in zip(c_prefixes, prefixes, strict=False):
             entry.addr, entry.bits = addr, bits
@@ -176,6 +195,26 @@ class _Snapshot:
         )  # fmt: skip
         if not self.c:
             raise MemoryError("no memory for a snapshot")
+
+    def _pool(
+        self,
+        service: Service,
+        weights: Mapping[int, int],
+        ids: Mapping[Address, int],
+        balance: Balance,
+        before: _Snapshot | None,
+    ) -> Pool:
+        """The service's pool: that of the snapshot before, if nothing has changed, so that its schedule goes on."""
+        order = [b.address for b in service.backends if ids[b.address] in weights]
+        key = service.policy, tuple((address, ids[address], weights[ids[address]]) for address in order)
+        old = before.pools.get(service.vip) if before else None
+        if old and old[0] == key:
+            pool = old[1]
+        else:
+            members = {ids[a]: (balance.load(service.vip, a), weights[ids[a]]) for a in order}
+            pool = Pool(service.policy, members, balance.turn(service.vip))
+        self.pools[service.vip] = key, pool
+        return pool
 
     def free(self) -> None:
         lib.crab_snapshot_free(self.c)
@@ -305,6 +344,10 @@ class Engine:
         self._table: Any = ffi.NULL
         self._attached = False
         self._sweep_soon = asyncio.Event()
+        self._balance = Balance()
+        self._stepped = time.monotonic()  # when weights were last looked at
+        self._serving: set[tuple[Vip, Address]] = set()  # backends that get connections
+        self._balancer: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._announcers: list[Announcer] = []
         self._hops: dict[Address, NextHop] = {}
@@ -392,6 +435,7 @@ class Engine:
             self._adopt(adopted)
         self._serve_vips(service.vip for service in self.config.services)
         self._sweeper = asyncio.create_task(self._sweep())
+        self._balancer = asyncio.create_task(self._keep_balance())
         self._name_narrow()
         cpus = sorted(os.sched_getaffinity(0))
         for i, worker in enumerate(self._workers):
@@ -491,10 +535,11 @@ class Engine:
         for announcer in self._announcers:
             await announcer.close()
         self._announcers.clear()
-        if self._sweeper:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
-            self._sweeper = None
+        for task in (self._sweeper, self._balancer):
+            if task:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._sweeper = self._balancer = None
         for served in self._served:
             served.detach()
         for worker in self._workers:
@@ -530,8 +575,10 @@ class Engine:
 
     def _publish(self) -> None:
         self._publish_paths()
-        tables = self._snapshot.tables if self._snapshot else {}
-        snapshot = _Snapshot(self.config, self.seed, self._ids, self._hops, self._paths, self._indices, tables)
+        self._begin_slowly()
+        snapshot = _Snapshot(
+            self.config, self.seed, self._ids, self._hops, self._paths, self._indices, self._balance, self._snapshot
+        )
         for worker in self._workers:
             lib.crab_core_publish(worker.core, snapshot.c)
         if self._snapshot:
@@ -540,6 +587,43 @@ class Engine:
         self._free_retired()
         if all(hop.state is HopState.RESOLVED for hop in self._hops.values()):
             self._resolved.set()
+
+    def _begin_slowly(self) -> None:
+        """Note the backends that get connections now and did not before."""
+        usable = {a for a, hop in self._hops.items() if hop.state is HopState.RESOLVED}
+        serving = {
+            (service.vip, b.address)
+            for service in self.config.services
+            for b in service.backends
+            if b.share and b.address in usable
+        }
+        if self._attached:  # those that are there at the start are not new
+            for service in self.config.services:
+                for vip, address in serving - self._serving:
+                    if vip == service.vip:
+                        self._balance.begin(service, address, time.monotonic())
+        self._serving = serving
+
+    async def _keep_balance(self) -> None:
+        """Work out schedules anew as connections come, and let weights rise."""
+        aged = time.monotonic()
+        while True:
+            await asyncio.sleep(REFRESH_INTERVAL if self._snapshot and self._snapshot.pools else AGE_INTERVAL)
+            now = time.monotonic()
+            snapshot = self._snapshot
+            if not snapshot:
+                continue
+            if now - aged >= AGE_INTERVAL:
+                aged = now
+                for service in self.config.services:
+                    if service.vip in snapshot.pools:
+                        self._balance.age(service)
+            for _, pool in snapshot.pools.values():
+                pool.refresh()
+            rises = self._balance.next_step(self.config.services, self._stepped)
+            if rises is not None and rises <= now:
+                self._stepped = now
+                self._publish()
 
     def _publish_paths(self) -> None:
         """Tell the XDP program how frames get to the backends; the workers get the flows of those it cannot reach."""
@@ -631,6 +715,7 @@ class Engine:
             # What was added meanwhile stays, too.
             keys |= {service.vip.key() for service in self.config.services}
             self._indices = {key: index for key, index in self._indices.items() if key in keys}
+            self._balance.forget(self.config.services)
             configured = {b.address for s in self.config.services for b in s.backends}
             gone = {a for a, i in self._ids.items() if a not in configured and not left[i]}
             for address in gone:

@@ -132,6 +132,9 @@ class Service:
     redirect_clients: tuple[Network, ...] = ()  # empty: all
     fallback: Fallback = Fallback.AUTO
     on_dead: OnDead = OnDead.REASSIGN
+    policy: str = "maglev"  # who is redirected where: a name of crablb.policy.BUILTIN
+    source_prefix: tuple[int, int] = (32, 128)  # for source-hash: bits of an IPv4, an IPv6 client that count
+    slow_start: float = 0.0  # seconds in which the weight of a new backend rises to its own
 
 
 @dataclass(frozen=True, slots=True)

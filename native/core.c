@@ -8,6 +8,7 @@
  * frees the old one when no core names it.  The packet path pays one store a batch. */
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/random.h>
 
 #include "flows.h"
 #include "rewrite.h"
@@ -19,6 +20,7 @@ struct crab_core {
     _Atomic(struct crab_snapshot *) hazard;
     uint64_t *counters;
     struct crab_table *table;
+    uint64_t random; /* state of the policies' random numbers */
     uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
     struct crab_flows flows;
 };
@@ -26,7 +28,8 @@ struct crab_core {
 struct item {
     const struct crab_service *service;
     bool icmp;
-    uint64_t hash;
+    uint64_t hash;      /* of the connection */
+    uint64_t slot_hash; /* what the table is asked by: the same, or that of the client */
     struct crab_tcp_sum sum;
     struct crab_packet packet;
 };
@@ -45,6 +48,8 @@ struct crab_core *crab_core_new(uint32_t flows, uint64_t *counters)
     if (!core)
         return NULL;
     core->counters = counters;
+    if (getrandom(&core->random, sizeof core->random, 0) != sizeof core->random)
+        core->random = (uintptr_t)core;
     if (crab_flows_init(&core->flows, flows)) {
         free(core);
         return NULL;
@@ -129,6 +134,20 @@ static void release(struct crab_core *core)
     atomic_store_explicit(&core->hazard, NULL, memory_order_release);
 }
 
+/* What the service's table is asked by.  addrs: the connection's addresses, the client's first. */
+static inline uint64_t slot_hash(const struct crab_snapshot *s, const struct item *it, const uint8_t *addrs)
+{
+    if (crab_likely(!it->service->source4))
+        return it->hash;
+    uint32_t size = it->packet.family == 4 ? 4 : 16, bits = size == 4 ? it->service->source4 : it->service->source6;
+    uint8_t prefix[32] = {0}; /* as addresses of a connection to nowhere, from port 0 to port 0 */
+    memcpy(prefix, addrs, bits / 8);
+    if (bits % 8)
+        prefix[bits / 8] = addrs[bits / 8] & (uint8_t)(0xff00 >> bits % 8);
+    return size == 4 ? crab_hash4(&s->hash_init, prefix, (uint8_t[4]){0})
+                     : crab_hash6(&s->hash_init, prefix, (uint8_t[4]){0});
+}
+
 /* First pass, an ICMP error: its connection is that of the packet which it quotes. */
 static enum crab_counter examine_icmp(const struct crab_snapshot *s, const uint8_t *frame, uint32_t len,
                                       struct item *it)
@@ -144,7 +163,10 @@ static enum crab_counter examine_icmp(const struct crab_snapshot *s, const uint8
         it->service = crab_service_find(s, load64(tuple + 16), load64(tuple + 24), load16(tuple + 34));
     }
     it->icmp = true;
-    return it->service ? CRAB_COUNTERS : CRAB_C_DROP_NOT_SERVICE;
+    if (!it->service)
+        return CRAB_C_DROP_NOT_SERVICE;
+    it->slot_hash = slot_hash(s, it, tuple);
+    return CRAB_COUNTERS;
 }
 
 /* First pass: what is it, and whose?  Returns the counter of the reason to drop it, or CRAB_COUNTERS. */
@@ -181,7 +203,8 @@ static inline enum crab_counter examine(const struct crab_core *core, const stru
     if (crab_unlikely(!it->service))
         return CRAB_C_DROP_NOT_SERVICE;
     __builtin_prefetch(crab_flows_bucket(&core->flows, it->hash), 1);
-    __builtin_prefetch(&it->service->table[crab_slot(it->hash, s->table_size)]);
+    it->slot_hash = slot_hash(s, it, addrs);
+    __builtin_prefetch(&it->service->table[crab_slot(it->slot_hash, s->table_size)]);
     if (crab_unlikely((p->tcp_flags & CRAB_SYN) && (p->tcp_flags & (CRAB_ACK | CRAB_RST | CRAB_FIN))))
         return CRAB_C_DROP_FLAGS;
     it->sum = crab_tcp_sum(tcp, (size_t)(p->end - p->l4), addrs, addrs_len);
@@ -222,16 +245,37 @@ static inline bool usable(const struct crab_snapshot *s, uint16_t backend)
            (s->backends[backend].flags & (CRAB_BACKEND_USABLE | CRAB_BACKEND_DEAD)) == CRAB_BACKEND_USABLE;
 }
 
+/* The same for any worker, daemon and load balancer of one configuration. */
 static inline uint16_t choose(const struct crab_snapshot *s, const struct item *it)
 {
-    uint16_t backend = it->service->table[crab_slot(it->hash, s->table_size)];
+    uint16_t backend = it->service->table[crab_slot(it->slot_hash, s->table_size)];
     return usable(s, backend) ? backend : CRAB_NO_BACKEND;
 }
 
+/* SplitMix64 (Steele, Lea, Flood, 2014). */
+static inline uint64_t next_random(struct crab_core *core)
+{
+    uint64_t x = core->random += 0x9e3779b97f4a7c15ull;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    return x ^ x >> 31;
+}
+
+/* Whom the service's policy redirects to. */
+static inline uint16_t ask_policy(struct crab_core *core, const struct crab_snapshot *s, const struct item *it)
+{
+    uint16_t backend = crab_pool_pick(it->service->pool, next_random(core));
+    if (crab_likely(usable(s, backend)))
+        return backend;
+    if (backend != CRAB_NO_BACKEND)
+        crab_pool_unpick(it->service->pool, backend);
+    return choose(s, it);
+}
+
 /* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
- * goes where its first copy went. */
+ * goes where its first copy went.  free: it may be redirected, so the service's policy may choose. */
 static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, const struct item *it,
-                              uint32_t isn, uint32_t now, unsigned *copies)
+                              uint32_t isn, uint32_t now, bool free, unsigned *copies)
 {
     *copies = 0;
     struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
@@ -246,7 +290,7 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
         f->seen = (uint16_t)now;
         return f->backend;
     }
-    uint16_t backend = choose(s, it);
+    uint16_t backend = free && it->service->pool ? ask_policy(core, s, it) : choose(s, it);
     if (crab_unlikely(backend == CRAB_NO_BACKEND))
         return backend;
     if (crab_likely(!f))
@@ -307,21 +351,17 @@ static inline enum crab_counter send_by_dsr(struct crab_core *core, struct crab_
     return outcome;
 }
 
-/* Why this SYN goes by fallback, or CRAB_C_REDIRECTED. */
+/* Why this SYN goes by fallback, whichever its backend, or CRAB_C_REDIRECTED. */
 static inline enum crab_counter decide(const struct crab_snapshot *s, const struct item *it, const uint8_t *ip,
-                                       int found, const struct crab_backend *backend, unsigned copies)
+                                       int found)
 {
     const struct crab_service *service = it->service;
     if (crab_unlikely(service->mode == CRAB_MODE_NEVER))
         return CRAB_C_FALLBACK_MODE;
     if (service->mode == CRAB_MODE_NEGOTIATED && !(found & CRAB_OPTION_OFFER))
         return CRAB_C_FALLBACK_NO_OFFER;
-    if (crab_unlikely(copies >= 2))
-        return CRAB_C_FALLBACK_RETRANSMIT;
     if (crab_unlikely(!may_be_redirected(s, service, ip, it->packet.family)))
         return CRAB_C_FALLBACK_PREFIX;
-    if (crab_unlikely(!(backend->flags & CRAB_BACKEND_CR) || !same_family(&it->packet, backend)))
-        return CRAB_C_FALLBACK_NO_CR_BACKEND;
     return CRAB_C_REDIRECTED;
 }
 
@@ -335,36 +375,42 @@ static inline enum crab_counter forward_syn(struct crab_core *core, const struct
     uint32_t options_len = p->tcp_header - CRAB_TCP_MIN;
     unsigned copies;
 
-    uint16_t id = assign(core, s, it, load32(tcp + CRAB_TCP_SEQ), now, &copies);
+    int word, found = crab_option_scan(options, options_len, s->form, &word);
+    if (crab_unlikely(found & CRAB_OPTION_FORGED))
+        core->counters[CRAB_C_FORGED_OPTION]++;
+    enum crab_counter outcome = decide(s, it, ip, found);
+
+    uint8_t list[CRAB_MAX_OPTIONS];
+    int n = -1;
+    const struct crab_redirect *r = &s->redirects[it->service - s->services];
+    bool room = true;
+    if (crab_likely(outcome == CRAB_C_REDIRECTED)) {
+        if (crab_likely(word >= 0))
+            room = options_len - 4 + r->len <= CRAB_MAX_OPTIONS;
+        else
+            room = (n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list)) >= 0;
+    }
+    uint16_t id = assign(core, s, it, load32(tcp + CRAB_TCP_SEQ), now, outcome == CRAB_C_REDIRECTED && room, &copies);
     if (crab_unlikely(id == CRAB_NO_BACKEND))
         return CRAB_C_DROP_NO_BACKEND;
     const struct crab_backend *backend = &s->backends[id];
 
-    int word, found = crab_option_scan(options, options_len, s->form, &word);
-    if (crab_unlikely(found & CRAB_OPTION_FORGED))
-        core->counters[CRAB_C_FORGED_OPTION]++;
-    enum crab_counter outcome = decide(s, it, ip, found, backend, copies);
-
-    uint8_t list[CRAB_MAX_OPTIONS];
-    int n = -1;
+    if (crab_unlikely(copies >= 2) && (outcome == CRAB_C_REDIRECTED || outcome == CRAB_C_FALLBACK_PREFIX))
+        outcome = CRAB_C_FALLBACK_RETRANSMIT;
+    if (crab_likely(outcome == CRAB_C_REDIRECTED)) {
+        if (crab_unlikely(!(backend->flags & CRAB_BACKEND_CR) || !same_family(p, backend)))
+            outcome = CRAB_C_FALLBACK_NO_CR_BACKEND;
+        else if (crab_unlikely(!room))
+            outcome = CRAB_C_FALLBACK_NO_ROOM;
+    }
     if (crab_likely(outcome == CRAB_C_REDIRECTED)) {
         const uint8_t *dip = p->family == 4 ? backend->addr + 12 : backend->addr;
-        const struct crab_redirect *r = &s->redirects[it->service - s->services];
-        if (crab_likely(word >= 0)) {
-            if (crab_likely(options_len - 4 + r->len <= CRAB_MAX_OPTIONS)) {
-                frame->data = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)word, r, dip);
-                send_to(frame, p, backend);
-                return outcome;
-            }
-        } else {
-            n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list);
-        }
-        if (crab_likely(n >= 0)) {
+        if (crab_likely(word >= 0))
+            frame->data = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)word, r, dip);
+        else
             frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, dip);
-            send_to(frame, p, backend);
-            return outcome;
-        }
-        outcome = CRAB_C_FALLBACK_NO_ROOM;
+        send_to(frame, p, backend);
+        return outcome;
     }
     /* Without CR options the list stays, to the byte. */
     if (found)

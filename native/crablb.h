@@ -96,6 +96,44 @@ struct crab_maglev_member {
 int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_member *members, uint32_t count,
                       const uint8_t *key16);
 
+/* ---- policies: which backend a connection is redirected to (native/select.h) ---- */
+
+/* What is known of one backend of one service.  Shared by all workers and snapshots; user space writes all but `assigned`. */
+struct crab_load {
+    uint32_t assigned; /* connections given to it, modulo 2^32 */
+    uint32_t base;     /* `assigned` as of the last report */
+    uint32_t open;     /* connections that its server reported */
+    uint32_t figure;   /* load that its server reported, thousandths */
+};
+
+/* A position in a sequence, which outlives the pool; on a cache line of its own. */
+struct crab_turn {
+    uint64_t next;
+    uint64_t pad[7];
+};
+
+struct crab_member {
+    uint16_t backend;
+    uint16_t pad;
+    uint32_t weight; /* at least 1 */
+    struct crab_load *load;
+};
+
+struct crab_pool;
+
+/* Names of the policies, by number from 0; NULL: there is no such number. */
+const char *crab_policy_name(uint32_t i);
+/* Copies the members; at most 65,535.  NULL without memory, or if there is no such policy. */
+struct crab_pool *crab_pool_new(const char *policy, const struct crab_member *members, uint32_t count,
+                                struct crab_turn *turn);
+void crab_pool_free(struct crab_pool *pool);
+/* Choose a backend, and count it as assigned; CRAB_NO_BACKEND if there are no members.  From any thread. */
+uint16_t crab_pool_pick(struct crab_pool *pool, uint64_t random);
+/* Take a choice back. */
+void crab_pool_unpick(struct crab_pool *pool, uint16_t backend);
+/* Take the loads as they are now into account.  One thread at a time, while others pick. */
+void crab_pool_refresh(struct crab_pool *pool);
+
 /* ---- snapshot: what the workers look up, immutable ---- */
 
 #define CRAB_MODE_NEGOTIATED 0
@@ -142,8 +180,11 @@ struct crab_service {
     uint32_t fallback;     /* CRAB_FALLBACK_* */
     uint32_t on_dead;      /* CRAB_ON_DEAD_* */
     const uint16_t *table; /* Maglev table, table_size slots; must outlive the snapshot */
+    struct crab_pool *pool; /* chooses whom to redirect to; NULL: the table.  Must outlive the snapshot */
     uint32_t index;        /* into map `service_counters` */
-    uint32_t pad;
+    uint8_t source4;       /* the table is asked by this many bits of the client's address alone; 0: by the four-tuple */
+    uint8_t source6;
+    uint16_t pad;
 };
 
 struct crab_snapshot;

@@ -17,6 +17,7 @@ from crablb.engine import Engine
 from crablb.errors import ConfigError, KernelError
 from crablb.model import Announce, Bypass, Config, Fallback, OptionForm, XdpMode
 from crablb.notify import notify
+from crablb.policy import BUILTIN
 
 log = structlog.get_logger()
 
@@ -43,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--fallback", choices=[f.value for f in Fallback], help="how clients that are not redirected are served"
     )
+    parser.add_argument("--policy", choices=BUILTIN, help="where connections are redirected to (default: maglev)")
     parser.add_argument(
         "--announce", choices=[a.value for a in Announce], help="answer ARP and neighbour discovery for the VIPs"
     )
@@ -67,6 +69,7 @@ def read_config(args: argparse.Namespace) -> Config:
                 ("--service", args.service),
                 ("--fallback", args.fallback),
                 ("--ack-bypass", args.ack_bypass),
+                ("--policy", args.policy),
                 ("--announce", args.announce),
                 ("--option", args.option),
                 ("--xdp-mode", args.xdp_mode),
@@ -89,6 +92,8 @@ def read_config(args: argparse.Namespace) -> Config:
     settings: dict[str, object] = {}
     if args.fallback:
         settings["fallback"] = Fallback(args.fallback)
+    if args.policy:
+        settings["policy"] = args.policy
     if args.announce:
         settings["announce"] = Announce(args.announce)
     if args.ack_bypass:
