@@ -160,8 +160,8 @@ struct schedules {
     _Atomic(uint32_t) active;
     struct schedule *of[2];
     struct heap_entry {
-        uint64_t base, step;
-        uint32_t weight, member;
+        uint64_t key; /* cost of the next connection, in 2^-27ths: equal where the quotients are equal */
+        uint32_t member;
     } heap[];
 };
 
@@ -186,9 +186,7 @@ int crab_schedule_prepare(struct crab_pool *pool)
 /* Whether a is to be taken before b: by cost of the next connection, then by order. */
 static bool cheaper(const struct heap_entry *a, const struct heap_entry *b)
 {
-    unsigned __int128 x = (unsigned __int128)(a->base + a->step) * b->weight;
-    unsigned __int128 y = (unsigned __int128)(b->base + b->step) * a->weight;
-    return x != y ? x < y : a->member < b->member;
+    return a->key != b->key ? a->key < b->key : a->member < b->member;
 }
 
 static void sift(struct heap_entry *heap, uint32_t n, uint32_t i)
@@ -204,19 +202,26 @@ static void sift(struct heap_entry *heap, uint32_t n, uint32_t i)
     heap[i] = moved;
 }
 
-void crab_schedule_build(struct crab_pool *pool, const struct crab_cost *costs)
+static uint64_t key_of(uint64_t cost, uint32_t weight)
+{
+    cost = cost < CRAB_COST_MAX ? cost : CRAB_COST_MAX;
+    return (cost << 27) / weight;
+}
+
+void crab_schedule_build(struct crab_pool *pool, struct crab_cost *costs)
 {
     struct schedules *s = pool->state;
     uint32_t idle = !atomic_load_explicit(&s->active, memory_order_relaxed);
     struct schedule *to = s->of[idle];
     for (uint32_t i = 0; i < pool->count; i++)
         s->heap[i] = (struct heap_entry){
-            .base = costs[i].base, .step = costs[i].step, .weight = pool->members[i].weight, .member = i};
+            .key = key_of(costs[i].base += costs[i].step, pool->members[i].weight), .member = i};
     for (uint32_t i = pool->count; i-- > 0;)
         sift(s->heap, pool->count, i);
     for (uint32_t i = 0; i < to->length; i++) {
-        to->members[i] = (uint16_t)s->heap[0].member;
-        s->heap[0].base += s->heap[0].step;
+        uint32_t m = s->heap[0].member;
+        to->members[i] = (uint16_t)m;
+        s->heap[0].key = key_of(costs[m].base += costs[m].step, pool->members[m].weight);
         sift(s->heap, pool->count, 0);
     }
     atomic_store_explicit(&to->next, 0, memory_order_relaxed);

@@ -81,14 +81,15 @@ static inline uint32_t crab_alias_draw(const struct crab_pool *pool, const struc
  * share it by taking places; when it is used up they go round its second half, where costs are level. */
 #define CRAB_SCHEDULE 4096
 
-/* What makes a member cost: cost(next connection) = (base + step * connections since) / weight. */
+/* What the n-th next connection to a member costs, n from 1: (base + n * step) / weight.  Both below 2^36. */
 struct crab_cost {
     uint64_t base, step;
 };
+#define CRAB_COST_MAX ((1ull << 36) - 1)
 
 int crab_schedule_prepare(struct crab_pool *pool);
 uint32_t crab_schedule_pick(struct crab_pool *pool, uint64_t random);
-/* Work out the schedule; costs: one a member. */
-void crab_schedule_build(struct crab_pool *pool, const struct crab_cost *costs);
+/* Work out the schedule.  costs: one a member; they are used up. */
+void crab_schedule_build(struct crab_pool *pool, struct crab_cost *costs);
 
 #endif

@@ -57,14 +57,26 @@ class Core:
             entry.addr = mapped(p.network_address.packed)
             entry.bits = p.prefixlen + (96 if isinstance(p, ipaddress.IPv4Network) else 0)
         form = lib.CRAB_FORM_EXPERIMENTAL if reference.experimental else lib.CRAB_FORM_CRAB
-        self.snapshot = ffi.gc(
-            lib.crab_snapshot_new(
-                services, len(reference.services), backends, len(reference.backends), c_prefixes, len(prefixes),
-                size, form, reference.seed,
-            ),
-            lib.crab_snapshot_free,
+        self.services = services
+        self._publish = lambda: lib.crab_snapshot_new(
+            services, len(reference.services), backends, len(reference.backends), c_prefixes, len(prefixes),
+            size, form, reference.seed,
         )  # fmt: skip
-        lib.crab_core_publish(self.core, self.snapshot)
+        self.publish()
+
+    def publish(self) -> None:
+        """Publish ``services`` as they are now."""
+        new = ffi.gc(self._publish(), lib.crab_snapshot_free)
+        lib.crab_core_publish(self.core, new)
+        self.snapshot = new
+
+    def set_pool(self, service: int, pool: Any) -> None:
+        self.services[service].pool = pool
+        self.publish()
+
+    def set_source(self, service: int, bits4: int, bits6: int) -> None:
+        self.services[service].source4, self.services[service].source6 = bits4, bits6
+        self.publish()
 
     def handle(self, *frames: bytes, now: int = 1000) -> list[bytes | None]:
         """Frames through one batch.  Fails if a byte outside of them and their headroom was written."""

@@ -157,6 +157,18 @@ def test_every_fault_of_a_service_at_once():
 
 
 BAD_FILES = {
+    'interface = ["eth0", "eth1", "eth0"]\n[[service]]\naddress = "tcp://10.0.0.100:80"\npolicy = "least-conections"\n'
+    'slow_start = -1\nsource_prefix = [33]\nbackends = ["10.0.0.11"]\n': [
+        "interface: eth0 is named twice",
+        "service 1 (line 2): policy: 'least-conections' is no policy; did you mean least-connections?",
+        "service 1 (line 2): slow_start: -1 is not a number of seconds from 0 to 86400",
+        "service 1 (line 2): source_prefix: [33] is not a pair of prefix lengths, for IPv4 and IPv6: [24, 56]",
+    ],
+    'interface = []\n[[service]]\naddress = "tcp://10.0.0.100:80"\nsource_prefix = [24, 56]\n'
+    'backends = ["10.0.0.11"]\n': [
+        "interface: names no interface",
+        "service 1 (line 2): source_prefix: is of use with policy = 'source-hash' only, not with 'maglev'",
+    ],
     "interface = ": ["Invalid value (at end of document)"],
     "": [
         "interface is missing; add interface = 'eth0', or pass --iface",

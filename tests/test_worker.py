@@ -31,10 +31,10 @@ class Worker:
         return n
 
 
-def syn(port: int) -> bytes:
+def syn(port: int, client: str = "10.0.0.1") -> bytes:
     options = [("MSS", 1460), (42, b""), ("NOP", None), ("NOP", None)]
     tcp = TCP(sport=port, dport=80, flags="S", seq=port, options=options)
-    return bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src="10.0.0.1", dst="10.0.0.100") / tcp)
+    return bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src=client, dst="10.0.0.100") / tcp)
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
