@@ -146,6 +146,13 @@ enum crab_server_counter {
     CRAB_SERVER_COUNTERS
 };
 
+/* Value of map `server_connections` (key: struct crab_vip): connections to it that were established, and that ended.  One
+ * is open while its application may still answer: until it says FIN, or the connection is lost. */
+struct crab_connections {
+    __u64 opened;
+    __u64 closed;
+};
+
 /* ---- direct server return on the server (dsr.bpf.c; key of map `dsr_vips`: struct crab_address) ---- */
 
 enum crab_dsr_counter {

@@ -42,6 +42,21 @@ struct {
     __type(value, __u64);
 } server_counters SEC(".maps");
 
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 4096);
+    __type(key, struct crab_vip);
+    __type(value, struct crab_connections);
+} server_connections SEC(".maps");
+
+/* The VIP that a connection is counted for, kept in its socket. */
+struct {
+    __uint(type, BPF_MAP_TYPE_SK_STORAGE);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, int);
+    __type(value, struct crab_vip);
+} server_counted SEC(".maps");
+
 static __always_inline void count(__u32 what)
 {
     __u64 *n = bpf_map_lookup_elem(&server_counters, &what);
@@ -67,27 +82,84 @@ static __always_inline int redirect_of_syn(struct bpf_sock_ops *ctx, __u8 option
     return 0;
 }
 
-/* Is it a VIP and port that we were told of? */
-static __always_inline int known(struct bpf_sock_ops *ctx, const __u8 option[20], int n)
+/* The VIP and port that a redirect of n bytes names. */
+static __always_inline void redirected_from(struct bpf_sock_ops *ctx, const __u8 option[20], int n,
+                                            struct crab_vip *vip)
 {
-    struct crab_vip vip = {.proto = 6, .port = bpf_htons((__u16)READ(ctx->local_port))};
+    *vip = (struct crab_vip){.proto = 6, .port = bpf_htons((__u16)READ(ctx->local_port))};
     switch (n) {
     case 6:
-        __builtin_memcpy(vip.addr + 12, option + 2, 4);
+        __builtin_memcpy(vip->addr + 12, option + 2, 4);
         break;
     case 8:
-        __builtin_memcpy(vip.addr + 12, option + 4, 4);
+        __builtin_memcpy(vip->addr + 12, option + 4, 4);
         break;
     case 18:
-        __builtin_memcpy(vip.addr, option + 2, 16);
+        __builtin_memcpy(vip->addr, option + 2, 16);
         break;
     case 20:
-        __builtin_memcpy(vip.addr, option + 4, 16);
+        __builtin_memcpy(vip->addr, option + 4, 16);
         break;
     }
     if (n < 10)
-        vip.addr[10] = vip.addr[11] = 0xff;
+        vip->addr[10] = vip->addr[11] = 0xff;
+}
+
+/* Is it a VIP and port that we were told of? */
+static __always_inline int known(struct bpf_sock_ops *ctx, const __u8 option[20], int n)
+{
+    struct crab_vip vip;
+    redirected_from(ctx, option, n, &vip);
     return bpf_map_lookup_elem(&server_vips, &vip) != NULL;
+}
+
+/* The VIP and port of a connection that was not redirected: where it was accepted. */
+static __always_inline void accepted_on(struct bpf_sock_ops *ctx, struct crab_vip *vip)
+{
+    *vip = (struct crab_vip){.proto = 6, .port = bpf_htons((__u16)READ(ctx->local_port))};
+    __u32 *words = (__u32 *)vip->addr;
+    words[0] = READ(ctx->local_ip6[0]);
+    words[1] = READ(ctx->local_ip6[1]);
+    words[2] = READ(ctx->local_ip6[2]);
+    words[3] = READ(ctx->local_ip6[3]);
+    if (READ(ctx->family) == 2 || (!words[0] && !words[1] && words[2] == bpf_htonl(0xffff))) {
+        words[0] = words[1] = 0;
+        words[2] = bpf_htonl(0xffff);
+        words[3] = READ(ctx->local_ip4);
+    }
+}
+
+/* A connection is established.  Its socket says when it ends, whatever ends it: FIN, RST, a timeout, its process' death. */
+static __always_inline void opened(struct bpf_sock_ops *ctx, int flags)
+{
+    __u8 option[20] = {};
+    struct crab_vip vip;
+    int n = redirect_of_syn(ctx, option);
+    if (n)
+        redirected_from(ctx, option, n, &vip);
+    else
+        accepted_on(ctx, &vip);
+    struct crab_connections *c = bpf_map_lookup_elem(&server_connections, &vip);
+    struct bpf_sock *sk = ctx->sk;
+    if (c && sk && bpf_sk_storage_get(&server_counted, sk, &vip, BPF_SK_STORAGE_GET_F_CREATE)) {
+        __sync_fetch_and_add(&c->opened, 1);
+        flags |= BPF_SOCK_OPS_STATE_CB_FLAG;
+    }
+    bpf_sock_ops_cb_flags_set(ctx, flags);
+}
+
+static __always_inline void changed(struct bpf_sock_ops *ctx, __u32 state)
+{
+    struct bpf_sock *sk = ctx->sk;
+    if (state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT || !sk)
+        return;
+    struct crab_vip *vip = bpf_sk_storage_get(&server_counted, sk, NULL, 0);
+    if (!vip)
+        return;
+    struct crab_connections *c = bpf_map_lookup_elem(&server_connections, vip);
+    if (c)
+        __sync_fetch_and_add(&c->closed, 1);
+    bpf_sk_storage_delete(&server_counted, sk);
 }
 
 static __always_inline void arm(struct bpf_sock_ops *ctx)
@@ -112,8 +184,10 @@ int crab_server(struct bpf_sock_ops *ctx)
         arm(ctx);
         break;
     case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-        if (READ(ctx->bpf_sock_ops_cb_flags) & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
-            bpf_sock_ops_cb_flags_set(ctx, READ(ctx->bpf_sock_ops_cb_flags) & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+        opened(ctx, READ(ctx->bpf_sock_ops_cb_flags) & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+        break;
+    case BPF_SOCK_OPS_STATE_CB:
+        changed(ctx, READ(ctx->args[1]));
         break;
     case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
         if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) != (SYN | ACK))

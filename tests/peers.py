@@ -110,6 +110,24 @@ def hold_many(host: str, port: str, count: str) -> None:
         print(intact, flush=True)
 
 
+def storm(host: str, port: str, count: str) -> None:
+    """Connections that end in every way: by FIN, by RST, half closed first, and all at once with the process."""
+    sockets = []
+    for i in range(int(count)):
+        sock = _connect(host, port)
+        _line(sock)
+        if i % 4 == 0:
+            sock.close()
+        elif i % 4 == 1:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+        elif i % 4 == 2:
+            sock.shutdown(socket.SHUT_WR)
+            sockets.append(sock)
+        else:
+            sockets.append(sock)
+
+
 def refused(host: str, port: str) -> None:
     """Connect; tell the error's name."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import structlog
 from crablb.agent import dsr
 from crablb.agent.base import Agent
 from crablb.kernel import bpf
-from crablb.model import Vip
+from crablb.model import Vip, unmapped
 
 log = structlog.get_logger()
 
@@ -25,6 +26,8 @@ class ServerAgent(Agent):
     """
 
     role: ClassVar[str] = "server"
+    #: Sockets of the agent before are counted on.
+    lasting: ClassVar[Sequence[str]] = ("server_connections", "server_counted")
 
     def __init__(
         self,
@@ -43,6 +46,8 @@ class ServerAgent(Agent):
         for vip in self.vips:
             program.map("server_vips").update(vip.key(), 1)
             program.map("server_ports").update(vip.port, 1)
+            if program.map("server_connections").lookup(vip.key()) is None:
+                program.map("server_connections").update(vip.key(), bytes(16))
         if self.dsr:
             dsr.set_up(self.vips, self.interfaces, self.folder(), lambda state: self.remember(dsr=state))
         with program.program("crab_server").attach_cgroup_sockops(self.cgroup) as link:
@@ -56,6 +61,26 @@ class ServerAgent(Agent):
     def tear_down(cls, state: dict[str, Any]) -> None:
         if "dsr" in state:
             dsr.tear_down(state["dsr"], cls.folder())
+
+    @classmethod
+    def connections(cls) -> dict[Vip, int]:
+        """Open connections by VIP, those established while an agent was there.
+
+        Raises :class:`crablb.kernel.bpf.BpfNotFoundError` if there is no agent.
+        """
+        with bpf.Map.from_pin(cls.folder() / "server_connections") as counts:
+            found = {}
+            for key, value in counts.items():
+                opened, closed = struct.unpack("=QQ", value)
+                found[Vip(unmapped(key[:16]), int.from_bytes(key[16:18], "big"))] = opened - closed
+            return found
+
+    @classmethod
+    def status(cls) -> dict[str, Any] | None:
+        status = super().status()
+        if status:
+            status["connections"] = {str(vip): n for vip, n in cls.connections().items()}
+        return status
 
     @classmethod
     def counters(cls) -> dict[str, int]:

@@ -153,6 +153,8 @@ def run_status(args: argparse.Namespace) -> int:
         print(f"{role}: {where}, {', '.join(status['vips'])}, cgroup {status['cgroup']}")
         if role == "client":
             print(f"  backends {', '.join(status['backends'])}, {status['flows']} redirected connections")
+        for vip, n in status.get("connections", {}).items():
+            print(f"  {vip:28} {n:>14,} open connections")
         for name, value in status["counters"].items():
             if value:
                 print(f"  {name:28} {value:>14,}")
