@@ -133,6 +133,12 @@ enum crab_daemon_counter {
     CRAB_DAEMON_NARROW_TUNNELS,  /* tunnels found too narrow for IPv6 */
     CRAB_DAEMON_FLOWS_NEARLY_FULL, /* sweeps that found map `flows` nearly full */
     CRAB_DAEMON_CACHE_FULL,      /* sweeps since whose predecessor a worker's flow cache had no room */
+    CRAB_DAEMON_REPORTS,         /* servers' reports taken */
+    CRAB_DAEMON_REPORTS_UNKNOWN, /* refused: of no backend of ours */
+    CRAB_DAEMON_REPORTS_MALFORMED,
+    CRAB_DAEMON_REPORTS_FORGED,   /* refused: not under the backend's key */
+    CRAB_DAEMON_REPORTS_REPLAYED, /* refused: older than the last one */
+    CRAB_DAEMON_REPORTS_SILENT,   /* servers that stopped reporting */
     CRAB_DAEMON_COUNTERS
 };
 

@@ -35,8 +35,9 @@ from crablb.model import (
     host_port,
 )
 from crablb.policy import BUILTIN
+from crablb.report import PORT, read_key
 
-__all__ = ["load_config", "parse_backend", "parse_prefix", "parse_service", "parse_vip"]
+__all__ = ["load_config", "parse_backend", "parse_endpoint", "parse_prefix", "parse_service", "parse_vip"]
 
 MAX_BACKENDS = 65534  # backend ids are 16 bits, one of which says "none"
 MAX_WEIGHT = 65535
@@ -367,6 +368,18 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def parse_endpoint(value: object) -> tuple[Address, int]:
+    """``10.0.0.2``, ``10.0.0.2:7171``, ``[fd00::2]:7171``.  Raises :class:`ConfigError`."""
+    text = _string(value)
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
+    if not match or not 0 < int(match[2] or PORT) < 65536:
+        raise ConfigError(f"{text!r} is not ADDRESS or ADDRESS:PORT (an IPv6 address stands in brackets)")
+    bare = match[1].strip("[]")
+    if bare in ("0.0.0.0", "::"):
+        return ipaddress.ip_address(bare), int(match[2] or PORT)
+    return _address(bare, "an endpoint of reports"), int(match[2] or PORT)
+
+
 SETTINGS: dict[str, Callable[[object], Any]] = {
     "interface": _interfaces,
     "option": lambda v: _enum(OptionForm, v),
@@ -376,6 +389,8 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
     "table_size": _table_size,
     "flows": lambda v: _number(64, 1 << 26, v),
     "announce": lambda v: _enum(Announce, v),
+    "report_listen": parse_endpoint,
+    "report_key_file": lambda v: read_key(_string(v)),
     "ack_bypass": lambda v: _enum(Bypass, v),
 }
 
@@ -403,6 +418,10 @@ def load_config(path: Path | str, interfaces: Sequence[str] = ()) -> Config:
         settings["interface"] = problems.attempt("--iface", _distinct, interfaces)
     elif "interface" not in table:
         problems.add(str(path), "interface is missing; add interface = 'eth0', or pass --iface")
+    if "report_key_file" in settings:
+        settings["report_key"] = settings.pop("report_key_file")
+    if ("report_listen" in table) != ("report_key_file" in table):
+        problems.add(str(path), "report_listen and report_key_file belong together (make a key: crablb key new)")
     lines = [n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*service\s*\]\]", line)]
     services = []
     for i, entry in enumerate(problems.attempt(f"{path}: service", _list, table.get("service", [])) or []):

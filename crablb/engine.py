@@ -27,6 +27,7 @@ from crablb import flowmap, statistics
 from crablb._native import ffi, lib
 from crablb.announce import Announcer
 from crablb.errors import ConfigError, KernelError
+from crablb.feedback import Feedback
 from crablb.kernel import bpf, pins
 from crablb.kernel.netlink import HopState, Interface, NextHop, NextHops, interface_info
 from crablb.kernel.xsk import XskError, XskSocket
@@ -348,6 +349,7 @@ class Engine:
         self._stepped = time.monotonic()  # when weights were last looked at
         self._serving: set[tuple[Vip, Address]] = set()  # backends that get connections
         self._balancer: asyncio.Task[None] | None = None
+        self._feedback: Feedback | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._announcers: list[Announcer] = []
         self._hops: dict[Address, NextHop] = {}
@@ -436,6 +438,10 @@ class Engine:
         self._serve_vips(service.vip for service in self.config.services)
         self._sweeper = asyncio.create_task(self._sweep())
         self._balancer = asyncio.create_task(self._keep_balance())
+        if self.config.report_listen and self.config.report_key:
+            self._feedback = Feedback(self._balance, self.config.report_key, self.count)
+            self._feedback.follow(self.config.services)
+            await self._feedback.start(*self.config.report_listen)
         self._name_narrow()
         cpus = sorted(os.sched_getaffinity(0))
         for i, worker in enumerate(self._workers):
@@ -535,6 +541,9 @@ class Engine:
         for announcer in self._announcers:
             await announcer.close()
         self._announcers.clear()
+        if self._feedback:
+            self._feedback.close()
+            self._feedback = None
         for task in (self._sweeper, self._balancer):
             if task:
                 task.cancel()
@@ -615,9 +624,10 @@ class Engine:
                 continue
             if now - aged >= AGE_INTERVAL:
                 aged = now
+                reporting = self._feedback.reporting() if self._feedback else set()
                 for service in self.config.services:
                     if service.vip in snapshot.pools:
-                        self._balance.age(service)
+                        self._balance.age(service, reporting)
             for _, pool in snapshot.pools.values():
                 pool.refresh()
             rises = self._balance.next_step(self.config.services, self._stepped)
@@ -680,7 +690,18 @@ class Engine:
 
         Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
         """
-        fixed = ("interfaces", "seed", "xdp_mode", "queues", "table_size", "flows", "ack_bypass", "announce")
+        fixed = (
+            "interfaces",
+            "seed",
+            "xdp_mode",
+            "queues",
+            "table_size",
+            "flows",
+            "ack_bypass",
+            "announce",
+            "report_listen",
+            "report_key",
+        )
         differ = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if differ:
             raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
@@ -696,6 +717,8 @@ class Engine:
         self._serve_vips(served)
         for announcer in self._announcers:
             announcer.follow(vip.address for vip in served)
+        if self._feedback:
+            self._feedback.follow(config.services)
         self._sweep_soon.set()  # services that were removed lose their flows
         self.count("reloads")
 

@@ -151,3 +151,5 @@ class Config:
     flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections
     ack_bypass: Bypass = Bypass.AUTO
     announce: Announce = Announce.NONE
+    report_listen: tuple[Address, int] | None = None  # where servers report to; None: nowhere
+    report_key: bytes | None = None  # 32 bytes: the master key of their reports

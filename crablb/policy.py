@@ -78,6 +78,11 @@ class Balance:
         since = (load.assigned - load.base) % 2**32
         return Load(load.assigned, load.open + since, load.figure / 1000)
 
+    def report(self, vip: Vip, backend: Address, connections: int, figure: int) -> None:
+        """A server's report: its connections, and its load in thousandths.  What was assigned until now is in it."""
+        load = self.load(vip, backend)
+        load.open, load.base, load.figure = connections, load.assigned, figure
+
     def begin(self, service: Service, backend: Address, at: float) -> None:
         """The backend gets connections from now on, and did not before."""
         if service.slow_start:

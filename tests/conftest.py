@@ -149,11 +149,11 @@ class World:
     def serve(self, *more: str, **where: object) -> subprocess.Popen[str]:
         return start_serve(self.lab, self.folder, *more, **where)  # type: ignore[arg-type]
 
-    def python(self, node: Node, *args: str, ready: bool = False) -> subprocess.Popen[str]:
+    def python(self, node: Node, *args: str, ready: bool = False, **more: object) -> subprocess.Popen[str]:
         """A program of tests/peers.py; with ``ready``, on return it has said so."""
         child = node.popen(
             sys.executable, "-m", "tests.peers", *args,
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
         )  # fmt: skip
         if ready:
             assert answer(child) == "ready"

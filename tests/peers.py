@@ -110,6 +110,21 @@ def hold_many(host: str, port: str, count: str) -> None:
         print(intact, flush=True)
 
 
+def hold_names(host: str, port: str, count: str) -> None:
+    """``count`` connections, held; the names of the servers that they came to."""
+    conns = [_connect(host, port) for _ in range(int(count))]
+    print(" ".join(_line(conn).split()[0] for conn in conns), flush=True)
+    sys.stdin.read()
+
+
+def take_udp(host: str, port: str) -> None:
+    """Bind a port, and keep it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((host, int(port)))
+        print("ready", flush=True)
+        sys.stdin.read()
+
+
 def storm(host: str, port: str, count: str) -> None:
     """Connections that end in every way: by FIN, by RST, half closed first, and all at once with the process."""
     sockets = []

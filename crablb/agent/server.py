@@ -17,6 +17,15 @@ from crablb.model import Vip, unmapped
 log = structlog.get_logger()
 
 
+def open_connections(counts: bpf.Map) -> dict[Vip, int]:
+    """What map ``server_connections`` says."""
+    found = {}
+    for key, value in counts.items():
+        opened, closed = struct.unpack("=QQ", value)
+        found[Vip(unmapped(key[:16]), int.from_bytes(key[16:18], "big"))] = opened - closed
+    return found
+
+
 class ServerAgent(Agent):
     """Let the servers of a cgroup, in this network namespace, answer redirected connections to ``vips``.
 
@@ -69,11 +78,7 @@ class ServerAgent(Agent):
         Raises :class:`crablb.kernel.bpf.BpfNotFoundError` if there is no agent.
         """
         with bpf.Map.from_pin(cls.folder() / "server_connections") as counts:
-            found = {}
-            for key, value in counts.items():
-                opened, closed = struct.unpack("=QQ", value)
-                found[Vip(unmapped(key[:16]), int.from_bytes(key[16:18], "big"))] = opened - closed
-            return found
+            return open_connections(counts)
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:

@@ -6,14 +6,21 @@ import argparse
 import json
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 from crablb import log as logging
 from crablb.agent import ClientAgent, ServerAgent
 from crablb.agent.base import Agent
-from crablb.config import parse_prefix, parse_vip
+from crablb.agent.reporter import Reporter
+from crablb.agent.server import open_connections
+from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
 from crablb.errors import ConfigError, KernelError
+from crablb.kernel import bpf
 from crablb.model import OptionForm
 from crablb.notify import notify
+from crablb.report import read_key
 
 ROLES: dict[str, type[Agent]] = {"client": ClientAgent, "server": ServerAgent}
 
@@ -59,6 +66,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="IF",
         help="with --dsr: where tunnels come in (default: every Ethernet interface that is up); repeatable",
     )
+    server.add_argument(
+        "--report",
+        metavar="LB[:PORT],...",
+        help="tell these load balancers how many connections there are, and how loaded the machine is",
+    )
+    server.add_argument("--report-key", metavar="FILE", help="this backend's key (crablb key backend)")
+    server.add_argument(
+        "--report-as", metavar="ADDRESS", help="the backend that this is (default: the address that reports come from)"
+    )
+    server.add_argument(
+        "--report-figure", metavar="FILE", help="report the number in this file as load, 1.0 for full (default: CPU)"
+    )
     client.add_argument(
         "--interface",
         action="append",
@@ -95,10 +114,45 @@ def run_server(args: argparse.Namespace) -> int:
     vips, _ = _parse_all(args)
     if args.interface and not args.dsr:
         raise ConfigError("--interface says where tunnels come in, and is of use with --dsr only")
+    reporting = _reporting(args)
     return _run(
         lambda: ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=args.interface),  # type: ignore[arg-type]
         args.detach,
+        reporting,
     )
+
+
+def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which reports are sent.  Raises :class:`ConfigError`."""
+    if not args.report:
+        extra = [name for name in ("report_key", "report_as", "report_figure") if getattr(args, name)]
+        if extra:
+            flags = ", ".join("--" + name.replace("_", "-") for name in extra)
+            raise ConfigError(f"{flags}: of use with --report only")
+        return nullcontext
+    problems = []
+    if args.detach:
+        problems.append("--report needs a process; leave out --detach")
+    if not args.report_key:
+        problems.append("--report needs --report-key FILE (made where the master key is: crablb key backend ADDRESS)")
+    if problems:
+        raise ConfigError(problems)
+    targets = [parse_endpoint(text.strip()) for text in args.report.split(",")]
+    key = read_key(args.report_key)
+    backend = parse_backend(args.report_as).address if args.report_as else None
+    figure = Path(args.report_figure) if args.report_figure else None
+
+    @contextmanager
+    def report() -> Iterator[None]:
+        with bpf.Map.from_pin(ServerAgent.folder() / "server_connections") as counts:
+            reporter = Reporter(lambda: open_connections(counts), targets, key, backend, figure)
+            reporter.start()
+            try:
+                yield
+            finally:
+                reporter.stop()
+
+    return report
 
 
 def run_client(args: argparse.Namespace) -> int:
@@ -120,7 +174,7 @@ def _require_root() -> None:
         raise KernelError("crablb agent works with BPF programs; run it as root")
 
 
-def _run(make: object, detach: bool) -> int:
+def _run(make: object, detach: bool, meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext) -> int:
     logging.set_up()
     _require_root()
     agent: Agent = make()  # type: ignore[operator]
@@ -132,9 +186,10 @@ def _run(make: object, detach: bool) -> int:
         if detach:
             return 0
         try:
-            notify("READY=1")
-            print("ready", flush=True)
-            signal.sigwait(signals)
+            with meanwhile():
+                notify("READY=1")
+                print("ready", flush=True)
+                signal.sigwait(signals)
         finally:
             agent.remove()
     return 0

@@ -18,6 +18,7 @@ from crablb.errors import ConfigError, KernelError
 from crablb.model import Announce, Bypass, Config, Fallback, OptionForm, XdpMode
 from crablb.notify import notify
 from crablb.policy import BUILTIN
+from crablb.report import read_key
 
 log = structlog.get_logger()
 
@@ -53,6 +54,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=[b.value for b in Bypass],
         help="known fallback flows in the kernel alone (default: auto)",
     )
+    parser.add_argument(
+        "--report-listen",
+        metavar="ADDRESS[:PORT]",
+        help="where servers report their load to (crablb agent server --report)",
+    )
+    parser.add_argument("--report-key", metavar="FILE", help="the master key of their reports (crablb key new)")
     parser.add_argument("--option", choices=[f.value for f in OptionForm], help="the CR option's form")
     parser.add_argument("--xdp-mode", choices=[m.value for m in XdpMode], help="default: auto")
     parser.add_argument("--queues", type=int, help="RX queues to serve of each interface (default: all)")
@@ -71,6 +78,8 @@ def read_config(args: argparse.Namespace) -> Config:
                 ("--ack-bypass", args.ack_bypass),
                 ("--policy", args.policy),
                 ("--announce", args.announce),
+                ("--report-listen", args.report_listen),
+                ("--report-key", args.report_key),
                 ("--option", args.option),
                 ("--xdp-mode", args.xdp_mode),
                 ("--queues", args.queues),
@@ -87,6 +96,8 @@ def read_config(args: argparse.Namespace) -> Config:
         problems.append("say what to serve: --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12, or --config FILE.toml")
     if args.queues is not None and not 1 <= args.queues <= 64:
         problems.append(f"--queues: {args.queues} is not a whole number from 1 to 64")
+    if bool(args.report_listen) != bool(args.report_key):
+        problems.append("--report-listen and --report-key belong together (make a key: crablb key new)")
     if problems:
         raise ConfigError(problems)
     settings: dict[str, object] = {}
@@ -98,6 +109,9 @@ def read_config(args: argparse.Namespace) -> Config:
         settings["announce"] = Announce(args.announce)
     if args.ack_bypass:
         settings["ack_bypass"] = Bypass(args.ack_bypass)
+    if args.report_listen:
+        settings["report_listen"] = config.parse_endpoint(args.report_listen)
+        settings["report_key"] = read_key(args.report_key)
     if args.option:
         settings["option"] = OptionForm(args.option)
     if args.xdp_mode:
