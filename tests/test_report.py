@@ -266,8 +266,8 @@ class Reporting:
 
     def settle(self, reports: int = 7) -> None:
         """Wait until each server has been heard since now; with losses that takes more reports."""
-        now = self.daemon()["reports"]
-        until(lambda: self.daemon()["reports"] >= now + reports, 60)
+        now = self.daemon().get("reports", 0)
+        until(lambda: self.daemon().get("reports", 0) >= now + reports, 60)
 
 
 LOSSY = """table inet lossy {
