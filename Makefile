@@ -31,6 +31,8 @@ test: $(STAMPS)/tested-tools c-test lint
 bench: $(STAMPS)/built
 	@$(MAKE) --no-print-directory -s -C bench RUNS=$(ARGS)
 	@echo
+	@$(VENV)/bin/python bench/pypolicy.py
+	@echo
 	@$(SUDO) $(VENV)/bin/python bench/bypass.py
 
 # The hot loop by itself, with the sanitizers on.

@@ -133,6 +133,7 @@ enum crab_daemon_counter {
     CRAB_DAEMON_NARROW_TUNNELS,  /* tunnels found too narrow for IPv6 */
     CRAB_DAEMON_FLOWS_NEARLY_FULL, /* sweeps that found map `flows` nearly full */
     CRAB_DAEMON_CACHE_FULL,      /* sweeps since whose predecessor a worker's flow cache had no room */
+    CRAB_DAEMON_POLICY_FAILED,   /* batches for which a policy in Python raised, or returned nonsense */
     CRAB_DAEMON_REPORTS,         /* servers' reports taken */
     CRAB_DAEMON_REPORTS_UNKNOWN, /* refused: of no backend of ours */
     CRAB_DAEMON_REPORTS_MALFORMED,

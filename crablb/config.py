@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from crablb.model import (
     XdpMode,
     host_port,
 )
-from crablb.policy import BUILTIN
+from crablb.policy import BUILTIN, resolve
 from crablb.report import PORT, read_key
 
 __all__ = ["load_config", "parse_backend", "parse_endpoint", "parse_prefix", "parse_service", "parse_vip"]
@@ -215,13 +216,15 @@ def _backend_entry(entry: object) -> Backend:
 
 
 def parse_policy(value: object) -> str:
-    """The name of a policy.  Raises :class:`ConfigError`."""
+    """The name of a policy, or ``module:function``.  Raises :class:`ConfigError`."""
     if value in BUILTIN:
         return str(value)
+    if isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value):
+        resolve(value)
+        return value
     near = difflib.get_close_matches(str(value), BUILTIN, 1)
-    raise ConfigError(
-        f"{value!r} is no policy; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILTIN)}")
-    )
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILTIN)}, or module:function"
+    raise ConfigError(f"{value!r} is no policy; {hint}")
 
 
 def _source_prefix(value: object) -> tuple[int, int]:
@@ -340,6 +343,7 @@ def config_from_args(
 ) -> Config:
     """A configuration from ``--service`` strings.  Raises :class:`ConfigError` with every fault."""
     problems = _Problems()
+    problems.attempt("--policy", parse_policy, policy)
     names = problems.attempt("--iface", _distinct, interfaces)
     parsed = [(f"--service {text}", problems.attempt(f"--service {text}", parse_service, text)) for text in services]
     good = [
@@ -408,6 +412,9 @@ def load_config(path: Path | str, interfaces: Sequence[str] = ()) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}") from None
 
+    # A policy of one's own may lie beside the file.
+    if (folder := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     problems = _Problems()
     _unknown_keys(problems, str(path), table, (*SETTINGS, "service"))
     settings: dict[str, Any] = {}

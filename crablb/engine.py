@@ -46,7 +46,7 @@ from crablb.model import (
     XdpMode,
     mapped,
 )
-from crablb.policy import CONSISTENT, Balance, Pool
+from crablb.policy import BUILTIN, CONSISTENT, Balance, Custom, Pool, resolve
 
 __all__ = ["Engine", "maglev_table"]
 
@@ -123,6 +123,7 @@ class _Snapshot:
         before: _Snapshot | None,
     ) -> None:
         self.pools: dict[Vip, tuple[Any, Pool]] = {}
+        self.custom: dict[int, Any] = {}  # see Custom.publish
         self.tables: dict[Any, Table] = {}
         known = {b.address: b for service in config.services for b in service.backends}
         dead = {address for address, b in known.items() if b.state is State.DEAD}
@@ -179,7 +180,20 @@ class _Snapshot:
             entry.table = ffi.from_buffer("uint16_t[]", table)
             if service.policy == "source-hash":
                 entry.source4, entry.source6 = service.source_prefix
-            if service.policy not in CONSISTENT:
+            if service.policy not in BUILTIN:
+                entry.custom = 1
+                eligible = {
+                    address: weight
+                    for address, weight in weights.items()
+                    if usable[address].cr and address.version == service.vip.address.version
+                }
+                self.custom[entry.index] = (
+                    service.vip,
+                    resolve(service.policy),
+                    balance.backends(service.vip, eligible),
+                    np.array([ids[a] for a in eligible], np.uint16),
+                )
+            elif service.policy not in CONSISTENT:
                 # Who cannot be redirected to is the fallback's.
                 chosen = {
                     backend_id: weight
@@ -346,6 +360,7 @@ class Engine:
         self._attached = False
         self._sweep_soon = asyncio.Event()
         self._balance = Balance()
+        self._custom = Custom(self._policy_failed)
         self._stepped = time.monotonic()  # when weights were last looked at
         self._serving: set[tuple[Vip, Address]] = set()  # backends that get connections
         self._balancer: asyncio.Task[None] | None = None
@@ -470,7 +485,9 @@ class Engine:
                 if slot == lib.CRAB_MAX_QUEUES:
                     xsk.close()
                     raise KernelError(f"the interfaces have more than {slot} queues; serve fewer of each: --queues N")
-                self._workers.append(_Worker(xsk, self.config.flows, base[slot].n, self._table))
+                worker = _Worker(xsk, self.config.flows, base[slot].n, self._table)
+                lib.crab_core_ask(worker.core, lib.crab_python_choose, self._custom.handle)
+                self._workers.append(worker)
                 xsk.register(self._maps["sockets"], slot)
             self._maps["interfaces"].update(served.info.index, struct.pack("=II", first, len(self._workers) - first))
 
@@ -588,6 +605,7 @@ class Engine:
         snapshot = _Snapshot(
             self.config, self.seed, self._ids, self._hops, self._paths, self._indices, self._balance, self._snapshot
         )
+        self._custom.publish(snapshot.custom)
         for worker in self._workers:
             lib.crab_core_publish(worker.core, snapshot.c)
         if self._snapshot:
@@ -837,6 +855,11 @@ class Engine:
     def _failed(self, xsk: XskSocket, number: int) -> None:
         if self.failure and not self.failure.done():
             self.failure.set_result(f"queue {xsk.queue} of {xsk.interface} failed: {os.strerror(number)}")
+
+    def _policy_failed(self) -> None:
+        """From a worker's thread."""
+        if self.failure:
+            self.failure.get_loop().call_soon_threadsafe(self.count, "policy_failed")
 
     def count(self, what: str) -> None:
         """Add one to a daemon counter, a name of :data:`crablb.statistics.DAEMON_COUNTERS`."""

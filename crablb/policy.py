@@ -6,14 +6,24 @@ of the configuration, and lets the weight of a backend that is new rise slowly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import structlog
+
 from crablb._native import ffi, lib
+from crablb.errors import ConfigError
 from crablb.model import Address, Backend, Service, Vip
 
-__all__ = ["BUILTIN", "CONSISTENT", "Balance", "Load", "Pool"]
+__all__ = ["BUILTIN", "CHOICE", "CONSISTENT", "Backends", "Balance", "Custom", "Load", "Pool", "resolve"]
+
+log = structlog.get_logger()
 
 #: Decided by a hash alone, so alike by every load balancer of one configuration: they serve the fallback too.
 CONSISTENT = ("maglev", "source-hash")
@@ -22,6 +32,26 @@ _C_POLICIES = [ffi.string(lib.crab_policy_name(i)).decode() for i in range(64) i
 BUILTIN = (*CONSISTENT, *_C_POLICIES)
 #: Weights are multiplied by so much while one of them rises, in so many steps.
 STEPS = 10
+
+
+#: ``struct crab_choice``: a connection that a policy is asked about.  Addresses are 16 bytes (IPv4-mapped); ``arrival``
+#: is in nanoseconds of CLOCK_MONOTONIC, the same for a batch.
+CHOICE = np.dtype(
+    [
+        ("client", "u1", 16),
+        ("vip", "u1", 16),
+        ("cport", ">u2"),
+        ("vport", ">u2"),
+        ("service", "<u4"),
+        ("hash", "<u8"),
+        ("arrival", "<u8"),
+        ("isn", ">u4"),
+        ("backend", "<u2"),
+        ("pad", "<u2"),
+    ]
+)
+_LOAD = np.dtype([("assigned", "<u4"), ("base", "<u4"), ("open", "<u4"), ("figure", "<u4")])
+assert CHOICE.itemsize == ffi.sizeof("struct crab_choice")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +87,78 @@ class Pool:
         lib.crab_pool_refresh(self.c)
 
 
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """The backends of a service that can be redirected to, as arrays of shape (backends,), for a policy in Python."""
+
+    addresses: tuple[Address, ...]
+    weights: npt.NDArray[np.int64]  # at this moment; those of weight 0 are not here
+    _loads: npt.NDArray[np.void] = field(repr=False)
+    _slots: npt.NDArray[np.intp] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    @property
+    def connections(self) -> npt.NDArray[np.int64]:
+        """Those that the servers reported, and those assigned since."""
+        loads = self._loads[self._slots]
+        found: npt.NDArray[np.int64] = loads["open"].astype(np.int64) + (loads["assigned"] - loads["base"])
+        return found
+
+    @property
+    def load(self) -> npt.NDArray[np.float64]:
+        """What the servers reported; 1.0: fully loaded."""
+        return self._loads["figure"][self._slots] / 1000.0
+
+    def assigned(self, indices: npt.NDArray[np.intp]) -> None:
+        """Count connections as assigned to these."""
+        np.add.at(self._loads["assigned"], self._slots[indices], np.uint32(1))
+
+
+class _Block:
+    """The loads of a service's backends: never moved, because workers hold pointers."""
+
+    SIZE = 4096  # loads at first; more are in blocks of as many
+
+    def __init__(self) -> None:
+        self._slots: dict[Address, int] = {}
+        self._parts: list[Any] = []
+
+    def load(self, backend: Address) -> Any:
+        slot = self._slots.setdefault(backend, len(self._slots))
+        while slot >= len(self._parts) * self.SIZE:
+            self._parts.append(ffi.new(f"struct crab_load[{self.SIZE}]"))
+        return ffi.addressof(self._parts[slot // self.SIZE], slot % self.SIZE)
+
+    def backends(self, weights: Mapping[Address, int]) -> Backends:
+        for address in weights:
+            self.load(address)
+        views = [np.frombuffer(ffi.buffer(part), _LOAD) for part in self._parts]
+        # More than one part is a copy: its loads are those of the moment when the snapshot was made.
+        loads = views[0] if len(views) == 1 else np.concatenate(views) if views else np.empty(0, _LOAD)
+        slots = np.array([self._slots[a] for a in weights], np.intp)
+        return Backends(tuple(weights), np.array(list(weights.values()), np.int64), loads, slots)
+
+
 class Balance:
     """The loads, turns and slow starts of all services.  Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
-        self._loads: dict[tuple[Vip, Address], Any] = {}
+        self._blocks: dict[Vip, _Block] = {}
         self._turns: dict[Vip, Any] = {}
         self._since: dict[tuple[Vip, Address], float] = {}  # when a backend that is starting slowly began
 
+    def _block(self, vip: Vip) -> _Block:
+        return self._blocks.setdefault(vip, _Block())
+
     def load(self, vip: Vip, backend: Address) -> Any:
         """``struct crab_load *``."""
-        return self._loads.setdefault((vip, backend), ffi.new("struct crab_load *"))
+        return self._block(vip).load(backend)
+
+    def backends(self, vip: Vip, weights: Mapping[Address, int]) -> Backends:
+        """What a policy in Python sees of a service's backends."""
+        return self._block(vip).backends(weights)
 
     def turn(self, vip: Vip) -> Any:
         """``struct crab_turn *``."""
@@ -117,7 +208,7 @@ class Balance:
         services = list(services)
         pairs = {(service.vip, b.address) for service in services for b in service.backends}
         vips = {service.vip for service in services}
-        self._loads = {pair: load for pair, load in self._loads.items() if pair in pairs}
+        self._blocks = {vip: block for vip, block in self._blocks.items() if vip in vips}
         self._since = {pair: began for pair, began in self._since.items() if pair in pairs}
         self._turns = {vip: turn for vip, turn in self._turns.items() if vip in vips}
 
@@ -134,3 +225,87 @@ class Balance:
                 load.base = load.assigned
                 load.open = round(mean * backend.share)
                 load.figure = sum(figures) // len(figures) if figures else 0
+
+
+# ---- policies in Python ----
+
+#: Gets the connections of a batch, an array of dtype :data:`CHOICE` and shape (n,), and the backends; returns for each
+#: connection the index of a backend, shape (n,), or -1: the hash decides.
+Choose = Callable[[npt.NDArray[np.void], Backends], npt.ArrayLike]
+#: A policy that fails is named in the log once in so many seconds.
+COMPLAIN_INTERVAL = 10.0
+
+
+def resolve(name: str) -> Choose:
+    """The function of ``module:function``.  Raises :class:`ConfigError`."""
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever a module does while it is imported
+        raise ConfigError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from None
+    chosen: Any = found
+    for part in function.split("."):
+        chosen = getattr(chosen, part, None)
+    if not callable(chosen):
+        raise ConfigError(f"module {module!r} has no function {function!r}")
+    return chosen  # type: ignore[no-any-return]
+
+
+class Custom:
+    """The services whose policy is Python, asked by the workers once a batch.
+
+    ``failed`` is called, from a worker's thread, for each batch that a policy fails; the hash decides then.
+    """
+
+    def __init__(self, failed: Callable[[], None]) -> None:
+        self._failed = failed
+        self._services: Mapping[int, tuple[Vip, Choose, Backends, npt.NDArray[np.uint16]]] = {}
+        self._complained: dict[Vip, float] = {}
+        self._lock = threading.Lock()  # policies are asked by one worker at a time
+        self.handle = ffi.new_handle(self)
+
+    def publish(self, services: Mapping[int, tuple[Vip, Choose, Backends, npt.NDArray[np.uint16]]]) -> None:
+        """``services``: index -> VIP, policy, its backends, and their ids."""
+        self._services = services
+
+    def choose(self, choices: npt.NDArray[np.void]) -> None:
+        """Fill in ``backend`` of every choice."""
+        services = self._services
+        with self._lock:
+            for index in np.unique(choices["service"]).tolist():
+                known = services.get(index)
+                if known and len(known[2]):
+                    mine = choices["service"] == index
+                    choices["backend"][mine] = self._ask(choices[mine], *known)
+
+    def _ask(
+        self, batch: npt.NDArray[np.void], vip: Vip, choose: Choose, backends: Backends, ids: npt.NDArray[np.uint16]
+    ) -> npt.NDArray[np.uint16]:
+        try:
+            chosen = np.asarray(choose(batch, backends))
+            if chosen.shape != batch.shape or chosen.dtype.kind not in "iu":
+                raise ValueError(
+                    f"it returned {chosen.dtype} of shape {chosen.shape}, not integers of shape {batch.shape}"
+                )
+            chosen = chosen.astype(np.intp)
+            if len(chosen) and not (chosen.min() >= -1 and chosen.max() < len(backends)):
+                raise ValueError(
+                    f"it returned indices from {chosen.min()} to {chosen.max()} of {len(backends)} backends"
+                )
+        except Exception as error:  # whatever somebody's policy does
+            self._failed()
+            now = time.monotonic()
+            if now - self._complained.get(vip, -COMPLAIN_INTERVAL) >= COMPLAIN_INTERVAL:
+                self._complained[vip] = now
+                reason = f"{type(error).__name__}: {error}"
+                log.error("policy failed; its connections are hashed", service=str(vip), reason=reason)
+            return np.full(len(batch), lib.CRAB_NO_BACKEND, np.uint16)
+        backends.assigned(chosen[chosen >= 0])
+        return np.where(chosen >= 0, ids[chosen], np.uint16(lib.CRAB_NO_BACKEND))
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def crab_python_choose(context: Any, choices: Any, n: int) -> None:
+    """The workers' call, with the GIL."""
+    array = np.frombuffer(ffi.buffer(choices, n * CHOICE.itemsize), CHOICE)
+    ffi.from_handle(context).choose(array)

@@ -41,7 +41,10 @@ def declarations(header: Path) -> str:
 DEBUG = ["-DCRAB_DEBUG", "-UNDEBUG"] if os.environ.get("CRABLB_DEBUG") else []
 
 native = FFI()
-native.cdef(KERNEL_TYPES + declarations(ROOT / "bpf/maps.h") + declarations(ROOT / "native/crablb.h"))
+# Called by workers for services with a policy in Python: crablb/policy.py defines it.
+CALLBACK = 'extern "Python" void crab_python_choose(void *, struct crab_choice *, uint32_t);'
+
+native.cdef(KERNEL_TYPES + declarations(ROOT / "bpf/maps.h") + declarations(ROOT / "native/crablb.h") + CALLBACK)
 native.set_source(
     "crablb._native",
     '#include "crablb.h"\n',

@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/random.h>
+#include <time.h>
 
 #include "flows.h"
 #include "rewrite.h"
@@ -20,6 +21,8 @@ struct crab_core {
     _Atomic(struct crab_snapshot *) hazard;
     uint64_t *counters;
     struct crab_table *table;
+    void (*choose)(void *context, struct crab_choice *choices, uint32_t n);
+    void *context;
     uint64_t random; /* state of the policies' random numbers */
     uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
     struct crab_flows flows;
@@ -28,6 +31,7 @@ struct crab_core {
 struct item {
     const struct crab_service *service;
     bool icmp;
+    uint16_t chosen;    /* by crab_core.choose */
     uint64_t hash;      /* of the connection */
     uint64_t slot_hash; /* what the table is asked by: the same, or that of the client */
     struct crab_tcp_sum sum;
@@ -116,6 +120,13 @@ void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n,
         if (!crab_entry_dead(&e, now) && e.backend < n)
             counts[e.backend]++;
     }
+}
+
+void crab_core_ask(struct crab_core *core, void (*choose)(void *context, struct crab_choice *choices, uint32_t n),
+                   void *context)
+{
+    core->choose = choose;
+    core->context = context;
 }
 
 static const struct crab_snapshot *acquire(struct crab_core *core)
@@ -264,6 +275,8 @@ static inline uint64_t next_random(struct crab_core *core)
 /* Whom the service's policy redirects to. */
 static inline uint16_t ask_policy(struct crab_core *core, const struct crab_snapshot *s, const struct item *it)
 {
+    if (it->service->custom)
+        return usable(s, it->chosen) ? it->chosen : choose(s, it);
     uint16_t backend = crab_pool_pick(it->service->pool, next_random(core));
     if (crab_likely(usable(s, backend)))
         return backend;
@@ -290,7 +303,7 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
         f->seen = (uint16_t)now;
         return f->backend;
     }
-    uint16_t backend = free && it->service->pool ? ask_policy(core, s, it) : choose(s, it);
+    uint16_t backend = free && (it->service->pool || it->service->custom) ? ask_policy(core, s, it) : choose(s, it);
     if (crab_unlikely(backend == CRAB_NO_BACKEND))
         return backend;
     if (crab_likely(!f))
@@ -493,6 +506,48 @@ static enum crab_counter forward_icmp(struct crab_core *core, const struct crab_
     return send_by_dsr(core, frame, it, &s->backends[id], CRAB_C_FALLBACK_ICMP);
 }
 
+/* Between the passes: have the batch's connections that need it chosen for, all at once. */
+static void ask_for_batch(struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frames,
+                          struct item *items, uint32_t count, uint32_t now)
+{
+    struct crab_choice choices[CRAB_BATCH];
+    struct item *of[CRAB_BATCH];
+    struct timespec clock;
+    uint32_t n = 0;
+    clock_gettime(CLOCK_MONOTONIC, &clock);
+    uint64_t arrival = (uint64_t)clock.tv_sec * 1000000000u + (uint64_t)clock.tv_nsec;
+    for (uint32_t i = 0; i < count; i++) {
+        struct item *it = &items[i];
+        if (!frames[i].len || !it->service->custom || it->icmp || !(it->packet.tcp_flags & CRAB_SYN))
+            continue;
+        it->chosen = CRAB_NO_BACKEND;
+        const struct crab_packet *p = &it->packet;
+        const uint8_t *ip = frames[i].data + p->l3, *tcp = frames[i].data + p->l4;
+        int word, found = crab_option_scan(tcp + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN, s->form, &word);
+        const struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
+        if (decide(s, it, ip, found) != CRAB_C_REDIRECTED ||
+            (f && usable(s, f->backend) &&
+             (f->isn == load32(tcp + CRAB_TCP_SEQ) || f->state == CRAB_ENTRY_ESTABLISHED)))
+            continue;
+        struct crab_choice *c = &choices[n];
+        *c = (struct crab_choice){.cport_be = load16(tcp), .vport_be = load16(tcp + 2), .service = it->service->index,
+                                  .hash = it->hash, .arrival = arrival, .isn_be = load32(tcp + CRAB_TCP_SEQ), .backend = CRAB_NO_BACKEND};
+        memcpy(c->vip, it->service->addr, 16);
+        if (p->family == 4) {
+            memcpy(c->client, crab_mapped_prefix, 12);
+            memcpy(c->client + 12, ip + CRAB_IP4_SRC, 4);
+        } else {
+            memcpy(c->client, ip + CRAB_IP6_SRC, 16);
+        }
+        of[n++] = it;
+    }
+    if (!n)
+        return;
+    core->choose(core->context, choices, n);
+    for (uint32_t i = 0; i < n; i++)
+        of[i]->chosen = choices[i].backend;
+}
+
 static inline bool is_drop(enum crab_counter c)
 {
     return c >= CRAB_C_DROP_NOT_SERVICE && c <= CRAB_C_DROP_TX;
@@ -520,6 +575,8 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
             frames[i].len = 0;
         }
     }
+    if (crab_unlikely(s && s->custom && core->choose))
+        ask_for_batch(core, s, frames, items, count, now);
     for (uint32_t i = 0; i < count; i++) {
         if (crab_unlikely(!frames[i].len))
             continue;

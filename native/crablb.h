@@ -184,7 +184,8 @@ struct crab_service {
     uint32_t index;        /* into map `service_counters` */
     uint8_t source4;       /* the table is asked by this many bits of the client's address alone; 0: by the four-tuple */
     uint8_t source6;
-    uint16_t pad;
+    uint8_t custom; /* 1: crab_core_ask's function chooses whom to redirect to */
+    uint8_t pad;
 };
 
 struct crab_snapshot;
@@ -270,6 +271,25 @@ void crab_core_learn(struct crab_core *core, struct crab_table *table);
 /* Remember n flows of map `flows`, so that a SYN of the same four-tuple does not move them.  Before the core works on
  * batches. */
 void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now);
+
+/* A connection that is to be redirected, for which a function chooses. */
+struct crab_choice {
+    uint8_t client[16];
+    uint8_t vip[16];
+    uint16_t cport_be;
+    uint16_t vport_be;
+    uint32_t service; /* crab_service.index */
+    uint64_t hash;
+    uint64_t arrival; /* nanoseconds, CLOCK_MONOTONIC */
+    uint32_t isn_be;  /* initial sequence number */
+    uint16_t backend; /* to be filled in; CRAB_NO_BACKEND, as it is at first: the table decides */
+    uint16_t pad;
+};
+
+/* Have a function choose for the services whose `custom` is 1: it is called at most once a batch, with all connections that
+ * need a choice.  Before the core works on batches. */
+void crab_core_ask(struct crab_core *core, void (*choose)(void *context, struct crab_choice *choices, uint32_t n),
+                   void *context);
 
 /* Add to counts[backend] how many flows each backend below n has in the core's cache.  From any thread. */
 void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now);

@@ -40,6 +40,7 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
     s->mask = places - 1;
     for (uint32_t n = 0; n < service_count; n++) {
         struct crab_redirect *r = &s->redirects[n];
+        s->custom |= services[n].custom;
         r->len = (uint32_t)crab_option_redirect(r->bytes, form, services[n].addr);
         r->sum = crab_sum(r->bytes, r->len);
         uint64_t a = load64(services[n].addr), b = load64(services[n].addr + 8);

@@ -23,6 +23,7 @@ struct crab_redirect {
 struct crab_snapshot {
     struct crab_sip hash_init;
     uint8_t form;
+    bool custom; /* some service is */
     uint32_t table_size;
     uint32_t backend_count;
     uint32_t mask; /* places - 1 */

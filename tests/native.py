@@ -74,6 +74,13 @@ class Core:
         self.services[service].pool = pool
         self.publish()
 
+    def set_custom(self, service: int, index: int, custom: Any) -> None:
+        """Ask a :class:`crablb.policy.Custom` about a service, whose index is ``index``."""
+        self.services[service].custom, self.services[service].index = 1, index
+        self.custom = custom
+        lib.crab_core_ask(self.core, lib.crab_python_choose, custom.handle)
+        self.publish()
+
     def set_source(self, service: int, bits4: int, bits6: int) -> None:
         self.services[service].source4, self.services[service].source6 = bits4, bits6
         self.publish()

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import heapq
 import ipaddress
+import json
 import random
 import threading
+import time
 from collections import Counter
 from fractions import Fraction
 from ipaddress import ip_address
 from math import gcd
 
+import numpy as np
 import pytest
 from crablb._native import ffi, lib
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scapy.layers.inet import IP, TCP
+from scapy.layers.l2 import Ether
 
+from crablb.config import parse_policy
+from crablb.errors import ConfigError
 from crablb.lab.demo import status
 from crablb.model import Backend, Service, State, Vip
-from crablb.policy import BUILTIN, Balance, Pool
+from crablb.policy import BUILTIN, Balance, Custom, Pool, resolve
+from tests.conftest import until
 from tests.native import Core
 from tests.reference.siphash import siphash
 from tests.test_differential import SEED, reference
@@ -278,6 +286,110 @@ def test_source_hash(client, bits, one, other):
         assert out is None or out[:6] == backend.mac
 
 
+# ---- in Python ----
+
+
+class Asked:
+    """The first service chooses by a function between backends 0, 1 and 3."""
+
+    def __init__(self, choose) -> None:
+        self.core = Core(reference())
+        self.failures = 0
+        self.balance = Balance()
+        vip = Vip(ip_address("10.0.0.100"), 80)
+        addresses = [ip_address(f"10.0.0.{11 + i}") for i in (0, 1, 3)]
+        self.backends = self.balance.backends(vip, dict.fromkeys(addresses, 1))
+        self.custom = Custom(self.fail)
+        self.custom.publish({5: (vip, choose, self.backends, np.array([0, 1, 3], np.uint16))})
+        self.core.set_custom(0, 5, self.custom)
+
+    def fail(self) -> None:
+        self.failures += 1
+
+    def chosen(self, *ports: int) -> list[int]:
+        return [backend_of(frame) for frame in self.core.handle(*(syn(port) for port in ports))]
+
+
+def test_a_policy_in_python():
+    batches = []
+
+    def choose(batch, backends):
+        batches.append((batch.copy(), backends.connections.tolist(), backends.load.tolist()))
+        return batch["cport"] % len(backends)
+
+    asked = Asked(choose)
+    asked.balance.report(Vip(ip_address("10.0.0.100"), 80), ip_address("10.0.0.12"), 7, 250)
+    assert asked.chosen(3, 4, 5, 6) == [0, 1, 3, 0]
+    assert len(batches) == 1  # once a batch
+    batch, connections, load = batches[0]
+    assert batch["cport"].tolist() == [3, 4, 5, 6]
+    assert batch["isn"].tolist() == [3, 4, 5, 6]
+    assert bytes(batch["client"][0]) == bytes(10) + b"\xff\xff" + ip_address("10.0.0.1").packed
+    assert bytes(batch["vip"][0])[12:] == ip_address("10.0.0.100").packed
+    message = ip_address("10.0.0.1").packed + ip_address("10.0.0.100").packed + b"\0\3\0\x50"
+    assert int(batch["hash"][0]) == siphash(SEED, message)
+    assert 0 <= time.monotonic_ns() - int(batch["arrival"][0]) < 60 * 10**9
+    assert (connections, load) == ([0, 7, 0], [0, 0.25, 0])
+    assert asked.backends.connections.tolist() == [2, 8, 1]
+    # Retransmissions, and clients that do not offer, are not asked about.
+    assert asked.chosen(4) == [1]
+    plain = bytes(
+        Ether(src="02:00:00:00:00:01") / IP(src="10.0.0.1", dst="10.0.0.100") / TCP(sport=9, dport=80, flags="S")
+    )
+    asked.core.handle(plain)
+    assert len(batches) == 1
+    assert asked.failures == 0
+
+
+def raises(batch, backends):
+    raise RuntimeError("no idea")
+
+
+NONSENSE = {
+    "raises": raises,
+    "none": lambda batch, backends: None,
+    "too-few": lambda batch, backends: [0] * (len(batch) - 1),
+    "a-matrix": lambda batch, backends: np.zeros((len(batch), 1), int),
+    "floats": lambda batch, backends: np.zeros(len(batch)),
+    "too-large": lambda batch, backends: [len(backends)] * len(batch),
+    "negative": lambda batch, backends: [-2] * len(batch),
+    "text": lambda batch, backends: ["a"] * len(batch),
+}
+
+
+@pytest.mark.parametrize("name", [*NONSENSE, "undecided"])
+def test_a_policy_that_fails_is_replaced_by_the_hash(name, capsys):
+    asked = Asked(NONSENSE.get(name, lambda batch, backends: np.full(len(batch), -1)))
+    hashed = Core(reference())
+    ports = range(1, 20)
+    frames = [syn(port) for port in ports]
+    assert asked.core.handle(*frames) == hashed.handle(*frames)
+    assert asked.core.handle(syn(50)) == hashed.handle(syn(50))
+    assert asked.failures == (0 if name == "undecided" else 2)
+    assert capsys.readouterr().out.count("policy failed") == (0 if name == "undecided" else 1)  # not for each batch
+
+
+@given(st.lists(st.integers(1, 60000), min_size=1, max_size=64, unique=True))
+@settings(deadline=None, max_examples=50)
+def test_a_batch_with_choices_is_its_frames(ports):
+    def by_port(batch, backends):
+        return batch["cport"] % 3
+
+    together, one = Asked(by_port), Asked(by_port)
+    assert together.chosen(*ports) == [one.chosen(port)[0] for port in ports]
+
+
+def test_a_policy_that_cannot_be_found():
+    for name, problem in (
+        ("no_such_module:choose", "module 'no_such_module' cannot be imported: ModuleNotFoundError: No module"),
+        ("json:choose", "module 'json' has no function 'choose'"),
+        ("json:__doc__", "module 'json' has no function '__doc__'"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            parse_policy(name)
+    assert resolve("json:loads") is json.loads
+
+
 # ---- what outlives a configuration ----
 
 VIP = Vip(ip_address("10.0.0.100"), 80)
@@ -331,3 +443,32 @@ def test_redirected_by_turns(make_world):
     expected = [f"server{1 + i}" for i in smooth([1, 2, 2])] * 2
     assert got == expected
     assert status(world.lab)["total"]["redirected"] == 10
+
+
+def test_a_policy_beside_the_configuration(make_world):
+    """The first octets choose; it fails for a while, and nobody notices but the log and the counter."""
+    world = make_world(servers=3)
+    world.servers()
+    world.client()
+    (world.folder / "crab_test_policy.py").write_text(
+        "from pathlib import Path\n"
+        "def choose(batch, backends):\n"
+        f"    if Path({str(world.folder)!r}, 'fail').exists():\n"
+        "        raise OSError('told to')\n"
+        "    return [1] * len(batch)\n"
+    )
+    path = world.folder / "lb.toml"
+    backends = ", ".join(f'"{s.ip4}"' for s in world.lab.servers)
+    path.write_text(
+        'interface = "eth0"\n[[service]]\naddress = "tcp://10.0.0.100:80"\npolicy = "crab_test_policy:choose"\n'
+        f"backends = [{backends}]\n"
+    )
+    world.serve(config=path)
+    assert {world.echo(VIP.address, "10")["server"] for _ in range(5)} == {"server2"}
+    (world.folder / "fail").touch()
+    assert len({world.echo(VIP.address, "10")["server"] for _ in range(12)}) > 1
+    until(lambda: status(world.lab)["daemon"]["policy_failed"] == 12)
+    (world.folder / "fail").unlink()
+    assert {world.echo(VIP.address, "10")["server"] for _ in range(5)} == {"server2"}
+    assert "policy failed" in (world.folder / "serve.log").read_text()
+    assert status(world.lab)["total"]["redirected"] == 22

@@ -295,15 +295,15 @@ def test_least_connections_sees_the_servers(make_world, lossy):
     os.killpg(echoes[2].pid, signal.SIGKILL)
     world.python(world.lab.servers[2], "serve", "server3", "80", ready=True)
     reporting.serve()
-    reporting.settle(24 if lossy else 7)
+    reporting.settle(18 if lossy else 7)
     assert Counter(reporting.names(4)) == {"server3": 4}
-    reporting.settle(24 if lossy else 7)
+    reporting.settle(18 if lossy else 7)
     assert set(Counter(reporting.names(3)).values()) == {1}
     # An agent dies: its server is taken for average, not for empty.
     agents[0].kill()
     until(lambda: "has fallen silent" in reporting.log(), 20)
     assert reporting.daemon()["reports_silent"] >= 1
-    reporting.settle(24 if lossy else 7)
+    reporting.settle(18 if lossy else 7)
     assert Counter(reporting.names(3))["server1"] <= 1
 
 

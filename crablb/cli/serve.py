@@ -45,7 +45,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--fallback", choices=[f.value for f in Fallback], help="how clients that are not redirected are served"
     )
-    parser.add_argument("--policy", choices=BUILTIN, help="where connections are redirected to (default: maglev)")
+    parser.add_argument(
+        "--policy", help=f"where connections are redirected to: {', '.join(BUILTIN)}, or module:function"
+    )
     parser.add_argument(
         "--announce", choices=[a.value for a in Announce], help="answer ARP and neighbour discovery for the VIPs"
     )
