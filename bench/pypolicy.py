@@ -2,8 +2,9 @@
 
     pypolicy.py [RUNS]
 
-All that happens in Python for a batch: the call, the policy (which reads the connections' hashes and the backends' loads),
-the check of its answer, and the count of what was assigned.  Medians of RUNS runs (default 5), with minimum and maximum.
+All that happens in Python for a batch: the call, the policy (which reads the connections' hashes and the backends'
+loads), the check of its answer, and the count of what was assigned.  Medians of RUNS runs (default 5), with minimum and
+maximum.
 """
 
 from __future__ import annotations

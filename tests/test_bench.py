@@ -7,13 +7,22 @@ import re
 import subprocess
 import sys
 
+from crablb.policy import BUILTIN, CONSISTENT
 from tests.conftest import ROOT
 
 
 def test_hot_loop():
     done = subprocess.run(["make", "-s", "-C", "bench", "RUNS=1"], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line for line in done.stdout.splitlines() if re.search(r"\d+\.\d \( *\d+\.\d - +\d+\.\d\)", line)]
-    assert len(rows) == 6
+    names = [row.split()[0] for row in rows[6:]]
+    assert names == [name for name in BUILTIN if name not in CONSISTENT]
+
+
+def test_python_policies():
+    done = subprocess.run(
+        [sys.executable, "bench/pypolicy.py", "1"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout.splitlines()) == 5
 
 
 def test_bypass(namespace):
