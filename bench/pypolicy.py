@@ -45,7 +45,7 @@ def main() -> None:
     for policy in (by_hash, by_connections):
         for count in (10, 1000):
             addresses = [IPv4Address(0x0A000000 + i) for i in range(count)]
-            custom = Custom(lambda: sys.exit("the policy failed"))
+            custom = Custom(lambda _, reason: sys.exit(f"the policy failed: {reason}"))
             backends = Balance().backends(VIP, dict.fromkeys(addresses, 1))
             custom.publish({0: (VIP, policy, backends, np.arange(count, dtype=np.uint16))})
             rates = []

@@ -144,7 +144,10 @@ class Announcer:
     """
 
     def __init__(
-        self, interface: str, ours: Iterable[bytes] = (), on_conflict: Callable[[], None] = lambda: None
+        self,
+        interface: str,
+        ours: Iterable[bytes] = (),
+        on_conflict: Callable[[Address, bytes], None] = lambda *_: None,
     ) -> None:
         """``ours``: MAC addresses that are the load balancer's too, on other interfaces of perhaps the same segment."""
         self.interface = interface
@@ -247,7 +250,7 @@ class Announcer:
             self._send(answer(question, self.mac))
         elif not question.asks and question.mac not in self._ours | {self.mac}:
             if self.conflicts.get(address) != question.mac:
-                self._on_conflict()
+                self._on_conflict(address, question.mac)
                 log.error(
                     "somebody else on the segment has this VIP; find it and take the address away there",
                     vip=str(address),

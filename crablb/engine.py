@@ -11,12 +11,14 @@ import asyncio
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,9 +48,9 @@ from crablb.model import (
     XdpMode,
     mapped,
 )
-from crablb.policy import BUILTIN, CONSISTENT, Balance, Custom, Pool, resolve
+from crablb.policy import BUILTIN, CONSISTENT, Balance, Custom, Load, Pool, resolve
 
-__all__ = ["Engine", "maglev_table"]
+__all__ = ["Engine", "Event", "maglev_table"]
 
 log = structlog.get_logger()
 
@@ -189,7 +191,7 @@ class _Snapshot:
                 }
                 self.custom[entry.index] = (
                     service.vip,
-                    resolve(service.policy),
+                    resolve(service.policy) if isinstance(service.policy, str) else service.policy,
                     balance.backends(service.vip, eligible),
                     np.array([ids[a] for a in eligible], np.uint16),
                 )
@@ -227,7 +229,7 @@ class _Snapshot:
             pool = old[1]
         else:
             members = {ids[a]: (balance.load(service.vip, a), weights[ids[a]]) for a in order}
-            pool = Pool(service.policy, members, balance.turn(service.vip))
+            pool = Pool(str(service.policy), members, balance.turn(service.vip))
         self.pools[service.vip] = key, pool
         return pool
 
@@ -330,6 +332,16 @@ class _Served:
             self.old = None
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that befell a load balancer."""
+
+    kind: str  # "backend-up", "backend-down", "policy-failed", "vip-in-use", "server-silent", "changed"
+    backend: Address | None = None
+    vip: Vip | None = None
+    reason: str = ""
+
+
 class Engine:
     """Serve the services of a configuration on its interfaces.
 
@@ -340,8 +352,11 @@ class Engine:
     serves it) or one of its kinds; nothing stays in the kernel then.
     """
 
-    def __init__(self, config: Config, seed: bytes) -> None:
+    def __init__(self, config: Config, seed: bytes, *, threads: bool = True) -> None:
+        """``threads``: False to work on packets by :meth:`process_once` alone."""
         self.config = config
+        self.threads = threads
+        self.listeners: list[Callable[[Event], None]] = []
         self.seed = seed
         self._served = [_Served(interface_info(name)) for name in config.interfaces]
         for served in self._served:
@@ -454,12 +469,12 @@ class Engine:
         self._sweeper = asyncio.create_task(self._sweep())
         self._balancer = asyncio.create_task(self._keep_balance())
         if self.config.report_listen and self.config.report_key:
-            self._feedback = Feedback(self._balance, self.config.report_key, self.count)
+            self._feedback = Feedback(self._balance, self.config.report_key, self.count, self._server_silent)
             self._feedback.follow(self.config.services)
             await self._feedback.start(*self.config.report_listen)
         self._name_narrow()
         cpus = sorted(os.sched_getaffinity(0))
-        for i, worker in enumerate(self._workers):
+        for i, worker in enumerate(self._workers if self.threads else ()):
             worker.start(cpus[i % len(cpus)], failed)
         for served in self._served:
             served.attach(program.program("crab_lb"), self.config.xdp_mode, self._maps)
@@ -469,7 +484,7 @@ class Engine:
         if self.config.announce is Announce.ARP:
             ours = {served.info.mac for served in self._served}
             for served in self._served:
-                announcer = Announcer(served.info.name, ours, lambda: self.count("vips_in_use"))
+                announcer = Announcer(served.info.name, ours, self._vip_in_use)
                 self._announcers.append(announcer)
                 announcer.start(service.vip.address for service in self.config.services)
 
@@ -588,11 +603,13 @@ class Engine:
             usable = hop.state is HopState.RESOLVED
             if usable:
                 log.info("backend reachable", backend=str(address), mac=hop.dst_mac.hex(":"))
+                self._tell(Event("backend-up", address))
             elif address not in self._hops:
                 log.warning("backend not usable yet", backend=str(address), reason=hop.reason)
             elif self._hops[address].state is HopState.RESOLVED:
                 log.warning("backend unreachable", backend=str(address), reason=hop.reason)
                 self.count("backends_lost")
+                self._tell(Event("backend-down", address, reason=hop.reason))
         narrowed = any(a not in self._hops or hop.mtu != self._hops[a].mtu for a, hop in changes.items())
         self._hops.update(changes)
         self._publish()
@@ -737,6 +754,7 @@ class Engine:
             announcer.follow(vip.address for vip in served)
         if self._feedback:
             self._feedback.follow(config.services)
+        self._tell(Event("changed"))
         self._sweep_soon.set()  # services that were removed lose their flows
         self.count("reloads")
 
@@ -856,10 +874,47 @@ class Engine:
         if self.failure and not self.failure.done():
             self.failure.set_result(f"queue {xsk.queue} of {xsk.interface} failed: {os.strerror(number)}")
 
-    def _policy_failed(self) -> None:
+    def _policy_failed(self, vip: Vip, reason: str) -> None:
         """From a worker's thread."""
+
+        def note() -> None:
+            self.count("policy_failed")
+            self._tell(Event("policy-failed", vip=vip, reason=reason))
+
         if self.failure:
-            self.failure.get_loop().call_soon_threadsafe(self.count, "policy_failed")
+            self.failure.get_loop().call_soon_threadsafe(note)
+
+    def _vip_in_use(self, address: Address, mac: bytes) -> None:
+        self.count("vips_in_use")
+        for service in self.config.services:
+            if service.vip.address == address:
+                self._tell(Event("vip-in-use", vip=service.vip, reason=f"{mac.hex(':')} has it"))
+
+    def _server_silent(self, backend: Address) -> None:
+        self._tell(Event("server-silent", backend))
+
+    def _tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+    def process_once(self, timeout: float) -> int:
+        """See :meth:`crablb.LoadBalancer.process_once`."""
+        done = 0
+        for worker in self._workers:
+            # Only one can be waited for; the others have their turn after it.
+            wait = 0 if done or len(self._workers) > 1 else max(0, int(timeout * 1000))
+            n = lib.crab_worker_once(worker.c, wait)
+            if n < 0:
+                raise KernelError(f"queue {worker.xsk.queue} of {worker.xsk.interface} failed: {os.strerror(-n)}")
+            done += n
+        if not done and timeout and len(self._workers) > 1:
+            select.select([worker.xsk.fd for worker in self._workers], [], [], timeout)
+            return self.process_once(0)
+        return done
+
+    def load(self, vip: Vip, backend: Address) -> Load:
+        """What the policies know of a backend."""
+        return self._balance.read(vip, backend)
 
     def count(self, what: str) -> None:
         """Add one to a daemon counter, a name of :data:`crablb.statistics.DAEMON_COUNTERS`."""

@@ -24,12 +24,20 @@ SILENT = 3.0
 
 
 class Feedback(asyncio.DatagramProtocol):
-    """Takes reports into a :class:`Balance`.  ``count`` adds one to a counter of the daemon.
+    """Takes reports into a :class:`Balance`.  ``count`` adds one to a counter of the daemon; ``silent`` is told who
+    has stopped reporting.
 
     :meth:`start` raises :class:`KernelError` if the address cannot be bound.
     """
 
-    def __init__(self, balance: Balance, master: bytes, count: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        balance: Balance,
+        master: bytes,
+        count: Callable[[str], None],
+        silent: Callable[[Address], None] = lambda _: None,
+    ) -> None:
+        self._silent = silent
         self._balance = balance
         self._judge = Judge(master)
         self._count = count
@@ -65,6 +73,7 @@ class Feedback(asyncio.DatagramProtocol):
         for address in [a for a, at in self._heard.items() if now - at > SILENT]:
             del self._heard[address]
             self._count("reports_silent")
+            self._silent(address)
             log.warning("server has fallen silent; its load is taken for average", backend=str(address))
         return set(self._heard)
 

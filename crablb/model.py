@@ -5,9 +5,11 @@ Plain immutable values, checked by :mod:`crablb.config`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -132,7 +134,8 @@ class Service:
     redirect_clients: tuple[Network, ...] = ()  # empty: all
     fallback: Fallback = Fallback.AUTO
     on_dead: OnDead = OnDead.REASSIGN
-    policy: str = "maglev"  # who is redirected where: a name of crablb.policy.BUILTIN
+    #: Who is redirected where: a name of crablb.policy.BUILTIN, "module:function", or a crablb.policy.Choose itself.
+    policy: str | Callable[..., Any] = "maglev"
     source_prefix: tuple[int, int] = (32, 128)  # for source-hash: bits of an IPv4, an IPv6 client that count
     slow_start: float = 0.0  # seconds in which the weight of a new backend rises to its own
 

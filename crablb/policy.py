@@ -257,7 +257,7 @@ class Custom:
     ``failed`` is called, from a worker's thread, for each batch that a policy fails; the hash decides then.
     """
 
-    def __init__(self, failed: Callable[[], None]) -> None:
+    def __init__(self, failed: Callable[[Vip, str], None]) -> None:
         self._failed = failed
         self._services: Mapping[int, tuple[Vip, Choose, Backends, npt.NDArray[np.uint16]]] = {}
         self._complained: dict[Vip, float] = {}
@@ -293,11 +293,11 @@ class Custom:
                     f"it returned indices from {chosen.min()} to {chosen.max()} of {len(backends)} backends"
                 )
         except Exception as error:  # whatever somebody's policy does
-            self._failed()
+            reason = f"{type(error).__name__}: {error}"
+            self._failed(vip, reason)
             now = time.monotonic()
             if now - self._complained.get(vip, -COMPLAIN_INTERVAL) >= COMPLAIN_INTERVAL:
                 self._complained[vip] = now
-                reason = f"{type(error).__name__}: {error}"
                 log.error("policy failed; its connections are hashed", service=str(vip), reason=reason)
             return np.full(len(batch), lib.CRAB_NO_BACKEND, np.uint16)
         backends.assigned(chosen[chosen >= 0])

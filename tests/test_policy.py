@@ -303,7 +303,7 @@ class Asked:
         self.custom.publish({5: (vip, choose, self.backends, np.array([0, 1, 3], np.uint16))})
         self.core.set_custom(0, 5, self.custom)
 
-    def fail(self) -> None:
+    def fail(self, vip: Vip, reason: str) -> None:
         self.failures += 1
 
     def chosen(self, *ports: int) -> list[int]:
