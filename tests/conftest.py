@@ -151,13 +151,16 @@ class World:
 
     def python(self, node: Node, *args: str, ready: bool = False, **more: object) -> subprocess.Popen[str]:
         """A program of tests/peers.py; with ``ready``, on return it has said so."""
-        child = node.popen(
-            sys.executable, "-m", "tests.peers", *args,
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
-        )  # fmt: skip
+        child = self.program(node, sys.executable, "-m", "tests.peers", *args, **more)
         if ready:
             assert answer(child) == "ready"
         return child
+
+    def program(self, node: Node, *args: str, **more: object) -> subprocess.Popen[str]:
+        """Any program, spoken to by pipes."""
+        return node.popen(
+            *args, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+        )
 
     def echo(self, host: object, *more: str, port: int = 80, node: Node | None = None) -> dict[str, object]:
         """Connect from the client (or another node), send, compare the echo; what it saw."""
