@@ -3,6 +3,7 @@
 #   make test    every test
 # And
 #   make bench   nanoseconds per SYN in the hot loop, and per packet of a known fallback flow in the XDP program
+#   make policies   the time of a request by policy, on servers of which one is slow
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
 
 SHELL := /bin/sh
@@ -18,7 +19,7 @@ PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make p
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo test bench lint c-test clean help
+.PHONY: demo test bench policies lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -34,6 +35,10 @@ bench: $(STAMPS)/built
 	@$(VENV)/bin/python bench/pypolicy.py
 	@echo
 	@$(SUDO) $(VENV)/bin/python bench/bypass.py
+
+# The time of a request by policy, on servers of which one is slow: a table, and the plot in the documentation.
+policies: $(STAMPS)/plot-tools
+	@$(SUDO) $(VENV)/bin/python bench/uneven.py --plot docs/policies.svg $(ARGS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages
@@ -71,6 +76,11 @@ $(STAMPS)/built: $(SOURCES) $(STAMPS)/packages $(VENV)/bin/python
 $(STAMPS)/tested-tools: $(STAMPS)/built
 	@echo "==> installing the test tools into $(VENV)"
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(STAMPS)/plot-tools: $(STAMPS)/built
+	@echo "==> installing the plotting tools into $(VENV)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[bench]'
 	@touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -23,6 +24,20 @@ def test_python_policies():
         [sys.executable, "bench/pypolicy.py", "1"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert len(done.stdout.splitlines()) == 5
+
+
+def test_uneven_servers(namespace, tmp_path):
+    """Requests are answered under each policy; what they took decides nothing."""
+    out = tmp_path / "times.json"
+    policies = ["--policy", "random", "--policy", "least-connections"]
+    subprocess.run(
+        [sys.executable, "bench/uneven.py", "--seconds", "1", "--rounds", "1", *policies, "--json", str(out)],
+        cwd=ROOT, check=True,
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert found["rate"] == 250
+    assert [len(rounds) for rounds in found["times"].values()] == [1, 1]
+    assert all(len(times) > 150 and min(times) >= 5 for rounds in found["times"].values() for times in rounds)
 
 
 def test_bypass(namespace):
