@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -114,32 +115,33 @@ class Inherited:
     Raises :class:`BpfNotFoundError` from :meth:`open` if there is nothing, ``ValueError`` if it is of no use.
     """
 
-    def __init__(self, flows: Map, paths: Map, backends: dict[Address, int], services: dict[bytes, int]) -> None:
+    def __init__(
+        self, flows: Map, paths: Map, backends: dict[Address, int], services: dict[bytes, int], stack: ExitStack
+    ) -> None:
         self.flows, self.paths = flows, paths
         self.backends, self.services = backends, services
+        self._stack = stack
 
     @classmethod
     def open(cls, folder: Path, seed: bytes) -> Self:
-        with Map.from_pin(folder / "services") as old, Map.from_pin(folder / "hashing") as keys:
-            flows, paths = Map.from_pin(folder / "flows"), Map.from_pin(folder / "paths")
-            try:
-                sizes = flows.value_size, paths.value_size, old.value_size
-                if sizes != (FLOW.itemsize * lib.CRAB_BUCKET, PATH_SIZE, 4):
-                    raise ValueError("another version of crablb made them")
-                if keys.lookup(0) != hashing(seed, flows.max_entries):
-                    raise ValueError("they were found by another seed")
-                services = {key: int.from_bytes(value, "little") for key, value in old.items()}
-                used = np.unique(FlowTable(flows).flows()["backend"]).tolist()
-                backends = {unmapped((paths.lookup(i) or bytes(16))[:16]): i for i in used}
-            except BaseException:
-                flows.close()
-                paths.close()
-                raise
-        return cls(flows, paths, backends, services)
+        with ExitStack() as stack:
+
+            def pinned(name: str) -> Map:
+                return stack.enter_context(Map.from_pin(folder / name))
+
+            old, keys, flows, paths = (pinned(name) for name in ("services", "hashing", "flows", "paths"))
+            sizes = flows.value_size, paths.value_size, old.value_size
+            if sizes != (FLOW.itemsize * lib.CRAB_BUCKET, PATH_SIZE, 4):
+                raise ValueError("another version of crablb made them")
+            if keys.lookup(0) != hashing(seed, flows.max_entries):
+                raise ValueError("they were found by another seed")
+            services = {key: int.from_bytes(value, "little") for key, value in old.items()}
+            used = np.unique(FlowTable(flows).flows()["backend"]).tolist()
+            backends = {unmapped((paths.lookup(i) or bytes(16))[:16]): i for i in used}
+            return cls(flows, paths, backends, services, stack.pop_all())
 
     def close(self) -> None:
-        self.flows.close()
-        self.paths.close()
+        self._stack.close()
 
 
 assert FLOW.itemsize == ffi.sizeof("struct crab_flow")
