@@ -1,15 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* `power-of-two`: of two members drawn by weight, the one with fewer connections for its weight (Mitzenmacher, "The Power
  * of Two Choices in Randomized Load Balancing", 2001). */
-#include <stdlib.h>
-
 #include "select.h"
-
-static int prepare(struct crab_pool *pool)
-{
-    struct crab_alias *columns = pool->state = malloc(pool->count * sizeof *columns);
-    return columns ? crab_alias_build(pool, columns) : -1;
-}
 
 static uint32_t pick(struct crab_pool *pool, uint64_t random)
 {
@@ -19,4 +11,4 @@ static uint32_t pick(struct crab_pool *pool, uint64_t random)
     return (uint64_t)crab_connections(x) * y->weight <= (uint64_t)crab_connections(y) * x->weight ? a : b;
 }
 
-const struct crab_policy crab_policy_power_of_two = {"power-of-two", prepare, pick, NULL};
+const struct crab_policy crab_policy_power_of_two = {"power-of-two", crab_alias_prepare, pick, NULL};

@@ -108,15 +108,17 @@ uint32_t crab_scale_weights(const struct crab_pool *pool, uint32_t most, uint32_
     return (uint32_t)scaled;
 }
 
-int crab_alias_build(const struct crab_pool *pool, struct crab_alias *columns)
+int crab_alias_prepare(struct crab_pool *pool)
 {
     /* A share is in 2^32nds of a column; in all there are count columns' worth. */
     uint32_t n = pool->count, small = 0, large = 0;
     uint64_t total = 0, *share = malloc(n * sizeof *share);
     uint32_t *todo = malloc(2 * n * sizeof *todo), *below = todo, *above = todo + n;
-    if (!share || !todo) {
+    struct crab_alias *columns = pool->state = malloc(n * sizeof *columns);
+    if (!share || !todo || !columns) {
         free(share);
         free(todo);
+        free(columns);
         return -1;
     }
     for (uint32_t i = 0; i < n; i++)

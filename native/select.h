@@ -69,7 +69,8 @@ struct crab_alias {
     uint32_t other;
 };
 
-int crab_alias_build(const struct crab_pool *pool, struct crab_alias *columns);
+/* As pool->state: one column a member. */
+int crab_alias_prepare(struct crab_pool *pool);
 
 static inline uint32_t crab_alias_draw(const struct crab_pool *pool, const struct crab_alias *columns, uint64_t random)
 {
