@@ -18,6 +18,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "maps.h"
+#include "siphash.h"
 
 #define IP_MF_OFFSET 0x3fff /* more-fragments flag and fragment offset */
 
@@ -191,55 +192,21 @@ static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *
 #define SYN 2
 #define RST 4
 
-static __always_inline __u64 rotate(__u64 x, int bits)
-{
-    return x << bits | x >> (64 - bits);
-}
-
-static __always_inline void sip_round(__u64 v[4])
-{
-    v[0] += v[1];
-    v[1] = rotate(v[1], 13) ^ v[0];
-    v[0] = rotate(v[0], 32);
-    v[2] += v[3];
-    v[3] = rotate(v[3], 16) ^ v[2];
-    v[0] += v[3];
-    v[3] = rotate(v[3], 21) ^ v[0];
-    v[2] += v[1];
-    v[1] = rotate(v[1], 17) ^ v[2];
-    v[2] = rotate(v[2], 32);
-}
-
-static __always_inline void sip_word(__u64 v[4], __u64 word)
-{
-    v[3] ^= word;
-    sip_round(v);
-    v[0] ^= word;
-}
-
-/* The connection's hash as native/hash.h has it: SipHash-1-3 over source, destination and ports. */
+/* The connection's hash, as crab_hash4 and crab_hash6 of native/hash.h have it. */
 static __always_inline __u64 flow_hash(const struct crab_hashing *h, const struct packet *p)
 {
-    __u64 v[4] = {h->key[0] ^ 0x736f6d6570736575ull, h->key[1] ^ 0x646f72616e646f6dull,
-                  h->key[0] ^ 0x6c7967656e657261ull, h->key[1] ^ 0x7465646279746573ull};
+    struct crab_sip s = crab_sip_start(h->key[0], h->key[1]);
     const __u32 *client = (const void *)p->client, *vip = (const void *)p->vip.addr;
-    __u64 last = (__u64)p->cport | (__u64)p->vip.port << 16;
-    if (p->v6) {
-        sip_word(v, (__u64)client[1] << 32 | client[0]);
-        sip_word(v, (__u64)client[3] << 32 | client[2]);
-        sip_word(v, (__u64)vip[1] << 32 | vip[0]);
-        sip_word(v, (__u64)vip[3] << 32 | vip[2]);
-        last |= 36ull << 56;
-    } else {
-        sip_word(v, (__u64)vip[3] << 32 | client[3]);
-        last |= 12ull << 56;
+    __u64 ports = (__u64)p->cport | (__u64)p->vip.port << 16;
+    if (!p->v6) {
+        crab_sip_word(&s, (__u64)vip[3] << 32 | client[3]);
+        return crab_sip_end(&s, ports | 12ull << 56);
     }
-    sip_word(v, last);
-    v[2] ^= 0xff;
-    sip_round(v);
-    sip_round(v);
-    sip_round(v);
-    return v[0] ^ v[1] ^ v[2] ^ v[3];
+    crab_sip_word(&s, (__u64)client[1] << 32 | client[0]);
+    crab_sip_word(&s, (__u64)client[3] << 32 | client[2]);
+    crab_sip_word(&s, (__u64)vip[1] << 32 | vip[0]);
+    crab_sip_word(&s, (__u64)vip[3] << 32 | vip[2]);
+    return crab_sip_end(&s, ports | 36ull << 56);
 }
 
 /* Forward a known flow's packet; flags: its TCP flags.  Returns an XDP action, or -1: it is none, or user space decides. */
