@@ -73,7 +73,7 @@ SWEEP_INTERVAL = 30.0  # seconds
 #: How often schedules are worked out anew, and the loads of backends that do not report aged, in seconds.
 REFRESH_INTERVAL = 0.1
 AGE_INTERVAL = 1.0
-#: From this share on, a full flow map is named: an LRU map of the kernel forgets before it is quite full.
+#: From this share of `flows` on, the XDP program's table is named as nearly full.
 NEARLY_FULL = 0.9
 #: How many services can be added at the least without a restart.
 SERVICES = 4096
@@ -182,27 +182,24 @@ class _Snapshot:
             entry.table = ffi.from_buffer("uint16_t[]", table)
             if service.policy == "source-hash":
                 entry.source4, entry.source6 = service.source_prefix
+            if service.policy in CONSISTENT:
+                continue
+            # Who cannot be redirected to is the fallback's.
+            eligible = {
+                address: weight
+                for address, weight in weights.items()
+                if usable[address].cr and address.version == service.vip.address.version
+            }
             if service.policy not in BUILTIN:
                 entry.custom = 1
-                eligible = {
-                    address: weight
-                    for address, weight in weights.items()
-                    if usable[address].cr and address.version == service.vip.address.version
-                }
                 self.custom[entry.index] = (
                     service.vip,
                     resolve(service.policy) if isinstance(service.policy, str) else service.policy,
                     balance.backends(service.vip, eligible),
                     np.array([ids[a] for a in eligible], np.uint16),
                 )
-            elif service.policy not in CONSISTENT:
-                # Who cannot be redirected to is the fallback's.
-                chosen = {
-                    backend_id: weight
-                    for backend_id, (address, weight) in members.items()
-                    if usable[address].cr and address.version == service.vip.address.version
-                }
-                entry.pool = self._pool(service, chosen, ids, balance, before).c
+            else:
+                entry.pool = self._pool(service, eligible, ids, balance, before).c
         c_prefixes = ffi.new("struct crab_prefix[]", max(len(prefixes), 1))
         for entry, (addr, bits) in zip(c_prefixes, prefixes, strict=False):
             entry.addr, entry.bits = addr, bits
@@ -216,19 +213,18 @@ class _Snapshot:
     def _pool(
         self,
         service: Service,
-        weights: Mapping[int, int],
+        weights: Mapping[Address, int],
         ids: Mapping[Address, int],
         balance: Balance,
         before: _Snapshot | None,
     ) -> Pool:
         """The service's pool: that of the snapshot before, if nothing has changed, so that its schedule goes on."""
-        order = [b.address for b in service.backends if ids[b.address] in weights]
-        key = service.policy, tuple((address, ids[address], weights[ids[address]]) for address in order)
+        key = service.policy, tuple((address, ids[address], weight) for address, weight in weights.items())
         old = before.pools.get(service.vip) if before else None
         if old and old[0] == key:
             pool = old[1]
         else:
-            members = {ids[a]: (balance.load(service.vip, a), weights[ids[a]]) for a in order}
+            members = {ids[a]: (balance.load(service.vip, a), weight) for a, weight in weights.items()}
             pool = Pool(str(service.policy), members, balance.turn(service.vip))
         self.pools[service.vip] = key, pool
         return pool
@@ -446,8 +442,6 @@ class Engine:
         self._name_backends(self.config)
         program = self._load(inherited)
         self._index_services(self.config)
-        if inherited and self._flows:
-            adopted = self._flows.flows()
         self._open_queues()
 
         self._nexthops = NextHops(self._changed)
@@ -463,8 +457,8 @@ class Engine:
         def failed(xsk: XskSocket, number: int) -> None:
             loop.call_soon_threadsafe(self._failed, xsk, number)
 
-        if inherited:
-            self._adopt(adopted)
+        if inherited and self._flows:
+            self._adopt(self._flows.flows())
         self._serve_vips(service.vip for service in self.config.services)
         self._sweeper = asyncio.create_task(self._sweep())
         self._balancer = asyncio.create_task(self._keep_balance())
@@ -642,10 +636,9 @@ class Engine:
             if b.share and b.address in usable
         }
         if self._attached:  # those that are there at the start are not new
-            for service in self.config.services:
-                for vip, address in serving - self._serving:
-                    if vip == service.vip:
-                        self._balance.begin(service, address, time.monotonic())
+            services = {service.vip: service for service in self.config.services}
+            for vip, address in serving - self._serving:
+                self._balance.begin(services[vip], address, time.monotonic())
         self._serving = serving
 
     async def _keep_balance(self) -> None:
@@ -770,7 +763,13 @@ class Engine:
             keys = {service.vip.key() for service in self.config.services}
             services = np.zeros(1 << 16, np.bool_)
             services[[self._indices[key] for key in keys]] = True
-            left = await loop.run_in_executor(None, self._count_flows, services)
+            counting = loop.run_in_executor(None, self._count_flows, services)
+            try:
+                flows, left = await asyncio.shield(counting)
+            except asyncio.CancelledError:
+                await counting  # it reads what is freed when this task has ended
+                raise
+            self._name_full(flows)
             # What was added meanwhile stays, too.
             keys |= {service.vip.key() for service in self.config.services}
             self._indices = {key: index for key, index in self._indices.items() if key in keys}
@@ -786,16 +785,19 @@ class Engine:
             if gone:
                 self._publish()
 
-    def _count_flows(self, services: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
-        """Sweep; how many flows each backend (by id) has, here or in the XDP program.  In a thread of its own."""
+    def _count_flows(self, services: npt.NDArray[np.bool_]) -> tuple[int, npt.NDArray[np.uint32]]:
+        """Sweep, in a thread of its own.
+
+        How many flows the XDP program has, and how many each backend (by id) has there or in a worker's cache.
+        """
         left = np.zeros(1 << 16, np.uint32)
         if self._flows:
             swept = self._flows.sweep(services)
             left[: len(swept)] += swept.astype(np.uint32)
-            self._name_full(int(swept.sum()))
+        flows = int(left.sum())
         for worker in self._workers:
             lib.crab_core_count(worker.core, ffi.from_buffer("uint32_t[]", left), len(left), flowmap.now())
-        return left
+        return flows, left
 
     def _free_retired(self) -> None:
         in_use = []

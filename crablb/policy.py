@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,12 +196,15 @@ class Balance:
 
     def next_step(self, services: Iterable[Service], at: float) -> float | None:
         """When a weight rises next; None: none is rising."""
-        known = {service.vip: service.slow_start for service in services}
-        times = []
-        for (vip, _), began in self._since.items():
-            step = known.get(vip, 0.0) / STEPS
-            times.append(began + (int((at - began) / step) + 1) * step if step else at)
-        return min(times, default=None)
+        steps = {service.vip: service.slow_start / STEPS for service in services}
+        return min(
+            (
+                began + (int((at - began) / step) + 1) * step
+                for (vip, _), began in self._since.items()
+                if at - began < STEPS * (step := steps.get(vip, 0.0))  # else it has risen, or is not there to rise
+            ),
+            default=None,
+        )
 
     def forget(self, services: Iterable[Service]) -> None:
         """Keep what these services need only."""
@@ -212,10 +215,10 @@ class Balance:
         self._since = {pair: began for pair, began in self._since.items() if pair in pairs}
         self._turns = {vip: turn for vip, turn in self._turns.items() if vip in vips}
 
-    def age(self, service: Service, reporting: Iterable[Address] = ()) -> None:
+    def age(self, service: Service, reporting: Container[Address] = ()) -> None:
         """Give the backends that do not report a neutral load: connections for their weight as the others have on
         average, and of those assigned only what came since the last call."""
-        told = {b.address: b for b in service.backends if b.address in set(reporting)}
+        told = {b.address: b for b in service.backends if b.address in reporting}
         weight = sum(b.share for b in told.values())
         mean = sum(self.load(service.vip, a).open for a in told) / weight if weight else 0.0
         figures = [self.load(service.vip, a).figure for a in told]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from ipaddress import ip_address
 
 import pytest
@@ -100,6 +101,38 @@ def test_tables_that_are_full_are_named(make_lab, monkeypatch):
             assert load_balancer.statistics()["daemon"]["cache_full"] == 1  # nothing new
         finally:
             await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_the_end_waits_for_a_sweep(make_lab):
+    """A sweep reads the workers' caches in a thread, which no cancellation stops."""
+    lab = make_lab("bridge")
+    started, go_on = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        load_balancer = engine.Engine(config(FIRST), SEED)
+        await load_balancer.start()
+        count = load_balancer._count_flows
+
+        def slow(services):
+            started.set()
+            assert go_on.wait(20)
+            return count(services)
+
+        load_balancer._count_flows = slow
+        load_balancer._sweep_soon.set()
+        assert await loop.run_in_executor(None, started.wait, 20)
+        ending = asyncio.create_task(load_balancer.close())
+        for _ in range(100):  # as far as it comes
+            await asyncio.sleep(0)
+        assert load_balancer._workers
+        assert not ending.done()
+        go_on.set()
+        await ending
+        assert not load_balancer._workers
 
     with inside(lab.lb.netns):
         asyncio.run(main())
