@@ -2,8 +2,7 @@
 #   make demo    real connections through the load balancer, in a network of namespaces
 #   make test    every test
 # And
-#   make bench   nanoseconds per SYN in the hot loop, and per packet of a known fallback flow in the XDP program
-#   make policies   the time of a request by policy, on servers of which one is slow
+#   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
 
 SHELL := /bin/sh
@@ -16,10 +15,12 @@ ARGS ?=
 
 PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make pkg-config python3-dev python3-venv \
             iproute2 ethtool procps nftables nginx-light curl iperf3 tcpdump
+# What the benchmarks measure beside crablb, and with.
+BENCH_PACKAGES := haproxy libnginx-mod-stream wrk valgrind
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo test bench policies lint c-test clean help
+.PHONY: demo test bench lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -29,16 +30,8 @@ demo: $(STAMPS)/built
 test: $(STAMPS)/tested-tools c-test lint
 	$(SUDO) $(VENV)/bin/python -m pytest $(ARGS)
 
-bench: $(STAMPS)/built
-	@$(MAKE) --no-print-directory -s -C bench RUNS=$(ARGS)
-	@echo
-	@$(VENV)/bin/python bench/pypolicy.py
-	@echo
-	@$(SUDO) $(VENV)/bin/python bench/bypass.py
-
-# The time of a request by policy, on servers of which one is slow: a table, and the plot in the documentation.
-policies: $(STAMPS)/plot-tools
-	@$(SUDO) $(VENV)/bin/python bench/uneven.py --plot docs/policies.svg $(ARGS)
+bench: $(STAMPS)/bench-tools
+	@$(SUDO) $(VENV)/bin/crablb bench $(ARGS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages
@@ -49,18 +42,26 @@ lint: $(STAMPS)/tested-tools
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Installs what is missing of the system packages $(1).
+define install
+@mkdir -p $(STAMPS)
+@if ! command -v apt-get >/dev/null; then \
+  echo "crablb: this is not a Debian-like system. Install what these packages hold, then touch $@:" >&2; \
+  echo "  $(1)" >&2; exit 1; fi
+@missing=; for p in $(1); do \
+  dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+if [ -n "$$missing" ]; then \
+  echo "==> installing system packages:$$missing"; \
+  $(SUDO) apt-get update -qq && \
+  $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+@touch $@
+endef
+
 $(STAMPS)/packages: Makefile
-	@mkdir -p $(STAMPS)
-	@if ! command -v apt-get >/dev/null; then \
-	  echo "crablb: this is not a Debian-like system. Install what these packages hold, then touch $@:" >&2; \
-	  echo "  $(PACKAGES)" >&2; exit 1; fi
-	@missing=; for p in $(PACKAGES); do \
-	  dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
-	if [ -n "$$missing" ]; then \
-	  echo "==> installing system packages:$$missing"; \
-	  $(SUDO) apt-get update -qq && \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
-	@touch $@
+	$(call install,$(PACKAGES))
+
+$(STAMPS)/bench-packages: Makefile
+	$(call install,$(BENCH_PACKAGES))
 
 $(VENV)/bin/python: | $(STAMPS)/packages
 	@echo "==> making the virtual environment $(VENV)"
@@ -73,16 +74,16 @@ $(STAMPS)/built: $(SOURCES) $(STAMPS)/packages $(VENV)/bin/python
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e .
 	@touch $@
 
-$(STAMPS)/tested-tools: $(STAMPS)/built
+$(STAMPS)/bench-tools: $(STAMPS)/built $(STAMPS)/bench-packages
+	@echo "==> installing the benchmarks' tools into $(VENV)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
+$(STAMPS)/tested-tools: $(STAMPS)/bench-tools
 	@echo "==> installing the test tools into $(VENV)"
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $@
 
-$(STAMPS)/plot-tools: $(STAMPS)/built
-	@echo "==> installing the plotting tools into $(VENV)"
-	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[bench]'
-	@touch $@
-
 clean:
-	rm -rf $(VENV) $(STAMPS) build dist *.egg-info crablb/kernel/objects native/build
+	rm -rf $(VENV) $(STAMPS) build dist *.egg-info crablb/kernel/objects native/build bench/build
 	find crablb -name '*.so' -delete

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from crablb.cli import agent, demo, key, lab, serve, status
+from crablb.cli import agent, bench, demo, key, lab, serve, status
 from crablb.errors import CrablbError
 
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="crablb", description="Layer-4 load balancing by connection redirection, over AF_XDP."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (serve, status, agent, key, lab, demo):
+    for command in (serve, status, agent, key, lab, demo, bench):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

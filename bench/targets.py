@@ -1,0 +1,40 @@
+"""The figures that crablb is to reach.  A suite says what it found; the report has a line for each."""
+
+from __future__ import annotations
+
+from bench.figures import Results, Target
+
+#: What, and the limit.
+TARGETS: dict[str, tuple[str, str]] = {
+    "P1": (
+        "hot loop, all that it does in production, beside a bare C loop and an XDP program that does the same redirect",
+        "at most 1.8 times the bare loop, and half of the XDP program",
+    ),
+    "P2": ("`crablb serve`, SYN in to SYN out, beside raw l2fwd with default settings", "at least 1.15 times"),
+    "P3": (
+        "new connections a second through crablb, redirected, beside direct ones",
+        "at least 0.95 of direct, and above DNAT, nginx stream and HAProxy",
+    ),
+    "P4": (
+        "latency on an established redirected connection, and to set one up",
+        "p50 and p99 at most 1.03 of direct; set-up adds at most half of what DSR adds",
+    ),
+    "P5": ("goodput with three servers, each on a link as fast as the load balancer's", "3 times what DSR reaches"),
+    "P6": ("load balancer's CPU time and packets for bytes moved on redirected connections", "zero"),
+    "P7": (
+        "a SYN at 10,000 backends, 1,000 services and 1,000,000 cached flows, beside 2, 1 and 1,000",
+        "at most 1.3 times",
+    ),
+    "P8": (
+        "Maglev tables for 1,000 backends; disruption when one is removed",
+        "65,537 entries in 2 ms, 655,373 in 25 ms; at most 1.5 times the ideal",
+    ),
+    "P9": ("two queues on two cores beside one, hot loop", "at least 1.8 times"),
+    "P10": ("`crablb serve`: start to first SYN forwarded; resident memory", "at most 0.5 s; at most 80 MiB"),
+}
+
+
+def found(results: Results) -> list[Target]:
+    """One for each of :data:`TARGETS`, in order."""
+    by_name = {target.name: target for suite in results.suites for target in suite.targets}
+    return [by_name.get(name, Target(name, "not measured in this run", None)) for name in TARGETS]
