@@ -45,8 +45,17 @@ def compiled(name: str) -> bpf.Object:
     target = here / "build" / f"{name}.bpf.o"
     target.parent.mkdir(exist_ok=True)
     triplet = subprocess.run(["gcc", "-print-multiarch"], capture_output=True, text=True, check=True).stdout.strip()
-    command = ["clang", "-target", "bpf", "-O2", "-g", f"-I/usr/include/{triplet}", "-c", here / f"{name}.bpf.c"]
-    subprocess.run([*command, "-o", target], check=True)
+    command = [
+        "clang",
+        "-target",
+        "bpf",
+        "-O2",
+        "-g",
+        f"-I/usr/include/{triplet}",
+        "-c",
+        str(here / "tools" / f"{name}.bpf.c"),
+    ]
+    subprocess.run([*command, "-I", str(here / "../bpf"), "-o", str(target)], check=True)
     return bpf.Object(target)
 
 
@@ -175,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -52,7 +52,7 @@ async def request(host: str, due: float, times: list[float]) -> None:
 
 async def load(host: str, seconds: str, seed: str) -> None:
     """Send requests; print their times in milliseconds."""
-    numbers, times = random.Random(int(seed)), []
+    numbers, times = random.Random(int(seed)), list[float]()
     due, requests = asyncio.get_running_loop().time() + 0.1, []
     end = due + float(seconds)
     while (due := due + numbers.expovariate(RATE)) < end:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /* The load balancer's XDP program: is the packet a VIP's?  A packet of a known flow (a connection that goes by fallback)
  * goes straight out again; any other goes to the AF_XDP socket of its queue, where user space decides.  Everything else
- * passes on untouched.
+ * passes on untouched, except what a program that uses the library has asked for.
  *
  * Flows are made by user space, for the first packet after the handshake, so a flood of SYNs makes none.  They outlive
  * it: when the daemon dies, known flows go on.
@@ -18,6 +18,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "maps.h"
+#include "match.h"
 #include "siphash.h"
 
 #define IP_MF_OFFSET 0x3fff /* more-fragments flag and fragment offset */
@@ -75,6 +76,15 @@ struct {
     __type(value, struct crab_queues);
 } interfaces SEC(".maps");
 
+/* Not preallocated: a change is then seen whole or not at all. */
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 1);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, __u32);
+    __type(value, struct crab_matches);
+} handlers SEC(".maps");
+
 struct {
     __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
     __uint(max_entries, CRAB_XDP_COUNTERS);
@@ -107,8 +117,32 @@ static __always_inline void count(__u32 what)
         (*n)++;
 }
 
-static __always_inline int pass(__u32 why)
+/* To the AF_XDP socket of the packet's queue; `otherwise`, where none is bound to it. */
+static __always_inline int to_socket(struct xdp_md *ctx, __u64 otherwise)
 {
+    __u32 ifindex = ctx->ingress_ifindex, queue = ctx->rx_queue_index;
+    struct crab_queues *queues = bpf_map_lookup_elem(&interfaces, &ifindex);
+    if (!queues || queue >= queues->count)
+        return (int)otherwise;
+    return (int)bpf_redirect_map(&sockets, queues->first + queue, otherwise);
+}
+
+/* A packet of no VIP: a handler's, or the kernel's.  Without a socket it is the kernel's, as it was before there was a
+ * handler. */
+static __noinline int pass(struct xdp_md *ctx, __u32 why)
+{
+    __u32 zero = 0;
+    struct crab_matches *matches = bpf_map_lookup_elem(&handlers, &zero);
+    if (matches) {
+        struct crab_match has = crab_match_of((void *)(long)ctx->data, (void *)(long)ctx->data_end);
+        for (__u32 i = 0; i < CRAB_MAX_MATCHES && i < matches->count; i++)
+            if (crab_match_holds(&matches->list[i], &has)) {
+                if (to_socket(ctx, XDP_PASS) != XDP_REDIRECT)
+                    break;
+                count(CRAB_XDP_HANDLER);
+                return XDP_REDIRECT;
+            }
+    }
     count(why);
     return XDP_PASS;
 }
@@ -334,14 +368,14 @@ int crab_lb(struct xdp_md *ctx)
     __u64 sum = 0;
 
     if (l3 > end)
-        return pass(CRAB_XDP_PASS_MALFORMED);
+        return pass(ctx, CRAB_XDP_PASS_MALFORMED);
     __be16 type = eth->h_proto;
 #pragma unroll
     for (int tags = 0; tags < 2; tags++) {
         if (type != bpf_htons(ETH_P_8021Q) && type != bpf_htons(ETH_P_8021AD))
             break;
         if (l3 + 4 > end)
-            return pass(CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
         type = *(__be16 *)(l3 + 2);
         l3 += 4;
     }
@@ -350,13 +384,13 @@ int crab_lb(struct xdp_md *ctx)
     if (type == bpf_htons(ETH_P_IP)) {
         struct iphdr *ip = l3;
         if ((void *)(ip + 1) > end)
-            return pass(CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
         if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_ICMP)
-            return pass(CRAB_XDP_PASS_NOT_VIP);
+            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
         if (ip->ihl != 5)
-            return pass(CRAB_XDP_PASS_IP_OPTIONS);
+            return pass(ctx, CRAB_XDP_PASS_IP_OPTIONS);
         if (ip->frag_off & bpf_htons(IP_MF_OFFSET))
-            return pass(CRAB_XDP_PASS_FRAGMENT);
+            return pass(ctx, CRAB_XDP_PASS_FRAGMENT);
         p.vip.addr[10] = p.vip.addr[11] = p.client[10] = p.client[11] = 0xff;
         __builtin_memcpy(p.vip.addr + 12, &ip->daddr, 4);
         __builtin_memcpy(p.client + 12, &ip->saddr, 4);
@@ -369,7 +403,7 @@ int crab_lb(struct xdp_md *ctx)
     } else if (type == bpf_htons(ETH_P_IPV6)) {
         struct ipv6hdr *ip = l3;
         if ((void *)(ip + 1) > end)
-            return pass(CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
         switch (ip->nexthdr) {
         case IPPROTO_TCP:
             break;
@@ -377,14 +411,14 @@ int crab_lb(struct xdp_md *ctx)
             icmp = ip + 1;
             break;
         case IPPROTO_FRAGMENT:
-            return pass(CRAB_XDP_PASS_FRAGMENT);
+            return pass(ctx, CRAB_XDP_PASS_FRAGMENT);
         case IPPROTO_HOPOPTS:
         case IPPROTO_ROUTING:
         case IPPROTO_DSTOPTS:
         case IPPROTO_AH:
-            return pass(CRAB_XDP_PASS_IP_OPTIONS);
+            return pass(ctx, CRAB_XDP_PASS_IP_OPTIONS);
         default:
-            return pass(CRAB_XDP_PASS_NOT_VIP);
+            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
         }
         __builtin_memcpy(p.vip.addr, &ip->daddr, 16);
         __builtin_memcpy(p.client, &ip->saddr, 16);
@@ -397,22 +431,22 @@ int crab_lb(struct xdp_md *ctx)
         sum += ip->payload_len;
         tcp = (void *)(ip + 1);
     } else {
-        return pass(CRAB_XDP_PASS_NOT_VIP);
+        return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
     }
     if (icmp) {
         __u8 *kind = icmp;
         if (icmp + 8 > end)
-            return pass(CRAB_XDP_PASS_NOT_VIP);
+            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
         /* destination unreachable, time exceeded, parameter problem; ICMPv6: the same and packet too big */
         if (p.v6 ? !(*kind >= 1 && *kind <= 4) : *kind != 3 && *kind != 11 && *kind != 12)
-            return pass(CRAB_XDP_PASS_NOT_VIP);
+            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
         __builtin_memset(&p.vip.addr, 0, 16);
         __builtin_memset(&p.client, 0, 16);
         if (parse_quote(icmp + 8, end, &p))
-            return pass(CRAB_XDP_PASS_NOT_VIP);
+            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
     } else {
         if ((void *)(tcp + 1) > end)
-            return pass(CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
         p.vip.port = tcp->dest;
         p.cport = tcp->source;
         p.pseudo = fold(sum + bpf_htons(IPPROTO_TCP));
@@ -429,14 +463,9 @@ int crab_lb(struct xdp_md *ctx)
     if (verdict >= 0)
         return verdict;
     if (!bpf_map_lookup_elem(&services, &p.vip))
-        return pass(CRAB_XDP_PASS_NOT_VIP);
+        return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
 
-    __u32 ifindex = ctx->ingress_ifindex, queue = ctx->rx_queue_index;
-    struct crab_queues *queues = bpf_map_lookup_elem(&interfaces, &ifindex);
-    verdict = XDP_DROP;
-    /* The flags argument is what the helper returns where no socket is bound to the queue. */
-    if (queues && queue < queues->count)
-        verdict = bpf_redirect_map(&sockets, queues->first + queue, XDP_DROP);
+    verdict = to_socket(ctx, XDP_DROP);
     if (verdict != XDP_REDIRECT)
         count(CRAB_XDP_DROP_NO_SOCKET);
     else

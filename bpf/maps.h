@@ -10,6 +10,9 @@
 
 #include <linux/types.h>
 
+/* BPF programs have no calls to spare. */
+#define CRAB_INLINE static inline __attribute__((always_inline))
+
 /* The CR option (kinds, and lengths without padding). */
 #define CRAB_OPT_KIND 42
 #define CRAB_OPT_KIND_EXPERIMENTAL 253
@@ -103,6 +106,27 @@ struct crab_path {
     __u8 pad[9];
 };
 
+/* Which frames a handler takes: those that have all the fields named.  Also what a frame has. */
+#define CRAB_MATCH_ETHERTYPE 1
+#define CRAB_MATCH_PROTO 2
+#define CRAB_MATCH_PORT 4
+#define CRAB_MATCH_ADDR 8
+struct crab_match {
+    __u8 addr[16]; /* destination address */
+    __be16 ethertype;
+    __be16 port; /* destination port */
+    __u8 proto;
+    __u8 fields; /* CRAB_MATCH_* */
+    __u16 handler;
+};
+
+/* The only value of map `handlers`, if there are any: the first match counts. */
+#define CRAB_MAX_MATCHES 16
+struct crab_matches {
+    struct crab_match list[CRAB_MAX_MATCHES];
+    __u32 count;
+};
+
 /* What the XDP program did with a packet: index into map `xdp_counters` (per CPU, __u64 each). */
 enum crab_xdp_counter {
     CRAB_XDP_PASS_NOT_VIP,      /* not a VIP's: given to the kernel untouched */
@@ -112,6 +136,7 @@ enum crab_xdp_counter {
     CRAB_XDP_SYN,               /* a VIP's SYN, handed to its AF_XDP socket */
     CRAB_XDP_OTHER,             /* any other TCP packet of a VIP, handed to its AF_XDP socket */
     CRAB_XDP_ICMP,              /* an ICMP error about a VIP's packet, handed to an AF_XDP socket */
+    CRAB_XDP_HANDLER,           /* no VIP's, but a handler's: handed to an AF_XDP socket */
     CRAB_XDP_FLOW,              /* a known flow's packet, forwarded by the program alone */
     CRAB_XDP_DROP_NO_SOCKET,    /* a VIP's packet, and no daemon has a socket on this queue */
     CRAB_XDP_COUNTERS
@@ -134,6 +159,7 @@ enum crab_daemon_counter {
     CRAB_DAEMON_FLOWS_NEARLY_FULL, /* sweeps that found map `flows` nearly full */
     CRAB_DAEMON_CACHE_FULL,      /* sweeps since whose predecessor a worker's flow cache had no room */
     CRAB_DAEMON_POLICY_FAILED,   /* batches for which a policy in Python raised, or returned nonsense */
+    CRAB_DAEMON_HANDLER_FAILED,  /* batches for which a handler raised, or returned nonsense */
     CRAB_DAEMON_REPORTS,         /* servers' reports taken */
     CRAB_DAEMON_REPORTS_UNKNOWN, /* refused: of no backend of ours */
     CRAB_DAEMON_REPORTS_MALFORMED,

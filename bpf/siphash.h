@@ -4,10 +4,7 @@
 #ifndef CRAB_SIPHASH_H
 #define CRAB_SIPHASH_H
 
-#include <linux/types.h>
-
-/* BPF programs have no calls to spare. */
-#define CRAB_INLINE static inline __attribute__((always_inline))
+#include "maps.h"
 
 struct crab_sip {
     __u64 v0, v1, v2, v3;

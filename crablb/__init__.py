@@ -6,6 +6,7 @@ This is the library; what is not named here may change from one version to the n
 from crablb.balancer import LoadBalancer, Statistics
 from crablb.engine import Event
 from crablb.errors import ConfigError, CrablbError, KernelError
+from crablb.handler import Frames, Match
 from crablb.model import (
     Announce,
     Backend,
@@ -30,9 +31,11 @@ __all__ = [
     "CrablbError",
     "Event",
     "Fallback",
+    "Frames",
     "KernelError",
     "Load",
     "LoadBalancer",
+    "Match",
     "Mode",
     "OnDead",
     "OptionForm",

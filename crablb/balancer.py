@@ -19,6 +19,7 @@ from crablb import seed as seeds
 from crablb.config import check_services, parse_policy, parse_service
 from crablb.engine import Engine, Event
 from crablb.errors import ConfigError, KernelError
+from crablb.handler import Handle, Match, check
 from crablb.model import Address, Backend, Config, Service, State, Vip
 from crablb.policy import Load
 
@@ -69,6 +70,7 @@ class LoadBalancer:
         self._config = Config(names, (), seed=seed, **settings)
         self._config = self._checked([parse_service(s) if isinstance(s, str) else s for s in services])
         self._threads = threads
+        self._handlers: dict[Match, Handle] = {}
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -81,6 +83,8 @@ class LoadBalancer:
             raise KernelError("the load balancer is running already")
         engine = Engine(self._config, self._config.seed or seeds.load(), threads=self._threads)
         await engine.start()
+        for match, function in self._handlers.items():
+            engine.handle(match, function)
         self._engine, self._loop = engine, asyncio.get_running_loop()
 
     async def close(self) -> None:
@@ -223,6 +227,35 @@ class LoadBalancer:
     def _change(self, vip: Vip, backends: tuple[Backend, ...]) -> None:
         old = self.service(vip)
         self.replace_services([replace(s, backends=backends) if s is old else s for s in self.services])
+
+    # ---- frames of one's own ----
+
+    def handle(self, match: Match, function: Handle) -> None:
+        """Have ``function`` handle the frames that match and are no service's, on all interfaces served.
+
+        It is called with :class:`Frames`, once for all of a batch that match, by one worker at a time; the services'
+        packets wait meanwhile.  It may rewrite frames, change their ``lengths`` and the ``interfaces`` that they go
+        out by, and returns which to send, a boolean array; the others are done with, as are all if it returns None.
+        What it does not send is gone: it cannot be given to the kernel.  If it raises or returns anything else, its
+        frames are dropped, which is counted (``handler_failed``) and logged.  It must not call this object's methods.
+
+        Of several that match the one added first counts.  Also before the start.  Raises :class:`ConfigError` if there
+        is one for the match already, or there are 16.
+        """
+        check(match, self._handlers)
+        if self._engine:
+            engine = self._engine
+            self._in_loop(lambda: engine.handle(match, function))
+        self._handlers[match] = function
+
+    def unhandle(self, match: Match) -> None:
+        """From now on the frames are the kernel's again.  Raises :class:`ConfigError` if there is no such handler."""
+        if match not in self._handlers:
+            raise ConfigError(f"there is no handler for {match}")
+        if self._engine:
+            engine = self._engine
+            self._in_loop(lambda: engine.unhandle(match))
+        del self._handlers[match]
 
     # ---- what happens ----
 

@@ -30,6 +30,7 @@ from crablb._native import ffi, lib
 from crablb.announce import Announcer
 from crablb.errors import ConfigError, KernelError
 from crablb.feedback import Feedback
+from crablb.handler import Entrance, Handle, Handlers, Match
 from crablb.kernel import bpf, pins
 from crablb.kernel.netlink import HopState, Interface, NextHop, NextHops, interface_info
 from crablb.kernel.xsk import XskError, XskSocket
@@ -236,8 +237,9 @@ class _Snapshot:
 class _Worker:
     """One queue: socket, core, thread."""
 
-    def __init__(self, xsk: XskSocket, flows: int, counters: Any, table: Any) -> None:
+    def __init__(self, xsk: XskSocket, flows: int, counters: Any, table: Any, handlers: Handlers) -> None:
         self.xsk = xsk
+        self._entrance = Entrance(handlers, xsk.umem, xsk.frame_size)
         self.counters = counters  # CRAB_COUNTERS of uint64_t
         self.core = lib.crab_core_new(flows, counters)
         self.c = lib.crab_worker_new(xsk.handle, self.core, counters) if self.core else ffi.NULL
@@ -246,6 +248,7 @@ class _Worker:
             lib.crab_core_free(self.core)
             raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
         lib.crab_core_learn(self.core, table)
+        lib.crab_core_handle(self.core, lib.crab_python_handle, self._entrance.handle)
         self._thread: threading.Thread | None = None
 
     def start(self, cpu: int, failed: Callable[[XskSocket, int], None]) -> None:
@@ -332,7 +335,8 @@ class _Served:
 class Event:
     """Something that befell a load balancer."""
 
-    kind: str  # "backend-up", "backend-down", "policy-failed", "vip-in-use", "server-silent", "changed"
+    #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "server-silent", "changed"
+    kind: str
     backend: Address | None = None
     vip: Vip | None = None
     reason: str = ""
@@ -372,6 +376,7 @@ class Engine:
         self._sweep_soon = asyncio.Event()
         self._balance = Balance()
         self._custom = Custom(self._policy_failed)
+        self._handlers = Handlers(self._handler_failed)
         self._stepped = time.monotonic()  # when weights were last looked at
         self._serving: set[tuple[Vip, Address]] = set()  # backends that get connections
         self._balancer: asyncio.Task[None] | None = None
@@ -494,7 +499,7 @@ class Engine:
                 if slot == lib.CRAB_MAX_QUEUES:
                     xsk.close()
                     raise KernelError(f"the interfaces have more than {slot} queues; serve fewer of each: --queues N")
-                worker = _Worker(xsk, self.config.flows, base[slot].n, self._table)
+                worker = _Worker(xsk, self.config.flows, base[slot].n, self._table, self._handlers)
                 lib.crab_core_ask(worker.core, lib.crab_python_choose, self._custom.handle)
                 self._workers.append(worker)
                 xsk.register(self._maps["sockets"], slot)
@@ -617,6 +622,7 @@ class Engine:
             self.config, self.seed, self._ids, self._hops, self._paths, self._indices, self._balance, self._snapshot
         )
         self._custom.publish(snapshot.custom)
+        lib.crab_snapshot_match(snapshot.c, self._handlers.matches())
         for worker in self._workers:
             lib.crab_core_publish(worker.core, snapshot.c)
         if self._snapshot:
@@ -751,6 +757,26 @@ class Engine:
         self._sweep_soon.set()  # services that were removed lose their flows
         self.count("reloads")
 
+    def handle(self, match: Match, function: Handle) -> None:
+        """See :meth:`crablb.LoadBalancer.handle`."""
+        self._handlers.add(match, function)
+        self._publish()
+        self._match_frames()
+
+    def unhandle(self, match: Match) -> None:
+        """See :meth:`crablb.LoadBalancer.unhandle`."""
+        self._handlers.remove(match)
+        self._match_frames()  # frames come only while the workers know what to do with them
+        self._publish()
+
+    def _match_frames(self) -> None:
+        """Make the XDP program take the handlers' frames, and no others."""
+        matches = self._handlers.matches()
+        if matches.count:
+            self._maps["handlers"].update(0, bytes(ffi.buffer(matches)))
+        else:
+            self._maps["handlers"].delete(0)
+
     async def _sweep(self) -> None:
         """Now and then: delete old flows, and forget removed services, and removed backends that have no flow left."""
         loop = asyncio.get_running_loop()
@@ -882,6 +908,16 @@ class Engine:
         def note() -> None:
             self.count("policy_failed")
             self._tell(Event("policy-failed", vip=vip, reason=reason))
+
+        if self.failure:
+            self.failure.get_loop().call_soon_threadsafe(note)
+
+    def _handler_failed(self, match: Match, reason: str) -> None:
+        """From a worker's thread."""
+
+        def note() -> None:
+            self.count("handler_failed")
+            self._tell(Event("handler-failed", reason=f"{match}: {reason}"))
 
         if self.failure:
             self.failure.get_loop().call_soon_threadsafe(note)

@@ -41,10 +41,13 @@ def declarations(header: Path) -> str:
 DEBUG = ["-DCRAB_DEBUG", "-UNDEBUG"] if os.environ.get("CRABLB_DEBUG") else []
 
 native = FFI()
-# Called by workers for services with a policy in Python: crablb/policy.py defines it.
-CALLBACK = 'extern "Python" void crab_python_choose(void *, struct crab_choice *, uint32_t);'
+# Called by workers for services with a policy in Python (crablb/policy.py), and for handlers (crablb/handler.py).
+CALLBACKS = """
+extern "Python" void crab_python_choose(void *, struct crab_choice *, uint32_t);
+extern "Python" void crab_python_handle(void *, struct crab_handled *, uint32_t);
+"""
 
-native.cdef(KERNEL_TYPES + declarations(ROOT / "bpf/maps.h") + declarations(ROOT / "native/crablb.h") + CALLBACK)
+native.cdef(KERNEL_TYPES + declarations(ROOT / "bpf/maps.h") + declarations(ROOT / "native/crablb.h") + CALLBACKS)
 native.set_source(
     "crablb._native",
     '#include "crablb.h"\n',

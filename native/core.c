@@ -23,6 +23,8 @@ struct crab_core {
     struct crab_table *table;
     void (*choose)(void *context, struct crab_choice *choices, uint32_t n);
     void *context;
+    void (*handle)(void *context, struct crab_handled *frames, uint32_t n);
+    void *handle_context;
     uint64_t random; /* state of the policies' random numbers */
     uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
     struct crab_flows flows;
@@ -127,6 +129,13 @@ void crab_core_ask(struct crab_core *core, void (*choose)(void *context, struct 
 {
     core->choose = choose;
     core->context = context;
+}
+
+void crab_core_handle(struct crab_core *core, void (*handle)(void *context, struct crab_handled *frames, uint32_t n),
+                      void *context)
+{
+    core->handle = handle;
+    core->handle_context = context;
 }
 
 static const struct crab_snapshot *acquire(struct crab_core *core)
@@ -548,6 +557,50 @@ static void ask_for_batch(struct crab_core *core, const struct crab_snapshot *s,
         of[i]->chosen = choices[i].backend;
 }
 
+/* Frames of a batch that are for handlers. */
+struct handed {
+    uint32_t count;
+    uint8_t of[CRAB_BATCH]; /* which of the batch they are */
+    struct crab_handled frames[CRAB_BATCH];
+};
+
+_Static_assert(CRAB_BATCH <= UINT8_MAX, "a frame's place fits");
+
+/* First pass, a frame that no service wants.  Returns whether a handler does. */
+static bool is_handled(const struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frame,
+                       uint32_t place, enum crab_counter why, struct handed *handed)
+{
+    if (!core->handle || (why != CRAB_C_DROP_NOT_SERVICE && why != CRAB_C_DROP_MALFORMED))
+        return false;
+    int handler = crab_match_find(&s->matches, frame->data, frame->len);
+    if (handler < 0)
+        return false;
+    handed->of[handed->count] = (uint8_t)place;
+    handed->frames[handed->count++] = (struct crab_handled){
+        .data = frame->data, .len = frame->len, .ifindex = frame->ifindex, .handler = (uint16_t)handler};
+    return true;
+}
+
+/* After the passes: have the handlers' frames handled, all at once.  Returns how many are to be sent. */
+static uint32_t hand_over(struct crab_core *core, struct crab_frame *frames, struct handed *handed)
+{
+    uint32_t kept = 0;
+    core->handle(core->handle_context, handed->frames, handed->count);
+    for (uint32_t i = 0; i < handed->count; i++) {
+        const struct crab_handled *h = &handed->frames[i];
+        struct crab_frame *frame = &frames[handed->of[i]];
+        if (h->verdict == CRAB_HANDLED_SEND && h->len) {
+            frame->len = h->len;
+            frame->ifindex = h->ifindex;
+            core->counters[CRAB_C_HANDLER_SENT]++;
+            kept++;
+        } else {
+            core->counters[h->verdict == CRAB_HANDLED_KEPT ? CRAB_C_HANDLER_KEPT : CRAB_C_DROP_HANDLER]++;
+        }
+    }
+    return kept;
+}
+
 static inline bool is_drop(enum crab_counter c)
 {
     return c >= CRAB_C_DROP_NOT_SERVICE && c <= CRAB_C_DROP_TX;
@@ -556,10 +609,12 @@ static inline bool is_drop(enum crab_counter c)
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now)
 {
     struct item items[CRAB_BATCH];
+    struct handed handed;
     const struct crab_snapshot *s = acquire(core);
     uint64_t *counters = core->counters;
     uint32_t kept = 0;
 
+    handed.count = 0;
     counters[CRAB_C_RECEIVED] += count;
     for (uint32_t i = 0; i < count && i < PREFETCH_AHEAD; i++)
         __builtin_prefetch(frames[i].data, 1);
@@ -571,7 +626,8 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
         enum crab_counter why =
             s ? examine(core, s, frames[i].data, frames[i].len, &items[i]) : CRAB_C_DROP_NOT_SERVICE;
         if (crab_unlikely(why != CRAB_COUNTERS)) {
-            counters[why]++;
+            if (!s || !s->matches.count || !is_handled(core, s, &frames[i], i, why, &handed))
+                counters[why]++;
             frames[i].len = 0;
         }
     }
@@ -590,6 +646,8 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
         else
             kept++;
     }
+    if (crab_unlikely(handed.count))
+        kept += hand_over(core, frames, &handed);
     release(core);
     return kept;
 }

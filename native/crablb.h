@@ -195,7 +195,12 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
                                         const struct crab_backend *backends, uint32_t backend_count,
                                         const struct crab_prefix *prefixes, uint32_t prefix_count,
                                         uint32_t table_size, int form, const uint8_t *key16);
+/* Which frames, of those that are no service's, are for crab_core_handle's function.  Before the snapshot is published. */
+void crab_snapshot_match(struct crab_snapshot *snapshot, const struct crab_matches *matches);
 void crab_snapshot_free(struct crab_snapshot *snapshot);
+
+/* The handler of the first match that holds for a frame, or -1. */
+int crab_match_find(const struct crab_matches *matches, const uint8_t *frame, size_t len);
 
 /* ---- core: one worker's state, and its work on a batch ---- */
 
@@ -216,6 +221,9 @@ enum crab_counter {
     /* answered to the client instead */
     CRAB_C_TOO_BIG, /* does not fit on the way: ICMP "fragmentation needed", ICMPv6 "packet too big" */
     CRAB_C_RESET,   /* its backend is dead: RST */
+    /* a handler's, beside the services */
+    CRAB_C_HANDLER_SENT,
+    CRAB_C_HANDLER_KEPT, /* it had what it wanted */
     /* dropped */
     CRAB_C_DROP_NOT_SERVICE,
     CRAB_C_DROP_MALFORMED,
@@ -224,6 +232,7 @@ enum crab_counter {
     CRAB_C_DROP_NO_BACKEND,
     CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
     CRAB_C_DROP_TOO_BIG,  /* does not fit on the way, and may be fragmented: that is for the sender to do */
+    CRAB_C_DROP_HANDLER,  /* its handler failed */
     CRAB_C_DROP_TX,       /* the kernel refused to send */
     /* seen on the way, beside one of the above */
     CRAB_C_REASSIGNED,   /* packets of a flow whose backend is dead, sent to another */
@@ -290,6 +299,24 @@ struct crab_choice {
  * need a choice.  Before the core works on batches. */
 void crab_core_ask(struct crab_core *core, void (*choose)(void *context, struct crab_choice *choices, uint32_t n),
                    void *context);
+
+/* A frame that is no service's, but a handler's. */
+struct crab_handled {
+    uint8_t *data;    /* first byte; stays where it is, what it points to may be rewritten */
+    uint32_t len;     /* bytes; may be changed */
+    uint32_t ifindex; /* as in struct crab_frame; may be changed */
+    uint16_t handler; /* of the first match that holds */
+    uint16_t verdict; /* CRAB_HANDLED_*, to be filled in */
+    uint32_t pad;
+};
+#define CRAB_HANDLED_KEPT 0 /* as it is at first: the handler has done with it */
+#define CRAB_HANDLED_SEND 1
+#define CRAB_HANDLED_FAILED 2
+
+/* Have a function handle the frames that a snapshot's matches name: it is called at most once a batch.  Before the core
+ * works on batches. */
+void crab_core_handle(struct crab_core *core, void (*handle)(void *context, struct crab_handled *frames, uint32_t n),
+                      void *context);
 
 /* Add to counts[backend] how many flows each backend below n has in the core's cache.  From any thread. */
 void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now);

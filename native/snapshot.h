@@ -32,6 +32,7 @@ struct crab_snapshot {
     struct crab_backend *backends;
     struct crab_prefix *prefixes;
     struct crab_redirect *redirects; /* one a service */
+    struct crab_matches matches;     /* of frames that are no service's */
 };
 
 static inline uint32_t crab_place_of(uint64_t a, uint64_t b, uint16_t port_be)

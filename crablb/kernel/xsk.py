@@ -136,6 +136,7 @@ class XskSocket:
             if value < 64 or value & (value - 1):
                 raise ValueError(f"{name} is a power of two, 64 or more, not {value}")
         self.interface, self.queue = interface, queue
+        self.frame_size = frame_size
         self._xsk: Any = None
         self._program: tuple[bpf.Object, bpf.Link] | None = None
         info = interface_info(interface)

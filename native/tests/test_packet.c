@@ -66,6 +66,9 @@ int main(void)
         CHECK(crab_packet_parse(f, n, &p) == table[i].verdict);
     }
 
+    struct crab_matches web = {
+        .list = {{.port = htons(80), .proto = 6, .fields = CRAB_MATCH_PORT | CRAB_MATCH_PROTO, .handler = 7}}, .count = 1};
+
     /* every truncation, in an allocation of its own size */
     for (int family = 4; family <= 6; family += 2) {
         n = family == 4 ? frame4(f) : frame6(f);
@@ -73,6 +76,8 @@ int main(void)
             uint8_t *exact = malloc(cut ? cut : 1);
             memcpy(exact, f, cut);
             CHECK(crab_packet_parse(exact, cut, &p) != CRAB_V_OK);
+            /* the ports' last byte is the first that a match on a port needs */
+            CHECK((crab_match_find(&web, exact, cut) == 7) == (cut >= (family == 4 ? 38 : 58)));
             free(exact);
         }
     }
