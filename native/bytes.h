@@ -10,6 +10,11 @@
 #define crab_likely(x) __builtin_expect(!!(x), 1)
 #define crab_unlikely(x) __builtin_expect(!!(x), 0)
 
+/* Code for constants: each call is compiled for the arguments that it has. */
+#define CRAB_TEMPLATE static inline __attribute__((always_inline))
+/* Code that is seldom run, or has registers enough for itself alone. */
+#define CRAB_APART static __attribute__((noinline))
+
 static inline uint16_t load16(const uint8_t *p)
 {
     uint16_t v;

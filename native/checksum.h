@@ -8,36 +8,47 @@
 
 #include "bytes.h"
 
-/* Unfolded sum of len bytes.  Adding 32-bit halves into 64 bits cannot overflow for any len < 2^32. */
-static inline uint64_t crab_sum(const uint8_t *p, size_t len)
+/* One's-complement addition: two instructions. */
+static inline uint64_t crab_add(uint64_t a, uint64_t b)
+{
+    a += b;
+    return a + (a < b);
+}
+
+/* Sum of len bytes, not folded, below 2^34. */
+CRAB_TEMPLATE uint64_t crab_sum(const uint8_t *p, size_t len)
 {
     uint64_t sum = 0;
-    for (; len >= 8; p += 8, len -= 8) {
-        uint64_t w = load64(p);
-        sum += (w & 0xffffffff) + (w >> 32);
+    for (; len >= 16; p += 16, len -= 16)
+        sum = crab_add(crab_add(sum, load64(p)), load64(p + 8));
+    if (len & 8) {
+        sum = crab_add(sum, load64(p));
+        p += 8;
     }
-    if (len >= 4) {
+    sum = (sum & 0xffffffff) + (sum >> 32);
+    if (len & 4) {
         sum += load32(p);
         p += 4;
-        len -= 4;
     }
-    if (len >= 2) {
-        sum += load16(p);
-        p += 2;
-        len -= 2;
+    if (crab_unlikely(len & 3)) {
+        if (len & 2) {
+            sum += load16(p);
+            p += 2;
+        }
+        if (len & 1)
+            sum += *p; /* an odd last byte is the first of a word whose second is zero */
     }
-    if (len)
-        sum += *p; /* an odd last byte is the first of a word whose second is zero */
     return sum;
 }
 
+/* To 16 bits, by end-around carry: a number and itself turned by half its width add up in the upper half to what both halves
+ * make together, with the carry that came out at the top. */
 static inline uint16_t crab_fold(uint64_t sum)
 {
-    sum = (sum & 0xffffffff) + (sum >> 32);
-    sum = (sum & 0xffffffff) + (sum >> 32);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    return (uint16_t)sum;
+    sum += sum << 32 | sum >> 32;
+    uint32_t half = (uint32_t)(sum >> 32);
+    half += half << 16 | half >> 16;
+    return (uint16_t)(half >> 16);
 }
 
 /* ~sum, as a number to add: taking words away is adding their complement (RFC 1624, equation 3). */

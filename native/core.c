@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "flows.h"
+#include "option.h"
 #include "rewrite.h"
 #include "snapshot.h"
 #include "table.h"
@@ -28,19 +29,26 @@ struct crab_core {
     uint64_t random; /* state of the policies' random numbers */
     uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
     struct crab_flows flows;
+    struct crab_seen_lists seen; /* of TCP options */
 };
 
 struct item {
     const struct crab_service *service;
     bool icmp;
+    uint8_t found;      /* of a SYN: CRAB_OPTION_* among its options */
+    int8_t word;        /* as crab_option_scan has it */
+    uint8_t outcome;    /* of a SYN: as decide has it */
+    bool straight;      /* of a SYN: it is to be redirected, and the redirect takes the place of its offer's word */
     uint16_t chosen;    /* by crab_core.choose */
     uint64_t hash;      /* of the connection */
-    uint64_t slot_hash; /* what the table is asked by: the same, or that of the client */
+    const struct crab_redirect *redirect; /* of a SYN: its service's */
+    const uint16_t *slot; /* of the service's table: by the connection's hash, or the client's */
     struct crab_tcp_sum sum;
     struct crab_packet packet;
 };
 
 #define PREFETCH_AHEAD 8
+#define BACKENDS_AHEAD 8
 
 /* Flows learned in a second without having seen their SYN (it went to another load balancer, or to the daemon before us).
  * A flood of other packets pushes no more than so many flows out of the map; what is beyond goes by the hash alone. */
@@ -54,6 +62,7 @@ struct crab_core *crab_core_new(uint32_t flows, uint64_t *counters)
     if (!core)
         return NULL;
     core->counters = counters;
+    crab_seen_init(&core->seen);
     if (getrandom(&core->random, sizeof core->random, 0) != sizeof core->random)
         core->random = (uintptr_t)core;
     if (crab_flows_init(&core->flows, flows)) {
@@ -154,22 +163,27 @@ static void release(struct crab_core *core)
     atomic_store_explicit(&core->hazard, NULL, memory_order_release);
 }
 
-/* What the service's table is asked by.  addrs: the connection's addresses, the client's first. */
-static inline uint64_t slot_hash(const struct crab_snapshot *s, const struct item *it, const uint8_t *addrs)
+/* The hash of a client alone, by so many bits of its address. */
+static uint64_t client_hash(const struct crab_snapshot *s, const struct item *it, const uint8_t *addr)
 {
-    if (crab_likely(!it->service->source4))
-        return it->hash;
     uint32_t size = it->packet.family == 4 ? 4 : 16, bits = size == 4 ? it->service->source4 : it->service->source6;
     uint8_t prefix[32] = {0}; /* as addresses of a connection to nowhere, from port 0 to port 0 */
-    memcpy(prefix, addrs, bits / 8);
+    memcpy(prefix, addr, bits / 8);
     if (bits % 8)
-        prefix[bits / 8] = addrs[bits / 8] & (uint8_t)(0xff00 >> bits % 8);
+        prefix[bits / 8] = addr[bits / 8] & (uint8_t)(0xff00 >> bits % 8);
     return size == 4 ? crab_hash4(&s->hash_init, prefix, (uint8_t[4]){0})
                      : crab_hash6(&s->hash_init, prefix, (uint8_t[4]){0});
 }
 
+/* Where the service's table is looked into.  addrs: the connection's addresses, the client's first. */
+static inline const uint16_t *slot_of(const struct crab_snapshot *s, const struct item *it, const uint8_t *addrs)
+{
+    uint64_t hash = crab_unlikely(it->service->source4) ? client_hash(s, it, addrs) : it->hash;
+    return &it->service->table[crab_slot(hash, s->table_size)];
+}
+
 /* First pass, an ICMP error: its connection is that of the packet which it quotes. */
-static enum crab_counter examine_icmp(const struct crab_snapshot *s, const uint8_t *frame, uint32_t len,
+CRAB_APART enum crab_counter examine_icmp(const struct crab_snapshot *s, const uint8_t *frame, uint32_t len,
                                       struct item *it)
 {
     uint8_t tuple[36];
@@ -185,51 +199,7 @@ static enum crab_counter examine_icmp(const struct crab_snapshot *s, const uint8
     it->icmp = true;
     if (!it->service)
         return CRAB_C_DROP_NOT_SERVICE;
-    it->slot_hash = slot_hash(s, it, tuple);
-    return CRAB_COUNTERS;
-}
-
-/* First pass: what is it, and whose?  Returns the counter of the reason to drop it, or CRAB_COUNTERS. */
-static inline enum crab_counter examine(const struct crab_core *core, const struct crab_snapshot *s,
-                                        const uint8_t *frame, uint32_t len, struct item *it)
-{
-    struct crab_packet *p = &it->packet;
-    int verdict = crab_parse(frame, len, p);
-    it->icmp = false;
-    if (crab_unlikely(verdict == CRAB_V_NOT_TCP))
-        return examine_icmp(s, frame, len, it);
-    if (crab_unlikely(verdict != CRAB_V_OK))
-        return verdict == CRAB_V_MALFORMED ? CRAB_C_DROP_MALFORMED : CRAB_C_DROP_NOT_SERVICE;
-    const uint8_t *ip = frame + p->l3, *tcp = frame + p->l4;
-    uint64_t a, b;
-    const uint8_t *addrs;
-    size_t addrs_len;
-    if (p->family == 4) {
-        a = 0;
-        b = 0xffff0000ull | (uint64_t)load32(ip + CRAB_IP4_DST) << 32;
-        addrs = ip + CRAB_IP4_SRC;
-        addrs_len = 8;
-        if (crab_unlikely(crab_fold(crab_sum(ip, 20)) != 0xffff))
-            return CRAB_C_DROP_CHECKSUM;
-        it->hash = crab_hash4(&s->hash_init, addrs, tcp);
-    } else {
-        a = load64(ip + CRAB_IP6_DST);
-        b = load64(ip + CRAB_IP6_DST + 8);
-        addrs = ip + CRAB_IP6_SRC;
-        addrs_len = 32;
-        it->hash = crab_hash6(&s->hash_init, addrs, tcp);
-    }
-    it->service = crab_service_find(s, a, b, load16(tcp + 2));
-    if (crab_unlikely(!it->service))
-        return CRAB_C_DROP_NOT_SERVICE;
-    __builtin_prefetch(crab_flows_bucket(&core->flows, it->hash), 1);
-    it->slot_hash = slot_hash(s, it, addrs);
-    __builtin_prefetch(&it->service->table[crab_slot(it->slot_hash, s->table_size)]);
-    if (crab_unlikely((p->tcp_flags & CRAB_SYN) && (p->tcp_flags & (CRAB_ACK | CRAB_RST | CRAB_FIN))))
-        return CRAB_C_DROP_FLAGS;
-    it->sum = crab_tcp_sum(tcp, (size_t)(p->end - p->l4), addrs, addrs_len);
-    if (crab_unlikely(it->sum.state == CRAB_CSUM_BAD))
-        return CRAB_C_DROP_CHECKSUM;
+    it->slot = slot_of(s, it, tuple);
     return CRAB_COUNTERS;
 }
 
@@ -259,6 +229,110 @@ static bool may_be_redirected(const struct crab_snapshot *s, const struct crab_s
     return false;
 }
 
+/* Why this SYN goes by fallback, whichever its backend, or CRAB_C_REDIRECTED. */
+static inline enum crab_counter decide(const struct crab_snapshot *s, const struct item *it, const uint8_t *ip)
+{
+    const struct crab_service *service = it->service;
+    if (crab_unlikely(service->mode == CRAB_MODE_NEVER))
+        return CRAB_C_FALLBACK_MODE;
+    if (service->mode == CRAB_MODE_NEGOTIATED && !(it->found & CRAB_OPTION_OFFER))
+        return CRAB_C_FALLBACK_NO_OFFER;
+    if (crab_unlikely(!may_be_redirected(s, service, ip, it->packet.family)))
+        return CRAB_C_FALLBACK_PREFIX;
+    return CRAB_C_REDIRECTED;
+}
+
+/* First pass, an IP packet of a family at l3. */
+CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
+                                           uint32_t len, struct item *it, uint32_t l3, int family)
+{
+    struct crab_packet *p = &it->packet;
+    int verdict = crab_parse_at(frame, len, l3, family, p);
+    it->icmp = false;
+    if (crab_unlikely(verdict != CRAB_V_OK)) {
+        if (verdict == CRAB_V_NOT_TCP)
+            return examine_icmp(s, frame, len, it);
+        return verdict == CRAB_V_MALFORMED ? CRAB_C_DROP_MALFORMED : CRAB_C_DROP_NOT_SERVICE;
+    }
+    const uint8_t *ip = frame + l3, *tcp = ip + (family == 4 ? 20 : 40);
+    const uint8_t *addrs = ip + (family == 4 ? CRAB_IP4_SRC : CRAB_IP6_SRC);
+    uint64_t a, b;
+    if (family == 4) {
+        a = 0;
+        b = 0xffff0000ull | (uint64_t)load32(ip + CRAB_IP4_DST) << 32;
+        if (crab_unlikely(crab_fold(crab_sum(ip, 20)) != 0xffff))
+            return CRAB_C_DROP_CHECKSUM;
+        it->hash = crab_hash4(&s->hash_init, addrs, tcp);
+    } else {
+        a = load64(ip + CRAB_IP6_DST);
+        b = load64(ip + CRAB_IP6_DST + 8);
+        it->hash = crab_hash6(&s->hash_init, addrs, tcp);
+    }
+    it->service = crab_service_find(s, a, b, load16(tcp + 2));
+    if (crab_unlikely(!it->service))
+        return CRAB_C_DROP_NOT_SERVICE;
+    __builtin_prefetch(crab_flows_bucket(&core->flows, it->hash), 1);
+    it->slot = slot_of(s, it, addrs);
+    __builtin_prefetch(it->slot);
+    if (crab_unlikely((p->tcp_flags & CRAB_SYN) && (p->tcp_flags & (CRAB_ACK | CRAB_RST | CRAB_FIN))))
+        return CRAB_C_DROP_FLAGS;
+    it->sum = crab_tcp_sum(tcp, (size_t)(p->end - p->l4), addrs, family == 4 ? 8 : 32);
+    if (crab_unlikely(it->sum.state == CRAB_CSUM_BAD))
+        return CRAB_C_DROP_CHECKSUM;
+    if (crab_likely(p->tcp_flags & CRAB_SYN)) {
+        int word;
+        it->found = (uint8_t)crab_option_scan_again(&core->seen, tcp + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN,
+                                                    s->form, &word);
+        it->word = (int8_t)word;
+        it->outcome = (uint8_t)decide(s, it, ip);
+        it->redirect = &s->redirects[it->service - s->services];
+        it->straight = it->outcome == CRAB_C_REDIRECTED && word >= 0 &&
+                       p->tcp_header + it->redirect->len <= CRAB_TCP_MIN + CRAB_MAX_OPTIONS + 4;
+        if (crab_unlikely(it->found & CRAB_OPTION_FORGED))
+            core->counters[CRAB_C_FORGED_OPTION]++;
+    }
+    return CRAB_COUNTERS;
+}
+
+/* The usual frames have code of their own, in which every offset is a constant. */
+CRAB_APART enum crab_counter examine_ip4(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
+                                         uint32_t len, struct item *it)
+{
+    return examine_at(core, s, frame, len, it, CRAB_ETH_LEN, 4);
+}
+
+CRAB_APART enum crab_counter examine_ip6(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
+                                         uint32_t len, struct item *it)
+{
+    return examine_at(core, s, frame, len, it, CRAB_ETH_LEN, 6);
+}
+
+CRAB_APART enum crab_counter examine_other(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
+                                           uint32_t len, struct item *it)
+{
+    uint16_t type;
+    size_t l3 = crab_find_l3(frame, len, &type);
+    if (!l3)
+        return CRAB_C_DROP_MALFORMED;
+    if (type == htons(0x0800))
+        return examine_at(core, s, frame, len, it, (uint32_t)l3, 4);
+    return type == htons(0x86dd) ? examine_at(core, s, frame, len, it, (uint32_t)l3, 6) : CRAB_C_DROP_NOT_SERVICE;
+}
+
+/* First pass: what is it, and whose?  Returns the counter of the reason to drop it, or CRAB_COUNTERS. */
+static inline enum crab_counter examine(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
+                                        uint32_t len, struct item *it)
+{
+    if (crab_likely(len >= CRAB_ETH_LEN + 20)) {
+        uint16_t type = load16(frame + 12);
+        if (type == htons(0x0800))
+            return examine_ip4(core, s, frame, len, it);
+        if (type == htons(0x86dd))
+            return examine_ip6(core, s, frame, len, it);
+    }
+    return examine_other(core, s, frame, len, it);
+}
+
 static inline bool usable(const struct crab_snapshot *s, uint16_t backend)
 {
     return backend < s->backend_count &&
@@ -268,7 +342,7 @@ static inline bool usable(const struct crab_snapshot *s, uint16_t backend)
 /* The same for any worker, daemon and load balancer of one configuration. */
 static inline uint16_t choose(const struct crab_snapshot *s, const struct item *it)
 {
-    uint16_t backend = it->service->table[crab_slot(it->slot_hash, s->table_size)];
+    uint16_t backend = *it->slot;
     return usable(s, backend) ? backend : CRAB_NO_BACKEND;
 }
 
@@ -282,7 +356,7 @@ static inline uint64_t next_random(struct crab_core *core)
 }
 
 /* Whom the service's policy redirects to. */
-static inline uint16_t ask_policy(struct crab_core *core, const struct crab_snapshot *s, const struct item *it)
+CRAB_APART uint16_t ask_policy(struct crab_core *core, const struct crab_snapshot *s, const struct item *it)
 {
     if (it->service->custom)
         return usable(s, it->chosen) ? it->chosen : choose(s, it);
@@ -294,6 +368,12 @@ static inline uint16_t ask_policy(struct crab_core *core, const struct crab_snap
     return choose(s, it);
 }
 
+/* Does a SYN go where its flow, if there is one, went?  It is that flow's SYN again, or the flow is established. */
+static inline bool keeps(const struct crab_snapshot *s, const struct crab_entry *f, uint32_t isn)
+{
+    return crab_unlikely(f != NULL) && usable(s, f->backend) && (f->isn == isn || f->state == CRAB_ENTRY_ESTABLISHED);
+}
+
 /* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
  * goes where its first copy went.  free: it may be redirected, so the service's policy may choose. */
 static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, const struct item *it,
@@ -301,7 +381,7 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
 {
     *copies = 0;
     struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
-    if (crab_unlikely(f && usable(s, f->backend) && (f->isn == isn || f->state == CRAB_ENTRY_ESTABLISHED))) {
+    if (crab_unlikely(keeps(s, f, isn))) {
         /* A SYN with another sequence number on an established flow: its server knows whether the old connection
          * lives, and answers accordingly; whoever forged it must not move the flow. */
         if (f->isn == isn) {
@@ -345,7 +425,7 @@ static inline bool same_family(const struct crab_packet *p, const struct crab_ba
 
 /* Forward a frame, whose headers are right otherwise, by direct server return.  Returns `outcome`, or the counter of
  * what became of it instead. */
-static inline enum crab_counter send_by_dsr(struct crab_core *core, struct crab_frame *frame, const struct item *it,
+CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_frame *frame, const struct item *it,
                                             const struct crab_backend *backend, enum crab_counter outcome)
 {
     const struct crab_packet *p = &it->packet;
@@ -373,74 +453,99 @@ static inline enum crab_counter send_by_dsr(struct crab_core *core, struct crab_
     return outcome;
 }
 
-/* Why this SYN goes by fallback, whichever its backend, or CRAB_C_REDIRECTED. */
-static inline enum crab_counter decide(const struct crab_snapshot *s, const struct item *it, const uint8_t *ip,
-                                       int found)
-{
-    const struct crab_service *service = it->service;
-    if (crab_unlikely(service->mode == CRAB_MODE_NEVER))
-        return CRAB_C_FALLBACK_MODE;
-    if (service->mode == CRAB_MODE_NEGOTIATED && !(found & CRAB_OPTION_OFFER))
-        return CRAB_C_FALLBACK_NO_OFFER;
-    if (crab_unlikely(!may_be_redirected(s, service, ip, it->packet.family)))
-        return CRAB_C_FALLBACK_PREFIX;
-    return CRAB_C_REDIRECTED;
-}
-
-/* Second pass, a SYN.  Returns the counter of what became of it; frame->len is 0 if it is dropped. */
-static inline enum crab_counter forward_syn(struct crab_core *core, const struct crab_snapshot *s,
-                                            struct crab_frame *frame, struct item *it, uint32_t now)
+/* Second pass, a SYN that has its backend but goes another way than the usual. */
+CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const struct crab_snapshot *s,
+                                                   struct crab_frame *frame, struct item *it,
+                                                   const struct crab_backend *backend, bool room, unsigned copies)
 {
     struct crab_packet *p = &it->packet;
-    const uint8_t *ip = frame->data + p->l3, *tcp = frame->data + p->l4;
-    const uint8_t *options = tcp + CRAB_TCP_MIN;
+    const uint8_t *options = frame->data + p->l4 + CRAB_TCP_MIN;
     uint32_t options_len = p->tcp_header - CRAB_TCP_MIN;
-    unsigned copies;
-
-    int word, found = crab_option_scan(options, options_len, s->form, &word);
-    if (crab_unlikely(found & CRAB_OPTION_FORGED))
-        core->counters[CRAB_C_FORGED_OPTION]++;
-    enum crab_counter outcome = decide(s, it, ip, found);
-
+    enum crab_counter outcome = it->outcome;
     uint8_t list[CRAB_MAX_OPTIONS];
-    int n = -1;
-    const struct crab_redirect *r = &s->redirects[it->service - s->services];
-    bool room = true;
-    if (crab_likely(outcome == CRAB_C_REDIRECTED)) {
-        if (crab_likely(word >= 0))
-            room = options_len - 4 + r->len <= CRAB_MAX_OPTIONS;
-        else
-            room = (n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list)) >= 0;
-    }
-    uint16_t id = assign(core, s, it, load32(tcp + CRAB_TCP_SEQ), now, outcome == CRAB_C_REDIRECTED && room, &copies);
-    if (crab_unlikely(id == CRAB_NO_BACKEND))
-        return CRAB_C_DROP_NO_BACKEND;
-    const struct crab_backend *backend = &s->backends[id];
-
-    if (crab_unlikely(copies >= 2) && (outcome == CRAB_C_REDIRECTED || outcome == CRAB_C_FALLBACK_PREFIX))
+    int n;
+    if (copies >= 2 && (outcome == CRAB_C_REDIRECTED || outcome == CRAB_C_FALLBACK_PREFIX))
         outcome = CRAB_C_FALLBACK_RETRANSMIT;
-    if (crab_likely(outcome == CRAB_C_REDIRECTED)) {
-        if (crab_unlikely(!(backend->flags & CRAB_BACKEND_CR) || !same_family(p, backend)))
+    if (outcome == CRAB_C_REDIRECTED) {
+        if (!(backend->flags & CRAB_BACKEND_CR) || !same_family(p, backend))
             outcome = CRAB_C_FALLBACK_NO_CR_BACKEND;
-        else if (crab_unlikely(!room))
+        else if (!room)
             outcome = CRAB_C_FALLBACK_NO_ROOM;
     }
-    if (crab_likely(outcome == CRAB_C_REDIRECTED)) {
-        const uint8_t *dip = p->family == 4 ? backend->addr + 12 : backend->addr;
-        if (crab_likely(word >= 0))
-            frame->data = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)word, r, dip);
-        else
-            frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, dip);
+    if (outcome == CRAB_C_REDIRECTED) {
+        n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list);
+        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n,
+                                   p->family == 4 ? backend->addr + 12 : backend->addr);
         send_to(frame, p, backend);
         return outcome;
     }
     /* Without CR options the list stays, to the byte. */
-    if (found)
+    if (it->found)
         n = crab_option_rewrite(options, options_len, s->form, NULL, list);
     else
         memcpy(list, options, (size_t)(n = (int)options_len));
     frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, NULL);
     return send_by_dsr(core, frame, it, backend, outcome);
+}
+
+/* Can the redirect be written into the TCP header? */
+CRAB_APART bool fits(const struct crab_snapshot *s, const struct item *it, const struct crab_frame *frame)
+{
+    uint8_t list[CRAB_MAX_OPTIONS];
+    const struct crab_packet *p = &it->packet;
+    return crab_option_rewrite(frame->data + p->l4 + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN, s->form,
+                               it->service->addr, list) >= 0;
+}
+
+/* Second pass, a SYN.  Returns the counter of what became of it. */
+CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const struct crab_snapshot *s,
+                                               struct crab_frame *frame, struct item *it, uint32_t now, uint32_t l3,
+                                               int family)
+{
+    struct crab_packet p = it->packet;
+    p.l3 = (uint16_t)l3;
+    p.l4 = (uint16_t)(l3 + (family == 4 ? 20 : 40));
+    p.family = (uint8_t)family;
+    bool room = crab_likely(it->straight) || (it->outcome == CRAB_C_REDIRECTED && fits(s, it, frame));
+    unsigned copies;
+    uint16_t id = assign(core, s, it, load32(frame->data + p.l4 + CRAB_TCP_SEQ), now, room, &copies);
+    if (crab_unlikely(id == CRAB_NO_BACKEND))
+        return CRAB_C_DROP_NO_BACKEND;
+    const struct crab_backend *backend = &s->backends[id];
+    const uint32_t mask = CRAB_BACKEND_CR | CRAB_BACKEND_V6, right = CRAB_BACKEND_CR | (family == 6 ? CRAB_BACKEND_V6 : 0);
+    if (crab_unlikely(!it->straight || copies >= 2 || (backend->flags & mask) != right))
+        return forward_syn_otherwise(core, s, frame, it, backend, room, copies);
+    frame->data = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    send_to(frame, &p, backend);
+    return CRAB_C_REDIRECTED;
+}
+
+CRAB_APART enum crab_counter forward_syn_ip4(struct crab_core *core, const struct crab_snapshot *s,
+                                             struct crab_frame *frame, struct item *it, uint32_t now)
+{
+    return forward_syn_at(core, s, frame, it, now, CRAB_ETH_LEN, 4);
+}
+
+CRAB_APART enum crab_counter forward_syn_ip6(struct crab_core *core, const struct crab_snapshot *s,
+                                             struct crab_frame *frame, struct item *it, uint32_t now)
+{
+    return forward_syn_at(core, s, frame, it, now, CRAB_ETH_LEN, 6);
+}
+
+CRAB_APART enum crab_counter forward_tagged_syn(struct crab_core *core, const struct crab_snapshot *s,
+                                                struct crab_frame *frame, struct item *it, uint32_t now)
+{
+    uint32_t l3 = it->packet.l3;
+    return it->packet.family == 4 ? forward_syn_at(core, s, frame, it, now, l3, 4)
+                                  : forward_syn_at(core, s, frame, it, now, l3, 6);
+}
+
+static inline enum crab_counter forward_syn(struct crab_core *core, const struct crab_snapshot *s,
+                                            struct crab_frame *frame, struct item *it, uint32_t now)
+{
+    if (crab_unlikely(it->packet.l3 != CRAB_ETH_LEN))
+        return forward_tagged_syn(core, s, frame, it, now);
+    return it->packet.family == 4 ? forward_syn_ip4(core, s, frame, it, now) : forward_syn_ip6(core, s, frame, it, now);
 }
 
 static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
@@ -453,7 +558,7 @@ static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
 }
 
 /* Second pass, any other packet of a VIP: it belongs to a connection that goes by fallback. */
-static inline enum crab_counter forward_other(struct crab_core *core, const struct crab_snapshot *s,
+CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct crab_snapshot *s,
                                               struct crab_frame *frame, struct item *it, uint32_t now)
 {
     struct crab_packet *p = &it->packet;
@@ -491,7 +596,7 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
                  (f || may_learn_unknown(core, now));
     uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
     frame->len = p->end;
-    store16(frame->data + p->l4 + CRAB_TCP_CSUM, it->sum.right);
+    store16(frame->data + p->l4 + CRAB_TCP_CSUM, crab_tcp_right(it->sum));
     enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);
     if (learn && outcome == CRAB_C_FALLBACK_ESTABLISHED) {
         struct crab_flow flow = {
@@ -504,7 +609,7 @@ static inline enum crab_counter forward_other(struct crab_core *core, const stru
 }
 
 /* Second pass, an ICMP error. */
-static enum crab_counter forward_icmp(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
+CRAB_APART enum crab_counter forward_icmp(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
                                       struct item *it, uint32_t now)
 {
     struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
@@ -516,7 +621,7 @@ static enum crab_counter forward_icmp(struct crab_core *core, const struct crab_
 }
 
 /* Between the passes: have the batch's connections that need it chosen for, all at once. */
-static void ask_for_batch(struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frames,
+CRAB_APART void ask_for_batch(struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frames,
                           struct item *items, uint32_t count, uint32_t now)
 {
     struct crab_choice choices[CRAB_BATCH];
@@ -532,11 +637,8 @@ static void ask_for_batch(struct crab_core *core, const struct crab_snapshot *s,
         it->chosen = CRAB_NO_BACKEND;
         const struct crab_packet *p = &it->packet;
         const uint8_t *ip = frames[i].data + p->l3, *tcp = frames[i].data + p->l4;
-        int word, found = crab_option_scan(tcp + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN, s->form, &word);
-        const struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
-        if (decide(s, it, ip, found) != CRAB_C_REDIRECTED ||
-            (f && usable(s, f->backend) &&
-             (f->isn == load32(tcp + CRAB_TCP_SEQ) || f->state == CRAB_ENTRY_ESTABLISHED)))
+        if (it->outcome != CRAB_C_REDIRECTED ||
+            keeps(s, crab_flows_find(&core->flows, it->hash, now), load32(tcp + CRAB_TCP_SEQ)))
             continue;
         struct crab_choice *c = &choices[n];
         *c = (struct crab_choice){.cport_be = load16(tcp), .vport_be = load16(tcp + 2), .service = it->service->index,
@@ -567,7 +669,7 @@ struct handed {
 _Static_assert(CRAB_BATCH <= UINT8_MAX, "a frame's place fits");
 
 /* First pass, a frame that no service wants.  Returns whether a handler does. */
-static bool is_handled(const struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frame,
+CRAB_APART bool is_handled(const struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frame,
                        uint32_t place, enum crab_counter why, struct handed *handed)
 {
     if (!core->handle || (why != CRAB_C_DROP_NOT_SERVICE && why != CRAB_C_DROP_MALFORMED))
@@ -582,7 +684,7 @@ static bool is_handled(const struct crab_core *core, const struct crab_snapshot 
 }
 
 /* After the passes: have the handlers' frames handled, all at once.  Returns how many are to be sent. */
-static uint32_t hand_over(struct crab_core *core, struct crab_frame *frames, struct handed *handed)
+CRAB_APART uint32_t hand_over(struct crab_core *core, struct crab_frame *frames, struct handed *handed)
 {
     uint32_t kept = 0;
     core->handle(core->handle_context, handed->frames, handed->count);
@@ -612,7 +714,7 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
     struct handed handed;
     const struct crab_snapshot *s = acquire(core);
     uint64_t *counters = core->counters;
-    uint32_t kept = 0;
+    uint32_t kept = 0, redirected = 0;
 
     handed.count = 0;
     counters[CRAB_C_RECEIVED] += count;
@@ -636,16 +738,24 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
     for (uint32_t i = 0; i < count; i++) {
         if (crab_unlikely(!frames[i].len))
             continue;
+        if (i + BACKENDS_AHEAD < count && frames[i + BACKENDS_AHEAD].len)
+            __builtin_prefetch(&s->backends[*items[i + BACKENDS_AHEAD].slot]);
         enum crab_counter what = items[i].packet.tcp_flags & CRAB_SYN
                                      ? forward_syn(core, s, &frames[i], &items[i], now)
                                  : crab_unlikely(items[i].icmp) ? forward_icmp(core, s, &frames[i], &items[i], now)
                                                                 : forward_other(core, s, &frames[i], &items[i], now);
+        if (crab_likely(what == CRAB_C_REDIRECTED)) {
+            redirected++;
+            continue;
+        }
         counters[what]++;
         if (crab_unlikely(is_drop(what)))
             frames[i].len = 0;
         else
             kept++;
     }
+    counters[CRAB_C_REDIRECTED] += redirected;
+    kept += redirected;
     if (crab_unlikely(handed.count))
         kept += hand_over(core, frames, &handed);
     release(core);

@@ -163,6 +163,8 @@ struct crab_backend {
     uint8_t tunnel_src[16]; /* outer source address of packets encapsulated for it, of the family of addr */
     uint32_t mtu;           /* of the way to it: bytes of an IP packet, the outer header included */
     uint32_t ifindex;       /* interface that leads to it */
+    uint32_t sum;           /* of addr's words, less the prefix of an IPv4-mapped one; filled in by crab_snapshot_new */
+    uint32_t pad;           /* one cache line */
 };
 
 struct crab_prefix {

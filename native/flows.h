@@ -34,11 +34,13 @@ struct crab_flows {
     uint64_t mask; /* buckets - 1 */
 };
 
-/* Seconds after the last packet: see CRAB_AGE_SYN. */
+/* Seconds after the last packet, by state (see CRAB_AGE_SYN); a free entry's is 0.  In one word: no load. */
+#define CRAB_LIFETIMES \
+    ((uint64_t)CRAB_AGE_SYN << 16 | (uint64_t)CRAB_AGE_OPEN << 32 | (uint64_t)CRAB_AGE_ENDING << 48)
+
 static inline uint16_t crab_entry_lifetime(unsigned state)
 {
-    static const uint16_t seconds[] = {0, CRAB_AGE_SYN, CRAB_AGE_OPEN, CRAB_AGE_ENDING};
-    return seconds[state];
+    return (uint16_t)(CRAB_LIFETIMES >> 16 * state);
 }
 
 static inline int crab_entry_dead(const struct crab_entry *f, uint32_t now)
@@ -71,25 +73,34 @@ static inline struct crab_entry *crab_flows_bucket(const struct crab_flows *t, u
 static inline struct crab_entry *crab_flows_find(const struct crab_flows *t, uint64_t hash, uint32_t now)
 {
     struct crab_entry *bucket = crab_flows_bucket(t, hash);
-    for (int i = 0; i < CRAB_BUCKET; i++)
-        if (bucket[i].tag == hash >> 16 && bucket[i].state != CRAB_ENTRY_FREE && !crab_entry_dead(&bucket[i], now))
+    for (int i = 0; i < CRAB_BUCKET; i++) {
+        uint64_t word; /* of which the tag is the lower part */
+        memcpy(&word, &bucket[i], sizeof word);
+        if (crab_unlikely((word ^ hash >> 16) << 16 == 0) && !crab_entry_dead(&bucket[i], now))
             return &bucket[i];
+    }
     return NULL;
 }
 
 /* A place for a new entry of this hash, or NULL: four live established connections fill the bucket. */
 static inline struct crab_entry *crab_flows_place(const struct crab_flows *t, uint64_t hash, uint32_t now)
 {
-    struct crab_entry *bucket = crab_flows_bucket(t, hash), *oldest = NULL;
-    for (int i = 0; i < CRAB_BUCKET; i++) {
-        struct crab_entry *f = &bucket[i];
-        if (crab_entry_dead(f, now))
-            return f;
-        if (f->state == CRAB_ENTRY_SYN &&
-            (!oldest || (uint16_t)((uint16_t)now - f->seen) > (uint16_t)((uint16_t)now - oldest->seen)))
-            oldest = f;
-    }
-    return oldest;
+    struct crab_entry *bucket = crab_flows_bucket(t, hash);
+    /* The entries' words side by side, four lanes: no branch for each, for which of a bucket live cannot be foretold. */
+    typedef int32_t lanes __attribute__((vector_size(16)));
+    const uint32_t *words = (const void *)bucket;
+    lanes state = (lanes){(int)words[1], (int)words[5], (int)words[9], (int)words[13]} >> 16 & 0xff;
+    lanes age = ((int)now - ((lanes){(int)words[3], (int)words[7], (int)words[11], (int)words[15]} >> 16)) & 0xffff;
+    lanes syn = state == CRAB_ENTRY_SYN;
+    lanes lifetime = (syn & CRAB_AGE_SYN) | ((state == CRAB_ENTRY_ESTABLISHED) & CRAB_AGE_OPEN) |
+                     ((state == CRAB_ENTRY_CLOSING) & CRAB_AGE_ENDING);
+    lanes alive = lifetime > age;
+    /* Above an entry's number, from 3 down: the age of a SYN, whether it is one, and whether it is dead. */
+    lanes score = (((alive & syn & (age | 1 << 16)) | (~alive & 1 << 17)) << 2) | (lanes){3, 2, 1, 0};
+    int32_t best = score[0], other = score[2] > score[3] ? score[2] : score[3];
+    best = score[1] > best ? score[1] : best;
+    best = other > best ? other : best;
+    return best >= CRAB_BUCKET ? &bucket[CRAB_BUCKET - 1 - best % CRAB_BUCKET] : NULL;
 }
 
 #endif

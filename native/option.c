@@ -4,10 +4,7 @@
  * Senders differ in where they put it (first, last, NOPs before or after), so the whole list is searched, and what is
  * sent on keeps every other option at its alignment: a CR option becomes NOPs, and words that then are nothing but NOPs
  * go.  So the usual forms, two bytes and two NOPs in one word, come and go without a trace. */
-#include "bytes.h"
-#include "crablb.h"
-
-#include <string.h>
+#include "option.h"
 
 #define EOL 0
 #define NOP 1
@@ -63,6 +60,34 @@ int crab_option_scan(const uint8_t *options, size_t len, int form, int *word)
             *word = (int)(at / 4);
     }
     return flags;
+}
+
+void crab_seen_init(struct crab_seen_lists *seen)
+{
+    memset(seen, 0, sizeof *seen);
+    for (size_t i = 0; i < sizeof seen->of / sizeof *seen->of; i++)
+        seen->of[i].form = -1;
+}
+
+void crab_seen_learn(struct crab_seen_list *seen, const uint8_t *options, size_t len, int form)
+{
+    int word;
+    size_t i = 0, n;
+    seen->found = (uint8_t)crab_option_scan(options, len, form, &word);
+    seen->word = (int8_t)word;
+    seen->form = (int8_t)form;
+    memset(seen->mask, 0, sizeof seen->mask);
+    for (; i < len && (n = option_len(options + i, len - i)); i += n) {
+        /* Kind and length; of one that may be ours, all of it and what shares its words. */
+        bool ours = options[i] == CRAB_OPT_KIND || options[i] == CRAB_OPT_KIND_EXPERIMENTAL;
+        size_t first = ours ? i / 4 * 4 : i, last = ours ? (i + n + 3) / 4 * 4 : i + (n > 1 ? 2 : 1);
+        memset(seen->mask + first, 0xff, last - first);
+    }
+    /* Where it ended: an EOL, or a length that cannot be. */
+    for (size_t end = i + 2; i < len && i < end; i++)
+        seen->mask[i] = 0xff;
+    for (i = 0; i < len; i++)
+        seen->list[i] = options[i] & seen->mask[i];
 }
 
 int crab_option_find(const uint8_t *options, size_t len, int form)

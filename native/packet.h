@@ -27,9 +27,8 @@
 #define CRAB_ACK 0x10
 
 struct crab_tcp_sum {
-    uint64_t body;  /* sum of pseudo-header and segment, the checksum field taken as zero */
-    uint16_t right; /* the checksum this makes */
-    uint8_t state;  /* CRAB_CSUM_* */
+    uint64_t body; /* sum of pseudo-header and segment, the checksum field taken as zero */
+    uint8_t state; /* CRAB_CSUM_* */
 };
 
 /* One pass serves both the verification and the checksum of the rewritten packet, which differs from `body` only by
@@ -38,15 +37,17 @@ static inline struct crab_tcp_sum crab_tcp_sum(const uint8_t *tcp, size_t tcp_le
                                                size_t addrs_len)
 {
     uint16_t field = load16(tcp + CRAB_TCP_CSUM);
-    uint64_t pseudo = crab_sum_pseudo(addrs, addrs_len, (uint32_t)tcp_len);
-    uint64_t segment = crab_sum(tcp, tcp_len);
-    struct crab_tcp_sum out = {.body = pseudo + segment + (uint16_t)~field};
-    out.right = (uint16_t)~crab_fold(out.body);
-    if (crab_fold(pseudo + segment) == 0xffff)
-        out.state = CRAB_CSUM_OK;
-    else
+    uint64_t pseudo = crab_sum_pseudo(addrs, addrs_len, (uint32_t)tcp_len), all = pseudo + crab_sum(tcp, tcp_len);
+    struct crab_tcp_sum out = {.body = all + (uint16_t)~field, .state = CRAB_CSUM_OK};
+    if (crab_unlikely(crab_fold(all) != 0xffff))
         out.state = field == crab_fold(pseudo) ? CRAB_CSUM_PARTIAL : CRAB_CSUM_BAD;
     return out;
+}
+
+/* The checksum that the segment should carry. */
+static inline uint16_t crab_tcp_right(struct crab_tcp_sum sum)
+{
+    return (uint16_t)~crab_fold(sum.body);
 }
 
 #define CRAB_MAX_TAGS 2 /* 802.1ad around 802.1Q */
@@ -56,21 +57,14 @@ static inline bool crab_is_tag(uint16_t ethertype)
     return ethertype == htons(0x8100) || ethertype == htons(0x88a8);
 }
 
-static inline int crab_parse(const uint8_t *frame, size_t len, struct crab_packet *out)
+/* The IP packet of a family at l3. */
+CRAB_TEMPLATE int crab_parse_at(const uint8_t *frame, size_t len, size_t l3, int family, struct crab_packet *out)
 {
-    size_t l3 = CRAB_ETH_LEN;
-    if (crab_unlikely(len < l3 + 20 || len > UINT16_MAX))
-        return CRAB_V_MALFORMED;
-    uint16_t type = load16(frame + 12);
-    for (int tags = 0; crab_unlikely(crab_is_tag(type)) && tags < CRAB_MAX_TAGS; tags++) {
-        type = load16(frame + l3 + 2);
-        l3 += 4;
-        if (len < l3 + 20)
-            return CRAB_V_MALFORMED;
-    }
     const uint8_t *ip = frame + l3;
-    size_t l4, end;
-    if (crab_likely(type == htons(0x0800))) {
+    size_t l4 = l3 + (family == 4 ? 20 : 40), end;
+    if (crab_unlikely(len < l4 || len > UINT16_MAX))
+        return CRAB_V_MALFORMED;
+    if (family == 4) {
         if (crab_unlikely(ip[0] != 0x45)) {
             if (ip[0] >> 4 != 4 || (ip[0] & 15) < 5)
                 return CRAB_V_MALFORMED;
@@ -80,12 +74,9 @@ static inline int crab_parse(const uint8_t *frame, size_t len, struct crab_packe
             return CRAB_V_NOT_TCP;
         if (crab_unlikely(load16(ip + 6) & htons(0x3fff)))
             return CRAB_V_FRAGMENT;
-        l4 = l3 + 20;
         end = l3 + load16_be(ip + CRAB_IP4_LEN);
-        out->family = 4;
-    } else if (crab_likely(type == htons(0x86dd))) {
-        l4 = l3 + 40;
-        if (crab_unlikely(len < l4 || ip[0] >> 4 != 6))
+    } else {
+        if (crab_unlikely(ip[0] >> 4 != 6))
             return CRAB_V_MALFORMED;
         if (crab_unlikely(ip[6] != 6)) {
             /* hop-by-hop, routing, fragment, AH, destination options, mobility, HIP, shim6 */
@@ -97,21 +88,42 @@ static inline int crab_parse(const uint8_t *frame, size_t len, struct crab_packe
             }
         }
         end = l4 + load16_be(ip + CRAB_IP6_LEN);
-        out->family = 6;
-    } else {
-        return CRAB_V_NOT_TCP;
     }
     if (crab_unlikely(end > len || end < l4 + CRAB_TCP_MIN))
         return CRAB_V_MALFORMED;
     size_t tcp_header = (frame[l4 + CRAB_TCP_DOFF] >> 4) * 4u;
     if (crab_unlikely(tcp_header < CRAB_TCP_MIN || l4 + tcp_header > end))
         return CRAB_V_MALFORMED;
-    out->l3 = (uint16_t)l3;
-    out->l4 = (uint16_t)l4;
-    out->end = (uint16_t)end;
-    out->tcp_header = (uint8_t)tcp_header;
-    out->tcp_flags = frame[l4 + CRAB_TCP_FLAGS];
+    *out = (struct crab_packet){.l3 = (uint16_t)l3, .l4 = (uint16_t)l4, .end = (uint16_t)end, .family = (uint8_t)family,
+                                .tcp_header = (uint8_t)tcp_header, .tcp_flags = frame[l4 + CRAB_TCP_FLAGS]};
     return CRAB_V_OK;
+}
+
+/* Where the IP header is, behind VLAN tags, and in *type the EtherType in front of it; 0: the frame ends before. */
+static inline size_t crab_find_l3(const uint8_t *frame, size_t len, uint16_t *type)
+{
+    size_t l3 = CRAB_ETH_LEN;
+    if (crab_unlikely(len < l3 + 20))
+        return 0;
+    *type = load16(frame + 12);
+    for (int tags = 0; crab_unlikely(crab_is_tag(*type)) && tags < CRAB_MAX_TAGS; tags++) {
+        *type = load16(frame + l3 + 2);
+        l3 += 4;
+        if (len < l3 + 20)
+            return 0;
+    }
+    return l3;
+}
+
+static inline int crab_parse(const uint8_t *frame, size_t len, struct crab_packet *out)
+{
+    uint16_t type;
+    size_t l3 = crab_find_l3(frame, len, &type);
+    if (!l3)
+        return CRAB_V_MALFORMED;
+    if (type == htons(0x0800))
+        return crab_parse_at(frame, len, l3, 4, out);
+    return type == htons(0x86dd) ? crab_parse_at(frame, len, l3, 6, out) : CRAB_V_NOT_TCP;
 }
 
 /* Parse a frame that crab_parse calls CRAB_V_NOT_TCP as an ICMP error about a TCP packet (RFC 792, RFC 4443).  tuple: the

@@ -69,18 +69,52 @@ static inline uint8_t *crab_rewrite(uint8_t *frame, uint32_t *len, struct crab_p
     return moved;
 }
 
-/* The usual redirect: one word of the options, which holds the offer, becomes r, and the others stay. */
-static inline uint8_t *crab_rewrite_word(uint8_t *frame, uint32_t *len, struct crab_packet *p,
-                                         const struct crab_tcp_sum *sum, uint32_t word, const struct crab_redirect *r,
-                                         const uint8_t *dip)
+/* Move n bytes, at least 64 and at most 128, which may overlap: all are loaded before any is stored. */
+static inline void crab_move_front(uint8_t *to, const uint8_t *from, size_t n)
 {
-    size_t before = (size_t)p->l4 + CRAB_TCP_MIN + 4 * word;
-    int32_t growth = (int32_t)r->len - 4;
-    uint8_t *moved = frame - growth;
-    uint64_t body = sum->body + crab_sum_less(crab_sum(frame + before, 4)) + r->sum;
-    memmove(moved, frame, before);
-    memcpy(moved + before, r->bytes, r->len);
-    crab_settle(moved, len, p, growth, body, dip);
+    typedef uint8_t vector __attribute__((vector_size(16), aligned(1), may_alias));
+    const vector *first = (const void *)from, *last = (const void *)(from + n - 64);
+    vector a = first[0], b = first[1], c = first[2], d = first[3], e = last[0], f = last[1], g = last[2], h = last[3];
+    vector *to_first = (void *)to, *to_last = (void *)(to + n - 64);
+    to_first[0] = a;
+    to_first[1] = b;
+    to_first[2] = c;
+    to_first[3] = d;
+    to_last[0] = e;
+    to_last[1] = f;
+    to_last[2] = g;
+    to_last[3] = h;
+}
+
+/* The usual redirect: one word of the options, which holds the offer, becomes r, and the others stay; the destination
+ * becomes the backend. */
+static inline uint8_t *crab_rewrite_word(uint8_t *frame, uint32_t *len, const struct crab_packet *p,
+                                         const struct crab_tcp_sum *sum, uint32_t word, const struct crab_redirect *r,
+                                         const struct crab_backend *backend)
+{
+    size_t before = (size_t)p->l4 + CRAB_TCP_MIN + 4 * word, growth = r->len - 4;
+    uint8_t *moved = frame - growth, *ip = moved + p->l3, *tcp = moved + p->l4;
+    /* All that is read, is read where it was: what was just stored in large pieces is slow to read in small ones. */
+    uint64_t body = sum->body + (uint32_t)~load32(frame + before) + r->tcp_change + backend->sum;
+    uint64_t ip_sum = (uint64_t)(uint16_t)~load16(frame + p->l3 + CRAB_IP4_CSUM) + r->ip_change + backend->sum;
+    uint8_t header = (uint8_t)(frame[p->l4 + CRAB_TCP_DOFF] + (growth / 4 << 4));
+    if (crab_likely(before >= 64 && before <= 128))
+        crab_move_front(moved, frame, before);
+    else
+        memmove(moved, frame, before);
+    memcpy(moved + before, r->bytes, 8);
+    if (p->family == 4) {
+        store16_be(ip + CRAB_IP4_LEN, (uint16_t)(p->end - p->l3 + growth));
+        store16(ip + CRAB_IP4_CSUM, (uint16_t)~crab_fold(ip_sum));
+        memcpy(ip + CRAB_IP4_DST, backend->addr + 12, 4);
+    } else {
+        memcpy(moved + before + 8, r->bytes + 8, 12);
+        store16_be(ip + CRAB_IP6_LEN, (uint16_t)(p->end - p->l4 + growth));
+        memcpy(ip + CRAB_IP6_DST, backend->addr, 16);
+    }
+    tcp[CRAB_TCP_DOFF] = header;
+    store16(tcp + CRAB_TCP_CSUM, (uint16_t)~crab_fold(body));
+    *len = (uint32_t)(p->end + growth);
     return moved;
 }
 
@@ -164,7 +198,7 @@ static inline uint8_t *crab_answer_by_reset(uint8_t *frame, uint32_t *len, const
         store16_be(ip + CRAB_IP6_LEN, 20);
         ip[7] = 64;
     }
-    store16(tcp + CRAB_TCP_CSUM, crab_tcp_sum(tcp, 20, from, 2 * size).right);
+    store16(tcp + CRAB_TCP_CSUM, crab_tcp_right(crab_tcp_sum(tcp, 20, from, 2 * size)));
     *len = p->l4 + 20u;
     return frame;
 }

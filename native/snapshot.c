@@ -14,6 +14,37 @@ static void *copy(const void *from, size_t count, size_t size)
     return to;
 }
 
+/* Of the words of an address, as it stands in a packet. */
+static uint16_t sum_of_address(const uint8_t addr[16])
+{
+    return crab_is_mapped(addr) ? crab_csum(addr + 12, 4) : crab_csum(addr, 16);
+}
+
+void crab_redirect_init(struct crab_redirect *r, int form, const uint8_t addr[16])
+{
+    r->len = (uint32_t)crab_option_redirect(r->bytes, form, addr);
+    r->sum = crab_csum(r->bytes, r->len);
+    uint16_t growth = (uint16_t)(r->len - 4), less = (uint16_t)~sum_of_address(addr);
+    r->ip_change = (uint32_t)htons(growth) + less;
+    /* the segment's length, in the pseudo-header, and the header's, in words, in the upper four bits */
+    r->tcp_change = r->sum + r->ip_change + htons((uint16_t)(growth / 4 << 12));
+}
+
+/* Backends on cache lines of their own. */
+static struct crab_backend *copy_backends(const struct crab_backend *from, uint32_t count)
+{
+    struct crab_backend *to = aligned_alloc(64, (count ? count : 1) * sizeof *to);
+    if (!to)
+        return NULL;
+    if (count)
+        memcpy(to, from, count * sizeof *to);
+    for (uint32_t i = 0; i < count; i++)
+        to[i].sum = sum_of_address(to[i].addr);
+    return to;
+}
+
+_Static_assert(sizeof(struct crab_backend) == 64, "a backend is a cache line");
+
 struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uint32_t service_count,
                                         const struct crab_backend *backends, uint32_t backend_count,
                                         const struct crab_prefix *prefixes, uint32_t prefix_count,
@@ -27,7 +58,7 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
         places *= 2;
     s->places = calloc(places, sizeof *s->places);
     s->services = copy(services, service_count, sizeof *services);
-    s->backends = copy(backends, backend_count, sizeof *backends);
+    s->backends = copy_backends(backends, backend_count);
     s->prefixes = copy(prefixes, prefix_count, sizeof *prefixes);
     s->redirects = calloc(service_count ? service_count : 1, sizeof *s->redirects);
     if (!s->places || !s->services || !s->backends || !s->prefixes || !s->redirects) {
@@ -40,10 +71,8 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
     s->backend_count = backend_count;
     s->mask = places - 1;
     for (uint32_t n = 0; n < service_count; n++) {
-        struct crab_redirect *r = &s->redirects[n];
         s->custom |= services[n].custom;
-        r->len = (uint32_t)crab_option_redirect(r->bytes, form, services[n].addr);
-        r->sum = crab_sum(r->bytes, r->len);
+        crab_redirect_init(&s->redirects[n], form, services[n].addr);
         uint64_t a = load64(services[n].addr), b = load64(services[n].addr + 8);
         uint32_t i = crab_place_of(a, b, services[n].port_be) & s->mask;
         while (s->places[i].service)

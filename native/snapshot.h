@@ -17,8 +17,13 @@ struct crab_place {
 struct crab_redirect {
     uint8_t bytes[20];
     uint32_t len;
-    uint64_t sum; /* of its words */
+    uint32_t sum;        /* of its words */
+    uint32_t ip_change;  /* what an IPv4 header's sum changes by, but for the backend's address */
+    uint32_t tcp_change; /* what the TCP sum changes by, but for that and the word that the option takes the place of */
 };
+
+/* addr: the service's. */
+void crab_redirect_init(struct crab_redirect *r, int form, const uint8_t addr[16]);
 
 struct crab_snapshot {
     struct crab_sip hash_init;
@@ -37,7 +42,9 @@ struct crab_snapshot {
 
 static inline uint32_t crab_place_of(uint64_t a, uint64_t b, uint16_t port_be)
 {
-    uint64_t h = (a ^ (b + port_be) * 0x9e3779b97f4a7c15ull) * 0xff51afd7ed558ccdull;
+    /* VIPs that differ in an IPv4 address' last byte differ in the upper bits of b, which products do not bring down. */
+    uint64_t h = (a ^ (b + port_be)) * 0x9e3779b97f4a7c15ull;
+    h = (h ^ h >> 32 ^ b >> 40) * 0xff51afd7ed558ccdull;
     return (uint32_t)(h >> 32);
 }
 

@@ -103,7 +103,7 @@ static void make_syn(uint8_t *f, int family, uint32_t n, uint32_t service)
     tcp[CRAB_TCP_DOFF] = (uint8_t)((20 + sizeof options) / 4 << 4);
     tcp[CRAB_TCP_FLAGS] = CRAB_SYN;
     memcpy(tcp + 20, options, sizeof options);
-    store16(tcp + CRAB_TCP_CSUM, crab_tcp_sum(tcp, len - l4, addrs, addrs_len).right);
+    store16(tcp + CRAB_TCP_CSUM, crab_tcp_right(crab_tcp_sum(tcp, len - l4, addrs, addrs_len)));
 }
 
 /* ---- what is looked up ---- */
@@ -167,8 +167,7 @@ static struct world *make_world(int family, uint32_t backends, uint32_t services
         *s = (struct crab_service){.port_be = htons(80), .protocol = 6, .table = w->table, .index = i};
         set_address(s->addr, family, 0, 0x64 + i);
     }
-    w->redirect.len = (uint32_t)crab_option_redirect(w->redirect.bytes, CRAB_FORM_CRAB, w->services[0].addr);
-    w->redirect.sum = crab_sum(w->redirect.bytes, w->redirect.len);
+    crab_redirect_init(&w->redirect, CRAB_FORM_CRAB, w->services[0].addr);
     w->core = crab_core_new(flows, w->counters);
     if (!w->core)
         die("no memory");
@@ -378,7 +377,7 @@ static int stages(int family)
     TIME("nothing (the clock and the loop)", , i);
     TIME("parse", , crab_parse(f[i], len, &p[i]));
     TIME("hash", , family == 4 ? crab_hash4(&init, f[i] + addrs, f[i] + l4) : crab_hash6(&init, f[i] + addrs, f[i] + l4));
-    TIME("checksum", , crab_tcp_sum(f[i] + l4, len - l4, f[i] + addrs, family == 4 ? 8 : 32).right);
+    TIME("checksum", , crab_tcp_sum(f[i] + l4, len - l4, f[i] + addrs, family == 4 ? 8 : 32).body);
     const uint8_t *vip = w->services[0].addr;
     TIME("service", , crab_service_find(w->snapshot, load64(vip), load64(vip + 8), htons(80)) != NULL);
     int word;
@@ -399,7 +398,7 @@ static int stages(int family)
              make_syn(f[i], family, i, 0);
              crab_parse(f[i], len, &p[i]);
          },
-         *crab_rewrite_word(f[i], &size, &p[i], &sums[i], 5, &w->redirect, w->backends[i].addr + (family == 4 ? 12 : 0)));
+         *crab_rewrite_word(f[i], &size, &p[i], &sums[i], 5, &w->redirect, &w->snapshot->backends[i]));
     return puts("}") < 0;
 }
 
