@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -100,9 +102,27 @@ class Context:
             raise Unavailable(f"{Path(str(command[0])).name} failed: {(done.stderr or done.stdout).strip()[-500:]}")
         return str(done.stdout)
 
+    def parsed(self, done: subprocess.CompletedProcess[str], what: str) -> Any:
+        """The JSON that a program printed, which ran to its end.  Raises :class:`Unavailable` if it failed."""
+        if done.returncode:
+            raise Unavailable(f"{what} failed: {(done.stderr or done.stdout).strip()[-500:]}")
+        return json.loads(done.stdout)
+
     def json(self, *command: str | Path, **more: Any) -> Any:
         """What a command prints, as JSON."""
         return json.loads(self.output(*command, **more))
+
+
+@contextmanager
+def one_cpu() -> Iterator[int]:
+    """This process, and what it starts, on one CPU while in the context: the last of those allowed."""
+    allowed = os.sched_getaffinity(0)
+    cpu = max(allowed)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield cpu
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def widest(found: Mapping[str, Mapping[str, Row]]) -> float:

@@ -1,10 +1,19 @@
-"""The redirect in the kernel alone (``tools/redirect.bpf.c``), which crablb is measured against."""
+"""The redirect in the kernel alone (``tools/redirect.bpf.c``), which crablb is measured against.
+
+As a program it serves one backend on eth0 of the network namespace that it is in, until it is ended:
+
+    python -m bench.redirect OBJECT VIP BACKEND DST_MAC SRC_MAC
+"""
 
 from __future__ import annotations
 
+import socket
 import struct
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -82,3 +91,16 @@ class Redirect:
         self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
+
+
+def main(path: str, vip: str, backend: str, *macs: str) -> None:
+    index = socket.if_nametoindex("eth0")
+    hop = Hop(ip_address(backend), bytes.fromhex(macs[0]), bytes.fromhex(macs[1]), index)
+    with Redirect(Path(path), {Vip(ip_address(vip), port): [hop] for port in (7, 80)}, bytes(16)) as redirect:
+        redirect.attach(index)
+        print("ready", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,288 @@
+"""One lab with everything that crablb is measured beside, all of it ready at once.
+
+Each way to a server has a virtual address of its own, behind a node of its own, so that measuring them in turn needs no
+change.  Clients and servers with crablb's agents are others than those without: nobody pays for what it does not use.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from ipaddress import IPv4Address, ip_address
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bench.context import Context, Unavailable
+from crablb.errors import KernelError
+from crablb.kernel import bpf
+from crablb.lab import Lab, Node
+from crablb.lab.demo import crablb, start_serve
+
+HTTP, ECHO = 80, 7
+PORTS = (HTTP, ECHO)
+SEED = bytes(16)
+#: The ways, in the order in which they are reported.
+WAYS = ("direct", "crablb, redirect", "crablb, DSR", "XDP redirect", "nftables DNAT", "HAProxy", "nginx stream")
+
+NGINX_STREAM = """
+load_module {module};
+daemon on; user root; worker_processes 1; pid {dir}/pid; error_log {dir}/error.log;
+events {{ worker_connections 4096; }}
+stream {{
+  upstream http {{ server {server}:80; }}
+  upstream echo {{ server {server}:7; }}
+  server {{ listen {vip}:80 backlog=4096; proxy_pass http; tcp_nodelay on; }}
+  server {{ listen {vip}:7 backlog=4096; proxy_pass echo; tcp_nodelay on; }}
+}}
+"""
+HAPROXY = """
+global
+  nbthread 1
+  maxconn 8192
+defaults
+  mode tcp
+  timeout connect 5s
+  timeout client 60s
+  timeout server 60s
+listen http
+  bind {vip}:80
+  server one {server}:80
+listen echo
+  bind {vip}:7
+  server one {server}:7
+"""
+NFT = """
+table ip peers {{
+  chain in {{ type nat hook prerouting priority dstnat; ip daddr {vip} dnat to {server}; }}
+  chain out {{ type nat hook postrouting priority srcnat; ip daddr {server} masquerade; }}
+}}
+"""
+NGINX_SERVER = """
+daemon on; user root; worker_processes 1; pid {dir}/pid; error_log {dir}/error.log;
+events {{ worker_connections 8192; }}
+http {{
+  access_log off; keepalive_requests 100000000; client_body_temp_path {dir}/b;
+  proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
+  server {{ listen 80 backlog=4096; root {dir}/files; }}
+}}
+"""
+#: So that ports do not run out: those of closed connections are used again after a second (tcp(7)).
+CLIENT_SYSCTLS = {"net.ipv4.tcp_tw_reuse": 1}
+SYSCTLS = {"net.core.somaxconn": 65535, "net.ipv4.tcp_max_syn_backlog": 65535}
+PORT_RANGE = "net.ipv4.ip_local_port_range=1024 65535"
+
+
+@dataclass(frozen=True)
+class Way:
+    """From a client to a server."""
+
+    client: Node
+    host: IPv4Address
+    by: Node | None  # the load balancer on it
+
+
+def started(node: Node, command: list[str], ready: str = "ready") -> subprocess.Popen[str]:
+    """A program that says when it is ready, on its standard output."""
+    child = node.popen(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout and child.stderr
+    if child.stdout.readline().strip() != ready:
+        raise KernelError(f"{command[0]} did not start in {node.netns}: {child.stderr.read().strip()}")
+    return child
+
+
+def start_nginx(node: Node, folder: Path, config: str) -> None:
+    """nginx as a daemon of the node: on return it listens."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "nginx.conf"
+    path.write_text(config)
+    done = node.run("nginx", "-c", str(path), check=False)
+    if done.returncode:
+        raise Unavailable(f"nginx did not start: {done.stderr.strip()}")
+
+
+def start_servers(context: Context, node: Node, folder: Path) -> None:
+    """nginx on port 80 (``/8`` and ``/8k`` are files of 8 and 8,192 bytes), an echo server on port 7."""
+    files = folder / "files"
+    files.mkdir(parents=True)
+    (files / "8").write_bytes(b"8 bytes\n")
+    (files / "8k").write_bytes(b"8 bytes\n" * 1024)
+    start_nginx(node, folder, NGINX_SERVER.format(dir=folder))
+    started(node, [str(context.make("crr")), "serve", str(ECHO)])
+
+
+def start_agent(node: Node, role: str, vips: list[IPv4Address], *more: str) -> None:
+    urls = [part for vip in vips for port in PORTS for part in ("--vip", f"tcp://{vip}:{port}")]
+    started(node, crablb("agent", role, *urls, "--cgroup", str(node.cgroup), *more))
+
+
+class Peers:
+    """The lab.  A context manager; ``ways`` by name, and ``left_out``: why some are not there."""
+
+    def __init__(self, context: Context, folder: Path, ways: tuple[str, ...] = WAYS) -> None:
+        self.context, self.folder = context, folder
+        self.ways: dict[str, Way] = {}
+        self.left_out: dict[str, str] = {}
+        self._wanted = ways
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.lab = stack.enter_context(Lab.create(f"bench-peers-{os.getpid()}", "bridge", 8))
+            self._build(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _build(self, stack: ExitStack) -> None:
+        lab = self.lab
+        prepared, other, plain, xdp, dnat, haproxy, stream, client = lab.servers
+        for node in lab.nodes.values():
+            node.set(SYSCTLS)
+        for node in (lab.client, client, haproxy, stream, dnat):
+            node.set(CLIENT_SYSCTLS)
+            node.run("sysctl", "-qw", PORT_RANGE)
+        for node in (prepared, other, plain):
+            start_servers(self.context, node, self.folder / node.name)
+        vips = {name: IPv4Address(f"10.0.0.{100 + i}") for i, name in enumerate(WAYS)}
+        behind = {
+            "crablb, redirect": lab.lb,
+            "crablb, DSR": lab.lb,
+            "XDP redirect": xdp,
+            "nftables DNAT": dnat,
+            "HAProxy": haproxy,
+            "nginx stream": stream,
+        }
+        redirected = [vips["crablb, redirect"], vips["XDP redirect"]]
+        starts: dict[str, Callable[[IPv4Address], None]] = {
+            "XDP redirect": lambda vip: self._start_xdp(xdp, other, vip),
+            "nftables DNAT": lambda vip: self._start_nft(dnat, plain, vip),
+            "HAProxy": lambda vip: self._start_haproxy(haproxy, plain, vip),
+            "nginx stream": lambda vip: self._start_stream(stream, plain, vip),
+        }
+        for name in self._wanted:
+            if name == "direct":
+                self.ways[name] = Way(client, ip_address(plain.ip4), None)  # type: ignore[arg-type]
+                continue
+            by, user = behind[name], lab.client if vips[name] in redirected else client
+            try:
+                if name in starts:
+                    starts[name](vips[name])
+            except (Unavailable, KernelError, bpf.BpfError) as reason:
+                self.left_out[name] = str(reason)
+                continue
+            user.ip(f"route replace {vips[name]}/32 via {by.ip4}")
+            self.ways[name] = Way(user, vips[name], by)
+        if "crablb, DSR" in self.ways:
+            plain.ip(f"addr add {vips['crablb, DSR']}/32 dev lo")
+        if any(name.startswith("crablb") for name in self.ways):
+            what = [
+                f"tcp://{vips[name]}:{port}={server.ip4}"
+                for name, server in (("crablb, redirect", prepared), ("crablb, DSR", plain))
+                for port in PORTS
+            ]
+            self.balancer = start_serve(lab, self.folder, what=what)
+        if any(vip in redirected for vip in (way.host for way in self.ways.values())):
+            # A server each: two VIPs with one backend cannot have the same client port at the same time.
+            start_agent(prepared, "server", redirected)
+            start_agent(other, "server", redirected)
+            start_agent(lab.client, "client", redirected, "--backends", "10.0.0.0/24")
+
+        for name in list(self.ways):
+            # Neighbours are found, and the first packet, which may be lost meanwhile, is not among those measured.
+            try:
+                for port, options in ((ECHO, ()), (HTTP, ("--get", "/8"))):
+                    self.crr(name, "--samples", "1", "--seconds", "10", "--warmup", "0", *options, port=port)
+            except Unavailable as reason:
+                self.left_out[name] = str(reason)
+                del self.ways[name]
+
+    def _start_xdp(self, node: Node, server: Node, vip: IPv4Address) -> None:
+        """The program sends by a redirect to the interface that the packet came in by: see ``Hop``."""
+        inside = [sys.executable, "-m", "bench.redirect", str(self.context.bpf("redirect")), str(vip), server.ip4]
+        self.lab.middle.run("ethtool", "-K", node.name, "gro", "on")
+        macs = [server.mac().replace(":", ""), node.mac().replace(":", "")]
+        child = node.popen(
+            *inside, *macs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent
+        )
+        assert child.stdout and child.stderr
+        if child.stdout.readline().strip() != "ready":
+            raise Unavailable(f"the XDP program did not start: {child.stderr.read().strip()[-300:]}")
+
+    def _start_nft(self, node: Node, server: Node, vip: IPv4Address) -> None:
+        self.context.tool("nft")
+        node.set({"net.ipv4.ip_forward": 1})
+        done = node.run("nft", "-f", "-", input=NFT.format(vip=vip, server=server.ip4), check=False)
+        if done.returncode:
+            raise Unavailable(f"nft: {done.stderr.strip()}")
+
+    def _start_haproxy(self, node: Node, server: Node, vip: IPv4Address) -> None:
+        program = self.context.tool("haproxy")
+        node.ip(f"addr replace {vip}/32 dev lo")
+        path = self.folder / "haproxy.cfg"
+        path.write_text(HAPROXY.format(vip=vip, server=server.ip4))
+        # As a daemon it returns when its sockets listen.
+        done = node.run(program, "-D", "-f", str(path), check=False)
+        if done.returncode:
+            raise Unavailable(f"haproxy did not start: {done.stderr.strip()}")
+
+    def _start_stream(self, node: Node, server: Node, vip: IPv4Address) -> None:
+        self.context.tool("nginx")
+        module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+        if not module.exists():
+            raise Unavailable("nginx's stream module is not installed (make bench installs it)")
+        node.ip(f"addr replace {vip}/32 dev lo")
+        folder = self.folder / "stream"
+        start_nginx(node, folder, NGINX_STREAM.format(dir=folder, module=module, vip=vip, server=server.ip4))
+
+    # ---- load ----
+
+    def crr(self, name: str, *options: str, port: int = ECHO, cpus: str = "") -> dict[str, float]:
+        """What ``crr load`` says of a way.  Raises :class:`Unavailable` if more than one request in a hundred fails."""
+        way = self.ways[name]
+        command = [str(self.context.make("crr")), "load", str(way.host), str(port), *options]
+        done = way.client.run(*(["taskset", "-c", cpus] if cpus else []), *command, check=False)
+        found: dict[str, Any] = self.context.parsed(done, "crr")
+        if found["errors"] * 100 >= found["count"]:
+            raise Unavailable(f"{name}: {found['errors']} requests of {found['errors'] + found['count']} failed")
+        return found
+
+    def big(self, size: int) -> int:
+        """Have the servers offer a file of ``size`` bytes as ``/big``; returns its size."""
+        for folder in self.folder.glob("*/files"):
+            with open(folder / "big", "wb") as file:
+                for _ in range(size >> 16):
+                    file.write(bytes(1 << 16))
+        return size
+
+    def download(self, name: str) -> float:
+        """Bytes a second of a download of ``/big`` by curl."""
+        way = self.ways[name]
+        url = f"http://{way.host}/big"
+        done = way.client.run(
+            "curl", "-sSf", "-m", "120", "-o", "/dev/null", "-w", "%{speed_download}", url, check=False
+        )
+        return float(self.context.parsed(done, "curl"))
+
+    def wrk(self, name: str, path: str, seconds: float, connections: int, *, close: bool) -> float:
+        """Requests a second by wrk."""
+        way = self.ways[name]
+        # Without the space wrk takes no notice of it.
+        header = ["-H", "Connection: close"] if close else []
+        done = way.client.run(
+            self.context.tool("wrk"), "-t", "1", "-c", str(connections), "-d", f"{max(1, round(seconds))}s", *header,
+            f"http://{way.host}{path}", check=False,
+        )  # fmt: skip
+        match = re.search(r"Requests/sec:\s+([\d.]+)", done.stdout)
+        if not match:
+            raise Unavailable(f"{name}: wrk failed: {(done.stderr or done.stdout).strip()[-300:]}")
+        return float(match[1])

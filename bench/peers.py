@@ -1,0 +1,173 @@
+"""crablb beside what else people use: connections, latency, goodput, and what the load balancer has of them."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bench.context import Context, Unavailable, one_cpu
+from bench.figures import Curve, Plot, Row, Suite, Table, Target
+from bench.lab import ECHO, HTTP, WAYS, Peers
+from crablb.lab.demo import status
+
+BIG = 256 << 20
+CONNECTIONS = 16
+#: Key, title, unit, better.
+TABLES = {
+    "connections": ("peers-connections", "New connections: connect, GET of 8 bytes from nginx, close", "1/s", "higher"),
+    "cpu": ("peers-cpu", "CPU time of a new connection, of all that takes part in it", "us", "lower"),
+    "setup p50": ("peers-setup-p50", "Connect, send 8 bytes, have them back, close; one at a time: p50", "us", "lower"),
+    "setup p99": ("peers-setup-p99", "The same: p99", "us", "lower"),
+    "setup p999": ("peers-setup-p999", "The same: p99.9", "us", "lower"),
+    "rr p50": ("peers-latency-p50", "8 bytes there and back on an established connection: p50", "us", "lower"),
+    "rr p99": ("peers-latency-p99", "The same: p99", "us", "lower"),
+    "rr p999": ("peers-latency-p999", "The same: p99.9", "us", "lower"),
+    "requests": ("peers-requests", "Requests on connections that stay (wrk, nginx, 8 bytes)", "1/s", "higher"),
+    "goodput": ("peers-goodput", "Download of 256 MiB (curl, nginx)", "MB/s", "higher"),
+    "packets": ("peers-packets", "Packets that the load balancer receives for a GiB", "packets", "lower"),
+}
+NOTE = (
+    "All of it shares one CPU: client, load balancer, server and the kernel's work for them. So a rate is what all of "
+    "them cost together, and a time is without the wake-up of another CPU, which costs more here than all else."
+)
+
+
+def run(context: Context) -> Suite:
+    suite = Suite("peers", "Beside other load balancers", notes=[NOTE])
+    rounds = context.pick(5, 2, 1)
+    with one_cpu(), tempfile.TemporaryDirectory() as folder, Peers(context, Path(folder)) as peers:
+        suite.left_out += [f"{name}: {reason}" for name, reason in peers.left_out.items()]
+        for name in ("direct", "crablb, redirect"):
+            if name not in peers.ways:
+                raise Unavailable(f"{name}: {peers.left_out[name]}")
+        big = peers.big(context.pick(BIG, BIG // 4, BIG // 64))
+        subjects = {name: subject(context, peers, name, big) for name in WAYS if name in peers.ways}
+        found = context.in_turn("peers", subjects, rounds)
+        suite.tables = [table(found[figure], figure) for figure in TABLES if figure in found]
+        suite.targets = [*targets(found), zero(peers, big)]
+        suite.notes.append(generator(context, peers))
+    suite.plots = plots(found)
+    return suite
+
+
+def subject(context: Context, peers: Peers, name: str, big: int) -> Callable[[], Mapping[str, float]]:
+    seconds = str(context.pick(1.5, 0.5, 0.1))
+    # Few enough that the client's closed connections, which wait for a minute, do not use up its ports.
+    samples = str(context.pick(4000, 1000, 100))
+
+    def measure() -> Mapping[str, float]:
+        made = peers.crr(
+            name, "--get", "/8", "--connections", str(CONNECTIONS), "--seconds", seconds, "--warmup", "0.1", port=HTTP
+        )
+        setup = peers.crr(name, "--samples", samples, "--seconds", "20", "--warmup", "0.05", port=ECHO)
+        rr = peers.crr(name, "--mode", "rr", "--seconds", seconds, "--warmup", "0.05", port=ECHO)
+        figures = {"connections": made["rate"], "cpu": 1e6 / made["rate"]}
+        figures |= {f"setup {q}": setup[q] for q in ("p50", "p99", "p999")}
+        figures |= {f"rr {q}": rr[q] for q in ("p50", "p99", "p999")}
+        if context.size != "quick":  # wrk takes a second at the least
+            figures["requests"] = peers.wrk(name, "/8", 1, CONNECTIONS, close=False)
+        by = peers.ways[name].by
+        before = by.counters()["rx_packets"] if by else 0
+        figures["goodput"] = peers.download(name) / 1e6
+        figures["packets"] = ((by.counters()["rx_packets"] if by else 0) - before) * (1 << 30) / big
+        return figures
+
+    return measure
+
+
+def table(rows: Mapping[str, Row], figure: str) -> Table:
+    key, title, unit, better = TABLES[figure]
+    return Table(key, title, unit, list(rows.values()), better, "" if figure == "packets" else "direct")  # type: ignore[arg-type]
+
+
+def ratio(rows: Mapping[str, Row], name: str, base: str = "direct") -> float:
+    """Median of the ratios round by round."""
+    return statistics.median(a / b for a, b in zip(rows[name].samples, rows[base].samples, strict=True))
+
+
+def targets(found: Mapping[str, Mapping[str, Row]]) -> list[Target]:
+    ours, dsr = "crablb, redirect", "crablb, DSR"
+    made = found["connections"]
+    rate = ratio(made, ours)
+    rivals = {name: ratio(made, name) for name in ("nftables DNAT", "nginx stream", "HAProxy") if name in made}
+    beside = ", ".join(f"{name} {value:.2f}" for name, value in rivals.items())
+    p3 = Target("P3", f"{rate:.2f} of direct ({beside})", rate >= 0.95 and rate > max(rivals.values(), default=0))
+    if not p3.reached:
+        cpu = {name: row.median for name, row in found["cpu"].items()}
+        kernel = (
+            f"; {cpu['XDP redirect'] - cpu['direct']:.0f} us with the redirect in the kernel"
+            if "XDP redirect" in cpu
+            else ""
+        )
+        p3.why = (
+            f"a connection takes {cpu['direct']:.0f} us of one CPU direct, {cpu[ours] - cpu['direct']:.0f} us more "
+            f"redirected{kernel}: most is the endpoints' eBPF and the way of one more SYN"
+        )
+    p50, p99 = ratio(found["rr p50"], ours), ratio(found["rr p99"], ours)
+    added = found["setup p50"][ours].median - found["setup p50"]["direct"].median
+    value, held = f"p50 {p50:.2f}, p99 {p99:.2f} of direct; set-up adds {added:.0f} us", p50 <= 1.03 and p99 <= 1.03
+    why = [] if held else ["the client translates every packet: about 0.35 us in each direction"]
+    if dsr in found["setup p50"]:
+        by_dsr = found["setup p50"][dsr].median - found["setup p50"]["direct"].median
+        value += f", DSR {by_dsr:.0f} us"
+        if added > by_dsr / 2:
+            held = False
+            why.append("a new connection runs the endpoints' eBPF programs about thirty times")
+    return [p3, Target("P4", value, held, "; ".join(why))]
+
+
+def zero(peers: Peers, big: int) -> Target:
+    """What the load balancer has of bytes moved on a redirected connection, beside its SYN."""
+
+    def packets() -> dict[str, int]:
+        counted: dict[str, int] = status(peers.lab)["xdp"]
+        return counted
+
+    def cpu() -> float:
+        """Milliseconds that the daemon's threads have run (proc_pid_schedstat(5))."""
+        threads = Path(f"/proc/{peers.balancer.pid}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e6
+
+    before, used = packets(), cpu()
+    peers.download("crablb, redirect")
+    used = cpu() - used
+    more = {name: n - before[name] for name, n in packets().items()}
+    others = more["other"] + more["flow"] + more["icmp"]
+    value = f"{others} packets beside {more['syn']} SYN for {big >> 20} MiB; {used:.2f} ms of CPU, its timers included"
+    return Target(
+        "P6", value, others == 0 and used < 5, "" if others == 0 else "packets went through the load balancer"
+    )
+
+
+def generator(context: Context, peers: Peers) -> str:
+    """How much of a direct connection's time is the generator's own."""
+    found = peers.crr("direct", "--get", "/8", "--connections", str(CONNECTIONS), "--seconds", "0.3", port=HTTP)
+    share = found["cpu"] / (found["seconds"] or 1)
+    return (
+        f"The generator (crr) takes {share:.0%} of the CPU in the direct case, its system calls included. It does the same for "
+        "every way and the CPU is never idle, so it limits none more than another."
+    )
+
+
+def plots(found: Mapping[str, Mapping[str, Row]]) -> list[Plot]:
+    def bars(rows: Mapping[str, Row], name: str) -> Curve:
+        return Curve(
+            name,
+            [float(i) for i in range(len(rows))],
+            [row.median for row in rows.values()],
+            [min(row.samples) for row in rows.values()],
+            [max(row.samples) for row in rows.values()],
+        )
+
+    names = [
+        name.replace(", ", ",\n").replace(" ", "\n", 1) if len(name) > 8 else name for name in found["connections"]
+    ]
+    return [
+        Plot("peers-connections", "New connections a second, on one CPU for everything", "", "1/s",
+             [bars(found["connections"], "connections")], "bars", names),
+        Plot("peers-latency", "8 bytes there and back", "", "us",
+             [bars(found["rr p50"], "established, p50"), bars(found["rr p99"], "established, p99"),
+              bars(found["setup p50"], "new connection, p50")], "bars", names),
+    ]  # fmt: skip
