@@ -146,8 +146,8 @@ def generator(context: Context, peers: Peers) -> str:
     found = peers.crr("direct", "--get", "/8", "--connections", str(CONNECTIONS), "--seconds", "0.3", port=HTTP)
     share = found["cpu"] / (found["seconds"] or 1)
     return (
-        f"The generator (crr) takes {share:.0%} of the CPU in the direct case, its system calls included. It does the same for "
-        "every way and the CPU is never idle, so it limits none more than another."
+        f"The generator (crr) takes {share:.0%} of the CPU in the direct case, its system calls included. It does the "
+        "same for every way and the CPU is never idle, so it limits none more than another."
     )
 
 

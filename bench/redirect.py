@@ -55,7 +55,7 @@ class Redirect:
                 maps["backends"].update(
                     backend, mapped(hop.address) + hop.dst_mac + hop.src_mac + struct.pack("=I", hop.ifindex)
                 )
-            table = maglev_table({ids[hop]: (hop.address, 1) for hop in hops}, TABLE_SIZE, seed)
+            table = maglev_table({ids[hop]: (hop.address, 1, 1) for hop in hops}, TABLE_SIZE, seed)
             first = number * TABLE_SIZE
             for slot, backend in enumerate(table.tolist()):
                 maps["table"].update(first + slot, backend)

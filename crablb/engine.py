@@ -95,16 +95,19 @@ PINNED = (
 Table = npt.NDArray[np.uint16]
 
 
-def maglev_table(members: Mapping[int, tuple[Address, int]], size: int, seed: bytes) -> Table:
-    """The Maglev table of ``members`` (backend id -> address and weight): ``size`` (a prime) ids.
+def maglev_table(members: Mapping[int, tuple[Address, int, int]], size: int, seed: bytes) -> Table:
+    """The Maglev table of ``members``: ``size`` (a prime) ids of backends.
+
+    ``members``: backend id -> address, weight, and the weight that it has when all is well with it.  Where it has less,
+    only the slots that it lacks differ from the table of full weights.
 
     Slots hold ``lib.CRAB_NO_BACKEND`` if there is no member with a weight.  Source: Eisenbud et al., NSDI 2016, 3.4.
     """
     table: Table = np.empty(size, np.uint16)
     array = ffi.new("struct crab_maglev_member[]", max(len(members), 1))
-    for entry, (backend_id, (address, weight)) in zip(array, members.items(), strict=False):
+    for entry, (backend_id, (address, weight, full)) in zip(array, members.items(), strict=False):
         entry.addr = mapped(address)
-        entry.weight = weight
+        entry.weight, entry.full = weight, full
         entry.backend = backend_id
     if lib.crab_maglev_build(ffi.from_buffer("uint16_t[]", table), size, array, len(members), seed):
         raise MemoryError("no memory for a Maglev table")
@@ -171,7 +174,11 @@ class _Snapshot:
                 b.address: b for b in service.backends if backends[ids[b.address]].flags & lib.CRAB_BACKEND_USABLE
             }
             weights = balance.weights(service, usable.values(), time.monotonic())
-            members = {ids[address]: (address, weight) for address, weight in weights.items()}
+            # Those that are not usable keep their places in the table, for others to sit in.
+            scale = balance.scale(service, weights)
+            members = {
+                ids[b.address]: (b.address, weights.get(b.address, 0), b.weight * scale) for b in service.backends
+            }
             # Services with the same backends share a table, and so does the next snapshot.
             key = frozenset(members.items())
             table = self.tables.get(key)

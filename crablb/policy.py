@@ -187,6 +187,11 @@ class Balance:
             return shares
         return {address: max(1, share * steps[address]) for address, share in shares.items()}
 
+    def scale(self, service: Service, weights: Mapping[Address, int]) -> int:
+        """What :meth:`weights` has a backend's full weight multiplied by: more than 1 while one of them warms up."""
+        full = {b.address: b.weight for b in service.backends}
+        return STEPS if any(weight != full[address] for address, weight in weights.items()) else 1
+
     def _step(self, service: Service, backend: Address, at: float) -> int:
         began = self._since.get((service.vip, backend))
         if began is None or at - began >= service.slow_start:

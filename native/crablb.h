@@ -85,13 +85,15 @@ int crab_packet_parse(const uint8_t *frame, size_t len, struct crab_packet *out)
 
 struct crab_maglev_member {
     uint8_t addr[16];
-    uint32_t weight; /* 0: no slots */
+    uint32_t weight; /* now; 0: no slots */
+    uint32_t full;   /* when all is well with it; less than `weight`: that */
     uint16_t backend; /* what the table's slots hold */
     uint16_t pad;
 };
 
-/* Fill table[size] (size prime) with backend ids.  The table depends on the set of (addr, weight), never on the order
- * of members.  Slots hold CRAB_NO_BACKEND when no member has a weight.  Returns 0, or -1 without memory. */
+/* Fill table[size] (size prime) with backend ids.  The table depends on the set of (addr, weight, full), never on the order
+ * of members.  Where a member has less than its full weight, the slots that it lacks are the only ones that differ from the
+ * table of full weights.  Slots hold CRAB_NO_BACKEND when no member has a weight.  Returns 0, or -1 without memory. */
 #define CRAB_NO_BACKEND 65535
 int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_member *members, uint32_t count,
                       const uint8_t *key16);

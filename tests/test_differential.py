@@ -58,20 +58,20 @@ def test_flow_hash(key, v6, data):
 # ---- Maglev ----
 
 members = st.lists(
-    st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 20)), max_size=12, unique_by=lambda m: m[0]
+    st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 20), st.integers(0, 30)), max_size=12, unique_by=lambda m: m[0]
 )
 
 
 @settings(deadline=None)
 @given(st.sampled_from([7, 61, 251, 1021]), members, st.binary(min_size=16, max_size=16))
 def test_maglev(size, pool, seed):
-    listed = [(address, weight, i) for i, (address, weight) in enumerate(pool)]
+    listed, full = [(address, weight, i) for i, (address, weight, _) in enumerate(pool)], [full for _, _, full in pool]
     array = ffi.new("struct crab_maglev_member[]", max(1, len(listed)))
-    for entry, (address, weight, backend) in zip(array, listed, strict=False):
-        entry.addr, entry.weight, entry.backend = address, weight, backend
+    for entry, (address, weight, backend), most in zip(array, listed, full, strict=False):
+        entry.addr, entry.weight, entry.backend, entry.full = address, weight, backend, most
     table = ffi.new("uint16_t[]", size)
     assert lib.crab_maglev_build(table, size, array, len(listed), seed) == 0
-    assert list(table) == maglev.table(size, listed, seed)
+    assert list(table) == maglev.table(size, listed, seed, full)
 
 
 # ---- options ----

@@ -461,15 +461,25 @@ static int maglev(uint32_t size, uint32_t backends)
     if (crab_maglev_build(table, size, members, backends, key))
         die("no memory");
     double ms = (double)(now_ns() - start) / 1e6;
-    uint32_t gone = backends / 2, lost = 0, changed = 0;
-    members[gone].weight = 0;
-    if (crab_maglev_build(after, size, members, backends, key))
-        die("no memory");
-    for (uint32_t i = 0; i < size; i++) {
-        lost += table[i] == gone;
-        changed += table[i] != after[i];
-    }
-    return printf("{\"ms\": %.4f, \"disruption\": %.4f}\n", ms, (double)changed / lost) < 0;
+    /* Each in turn of some goes: at first it fails, then it leaves the configuration. */
+    double ratios[2] = {0};
+    const uint32_t goers = 20;
+    for (uint32_t g = 0; g < goers; g++)
+        for (int left = 0; left < 2; left++) {
+            struct crab_maglev_member *gone = &members[g * (backends / goers)], kept = *gone;
+            uint32_t lost = 0, changed = 0;
+            gone->full = left ? 0 : gone->weight;
+            gone->weight = 0;
+            if (crab_maglev_build(after, size, members, backends, key))
+                die("no memory");
+            for (uint32_t i = 0; i < size; i++) {
+                lost += table[i] == gone->backend;
+                changed += table[i] != after[i];
+            }
+            ratios[left] += (double)changed / lost / goers;
+            *gone = kept;
+        }
+    return printf("{\"ms\": %.4f, \"disruption\": %.4f, \"removal\": %.4f}\n", ms, ratios[0], ratios[1]) < 0;
 }
 
 /* ---- threads ---- */

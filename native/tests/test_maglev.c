@@ -26,8 +26,37 @@ int main(void)
     CHECK(crab_maglev_build(b, SIZE, swapped, 100, key) == 0);
     CHECK(!memcmp(a, b, sizeof a));
 
-    /* a backend goes: its slots must move, and few others (the paper: section 5.3) */
+    /* a backend fails: its slots move, and no others; with half its weight half of them do */
     m[17].weight = 0;
+    m[17].full = 1;
+    CHECK(crab_maglev_build(b, SIZE, m, 100, key) == 0);
+    memset(share, 0, sizeof share);
+    for (int i = 0; i < SIZE; i++) {
+        CHECK(a[i] == 17 ? b[i] != 17 : a[i] == b[i]);
+        share[b[i]]++;
+    }
+    for (int i = 0; i < 100; i++)
+        CHECK(i == 17 || (share[i] >= SIZE / 99 && share[i] <= SIZE / 99 + 2));
+    m[17].weight = 2;
+    m[17].full = 4;
+    for (int i = 0; i < 100; i++)
+        if (i != 17)
+            m[i].weight = m[i].full = 4;
+    CHECK(crab_maglev_build(b, SIZE, m, 100, key) == 0);
+    memset(share, 0, sizeof share);
+    for (int i = 0; i < SIZE; i++) {
+        CHECK(a[i] == 17 || a[i] == b[i]);
+        share[b[i]]++;
+    }
+    CHECK(share[17] > SIZE / 199 - 5 && share[17] < SIZE / 199 + 5);
+    for (int i = 0; i < 100; i++)
+        m[i].full = m[i].weight = 1;
+    memset(share, 0, sizeof share);
+    for (int i = 0; i < SIZE; i++)
+        share[a[i]]++;
+
+    /* a backend goes: its slots must move, and few others (the paper: section 5.3) */
+    m[17].full = m[17].weight = 0;
     CHECK(crab_maglev_build(b, SIZE, m, 100, key) == 0);
     for (int i = 0; i < SIZE; i++) {
         CHECK(b[i] != 17);
@@ -37,7 +66,7 @@ int main(void)
 
     /* weights */
     memset(share, 0, sizeof share);
-    m[0].weight = 3;
+    m[0].weight = m[0].full = 3;
     m[1].weight = 1;
     CHECK(crab_maglev_build(a, SIZE, m, 2, key) == 0);
     for (int i = 0; i < SIZE; i++)
