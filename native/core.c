@@ -32,9 +32,12 @@ struct crab_core {
     struct crab_seen_lists seen; /* of TCP options */
 };
 
+/* What the second pass has to do with a frame.  Those that there are most of have code of their own. */
+enum kind { KIND_NONE, KIND_SYN4, KIND_SYN6, KIND_TAGGED_SYN, KIND_ICMP, KIND_OTHER };
+
 struct item {
     const struct crab_service *service;
-    bool icmp;
+    uint8_t kind;
     uint8_t found;      /* of a SYN: CRAB_OPTION_* among its options */
     int8_t word;        /* as crab_option_scan has it */
     uint8_t outcome;    /* of a SYN: as decide has it */
@@ -196,7 +199,7 @@ CRAB_APART enum crab_counter examine_icmp(const struct crab_snapshot *s, const u
         it->hash = crab_hash6(&s->hash_init, tuple, tuple + 32);
         it->service = crab_service_find(s, load64(tuple + 16), load64(tuple + 24), load16(tuple + 34));
     }
-    it->icmp = true;
+    it->kind = KIND_ICMP;
     if (!it->service)
         return CRAB_C_DROP_NOT_SERVICE;
     it->slot = slot_of(s, it, tuple);
@@ -248,7 +251,6 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
 {
     struct crab_packet *p = &it->packet;
     int verdict = crab_parse_at(frame, len, l3, family, p);
-    it->icmp = false;
     if (crab_unlikely(verdict != CRAB_V_OK)) {
         if (verdict == CRAB_V_NOT_TCP)
             return examine_icmp(s, frame, len, it);
@@ -279,7 +281,9 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     it->sum = crab_tcp_sum(tcp, (size_t)(p->end - p->l4), addrs, family == 4 ? 8 : 32);
     if (crab_unlikely(it->sum.state == CRAB_CSUM_BAD))
         return CRAB_C_DROP_CHECKSUM;
+    it->kind = KIND_OTHER;
     if (crab_likely(p->tcp_flags & CRAB_SYN)) {
+        it->kind = l3 != CRAB_ETH_LEN ? KIND_TAGGED_SYN : family == 4 ? KIND_SYN4 : KIND_SYN6;
         int word;
         it->found = (uint8_t)crab_option_scan_again(&core->seen, tcp + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN,
                                                     s->form, &word);
@@ -294,43 +298,114 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     return CRAB_COUNTERS;
 }
 
-/* The usual frames have code of their own, in which every offset is a constant. */
-CRAB_APART enum crab_counter examine_ip4(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
-                                         uint32_t len, struct item *it)
+/* Frames of a batch that are for handlers. */
+struct handed {
+    uint32_t count;
+    uint8_t of[CRAB_BATCH]; /* which of the batch they are */
+    struct crab_handled frames[CRAB_BATCH];
+};
+
+_Static_assert(CRAB_BATCH <= UINT8_MAX, "a frame's place fits");
+
+/* First pass, a frame that no service wants.  Returns whether a handler does. */
+CRAB_APART bool is_handled(const struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frame,
+                       uint32_t place, enum crab_counter why, struct handed *handed)
 {
-    return examine_at(core, s, frame, len, it, CRAB_ETH_LEN, 4);
+    if (!core->handle || (why != CRAB_C_DROP_NOT_SERVICE && why != CRAB_C_DROP_MALFORMED))
+        return false;
+    int handler = crab_match_find(&s->matches, frame->data, frame->len);
+    if (handler < 0)
+        return false;
+    handed->of[handed->count] = (uint8_t)place;
+    handed->frames[handed->count++] = (struct crab_handled){
+        .data = frame->data, .len = frame->len, .ifindex = frame->ifindex, .handler = (uint16_t)handler};
+    return true;
 }
 
-CRAB_APART enum crab_counter examine_ip6(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
-                                         uint32_t len, struct item *it)
+/* A batch under way. */
+struct batch {
+    struct crab_core *core;
+    const struct crab_snapshot *s;
+    struct crab_frame *frames;
+    struct item *items;
+    uint32_t count, now, kept;
+    struct handed handed;
+};
+
+/* A frame that goes nowhere, or to a handler. */
+CRAB_APART void refuse(struct batch *b, uint32_t i, enum crab_counter why)
 {
-    return examine_at(core, s, frame, len, it, CRAB_ETH_LEN, 6);
+    struct crab_frame *frame = &b->frames[i];
+    if (!b->s->matches.count || !is_handled(b->core, b->s, frame, i, why, &b->handed))
+        b->core->counters[why]++;
+    frame->len = 0;
+    b->items[i].kind = KIND_NONE;
 }
 
-CRAB_APART enum crab_counter examine_other(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
-                                           uint32_t len, struct item *it)
+static inline void prefetch_frame(const struct batch *b, uint32_t i)
 {
-    uint16_t type;
-    size_t l3 = crab_find_l3(frame, len, &type);
-    if (!l3)
-        return CRAB_C_DROP_MALFORMED;
-    if (type == htons(0x0800))
-        return examine_at(core, s, frame, len, it, (uint32_t)l3, 4);
-    return type == htons(0x86dd) ? examine_at(core, s, frame, len, it, (uint32_t)l3, 6) : CRAB_C_DROP_NOT_SERVICE;
-}
-
-/* First pass: what is it, and whose?  Returns the counter of the reason to drop it, or CRAB_COUNTERS. */
-static inline enum crab_counter examine(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
-                                        uint32_t len, struct item *it)
-{
-    if (crab_likely(len >= CRAB_ETH_LEN + 20)) {
-        uint16_t type = load16(frame + 12);
-        if (type == htons(0x0800))
-            return examine_ip4(core, s, frame, len, it);
-        if (type == htons(0x86dd))
-            return examine_ip6(core, s, frame, len, it);
+    if (crab_likely(i < b->count)) {
+        __builtin_prefetch(b->frames[i].data, 1);
+        __builtin_prefetch(b->frames[i].data + 64, 1);
     }
-    return examine_other(core, s, frame, len, it);
+}
+
+static inline uint16_t ethertype(const struct crab_frame *frame)
+{
+    return crab_likely(frame->len >= CRAB_ETH_LEN + 20) ? load16(frame->data + 12) : 0;
+}
+
+/* First pass: what are they, and whose?  A run of frames of one EtherType, from i on: in the code for it every offset is a
+ * constant, and what is the same for all stays in registers.  Returns where it ends. */
+CRAB_TEMPLATE uint32_t examine_run(struct batch *b, uint32_t i, int family)
+{
+    const uint16_t type = htons(family == 4 ? 0x0800 : 0x86dd);
+    do {
+        prefetch_frame(b, i + PREFETCH_AHEAD);
+        enum crab_counter why =
+            examine_at(b->core, b->s, b->frames[i].data, b->frames[i].len, &b->items[i], CRAB_ETH_LEN, family);
+        if (crab_unlikely(why != CRAB_COUNTERS))
+            refuse(b, i, why);
+        i++;
+    } while (i < b->count && ethertype(&b->frames[i]) == type);
+    return i;
+}
+
+CRAB_APART uint32_t examine_ip4(struct batch *b, uint32_t i)
+{
+    return examine_run(b, i, 4);
+}
+
+CRAB_APART uint32_t examine_ip6(struct batch *b, uint32_t i)
+{
+    return examine_run(b, i, 6);
+}
+
+CRAB_APART uint32_t examine_other(struct batch *b, uint32_t i)
+{
+    const uint8_t *frame = b->frames[i].data;
+    uint32_t len = b->frames[i].len;
+    uint16_t type = 0;
+    uint32_t l3 = (uint32_t)crab_find_l3(frame, len, &type);
+    enum crab_counter why = l3 ? CRAB_C_DROP_NOT_SERVICE : CRAB_C_DROP_MALFORMED;
+    prefetch_frame(b, i + PREFETCH_AHEAD);
+    if (type == htons(0x0800) && l3)
+        why = examine_at(b->core, b->s, frame, len, &b->items[i], l3, 4);
+    else if (type == htons(0x86dd) && l3)
+        why = examine_at(b->core, b->s, frame, len, &b->items[i], l3, 6);
+    if (why != CRAB_COUNTERS)
+        refuse(b, i, why);
+    return i + 1;
+}
+
+static void examine(struct batch *b)
+{
+    for (uint32_t i = 0; i < PREFETCH_AHEAD; i++)
+        prefetch_frame(b, i);
+    for (uint32_t i = 0; i < b->count;) {
+        uint16_t type = ethertype(&b->frames[i]);
+        i = type == htons(0x0800) ? examine_ip4(b, i) : type == htons(0x86dd) ? examine_ip6(b, i) : examine_other(b, i);
+    }
 }
 
 static inline bool usable(const struct crab_snapshot *s, uint16_t backend)
@@ -438,7 +513,7 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
     /* On the segment that it came from it fits: there no router would say so either. */
     bool must_fit = !by_mac || frame->ifindex != backend->ifindex;
     if (crab_unlikely(must_fit && frame->len - p->l3 + outer > backend->mtu)) {
-        if (it->icmp) /* no error about an error (RFC 1122, 3.2.2) */
+        if (it->kind == KIND_ICMP) /* no error about an error (RFC 1122, 3.2.2) */
             return CRAB_C_DROP_TOO_BIG;
         if (p->family == 4 && !(frame->data[p->l3 + 6] & 0x40))
             return CRAB_C_DROP_TOO_BIG;
@@ -520,16 +595,53 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     return CRAB_C_REDIRECTED;
 }
 
-CRAB_APART enum crab_counter forward_syn_ip4(struct crab_core *core, const struct crab_snapshot *s,
-                                             struct crab_frame *frame, struct item *it, uint32_t now)
+static inline bool is_drop(enum crab_counter c)
 {
-    return forward_syn_at(core, s, frame, it, now, CRAB_ETH_LEN, 4);
+    return c >= CRAB_C_DROP_NOT_SERVICE && c <= CRAB_C_DROP_TX;
 }
 
-CRAB_APART enum crab_counter forward_syn_ip6(struct crab_core *core, const struct crab_snapshot *s,
-                                             struct crab_frame *frame, struct item *it, uint32_t now)
+static inline void count_one(struct batch *b, uint32_t i, enum crab_counter what)
 {
-    return forward_syn_at(core, s, frame, it, now, CRAB_ETH_LEN, 6);
+    b->core->counters[what]++;
+    if (crab_unlikely(is_drop(what)))
+        b->frames[i].len = 0;
+    else
+        b->kept++;
+}
+
+static inline void prefetch_backend(const struct batch *b, uint32_t i)
+{
+    if (crab_likely(i < b->count && b->items[i].kind))
+        __builtin_prefetch(&b->s->backends[*b->items[i].slot]);
+}
+
+/* Second pass, a run of SYNs of a family without tags, as in examine_run. */
+CRAB_TEMPLATE uint32_t forward_syns(struct batch *b, uint32_t i, enum kind kind)
+{
+    uint32_t redirected = 0;
+    do {
+        prefetch_backend(b, i + BACKENDS_AHEAD);
+        enum crab_counter what = forward_syn_at(b->core, b->s, &b->frames[i], &b->items[i], b->now, CRAB_ETH_LEN,
+                                                kind == KIND_SYN4 ? 4 : 6);
+        if (crab_likely(what == CRAB_C_REDIRECTED))
+            redirected++;
+        else
+            count_one(b, i, what);
+        i++;
+    } while (i < b->count && b->items[i].kind == kind);
+    b->core->counters[CRAB_C_REDIRECTED] += redirected;
+    b->kept += redirected;
+    return i;
+}
+
+CRAB_APART uint32_t forward_syns_ip4(struct batch *b, uint32_t i)
+{
+    return forward_syns(b, i, KIND_SYN4);
+}
+
+CRAB_APART uint32_t forward_syns_ip6(struct batch *b, uint32_t i)
+{
+    return forward_syns(b, i, KIND_SYN6);
 }
 
 CRAB_APART enum crab_counter forward_tagged_syn(struct crab_core *core, const struct crab_snapshot *s,
@@ -538,14 +650,6 @@ CRAB_APART enum crab_counter forward_tagged_syn(struct crab_core *core, const st
     uint32_t l3 = it->packet.l3;
     return it->packet.family == 4 ? forward_syn_at(core, s, frame, it, now, l3, 4)
                                   : forward_syn_at(core, s, frame, it, now, l3, 6);
-}
-
-static inline enum crab_counter forward_syn(struct crab_core *core, const struct crab_snapshot *s,
-                                            struct crab_frame *frame, struct item *it, uint32_t now)
-{
-    if (crab_unlikely(it->packet.l3 != CRAB_ETH_LEN))
-        return forward_tagged_syn(core, s, frame, it, now);
-    return it->packet.family == 4 ? forward_syn_ip4(core, s, frame, it, now) : forward_syn_ip6(core, s, frame, it, now);
 }
 
 static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
@@ -632,7 +736,7 @@ CRAB_APART void ask_for_batch(struct crab_core *core, const struct crab_snapshot
     uint64_t arrival = (uint64_t)clock.tv_sec * 1000000000u + (uint64_t)clock.tv_nsec;
     for (uint32_t i = 0; i < count; i++) {
         struct item *it = &items[i];
-        if (!frames[i].len || !it->service->custom || it->icmp || !(it->packet.tcp_flags & CRAB_SYN))
+        if (it->kind < KIND_SYN4 || it->kind > KIND_TAGGED_SYN || !it->service->custom)
             continue;
         it->chosen = CRAB_NO_BACKEND;
         const struct crab_packet *p = &it->packet;
@@ -659,28 +763,30 @@ CRAB_APART void ask_for_batch(struct crab_core *core, const struct crab_snapshot
         of[i]->chosen = choices[i].backend;
 }
 
-/* Frames of a batch that are for handlers. */
-struct handed {
-    uint32_t count;
-    uint8_t of[CRAB_BATCH]; /* which of the batch they are */
-    struct crab_handled frames[CRAB_BATCH];
-};
-
-_Static_assert(CRAB_BATCH <= UINT8_MAX, "a frame's place fits");
-
-/* First pass, a frame that no service wants.  Returns whether a handler does. */
-CRAB_APART bool is_handled(const struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frame,
-                       uint32_t place, enum crab_counter why, struct handed *handed)
+static void forward(struct batch *b)
 {
-    if (!core->handle || (why != CRAB_C_DROP_NOT_SERVICE && why != CRAB_C_DROP_MALFORMED))
-        return false;
-    int handler = crab_match_find(&s->matches, frame->data, frame->len);
-    if (handler < 0)
-        return false;
-    handed->of[handed->count] = (uint8_t)place;
-    handed->frames[handed->count++] = (struct crab_handled){
-        .data = frame->data, .len = frame->len, .ifindex = frame->ifindex, .handler = (uint16_t)handler};
-    return true;
+    for (uint32_t i = 0; i < b->count;) {
+        struct item *it = &b->items[i];
+        struct crab_frame *frame = &b->frames[i];
+        switch (it->kind) {
+        case KIND_SYN4:
+            i = forward_syns_ip4(b, i);
+            continue;
+        case KIND_SYN6:
+            i = forward_syns_ip6(b, i);
+            continue;
+        case KIND_TAGGED_SYN:
+            count_one(b, i, forward_tagged_syn(b->core, b->s, frame, it, b->now));
+            break;
+        case KIND_ICMP:
+            count_one(b, i, forward_icmp(b->core, b->s, frame, it, b->now));
+            break;
+        case KIND_OTHER:
+            count_one(b, i, forward_other(b->core, b->s, frame, it, b->now));
+            break;
+        }
+        i++;
+    }
 }
 
 /* After the passes: have the handlers' frames handled, all at once.  Returns how many are to be sent. */
@@ -703,61 +809,31 @@ CRAB_APART uint32_t hand_over(struct crab_core *core, struct crab_frame *frames,
     return kept;
 }
 
-static inline bool is_drop(enum crab_counter c)
-{
-    return c >= CRAB_C_DROP_NOT_SERVICE && c <= CRAB_C_DROP_TX;
-}
-
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now)
 {
     struct item items[CRAB_BATCH];
-    struct handed handed;
-    const struct crab_snapshot *s = acquire(core);
-    uint64_t *counters = core->counters;
-    uint32_t kept = 0, redirected = 0;
+    struct batch b;
+    b.core = core;
+    b.s = acquire(core);
+    b.frames = frames;
+    b.items = items;
+    b.count = count;
+    b.now = now;
+    b.kept = b.handed.count = 0;
 
-    handed.count = 0;
-    counters[CRAB_C_RECEIVED] += count;
-    for (uint32_t i = 0; i < count && i < PREFETCH_AHEAD; i++)
-        __builtin_prefetch(frames[i].data, 1);
-    for (uint32_t i = 0; i < count; i++) {
-        if (i + PREFETCH_AHEAD < count) {
-            __builtin_prefetch(frames[i + PREFETCH_AHEAD].data, 1);
-            __builtin_prefetch(frames[i + PREFETCH_AHEAD].data + 64, 1);
-        }
-        enum crab_counter why =
-            s ? examine(core, s, frames[i].data, frames[i].len, &items[i]) : CRAB_C_DROP_NOT_SERVICE;
-        if (crab_unlikely(why != CRAB_COUNTERS)) {
-            if (!s || !s->matches.count || !is_handled(core, s, &frames[i], i, why, &handed))
-                counters[why]++;
+    core->counters[CRAB_C_RECEIVED] += count;
+    if (crab_unlikely(!b.s)) {
+        core->counters[CRAB_C_DROP_NOT_SERVICE] += count;
+        for (uint32_t i = 0; i < count; i++)
             frames[i].len = 0;
-        }
+    } else {
+        examine(&b);
+        if (crab_unlikely(b.s->custom && core->choose))
+            ask_for_batch(core, b.s, frames, items, count, now);
+        forward(&b);
+        if (crab_unlikely(b.handed.count))
+            b.kept += hand_over(core, frames, &b.handed);
     }
-    if (crab_unlikely(s && s->custom && core->choose))
-        ask_for_batch(core, s, frames, items, count, now);
-    for (uint32_t i = 0; i < count; i++) {
-        if (crab_unlikely(!frames[i].len))
-            continue;
-        if (i + BACKENDS_AHEAD < count && frames[i + BACKENDS_AHEAD].len)
-            __builtin_prefetch(&s->backends[*items[i + BACKENDS_AHEAD].slot]);
-        enum crab_counter what = items[i].packet.tcp_flags & CRAB_SYN
-                                     ? forward_syn(core, s, &frames[i], &items[i], now)
-                                 : crab_unlikely(items[i].icmp) ? forward_icmp(core, s, &frames[i], &items[i], now)
-                                                                : forward_other(core, s, &frames[i], &items[i], now);
-        if (crab_likely(what == CRAB_C_REDIRECTED)) {
-            redirected++;
-            continue;
-        }
-        counters[what]++;
-        if (crab_unlikely(is_drop(what)))
-            frames[i].len = 0;
-        else
-            kept++;
-    }
-    counters[CRAB_C_REDIRECTED] += redirected;
-    kept += redirected;
-    if (crab_unlikely(handed.count))
-        kept += hand_over(core, frames, &handed);
     release(core);
-    return kept;
+    return b.kept;
 }

@@ -58,7 +58,9 @@ def test_flow_hash(key, v6, data):
 # ---- Maglev ----
 
 members = st.lists(
-    st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 20), st.integers(0, 30)), max_size=12, unique_by=lambda m: m[0]
+    st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 20), st.integers(0, 30)),
+    max_size=12,
+    unique_by=lambda m: m[0],
 )
 
 

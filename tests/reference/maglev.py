@@ -8,8 +8,8 @@ from tests.reference.siphash import siphash
 
 
 def table(size: int, members: Sequence[tuple[bytes, int, int]], seed: bytes, full: Sequence[int] = ()) -> list[int]:
-    """``members``: (16-byte address, weight, backend id); ``full``: the weight of each when all is well with it, if that is
-    more.  Returns ``size`` backend ids, 65535 where there is nobody."""
+    """``members``: (16-byte address, weight, backend id); ``full``: the weight of each when all is well with it, if
+    that is more.  Returns ``size`` backend ids, 65535 where there is nobody."""
     fulls = [max(weight, *full[i : i + 1]) if full else weight for i, (_, weight, _) in enumerate(members)]
     entry: list[int | None] = [None] * size
     claims = fill(entry, [(a, f, b) for (a, _, b), f in zip(members, fulls, strict=True)], seed)
