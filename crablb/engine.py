@@ -245,6 +245,7 @@ class _Worker:
             error = os.strerror(ffi.errno)
             lib.crab_core_free(self.core)
             raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
+        lib.crab_worker_spin(self.c, int(os.environ.get("SPIN","50")))
         lib.crab_core_learn(self.core, table)
         self._thread: threading.Thread | None = None
 
