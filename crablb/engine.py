@@ -236,7 +236,7 @@ class _Snapshot:
 class _Worker:
     """One queue: socket, core, thread."""
 
-    def __init__(self, xsk: XskSocket, flows: int, counters: Any, table: Any) -> None:
+    def __init__(self, xsk: XskSocket, flows: int, busy_poll: int, counters: Any, table: Any) -> None:
         self.xsk = xsk
         self.counters = counters  # CRAB_COUNTERS of uint64_t
         self.core = lib.crab_core_new(flows, counters)
@@ -245,7 +245,7 @@ class _Worker:
             error = os.strerror(ffi.errno)
             lib.crab_core_free(self.core)
             raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
-        lib.crab_worker_spin(self.c, int(os.environ.get("SPIN","50")))
+        lib.crab_worker_spin(self.c, busy_poll)
         lib.crab_core_learn(self.core, table)
         self._thread: threading.Thread | None = None
 
@@ -495,7 +495,7 @@ class Engine:
                 if slot == lib.CRAB_MAX_QUEUES:
                     xsk.close()
                     raise KernelError(f"the interfaces have more than {slot} queues; serve fewer of each: --queues N")
-                worker = _Worker(xsk, self.config.flows, base[slot].n, self._table)
+                worker = _Worker(xsk, self.config.flows, self.config.busy_poll, base[slot].n, self._table)
                 lib.crab_core_ask(worker.core, lib.crab_python_choose, self._custom.handle)
                 self._workers.append(worker)
                 xsk.register(self._maps["sockets"], slot)
@@ -724,6 +724,7 @@ class Engine:
             "seed",
             "xdp_mode",
             "queues",
+            "busy_poll",
             "table_size",
             "flows",
             "ack_bypass",

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /* SYNs at a rate that no socket reaches: `source` is run on live frames (BPF_F_TEST_XDP_LIVE_FRAMES) at one end of a veth,
- * `sink` counts and drops what comes back there.  Each SYN is a new connection, with right checksums: the load balancer
+ * `sink` or `sink_tc` counts and drops what comes back there.  Each SYN is a new connection, with right checksums: the load balancer
  * verifies them. */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/ip.h>
+#include <linux/pkt_cls.h>
 #include <linux/tcp.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -33,14 +34,14 @@ struct {
     __type(value, __u64);
 } received SEC(".maps");
 
-/* When the first frame since this was zeroed was made, and the last one: coarse nanoseconds.  A run's setting up and taking
- * down of its pages are not in it. */
+/* When the first frame since this was zeroed was made on a CPU, and the last one (coarse nanoseconds), and how many.  A run's
+ * setting up and taking down of its pages are not in it. */
 struct span {
     __u64 first, last, frames;
 };
 
 struct {
-    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
     __uint(max_entries, 1);
     __type(key, __u32);
     __type(value, struct span);
@@ -79,14 +80,28 @@ int source(struct xdp_md *ctx)
     return XDP_TX;
 }
 
-SEC("xdp")
-int sink(struct xdp_md *ctx __attribute__((unused)))
+static __always_inline void count(void)
 {
     __u32 zero = 0;
     __u64 *n = bpf_map_lookup_elem(&received, &zero);
     if (n)
         (*n)++;
+}
+
+/* For what XDP sends. */
+SEC("xdp")
+int sink(struct xdp_md *ctx __attribute__((unused)))
+{
+    count();
     return XDP_DROP;
+}
+
+/* For what sockets send: before the kernel makes a buffer of it that an XDP program could look at. */
+SEC("tc")
+int sink_tc(struct __sk_buff *skb __attribute__((unused)))
+{
+    count();
+    return TC_ACT_SHOT;
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
