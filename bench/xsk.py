@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 
@@ -47,12 +48,12 @@ PINNING = (
 )
 
 
-def checksum(data: bytes, start: int = 0) -> int:
+def checksum(data: bytes) -> int:
     """The internet checksum (RFC 1071) of an even number of bytes."""
-    total = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+    return 0xFFFF - int(total)
 
 
 def syn(dst: bytes, src: bytes, *, port: int = 0, sequence: int = 0) -> bytes:
@@ -79,7 +80,7 @@ def affinity(cpu: int) -> Iterator[None]:
 
 
 class World:
-    """A network namespace that this thread is in while in the context, with a veth: a load balancer's end, a far end."""
+    """A network namespace that this thread is in while in the context, with a veth from the load balancer to far."""
 
     def __init__(self, context: Context, queues: int = 1) -> None:
         self.context, self.queues = context, queues
@@ -104,11 +105,12 @@ class World:
         subprocess.run(["ip", "netns", "add", self.netns], check=True)
         stack.callback(subprocess.run, ["ip", "netns", "del", self.netns], check=True)
         libc = ctypes.CDLL(None, use_errno=True)
-        home = stack.enter_context(Path("/proc/thread-self/ns/net").open())
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, home)
         with open(Path("/run/netns") / self.netns) as there:
             if libc.setns(there.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
-        stack.callback(lambda: libc.setns(home.fileno(), CLONE_NEWNET))
+        stack.callback(lambda: libc.setns(home, CLONE_NEWNET))
         Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
         for name in ("all", "default"):
             Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text("0")
@@ -200,7 +202,7 @@ class World:
         took = max(last for _, last, _ in spans) - min(first for first, _, _ in spans)
         took = max(took, 1_000_000)  # the clock's step is some milliseconds
         self.offered = sum(n for _, _, n in spans) / took * 1e3
-        return count / took * 1e3
+        return float(count / took * 1e3)
 
 
 def kernel_threads(prefix: str) -> list[int]:
@@ -312,8 +314,7 @@ def served_by_two(context: Context, sources: Sequence[int], workers: Sequence[in
 
 def redirected(world: World) -> float:
     """By an XDP program that does the same redirect, alone (tools/redirect.bpf.c)."""
-    from bench import redirect
-
+    redirect = import_module("bench.redirect")
     with (
         redirect.loaded(world.context, VIP, BACKENDS) as program,
         world.sink(xdp=True),
@@ -422,7 +423,7 @@ def at_rest(world: World) -> dict[str, float]:
 
 
 def latency(world: World, pause: float, *more: str) -> float:
-    """Microseconds from a SYN's sending to its coming back, median; each is sent ``pause`` seconds after the last answer."""
+    """Microseconds from a SYN's sending to its coming back, median; each ``pause`` seconds after the last answer."""
     times = []
     with daemon(world, *more), Probe(world) as probe, affinity(world.cpus[0]):
         for _ in range(world.context.pick(400, 150, 5)):
@@ -434,6 +435,10 @@ def latency(world: World, pause: float, *more: str) -> float:
                 raise Unavailable("a SYN did not come back")
             times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times)
+
+
+def latency_of(world: World, pause: float, *more: str) -> Callable[[], dict[str, float]]:
+    return lambda: {"us": latency(world, pause, *more)}
 
 
 # ---- the suite ----
@@ -503,10 +508,12 @@ def throughput(world: World, suite: Suite) -> None:
         ),
         Table(
             "xsk-offered",
-            "SYNs that the source made meanwhile: it is not what limits",
+            "SYNs that the source made meanwhile",
             "Mpps",
             list(found["offered"].values()),
             "",
+            note="More than was forwarded, so the source is not what limits; but in generic mode its CPU also makes a "
+            "socket buffer of each SYN, and that CPU is the limit.",
         ),
     ]
     names = [*floor, *daemons, *others]
@@ -549,9 +556,9 @@ def figure_8(rows: Mapping[str, Row]) -> Plot:
         ],
         "bars",
         ["user space\n(crablb serve; DPDK)", "XDP\n(redirect.bpf.c; eBPF)", "netfilter\n(nftables; module)"],
-        note="The paper's are of a 10 GbE card, whose limit is 14.88, and a bare-metal Xeon. Here the SYNs go over a veth of "
-        "a virtual machine, which has no zero-copy mode: the kernel makes and frees a socket buffer for each frame that "
-        "user space sends, and its receiver's work is on the same core.",
+        note="The paper's are of a 10 GbE card, whose limit is 14.88, and a bare-metal Xeon. Here the SYNs go over a "
+        "veth of a virtual machine, which has no zero-copy mode: the kernel makes and frees a socket buffer for each "
+        "frame that user space sends, and its receiver's work is on the same core.",
     )
 
 
@@ -576,17 +583,12 @@ def the_daemon(world: World, suite: Suite) -> None:
     rounds = context.pick(7, 3, 1)
     start = context.in_turn("daemon", {SERVE: lambda: {"start": start_up(world)}}, rounds)["start"]
     rest = context.in_turn("daemon", {SERVE: lambda: at_rest(world)}, context.pick(3, 1, 1))
-    delays = context.in_turn(
-        "latency",
-        {
-            f"{how}, {'turning' if poll else 'sleeping at once'}": (
-                lambda pause=pause, more=() if poll else ("--busy-poll", "0"): {"us": latency(world, pause, *more)}
-            )
-            for pause, how in ((0.002, "2 ms after the last"), (0.0, "one after the other"))
-            for poll in (False, True)
-        },
-        context.pick(7, 2, 1),
-    )["us"]
+    probes = {
+        f"{how}, {what}": latency_of(world, pause, *more)
+        for pause, how in ((0.002, "2 ms after the last"), (0.0, "one after the other"))
+        for what, more in (("sleeping at once", ("--busy-poll", "0")), ("turning", ()))
+    }
+    delays = context.in_turn("latency", probes, context.pick(7, 2, 1))["us"]
     for name, row in delays.items():
         if name.endswith(", turning"):
             row.baseline = name.replace("turning", "sleeping at once")
