@@ -483,6 +483,9 @@ def throughput(world: World, suite: Suite) -> None:
     subjects = {name: with_offered(measure) for name, measure in (floor | daemons | others).items()}
     found = context.in_turn("xsk", subjects, context.pick(7, 2, 1))
     rows = found["Mpps"]
+    rows["raw l2fwd, busy poll"].note = "SO_PREFER_BUSY_POLL, without deferred interrupts"
+    for name in others:
+        rows[name].note = f"receives on CPU {world.cpus[1]} too: it has no other place to work"
     for name in rows:
         if name.endswith("generic") and name != "raw receive, generic":
             rows[name].baseline = "" if name == "raw l2fwd, generic" else "raw l2fwd, generic"
@@ -558,7 +561,8 @@ def figure_8(rows: Mapping[str, Row]) -> Plot:
         ["user space\n(crablb serve; DPDK)", "XDP\n(redirect.bpf.c; eBPF)", "netfilter\n(nftables; module)"],
         note="The paper's are of a 10 GbE card, whose limit is 14.88, and a bare-metal Xeon. Here the SYNs go over a "
         "veth of a virtual machine, which has no zero-copy mode: the kernel makes and frees a socket buffer for each "
-        "frame that user space sends, and its receiver's work is on the same core.",
+        "frame that user space sends, and its receiver's work is on the same core. The receiving side of crablb serve "
+        "in the kernel is on the source's core, as a network card's may be; XDP and netfilter do all on one.",
     )
 
 

@@ -241,8 +241,7 @@ int crab_worker_run(struct crab_worker *w)
         int n = work(w);
         if (n < 0)
             return n;
-        /* What was not sent is kicked again by the next round at the latest a millisecond from now. */
-        if (n || (w->worth_it && !w->xsk->in_tx && turn(w)))
+        if (n || (w->worth_it && turn(w)))
             continue;
         uint64_t asleep = now_ns();
         int rc = wait_for_frames(w, -1);

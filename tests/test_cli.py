@@ -135,7 +135,9 @@ def test_serve_without_privilege(lab):
     ids=lambda args: "-".join(args[:2]),
 )
 def test_not_root(args):
-    code = f"import os, sys; from crablb.cli import main; os.seteuid(65534); sys.exit(main({args}))"
+    # What it needs is imported before: Python itself may lie where only root can read.
+    imports = f"import locale, os, sys, crablb.cli.{args[0]}; from crablb.cli import main"
+    code = f"{imports}; os.seteuid(65534); sys.exit(main({args}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, cwd=ROOT, check=False,
