@@ -41,6 +41,7 @@ PAPER = {"user space": 14.75, "XDP": 6.8, "netfilter": 1.5}
 CLONE_NEWNET = 0x40000000
 PACKET_OUTGOING = 4
 FLOOR = "raw l2fwd"
+MORE_A_KICK = "raw l2fwd, 256 frames a kick"
 SERVE = "crablb serve"
 PINNING = (
     "The source and the kernel's receiving side of the load balancer's interface on CPU {0}, the program under test on "
@@ -460,7 +461,7 @@ def throughput(world: World, suite: Suite) -> None:
         "raw receive": lambda: raw(world, "receive"),
         "raw send": lambda: raw(world, "send"),
         "raw l2fwd, need_wakeup": lambda: raw(world, "l2fwd", "wakeup"),
-        "raw l2fwd, 256 frames a kick": lambda: raw(world, "l2fwd", "wakeup", batch=256, budget=256),
+        MORE_A_KICK: lambda: raw(world, "l2fwd", "wakeup", batch=256, budget=256),
         "raw l2fwd, busy poll": lambda: raw(world, "l2fwd", "wakeup", "busy"),
         "raw receive, generic": lambda: raw(world, "receive", mode="generic"),
         "raw l2fwd, generic": lambda: raw(world, "l2fwd", mode="generic"),
@@ -567,19 +568,24 @@ def figure_8(rows: Mapping[str, Row]) -> Plot:
 
 
 def judge(rows: Mapping[str, Row]) -> Target:
-    """P2."""
+    """P2.  Another load on the machine only slows; so of rows that were disturbed, the fastest samples are compared."""
+    disturbed = rows[SERVE].disturbed or rows[FLOOR].disturbed
 
-    def ratio(row: Row) -> float:
-        return statistics.median(a / b for a, b in zip(row.samples, rows[FLOOR].samples, strict=True))
+    def ratio(name: str) -> float:
+        if disturbed:
+            return max(rows[name].samples) / max(rows[FLOOR].samples)
+        return statistics.median(a / b for a, b in zip(rows[name].samples, rows[FLOOR].samples, strict=True))
 
-    ours, send = ratio(rows[SERVE]), ratio(rows["raw send"])
-    why = ""
-    if ours < 1.15:
-        why = (
-            f"the kernel's copy-mode sending is the wall: raw send, which receives nothing and does no work, makes "
-            f"{send:.2f} of raw l2fwd, and 256 frames a kick {ratio(rows['raw l2fwd, 256 frames a kick']):.2f}"
-        )
-    return Target("P2", f"{ours:.2f} times ({rows[SERVE].median:.2f} Mpps)", ours >= 1.15, why)
+    ours = ratio(SERVE)
+    rate = max(rows[SERVE].samples) if disturbed else rows[SERVE].median
+    value = f"{ours:.2f} times ({rate:.2f} Mpps{'; fastest samples, of disturbed rows' if disturbed else ''})"
+    if ours >= 1.15:
+        return Target("P2", value, True)
+    why = (
+        f"the kernel's copy-mode sending is the wall: raw send, which receives nothing and does no work, makes "
+        f"{ratio('raw send'):.2f} of raw l2fwd, and 256 frames a kick {ratio(MORE_A_KICK):.2f}"
+    )
+    return Target("P2", value, False, why)
 
 
 def the_daemon(world: World, suite: Suite) -> None:

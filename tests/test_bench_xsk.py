@@ -50,6 +50,16 @@ def test_p2_is_judged_round_by_round():
     assert "makes 1.00 of raw l2fwd" in target.why
 
 
+def test_p2_of_disturbed_rows_is_judged_by_the_fastest():
+    found = rows(raw_l2fwd=[0.5, 0.5, 1.0], crablb_serve=[1.0, 0.9, 0.9], raw_send=[1.1, 1.1, 1.1])
+    found[xsk.MORE_A_KICK] = Row("", [1.0, 1.0, 1.0])
+    assert xsk.judge(found).reached is True
+    found["raw l2fwd"].disturbed = True
+    target = xsk.judge(found)
+    assert (target.reached, target.value) == (False, "1.00 times (1.00 Mpps; fastest samples, of disturbed rows)")
+    assert "makes 1.10 of raw l2fwd, and 256 frames a kick 1.00" in target.why
+
+
 def test_figure_8_leaves_out_what_was_not_measured():
     found = rows(crablb_serve=[1.0, 3.0], nftables=[0.5, 0.5])
     ours, paper = xsk.figure_8(found).curves
