@@ -316,8 +316,18 @@ def served_by_two(context: Context, sources: Sequence[int], workers: Sequence[in
 def redirected(world: World) -> float:
     """By an XDP program that does the same redirect, alone (tools/redirect.bpf.c)."""
     redirect = import_module("bench.redirect")
+    with redirect.loaded(world.context, VIP, BACKENDS) as program:
+        return bounced(world, program)
+
+
+def turned_round(world: World) -> float:
+    """By the least that an XDP program can do: other MAC addresses (tools/mac.bpf.c)."""
+    with bpf.Object(world.context.bpf("mac")) as program:
+        return bounced(world, program.program("mac"))
+
+
+def bounced(world: World, program: bpf.Program) -> float:
     with (
-        redirect.loaded(world.context, VIP, BACKENDS) as program,
         world.sink(xdp=True),
         program.attach_xdp(world.near, "native"),
         world.receiving_on(world.cpus[1]),
@@ -473,6 +483,7 @@ def throughput(world: World, suite: Suite) -> None:
     }
     others: dict[str, Callable[[], float]] = {
         "XDP redirect": lambda: redirected(world),
+        "XDP, MAC addresses only": lambda: turned_round(world),
         "nftables": lambda: netfilter(world),
     }
     for name, measure in list(others.items()):

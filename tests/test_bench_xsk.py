@@ -100,7 +100,7 @@ def test_all_is_there(suite):
     assert {plot.key for plot in suite.plots} == {"xsk-mpps", "paper-fig8"}
     assert [target.name for target in suite.targets] == ["P2", "P10"]
     serve = {row.name for row in suite.table("xsk-serve").rows}
-    assert {"raw l2fwd", "crablb serve", "crablb serve, generic", "nftables"} <= serve
+    assert {"raw l2fwd", "crablb serve", "crablb serve, generic", "XDP, MAC addresses only", "nftables"} <= serve
     # Everything forwarded something, in the native and in the generic mode.
     for key in ("xsk-raw", "xsk-serve", "xsk-latency", "daemon-start"):
         assert all(min(row.samples) > 0 for row in suite.table(key).rows), key

@@ -21,6 +21,13 @@
 
 #include "xsk.h"
 
+#ifndef SOL_XDP
+#define SOL_XDP 283
+#endif
+#ifndef XDP_MAX_TX_SKB_BUDGET /* Linux 6.18 */
+#define XDP_MAX_TX_SKB_BUDGET 9
+#endif
+
 #define MAX_BATCH 1024
 #define FRAMES 4096 /* and rings: as crablb/kernel/xsk.py has them */
 #define RING 2048
@@ -96,7 +103,7 @@ int main(int argc, char **argv)
         die(stage);
     }
     int fd = crab_xsk_fd(x);
-    if (setsockopt(fd, 283, 9, &(int){atoi(argv[6])}, sizeof(int)) && errno != ENOPROTOOPT)
+    if (setsockopt(fd, SOL_XDP, XDP_MAX_TX_SKB_BUDGET, &(int){atoi(argv[6])}, sizeof(int)) && errno != ENOPROTOOPT)
         die("XDP_MAX_TX_SKB_BUDGET");
     if (busy) {
         set(fd, SOL_SOCKET, SO_PREFER_BUSY_POLL, 1, "SO_PREFER_BUSY_POLL");
