@@ -31,7 +31,8 @@ from crablb.announce import Announcer
 from crablb.errors import ConfigError, KernelError
 from crablb.feedback import Feedback
 from crablb.kernel import bpf, pins
-from crablb.kernel.netlink import HopState, Interface, NextHop, NextHops, interface_info
+from crablb.kernel.interface import Interface, interface_info
+from crablb.kernel.netlink import HopState, NextHop, NextHops
 from crablb.kernel.xsk import XskError, XskSocket
 from crablb.model import (
     Address,

@@ -7,6 +7,7 @@ import json
 import socket
 import struct
 import subprocess
+from contextlib import ExitStack
 from ipaddress import ip_address
 
 import pytest
@@ -88,3 +89,13 @@ def test_a_family_that_is_none(namespace):
     with Netlink(rtnetlink.NETLINK_GENERIC) as netlink, pytest.raises(OSError) as caught:
         netlink.family("nothing")
     assert caught.value.errno == errno.ENOENT
+
+
+def test_tcp_sockets(namespace):
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        address = listener.getsockname()
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(address))
+        listening = 10  # include/net/tcp_states.h
+        assert rtnetlink.tcp_sockets(socket.AF_INET, 1 << listening) == [(listening, address[1], 3)]
+        assert rtnetlink.tcp_sockets(socket.AF_INET6, 1 << listening) == []

@@ -17,12 +17,11 @@ from typing import NamedTuple
 
 import structlog
 
-from crablb.errors import KernelError
 from crablb.kernel import rtnetlink
 from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
 
-__all__ = ["HopState", "Interface", "NextHop", "NextHops", "interface_info"]
+__all__ = ["HopState", "NextHop", "NextHops"]
 
 # include/uapi/linux/rtnetlink.h, neighbour.h
 GROUPS = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10  # link, neigh, ipv4 addr + route, ipv6 addr + route
@@ -91,41 +90,6 @@ class _Tables(NamedTuple):
     routes: dict[Address, _Route]
     neighbours: dict[tuple[int, str], tuple[int, bytes]]  # (ifindex, address) -> NUD state, MAC
     links: dict[int, _Link]
-
-
-@dataclass(frozen=True, slots=True)
-class Interface:
-    name: str
-    index: int
-    mac: bytes
-    mtu: int
-    up: bool
-    rx_queues: int
-    kind: str  # "veth", "vlan", ...; empty for hardware
-
-
-def interface_info(name: str) -> Interface:
-    """What the current network namespace says of an interface.  Raises :class:`KernelError` if there is none."""
-    try:
-        index = socket.if_nametoindex(name)
-    except OSError:
-        names = ", ".join(n for _, n in socket.if_nameindex())
-        raise KernelError(f"interface {name} does not exist; there are: {names}") from None
-
-    with Netlink() as netlink:
-        link = rtnetlink.link(netlink, index)
-    *_, flags, _ = link.fields(LINK)
-    found = link.attributes(LINK)
-    kind = rtnetlink.attributes(found.get(rtnetlink.IFLA_LINKINFO, b"")).get(rtnetlink.IFLA_INFO_KIND)
-    return Interface(
-        name,
-        index,
-        found.get(rtnetlink.IFLA_ADDRESS, b""),
-        rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
-        bool(flags & 1),
-        rtnetlink.number(found.get(rtnetlink.IFLA_NUM_RX_QUEUES)) or 1,
-        rtnetlink.text(kind),
-    )
 
 
 def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:

@@ -1,6 +1,7 @@
 """Netlink, as much of it as a load balancer needs: ask, dump, and take messages apart.
 
-Synchronous and small.  Sources: rtnetlink(7), include/uapi/linux/netlink.h, rtnetlink.h, neighbour.h, genetlink.h;
+Synchronous and small.  Sources: rtnetlink(7), sock_diag(7); include/uapi/linux/netlink.h, rtnetlink.h, neighbour.h,
+genetlink.h;
 https://docs.kernel.org/userspace-api/netlink/intro.html.
 """
 
@@ -16,7 +17,7 @@ from typing import Self
 
 __all__ = ["Message", "Netlink", "attributes", "parse"]
 
-NETLINK_GENERIC = 16
+NETLINK_SOCK_DIAG, NETLINK_GENERIC = 4, 16
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
 NLM_F_REPLACE, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x400, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
@@ -27,6 +28,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
 RTAX_MTU = 2
 NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
+SOCK_DIAG_BY_FAMILY, IPPROTO_TCP = 20, 6
 NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, NETDEV_A_DEV_XDP_FEATURES = 1, 1, 3
 
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port id
@@ -34,6 +36,10 @@ LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags,
 ROUTE = struct.Struct("=8BI")  # struct rtmsg: family, destination's length, ..., flags
 NEIGHBOUR = struct.Struct("=B3xiHBB")  # struct ndmsg: family, ifindex, state, flags, type
 GENERIC = struct.Struct("=BBxx")  # struct genlmsghdr: command, version
+#: struct inet_diag_req_v2: family, protocol, states; no particular socket.
+DIAG_REQUEST = struct.Struct("=BBxxI48x")
+#: struct inet_diag_msg: family, state, source port (network order), receive queue.
+DIAG = struct.Struct("=BBxx2s46x4xI12x")
 #: Bytes that a datagram of answers may have.
 ROOM = 1 << 18
 
@@ -184,6 +190,17 @@ def delete_neighbour(netlink: Netlink, index: int, at: str) -> None:
     to = ipaddress.ip_address(at)
     family = socket.AF_INET if to.version == 4 else socket.AF_INET6
     netlink.ask(RTM_DELNEIGH, NEIGHBOUR.pack(family, index, 0, 0, 0), {NDA_DST: to.packed})
+
+
+def tcp_sockets(family: int, states: int) -> list[tuple[int, int, int]]:
+    """TCP sockets in some states (a bit for each): state, local port, bytes (a listener's: connections) in the queue.
+
+    Source: sock_diag(7).
+    """
+    with Netlink(NETLINK_SOCK_DIAG) as netlink:
+        found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
+    messages = (DIAG.unpack_from(message.body) for message in found)
+    return [(state, int.from_bytes(port, "big"), queue) for _, state, port, queue in messages]
 
 
 def xdp_features() -> dict[int, int]:
