@@ -17,6 +17,7 @@ import statistics
 import struct
 import subprocess
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -89,7 +90,9 @@ class World:
         self.cpus = sorted(os.sched_getaffinity(0))
         self.pinning = PINNING.format(*self.cpus)
         self._stack = ExitStack()
+        self.watched = 0  # process id of what is measured, if it is one
         self.offered = 0.0  # million SYN/s that the source made, in the last measurement
+        self.user = 0.0  # per cent of the watched process's CPU time that it spent outside of the kernel, meanwhile
 
     def __enter__(self) -> World:
         with ExitStack() as stack:
@@ -171,6 +174,21 @@ class World:
         finally:
             threaded(0)
 
+    def _times(self) -> tuple[int, int]:
+        """Ticks that the watched process spent in user space and in the kernel."""
+        if not self.watched:
+            return 0, 0
+        fields = Path(f"/proc/{self.watched}/stat").read_text().rsplit(")", 1)[1].split()
+        return int(fields[11]), int(fields[12])
+
+    @contextmanager
+    def watching(self, pid: int) -> Iterator[None]:
+        self.watched = pid
+        try:
+            yield
+        finally:
+            self.watched = 0
+
     def sunk(self) -> int:
         """Frames that the sink has counted."""
         return self.program.map("received").sum_u64(0)
@@ -195,9 +213,11 @@ class World:
 
         all_run(1 << 12)  # what is done once
         self.program.map("span").update(0, bytes(24))
-        before = counter()
+        before, times = counter(), self._times()
         all_run(frames)
         count = counter() - before
+        user, kernel = (after - then for after, then in zip(self._times(), times, strict=True))
+        self.user = 100 * user / (user + kernel) if user + kernel else 0.0
         spans = [struct.unpack("=3Q", value) for value in self.program.map("span").lookup_percpu(0)]
         spans = [span for span in spans if span[2]]
         took = max(last for _, last, _ in spans) - min(first for first, _, _ in spans)
@@ -245,7 +265,8 @@ def raw_tool(
             try:
                 if stdout.readline() != "ready\n":
                     raise Unavailable(child.stderr.read().strip())
-                yield ask
+                with world.watching(child.pid):
+                    yield ask
             finally:
                 stdin.close()
                 child.wait()
@@ -292,7 +313,8 @@ def daemon(world: World, *more: str, cpus: Sequence[int] | None = None) -> Itera
             if state != "READY=1":
                 log.seek(0)
                 raise Unavailable(f"crablb serve did not start: {log.read()[-500:]}")
-            yield child.pid
+            with world.watching(child.pid):
+                yield child.pid
         finally:
             child.send_signal(signal.SIGTERM)
             child.wait()
@@ -460,9 +482,9 @@ def throughput(world: World, suite: Suite) -> None:
 
     def with_offered(measure: Callable[[], float]) -> Callable[[], dict[str, float]]:
         def subject() -> dict[str, float]:
-            world.offered = 0.0
-            rate = measure()
-            return {"Mpps": rate} | ({"offered": world.offered} if world.offered else {})
+            world.offered = world.user = 0.0
+            found = {"Mpps": measure(), "offered": world.offered, "user": world.user}
+            return {name: value for name, value in found.items() if value}
 
         return subject
 
@@ -531,10 +553,14 @@ def throughput(world: World, suite: Suite) -> None:
             "socket buffer of each SYN, and that CPU is the limit.",
         ),
     ]
-    names = [*floor, *daemons, *others]
-    suite.plots.append(bars("xsk-mpps", "Frames through AF_XDP on one core", {name: rows[name] for name in names}))
+    user = {name: row for name, row in found.get("user", {}).items() if name in daemons}
+    if user:
+        title = "`crablb serve`: share of its CPU time that it spent outside of the kernel"
+        suite.tables.append(Table("xsk-user", title, "%", list(user.values()), ""))
+    names = ["raw receive", "raw send", FLOOR, "raw l2fwd, generic", SERVE, f"{SERVE}, generic", *others]
+    suite.plots.append(bars("xsk-mpps", "Frames a second on one core", {name: rows[name] for name in names}))
     suite.plots.append(figure_8(rows))
-    suite.targets.append(judge(rows))
+    suite.targets.append(judge(rows, user))
 
 
 def bars(key: str, title: str, rows: Mapping[str, Row]) -> Plot:
@@ -545,9 +571,8 @@ def bars(key: str, title: str, rows: Mapping[str, Row]) -> Plot:
         [min(row.samples) for row in rows.values()],
         [max(row.samples) for row in rows.values()],
     )
-    return Plot(
-        key, title, "", "Mpps", [curve], "bars", [name.replace(", ", ",\n").replace(" ", "\n", 1) for name in rows]
-    )
+    ticks = [textwrap.fill(name, 12) for name in rows]
+    return Plot(key, title, "", "Mpps", [curve], "bars", ticks)
 
 
 def figure_8(rows: Mapping[str, Row]) -> Plot:
@@ -578,7 +603,7 @@ def figure_8(rows: Mapping[str, Row]) -> Plot:
     )
 
 
-def judge(rows: Mapping[str, Row]) -> Target:
+def judge(rows: Mapping[str, Row], user: Mapping[str, Row]) -> Target:
     """P2.  Another load on the machine only slows; so of rows that were disturbed, the fastest samples are compared."""
     disturbed = rows[SERVE].disturbed or rows[FLOOR].disturbed
 
@@ -596,6 +621,8 @@ def judge(rows: Mapping[str, Row]) -> Target:
         f"the kernel's copy-mode sending is the wall: raw send, which receives nothing and does no work, makes "
         f"{ratio('raw send'):.2f} of raw l2fwd, and 256 frames a kick {ratio(MORE_A_KICK):.2f}"
     )
+    if SERVE in user:
+        why += f"; all that crablb serve does in user space is {user[SERVE].median:.0f} % of its time"
     return Target("P2", value, False, why)
 
 
