@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("crablb", "numpy", "cffi", "uvloop", "pyroute2", "structlog", "matplotlib")
+PACKAGES = ("crablb", "numpy", "cffi", "uvloop", "structlog", "matplotlib")
 #: Programs and how they tell their version.
 PROGRAMS = {
     "gcc": ["gcc", "--version"],

@@ -11,7 +11,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -43,7 +43,7 @@ class Redirect:
     ``path``: the compiled object.  ``services``: backends of each VIP, all with one weight.
     """
 
-    def __init__(self, path: Path, services: dict[Vip, Sequence[Hop]], seed: bytes) -> None:
+    def __init__(self, path: Path, services: Mapping[Vip, Sequence[Hop]], seed: bytes) -> None:
         self.object = bpf.Object(path, max_entries={"table": TABLE_SIZE * len(services)})
         self._links: list[bpf.Link] = []
         maps = self.object.maps

@@ -1,26 +1,33 @@
 """crablb: a layer-4 load balancer that takes itself out of the way by connection redirection.
 
-This is the library; what is not named here may change from one version to the next.
+This is the library; what is not named here may change from one version to the next.  A name is imported when it is
+first used (PEP 562): who uses :mod:`crablb.kernel.xsk` alone does not pay for the rest.
 """
 
-from crablb.balancer import LoadBalancer, Statistics
-from crablb.engine import Event
-from crablb.errors import ConfigError, CrablbError, KernelError
-from crablb.handler import Frames, Match
-from crablb.model import (
-    Announce,
-    Backend,
-    Bypass,
-    Fallback,
-    Mode,
-    OnDead,
-    OptionForm,
-    Service,
-    State,
-    Vip,
-    XdpMode,
-)
-from crablb.policy import Backends, Load
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from crablb.balancer import LoadBalancer, Statistics
+    from crablb.engine import Event
+    from crablb.errors import ConfigError, CrablbError, KernelError
+    from crablb.handler import Frames, Match
+    from crablb.model import (
+        Announce,
+        Backend,
+        Bypass,
+        Fallback,
+        Mode,
+        OnDead,
+        OptionForm,
+        Service,
+        State,
+        Vip,
+        XdpMode,
+    )
+    from crablb.policy import Backends, Load
 
 __all__ = [
     "Announce",
@@ -45,3 +52,38 @@ __all__ = [
     "Vip",
     "XdpMode",
 ]
+
+#: Where the names are.
+_MODULES = {
+    "balancer": ("LoadBalancer", "Statistics"),
+    "engine": ("Event",),
+    "errors": ("ConfigError", "CrablbError", "KernelError"),
+    "handler": ("Frames", "Match"),
+    "model": (
+        "Announce",
+        "Backend",
+        "Bypass",
+        "Fallback",
+        "Mode",
+        "OnDead",
+        "OptionForm",
+        "Service",
+        "State",
+        "Vip",
+        "XdpMode",
+    ),
+    "policy": ("Backends", "Load"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -390,6 +390,7 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
     "seed": _seed,
     "xdp_mode": lambda v: _enum(XdpMode, v),
     "queues": lambda v: _number(1, 64, v),
+    "busy_poll": lambda v: _number(0, 1_000_000, v),
     "table_size": _table_size,
     "flows": lambda v: _number(64, 1 << 26, v),
     "announce": lambda v: _enum(Announce, v),

@@ -32,7 +32,8 @@ from crablb.errors import ConfigError, KernelError
 from crablb.feedback import Feedback
 from crablb.handler import Entrance, Handle, Handlers, Match
 from crablb.kernel import bpf, pins
-from crablb.kernel.netlink import HopState, Interface, NextHop, NextHops, interface_info
+from crablb.kernel.interface import Interface, interface_info
+from crablb.kernel.netlink import HopState, NextHop, NextHops
 from crablb.kernel.xsk import XskError, XskSocket
 from crablb.model import (
     Address,
@@ -244,16 +245,17 @@ class _Snapshot:
 class _Worker:
     """One queue: socket, core, thread."""
 
-    def __init__(self, xsk: XskSocket, flows: int, counters: Any, table: Any, handlers: Handlers) -> None:
+    def __init__(self, xsk: XskSocket, config: Config, counters: Any, table: Any, handlers: Handlers) -> None:
         self.xsk = xsk
         self._entrance = Entrance(handlers, xsk.umem, xsk.frame_size)
         self.counters = counters  # CRAB_COUNTERS of uint64_t
-        self.core = lib.crab_core_new(flows, counters)
+        self.core = lib.crab_core_new(config.flows, counters)
         self.c = lib.crab_worker_new(xsk.handle, self.core, counters) if self.core else ffi.NULL
         if not self.c:
             error = os.strerror(ffi.errno)
             lib.crab_core_free(self.core)
             raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
+        lib.crab_worker_spin(self.c, config.busy_poll)
         lib.crab_core_learn(self.core, table)
         lib.crab_core_handle(self.core, lib.crab_python_handle, self._entrance.handle)
         self._thread: threading.Thread | None = None
@@ -506,7 +508,7 @@ class Engine:
                 if slot == lib.CRAB_MAX_QUEUES:
                     xsk.close()
                     raise KernelError(f"the interfaces have more than {slot} queues; serve fewer of each: --queues N")
-                worker = _Worker(xsk, self.config.flows, base[slot].n, self._table, self._handlers)
+                worker = _Worker(xsk, self.config, base[slot].n, self._table, self._handlers)
                 lib.crab_core_ask(worker.core, lib.crab_python_choose, self._custom.handle)
                 self._workers.append(worker)
                 xsk.register(self._maps["sockets"], slot)
@@ -736,6 +738,7 @@ class Engine:
             "seed",
             "xdp_mode",
             "queues",
+            "busy_poll",
             "table_size",
             "flows",
             "ack_bypass",

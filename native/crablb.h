@@ -379,6 +379,8 @@ uint32_t crab_xsk_send(struct crab_xsk *xsk, const struct crab_desc *descs, uint
 int crab_xsk_kick(struct crab_xsk *xsk);
 /* Take back the frames that were sent. */
 uint32_t crab_xsk_reap(struct crab_xsk *xsk);
+/* Tell a driver that asks for it that there are frames to receive into: for who turns instead of sleeping in poll(2). */
+void crab_xsk_wake(struct crab_xsk *xsk);
 /* The socket's pending error (an errno), taken; 0 if there is none.  When its interface is unregistered a socket gets
  * ENETDOWN, but poll(2) does not tell. */
 int crab_xsk_error(const struct crab_xsk *xsk);
@@ -395,6 +397,9 @@ struct crab_worker;
  * packet socket.  NULL with errno set: no memory or descriptor, or no right to a packet socket. */
 struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters);
 void crab_worker_free(struct crab_worker *worker);
+
+/* Before it runs: turn for so long before a sleep, when frames came soon after the last one.  At first: 0, never. */
+void crab_worker_spin(struct crab_worker *worker, uint32_t microseconds);
 
 /* Receive, work, send; sleep while there is nothing to do.  Returns 0 after crab_worker_stop, or -errno when the
  * socket fails (the interface is gone). */

@@ -1,6 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* RX ring -> core -> TX ring, for one queue.  Nothing here allocates, and there are three system calls at most a batch: the
- * kick, the sending of what goes out by another interface, and the sleep when nothing is to do. */
+/* RX ring -> core -> TX ring, for one queue.  Nothing here allocates.  A round takes what has come, at most ROUND frames;
+ * there are few system calls a round: the kick, the sending of what goes out by another interface, and the sleep when
+ * nothing is to do.
+ *
+ * A sleep and a wake-up cost microseconds on either side.  So a worker that was woken soon after it fell asleep turns for
+ * a moment before the next sleep, and no longer does when a moment has passed in vain: at rest it costs nothing, and what
+ * it turns in vain is bounded by what came. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
@@ -21,8 +26,15 @@ struct crab_worker {
     uint64_t *counters;
     int wake;   /* eventfd */
     int packet; /* socket that sends by any interface, and receives nothing */
+    uint64_t spin; /* nanoseconds: turn so long before a sleep, if that seems worth it */
+    bool worth_it;
     _Atomic(bool) stop;
 };
+
+/* Frames of a round: a kick's fixed costs are shared, and the socket's cache lines change hands less often. */
+#define ROUND (4 * CRAB_BATCH)
+/* Looks at the RX ring between two at the clock. */
+#define LOOKS 64
 
 struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters)
 {
@@ -84,45 +96,62 @@ static void send_elsewhere(struct crab_worker *w, const struct crab_frame *frame
     }
 }
 
+/* Queue frames for sending. */
+static void queue(struct crab_worker *w, const struct crab_desc *out, uint32_t n)
+{
+    struct crab_xsk *x = w->xsk;
+    for (uint32_t done = 0; done < n;) {
+        uint32_t queued = crab_xsk_send(x, out + done, n - done);
+        w->counters[CRAB_C_SENT] += queued;
+        done += queued;
+        if (done < n) {
+            /* The TX ring is full and stays so after a kick: give these up rather than wait. */
+            int rc = crab_xsk_kick(x);
+            crab_xsk_reap(x);
+            if (rc || !crab_ring_room(&x->tx, 1)) {
+                w->counters[CRAB_C_DROP_TX] += n - done;
+                crab_xsk_release(x, out + done, n - done);
+                break;
+            }
+        }
+    }
+}
+
+/* The core's work on at most CRAB_BATCH frames, and whither they go then. */
+static void forward(struct crab_worker *w, const struct crab_desc *descs, uint32_t n, uint32_t now)
+{
+    struct crab_xsk *x = w->xsk;
+    struct crab_desc out[CRAB_BATCH], rest[CRAB_BATCH];
+    struct crab_frame frames[CRAB_BATCH], elsewhere[CRAB_BATCH];
+    uint32_t sent = 0, done_with = 0, others = 0;
+    for (uint32_t i = 0; i < n; i++)
+        frames[i] = (struct crab_frame){.data = x->umem + descs[i].addr, .len = descs[i].len, .ifindex = x->ifindex};
+    crab_core_batch(w->core, frames, n, now);
+    for (uint32_t i = 0; i < n; i++) {
+        if (crab_likely(frames[i].len && frames[i].ifindex == x->ifindex)) {
+            out[sent++] = (struct crab_desc){.addr = (uint64_t)(frames[i].data - x->umem), .len = frames[i].len};
+            continue;
+        }
+        if (frames[i].len)
+            elsewhere[others++] = frames[i];
+        rest[done_with++] = descs[i];
+    }
+    if (others)
+        send_elsewhere(w, elsewhere, others);
+    crab_xsk_release(x, rest, done_with);
+    queue(w, out, sent);
+}
+
 static int work(struct crab_worker *w)
 {
     struct crab_xsk *x = w->xsk;
-    struct crab_desc descs[CRAB_BATCH], out[CRAB_BATCH], rest[CRAB_BATCH];
-    struct crab_frame frames[CRAB_BATCH], elsewhere[CRAB_BATCH];
-    uint32_t n = crab_xsk_receive(x, descs, CRAB_BATCH), sent = 0, done_with = 0, others = 0;
+    struct crab_desc descs[ROUND];
+    uint32_t n = crab_xsk_receive(x, descs, ROUND);
     if (n) {
-        for (uint32_t i = 0; i < n; i++)
-            frames[i] = (struct crab_frame){.data = x->umem + descs[i].addr, .len = descs[i].len, .ifindex = x->ifindex};
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-        crab_core_batch(w->core, frames, n, (uint32_t)now.tv_sec);
-        for (uint32_t i = 0; i < n; i++) {
-            if (crab_likely(frames[i].len && frames[i].ifindex == x->ifindex)) {
-                out[sent++] = (struct crab_desc){.addr = (uint64_t)(frames[i].data - x->umem), .len = frames[i].len};
-                continue;
-            }
-            if (frames[i].len)
-                elsewhere[others++] = frames[i];
-            rest[done_with++] = descs[i];
-        }
-        if (others)
-            send_elsewhere(w, elsewhere, others);
-        crab_xsk_release(x, rest, done_with);
-        for (uint32_t done = 0; done < sent;) {
-            uint32_t queued = crab_xsk_send(x, out + done, sent - done);
-            w->counters[CRAB_C_SENT] += queued;
-            done += queued;
-            if (done < sent) {
-                /* The TX ring is full and stays so after a kick: give these up rather than wait. */
-                int rc = crab_xsk_kick(x);
-                crab_xsk_reap(x);
-                if (rc || !crab_ring_room(&x->tx, 1)) {
-                    w->counters[CRAB_C_DROP_TX] += sent - done;
-                    crab_xsk_release(x, out + done, sent - done);
-                    break;
-                }
-            }
-        }
+        for (uint32_t at = 0; at < n; at += CRAB_BATCH)
+            forward(w, descs + at, n - at < CRAB_BATCH ? n - at : CRAB_BATCH, (uint32_t)now.tv_sec);
     }
     int rc = 0;
     if (x->in_tx) {
@@ -140,11 +169,10 @@ static int work(struct crab_worker *w)
     return rc && rc != -ENETDOWN ? rc : (int)n;
 }
 
-int crab_worker_once(struct crab_worker *w, int timeout_ms)
+/* Sleep until frames come, the worker is stopped, or timeout_ms (-1: none) have passed.  0 or -errno.  poll(2) looks at
+ * the RX ring after it has put itself on the list of those to be woken, so no frame is overlooked. */
+static int wait_for_frames(struct crab_worker *w, int timeout_ms)
 {
-    int n = work(w);
-    if (n || !timeout_ms)
-        return n;
     struct pollfd fds[] = {{.fd = w->xsk->fd, .events = POLLIN}, {.fd = w->wake, .events = POLLIN}};
     /* Frames that the kernel has not sent yet are kicked again soon, not when the next SYN happens to come. */
     if (w->xsk->in_tx && (timeout_ms < 0 || timeout_ms > 1))
@@ -159,15 +187,67 @@ int crab_worker_once(struct crab_worker *w, int timeout_ms)
     int error = ready && !failed ? 0 : crab_xsk_error(w->xsk);
     if (error || failed)
         return error ? -error : -ENETDOWN;
-    return work(w);
+    return 0;
+}
+
+int crab_worker_once(struct crab_worker *w, int timeout_ms)
+{
+    int n = work(w);
+    if (n || !timeout_ms)
+        return n;
+    int rc = wait_for_frames(w, timeout_ms);
+    return rc ? rc : work(w);
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static inline void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Turn until frames come; whether they did. */
+static bool turn(struct crab_worker *w)
+{
+    uint64_t end = now_ns() + w->spin;
+    do {
+        crab_xsk_wake(w->xsk);
+        for (int i = 0; i < LOOKS; i++) {
+            if (crab_ring_ready(&w->xsk->rx, 1))
+                return true;
+            relax();
+        }
+    } while (!atomic_load_explicit(&w->stop, memory_order_relaxed) && now_ns() < end);
+    return false;
+}
+
+void crab_worker_spin(struct crab_worker *w, uint32_t microseconds)
+{
+    w->spin = (uint64_t)microseconds * 1000;
 }
 
 int crab_worker_run(struct crab_worker *w)
 {
     while (!atomic_load_explicit(&w->stop, memory_order_relaxed)) {
-        int n = crab_worker_once(w, -1);
+        int n = work(w);
         if (n < 0)
             return n;
+        if (n || (w->worth_it && turn(w)))
+            continue;
+        uint64_t asleep = now_ns();
+        int rc = wait_for_frames(w, -1);
+        if (rc)
+            return rc;
+        w->worth_it = now_ns() - asleep < w->spin;
     }
     return 0;
 }

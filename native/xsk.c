@@ -15,11 +15,17 @@
 #ifndef SOL_XDP
 #define SOL_XDP 283
 #endif
+#ifndef XDP_MAX_TX_SKB_BUDGET /* Linux 6.18 */
+#define XDP_MAX_TX_SKB_BUDGET 9
+#endif
 
 /* The kernel keeps this much in front of every received frame (copy mode included). */
 #define KERNEL_HEADROOM 256
 /* Kicks for one call.  A copy-mode kick sends a limited number of frames and answers EAGAIN when more wait. */
 #define MAX_KICKS 256
+/* Frames that such a kick may send, where the kernel lets us say so; its default is 32. */
+#define TX_BUDGET 256
+#define HUGE_PAGE (2u << 20)
 #define BIND_TRIES 50
 #define BIND_PAUSE_MS 20
 
@@ -39,6 +45,23 @@ static int map_ring(struct crab_ring *r, int fd, uint64_t pgoff, const struct xd
     r->size = size;
     r->mask = size - 1;
     return 0;
+}
+
+/* Memory for frames: on huge pages, where the kernel has some, it costs fewer walks through the page tables. */
+static uint8_t *map_umem(size_t len)
+{
+    size_t align = len < HUGE_PAGE ? 0 : HUGE_PAGE;
+    uint8_t *all = mmap(NULL, len + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED)
+        return NULL;
+    if (!align)
+        return all;
+    size_t before = -(uintptr_t)all % align;
+    if (before)
+        munmap(all, before);
+    munmap(all + before + len, align - before);
+    madvise(all + before, len, MADV_HUGEPAGE); /* a wish: without huge pages it works as well */
+    return all + before;
 }
 
 /* Bind.  A queue whose last socket was closed a moment ago is released by a kernel worker: EBUSY until then. */
@@ -67,11 +90,9 @@ static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, c
 
     *stage = "umem";
     x->umem_len = (size_t)x->frame_count * x->frame_size;
-    x->umem = mmap(NULL, x->umem_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (x->umem == MAP_FAILED) {
-        x->umem = NULL;
+    x->umem = map_umem(x->umem_len);
+    if (!x->umem)
         return -errno;
-    }
     /* The kernel refuses a structure whose unknown tail is not zero, so it is zeroed as a whole. */
     struct xdp_umem_reg reg;
     memset(&reg, 0, sizeof reg);
@@ -92,6 +113,9 @@ static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, c
     for (size_t i = 0; i < sizeof rings / sizeof *rings; i++)
         if (setsockopt(x->fd, SOL_XDP, rings[i].option, &rings[i].size, sizeof rings[i].size))
             return -errno;
+    /* Fewer kicks a batch.  Only a wish: older kernels do not know it. */
+    uint32_t budget = ring_size < TX_BUDGET ? ring_size : TX_BUDGET;
+    setsockopt(x->fd, SOL_XDP, XDP_MAX_TX_SKB_BUDGET, &budget, sizeof budget);
     struct xdp_mmap_offsets off;
     socklen_t len = sizeof off;
     if (getsockopt(x->fd, SOL_XDP, XDP_MMAP_OFFSETS, &off, &len))
@@ -270,6 +294,12 @@ int crab_xsk_kick(struct crab_xsk *x)
             return 0;
     }
     return 0; /* still frames in the ring: the next kick goes on */
+}
+
+void crab_xsk_wake(struct crab_xsk *x)
+{
+    if ((x->bind_flags & XDP_USE_NEED_WAKEUP) && crab_ring_needs_wakeup(&x->fill))
+        recvfrom(x->fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
 }
 
 int crab_xsk_error(const struct crab_xsk *x)

@@ -104,6 +104,7 @@ class Pair:
     def wire(self, name: str = "veth1") -> socket.socket:
         """A packet socket on veth1: what it sends comes in at veth0, what veth0 sends comes in here."""
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        sock.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)  # SO_RCVBUFFORCE: room for all that a test sends
         sock.bind((name, 0))
         sock.settimeout(10)
         return sock

@@ -58,14 +58,18 @@ WRONG = {
         ["--iface", "eth0", "--service", SERVICE, "--queues", "65"],
         "--queues: 65 is not a whole number from 1 to 64",
     ),
+    "busy-poll": (
+        ["--iface", "eth0", "--service", SERVICE, "--busy-poll", "-1"],
+        "--busy-poll: -1 is not a whole number from 0 to 1000000",
+    ),
     "no-such-queue": (
         ["--iface", "eth0", "--service", SERVICE, "--queues", "9"],
         r"eth0 has no queue \d \(see ethtool -l eth0\)",
     ),
     "no-file": (["--config", "/nowhere.toml"], "/nowhere.toml: cannot be read: No such file or directory"),
     "both": (
-        ["--config", "/nowhere.toml", "--service", SERVICE, "--queues", "1"],
-        "--service, --queues cannot be given with --config; say it in /nowhere.toml",
+        ["--config", "/nowhere.toml", "--service", SERVICE, "--queues", "1", "--busy-poll", "0"],
+        "--service, --queues, --busy-poll cannot be given with --config; say it in /nowhere.toml",
     ),
 }
 
@@ -135,7 +139,9 @@ def test_serve_without_privilege(lab):
     ids=lambda args: "-".join(args[:2]),
 )
 def test_not_root(args):
-    code = f"import os, sys; from crablb.cli import main; os.seteuid(65534); sys.exit(main({args}))"
+    # What it needs is imported before: Python itself may lie where only root can read.
+    imports = f"import locale, os, sys, crablb.cli.{args[0]}; from crablb.cli import main"
+    code = f"{imports}; os.seteuid(65534); sys.exit(main({args}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, cwd=ROOT, check=False,

@@ -18,6 +18,7 @@ option = "experimental"
 seed = "00112233445566778899aabbccddeeff"
 xdp_mode = "generic"
 queues = 2
+busy_poll = 0
 table_size = 655373
 flows = 1024
 ack_bypass = "off"
@@ -45,7 +46,7 @@ def test_everything(tmp_path):
     assert config.option is OptionForm.EXPERIMENTAL
     assert config.seed == bytes.fromhex("00112233445566778899aabbccddeeff")
     assert config.xdp_mode is XdpMode.GENERIC
-    assert (config.queues, config.table_size, config.flows) == (2, 655373, 1024)
+    assert (config.queues, config.busy_poll, config.table_size, config.flows) == (2, 0, 655373, 1024)
     first, second = config.services
     assert first.vip == Vip(ip_address("10.0.0.100"), 80)
     assert first.mode is Mode.ALWAYS
@@ -174,8 +175,9 @@ BAD_FILES = {
         "interface is missing; add interface = 'eth0', or pass --iface",
         "no [[service]]; add one with address and backends",
     ],
-    'interface = "eth0"\nqueue = 3\ntable_size = 100\nseed = "x"\nxdp_mode = "fast"\nservice = 3': [
+    'interface = "eth0"\nqueue = 3\nbusy_poll = -1\ntable_size = 100\nseed = "x"\nxdp_mode = "fast"\nservice = 3': [
         "unknown key 'queue'; did you mean queues?",
+        "busy_poll: -1 is not a whole number from 0 to 1000000",
         "xdp_mode: 'fast' is not one of auto, native, generic",
         "seed: must be 32 hexadecimal digits (make one: openssl rand -hex 16)",
         "table_size: 100 is not prime, as a Maglev table must be (65537 and 655373 are usual)",

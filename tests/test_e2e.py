@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from collections import Counter
 
 import pytest
 from scapy.layers.inet import TCP
@@ -319,3 +320,28 @@ def test_detached_agents_and_their_removal(make_world):
         assert agent_status(node) == {}
         assert node.run("sh", "-c", "ip route; ip -6 route; tc qdisc").stdout == before[node.name]
     assert world.echo(VIP4)["accepted_on"] == VIP[4]
+
+
+def test_two_queues(make_world):
+    """Connections come in by both queues of an interface; the workers share one sequence of backends."""
+    world = make_world(servers=3)
+    lab = world.lab
+    lab.lb.ip("link del eth0")
+    wide = "numrxqueues 2 numtxqueues 2"
+    lab.middle.ip(
+        f"link add eth0 netns {lab.lb.netns} {wide} type veth peer name lb {wide}",
+        "link set lb master br0 up",
+    )
+    lab.middle.run("ethtool", "-K", "lb", "gro", "on")
+    lab.lb.ip("link set eth0 up", f"addr add {lab.lb.ip4}/24 dev eth0", f"addr add {lab.lb.ip6}/64 dev eth0 nodad")
+    world.servers()
+    world.client()
+    world.serve("--policy", "round-robin")
+    child = world.python(lab.client, "hold_names", VIP[4], "80", "60")
+    assert Counter(answer(child).split()) == {"server1": 20, "server2": 20, "server3": 20}
+    now = status(lab)
+    assert now["queues"] == ["eth0/0", "eth0/1"]
+    redirected = [queue["redirected"] for queue in now["workers"]]
+    assert sum(redirected) == now["total"]["redirected"] == 60
+    assert min(redirected) > 10
+    assert now["total"]["retransmitted_syn"] == 0

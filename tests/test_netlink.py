@@ -9,7 +9,8 @@ from ipaddress import ip_address
 import pytest
 
 from crablb.errors import KernelError
-from crablb.kernel.netlink import HopState, NextHop, NextHops, interface_info
+from crablb.kernel.interface import interface_info
+from crablb.kernel.netlink import HopState, NextHop, NextHops
 from crablb.lab import Lab
 from tests.conftest import inside
 

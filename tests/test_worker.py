@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import socket
+import threading
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from crablb._native import ffi, lib
@@ -12,6 +15,7 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from crablb.kernel.xsk import XskSocket
+from tests.conftest import until
 from tests.native import ELSEWHERE, Core
 from tests.reference import packets
 from tests.test_differential import reference
@@ -150,3 +154,83 @@ def test_the_interface_goes(namespace):
         worker = Worker(xsk, reference())
         namespace.ip("link", "del", "veth0")
         assert lib.crab_worker_run(worker.c) == -100  # ENETDOWN
+
+
+class Running:
+    """A worker in a thread, as the daemon has it."""
+
+    def __init__(self, xsk: XskSocket, spin: int) -> None:
+        self.worker = Worker(xsk, reference())
+        lib.crab_worker_spin(self.worker.c, spin)
+        self.id = 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.id = threading.get_native_id()
+        self.result = lib.crab_worker_run(self.worker.c)
+
+    def received(self) -> int:
+        return self.worker.core.counts().get("received", 0)
+
+    def state(self) -> str:
+        """R: it runs; S: it sleeps."""
+        return Path(f"/proc/self/task/{self.id}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        lib.crab_worker_stop(self.worker.c)
+        self._thread.join()
+        assert self.result == 0
+
+
+@pytest.mark.parametrize("spin", [0, 50])
+def test_no_frame_is_overlooked_when_it_falls_asleep(namespace, spin):
+    """Bursts just before, while, and just after the worker goes to sleep: all of them in, and at once.
+
+    One that was overlooked would wait for the next, or for the second after which the worker looks anyway.
+    """
+    choose, sent = random.Random(7), 0
+    with namespace.wire() as wire, XskSocket("veth0") as xsk, Running(xsk, spin) as running:
+        for _ in range(400):
+            for _ in range(choose.randrange(1, 4)):
+                wire.send(syn(1000 + sent))
+                sent += 1
+            until(lambda: running.received() == sent, 0.8)  # noqa: B023 - called at once
+            pause = time.perf_counter() + choose.uniform(0, 3 * 50e-6)
+            while time.perf_counter() < pause:
+                pass
+        until(lambda: running.worker.core.counts().get("sent", 0) == sent)
+        assert "drop_tx" not in running.worker.core.counts()
+        assert not any(xsk.statistics()[name] for name in ("rx_dropped", "rx_ring_full", "rx_fill_ring_empty_descs"))
+
+
+def test_it_turns_when_frames_come_close_together_and_sleeps_when_not(namespace):
+    with namespace.wire() as wire, XskSocket("veth0") as xsk, Running(xsk, 1_000_000) as running:
+        until(lambda: running.id and running.state() == "S")
+        wire.send(syn(1))  # sooner than it would have turned
+        until(lambda: running.received() == 1)
+        assert all(running.state() == "R" for _ in range(100))
+        until(lambda: running.state() == "S")  # in vain
+    with namespace.wire() as wire, XskSocket("veth0") as xsk, Running(xsk, 60_000_000) as running:
+        until(lambda: running.id and running.state() == "S")
+        wire.send(syn(1))
+        until(lambda: running.received() == 1)
+        assert running.state() == "R"
+        # Leaving the context stops it while it turns.
+
+
+def test_more_than_a_round(namespace):
+    """A round takes four of the core's batches."""
+    with namespace.wire() as wire, XskSocket("veth0") as xsk:
+        worker = Worker(xsk, reference())
+        for port in range(1, 601):
+            wire.send(syn(port))
+        rounds = []
+        while sum(rounds) < 600:
+            rounds.append(worker.once(10_000))
+        assert rounds == [256, 256, 88]
+        counts = worker.core.counts()
+        assert counts["received"] == counts["sent"] == 600

@@ -12,8 +12,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import structlog
-from pyroute2 import DiagSocket
 
+from crablb.kernel.rtnetlink import tcp_sockets
 from crablb.model import Address, Vip
 from crablb.report import CHALLENGE, MAX_ENTRIES, NO_CHALLENGE, REPORT, Message, Refused, VipReport
 
@@ -54,15 +54,12 @@ def waiting() -> tuple[dict[int, int], dict[int, int]]:
     """Half-open connections, and those that wait to be accepted, by port (sock_diag(7))."""
     half_open: dict[int, int] = {}
     queues: dict[int, int] = {}
-    with DiagSocket() as sock:
-        sock.bind()
-        for family in (socket.AF_INET, socket.AF_INET6):
-            for found in sock.get_sock_stats(family=family, states=1 << TCP_SYN_RECV | 1 << TCP_LISTEN):
-                port = found["idiag_sport"]
-                if found["idiag_state"] == TCP_LISTEN:
-                    queues[port] = queues.get(port, 0) + found["idiag_rqueue"]
-                else:
-                    half_open[port] = half_open.get(port, 0) + 1
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for state, port, queue in tcp_sockets(family, 1 << TCP_SYN_RECV | 1 << TCP_LISTEN):
+            if state == TCP_LISTEN:
+                queues[port] = queues.get(port, 0) + queue
+            else:
+                half_open[port] = half_open.get(port, 0) + 1
     return half_open, queues
 
 

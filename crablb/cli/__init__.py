@@ -1,13 +1,18 @@
-"""The ``crablb`` command.  Each module here is one command and has ``add_parser``."""
+"""The ``crablb`` command.  Each module here is one command and has ``add_parser``.
+
+Only the module of the command that is given is imported: a daemon does not carry the lab, nor an agent the engine.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from crablb.cli import agent, bench, demo, key, lab, serve, status
 from crablb.errors import CrablbError
+
+COMMANDS = ("serve", "status", "agent", "key", "lab", "demo", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,9 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="crablb", description="Layer-4 load balancing by connection redirection, over AF_XDP."
     )
+    argv = sys.argv[1:] if argv is None else argv
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (serve, status, agent, key, lab, demo, bench):
-        command.add_parser(commands)
+    for command in argv[:1] if argv and argv[0] in COMMANDS else COMMANDS:
+        import_module(f"crablb.cli.{command}").add_parser(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))

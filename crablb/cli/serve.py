@@ -65,6 +65,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--option", choices=[f.value for f in OptionForm], help="the CR option's form")
     parser.add_argument("--xdp-mode", choices=[m.value for m in XdpMode], help="default: auto")
     parser.add_argument("--queues", type=int, help="RX queues to serve of each interface (default: all)")
+    parser.add_argument(
+        "--busy-poll",
+        type=int,
+        metavar="MICROSECONDS",
+        help="how long a worker turns before it sleeps, when packets come close together (default: 20; 0: never)",
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.set_defaults(run=run)
 
@@ -85,6 +91,7 @@ def read_config(args: argparse.Namespace) -> Config:
                 ("--option", args.option),
                 ("--xdp-mode", args.xdp_mode),
                 ("--queues", args.queues),
+                ("--busy-poll", args.busy_poll is not None),
             )
             if value
         ]
@@ -98,6 +105,8 @@ def read_config(args: argparse.Namespace) -> Config:
         problems.append("say what to serve: --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12, or --config FILE.toml")
     if args.queues is not None and not 1 <= args.queues <= 64:
         problems.append(f"--queues: {args.queues} is not a whole number from 1 to 64")
+    if args.busy_poll is not None and not 0 <= args.busy_poll <= 1_000_000:
+        problems.append(f"--busy-poll: {args.busy_poll} is not a whole number from 0 to 1000000")
     if bool(args.report_listen) != bool(args.report_key):
         problems.append("--report-listen and --report-key belong together (make a key: crablb key new)")
     if problems:
@@ -120,6 +129,8 @@ def read_config(args: argparse.Namespace) -> Config:
         settings["xdp_mode"] = XdpMode(args.xdp_mode)
     if args.queues:
         settings["queues"] = args.queues
+    if args.busy_poll is not None:
+        settings["busy_poll"] = args.busy_poll
     return config.config_from_args(args.interfaces, args.service, **settings)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ import json
 from crablb import statistics
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
-from crablb.kernel.netlink import interface_info
+from crablb.kernel.interface import interface_info
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import structlog
-from pyroute2 import IPRoute
-from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST, genlmsg
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.generic import GenericNetlinkSocket
-from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
-from crablb.errors import KernelError
+from crablb.kernel import rtnetlink
+from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
 
-__all__ = ["HopState", "Interface", "NextHop", "NextHops", "interface_info"]
+__all__ = ["HopState", "NextHop", "NextHops"]
 
 # include/uapi/linux/rtnetlink.h, neighbour.h
 GROUPS = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10  # link, neigh, ipv4 addr + route, ipv6 addr + route
@@ -35,7 +30,7 @@ NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, 
 NUD_PERMANENT = 0x80
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
-NETDEV_CMD_DEV_GET, NETDEV_XDP_ACT_NDO_XMIT = 1, 4
+NETDEV_XDP_ACT_NDO_XMIT = 4
 
 log = structlog.get_logger()
 
@@ -97,69 +92,51 @@ class _Tables(NamedTuple):
     links: dict[int, _Link]
 
 
-@dataclass(frozen=True, slots=True)
-class Interface:
-    name: str
-    index: int
-    mac: bytes
-    mtu: int
-    up: bool
-    rx_queues: int
-    kind: str  # "veth", "vlan", ...; empty for hardware
+def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:
+    """A neighbour's place in the tables and what is known of it; None for what is no neighbour of an IP address."""
+    family, index, state, *_ = message.fields(NEIGHBOUR)
+    found = message.attributes(NEIGHBOUR)
+    if family not in (socket.AF_INET, socket.AF_INET6) or rtnetlink.NDA_DST not in found:
+        return None
+    mac = found.get(rtnetlink.NDA_LLADDR, b"")
+    return (index, rtnetlink.address(found[rtnetlink.NDA_DST])), (state, mac)
 
 
-def interface_info(name: str) -> Interface:
-    """What the current network namespace says of an interface.  Raises :class:`KernelError` if there is none."""
-    try:
-        index = socket.if_nametoindex(name)
-    except OSError:
-        names = ", ".join(n for _, n in socket.if_nameindex())
-        raise KernelError(f"interface {name} does not exist; there are: {names}") from None
-
-    def ask() -> Any:
-        with IPRoute() as ipr:
-            return ipr.get_links(index)[0]
-
-    # pyroute2's synchronous API runs an event loop of its own, so a caller inside of one needs another thread.
-    with ThreadPoolExecutor(1) as thread:
-        link = thread.submit(ask).result()
-    return Interface(
-        name,
-        index,
-        bytes.fromhex((link.get_attr("IFLA_ADDRESS") or "").replace(":", "")),
-        int(link.get_attr("IFLA_MTU")),
-        bool(link["flags"] & 1),
-        int(link.get_attr("IFLA_NUM_RX_QUEUES") or 1),
-        str(((info := link.get_attr("IFLA_LINKINFO")) and info.get_attr("IFLA_INFO_KIND")) or ""),
+def _link(message: Message, features: Mapping[int, int]) -> tuple[int, _Link]:
+    """A link by its index."""
+    _, kind, index, *_ = message.fields(LINK)
+    found = message.attributes(LINK)
+    return index, _Link(
+        rtnetlink.text(found.get(rtnetlink.IFLA_IFNAME)),
+        found.get(rtnetlink.IFLA_ADDRESS, b""),
+        rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
+        kind == ARPHRD_ETHER,
+        bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT),
     )
 
 
-class _Device(genlmsg):  # type: ignore[misc]
-    """A message of the generic netlink family "netdev" (Documentation/netlink/specs/netdev.yaml)."""
-
-    nla_map = (
-        ("NETDEV_A_DEV_UNSPEC", "none"),
-        ("NETDEV_A_DEV_IFINDEX", "uint32"),
-        ("NETDEV_A_DEV_PAD", "none"),
-        ("NETDEV_A_DEV_XDP_FEATURES", "uint64"),
-    )
-
-
-def xdp_features() -> dict[int, int]:
-    """What XDP programs can do with each interface, NETDEV_XDP_ACT_* by ifindex; empty before Linux 6.3."""
+def _route(netlink: Netlink, address: Address, links: Mapping[int, _Link]) -> _Route:
     try:
-        with GenericNetlinkSocket() as sock:
-            sock.bind("netdev", _Device)
-            ask = _Device()
-            ask["cmd"], ask["version"] = NETDEV_CMD_DEV_GET, 1
-            answers = sock.nlm_request(ask, msg_type=sock.prid, msg_flags=NLM_F_REQUEST | NLM_F_DUMP)
-            return {a.get_attr("NETDEV_A_DEV_IFINDEX"): a.get_attr("NETDEV_A_DEV_XDP_FEATURES") for a in answers}
-    except NetlinkError:
-        return {}
-
-
-def _mac(text: str | None) -> bytes:
-    return bytes.fromhex(text.replace(":", "")) if text else b""
+        found = rtnetlink.route(netlink, address).attributes(ROUTE)
+    except OSError as error:
+        return _Route(HopState.NO_ROUTE, f"no route: {error.strerror}")
+    out = rtnetlink.number(found.get(rtnetlink.RTA_OIF))
+    link = links.get(out)
+    if not link:
+        return _Route(HopState.NO_ROUTE, f"no route: interface {out} is gone")
+    if not link.ethernet:
+        reason = f"its route leads through {link.name}, which is not an Ethernet interface"
+        return _Route(HopState.NOT_ETHERNET, reason)
+    gateway, source = (rtnetlink.address(found.get(kind)) for kind in (rtnetlink.RTA_GATEWAY, rtnetlink.RTA_PREFSRC))
+    metrics = rtnetlink.attributes(found.get(rtnetlink.RTA_METRICS, b""))
+    return _Route(
+        HopState.RESOLVED,
+        "",
+        out,
+        type(address)(gateway) if gateway else None,
+        type(address)(source) if source else None,
+        rtnetlink.number(metrics.get(rtnetlink.RTAX_MTU)) or link.mtu,
+    )
 
 
 class NextHops:
@@ -176,7 +153,7 @@ class NextHops:
         self._tables = _Tables({}, {}, {})
         self._vias: set[tuple[int, str]] = set()  # the neighbours that the routes need
         self._managed: set[tuple[int, str]] = set()
-        # See interface_info for why in a thread; one for all calls, because setns(2) concerns threads.
+        # Long tables take their time.  One thread for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
         self._events: socket.socket | None = None
         self._dirty = asyncio.Event()
@@ -189,7 +166,6 @@ class NextHops:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         sock.bind((0, GROUPS))
         self._events = sock
-        self._marshal = MarshalRtnl()
         self._wanted = frozenset(addresses)
         await self._refresh(full=True)
         asyncio.get_running_loop().add_reader(sock, self._read)
@@ -225,22 +201,24 @@ class NextHops:
                 self._full = True  # events were lost: ask for everything anew
                 self._dirty.set()
                 continue
-            for message in self._marshal.parse(data):
-                kind = message["header"]["type"]
-                if kind not in RTM_NEIGH:
+            for message in rtnetlink.parse(data):
+                if message.kind not in RTM_NEIGH:
                     self._full = True
-                elif not self._neighbour(message, gone=kind == RTM_NEIGH[1]):
+                elif not self._neighbour(message, gone=message.kind == RTM_NEIGH[1]):
                     continue
                 self._dirty.set()
 
-    def _neighbour(self, message: Any, gone: bool = False) -> bool:
+    def _neighbour(self, message: Message, gone: bool = False) -> bool:
         """Note a neighbour's change; whether it concerns a backend."""
-        key = message["ifindex"], message.get_attr("NDA_DST")
+        found = _neighbour(message)
+        if not found:
+            return False
+        key, state = found
         if gone:
             self._tables.neighbours.pop(key, None)
             self._managed.discard(key)
-        elif key[1]:
-            self._tables.neighbours[key] = (message["state"], _mac(message.get_attr("NDA_LLADDR")))
+        else:
+            self._tables.neighbours[key] = state
         return key in self._vias
 
     async def _follow(self) -> None:
@@ -250,7 +228,7 @@ class NextHops:
             full, self._full = self._full, False
             try:
                 await self._refresh(full)
-            except (NetlinkError, OSError) as error:
+            except OSError as error:
                 log.warning("cannot read routes and neighbours", error=str(error))
 
     async def _refresh(self, full: bool) -> None:
@@ -290,73 +268,36 @@ class NextHops:
     # ---- in the netlink thread ----
 
     def _ask(self) -> _Tables:
-        features = xdp_features()
-        with IPRoute() as ipr:
-            links = {
-                link["index"]: _Link(
-                    link.get_attr("IFLA_IFNAME"),
-                    _mac(link.get_attr("IFLA_ADDRESS")),
-                    int(link.get_attr("IFLA_MTU")),
-                    link["ifi_type"] == ARPHRD_ETHER,
-                    bool(features.get(link["index"], 0) & NETDEV_XDP_ACT_NDO_XMIT),
-                )
-                for link in ipr.get_links()
-            }
-            routes = {address: self._route(ipr, address, links) for address in self._wanted}
-            neighbours = {
-                (message["ifindex"], message.get_attr("NDA_DST")): (
-                    message["state"],
-                    _mac(message.get_attr("NDA_LLADDR")),
-                )
+        features = rtnetlink.xdp_features()
+        with Netlink() as netlink:
+            links = dict(_link(message, features) for message in rtnetlink.links(netlink))
+            routes = {address: _route(netlink, address, links) for address in self._wanted}
+            neighbours = [
+                _neighbour(message)
                 for family in (socket.AF_INET, socket.AF_INET6)
-                for message in ipr.get_neighbours(family)
-                if message.get_attr("NDA_DST")
-            }
-            return _Tables(routes, neighbours, links)
-
-    @staticmethod
-    def _route(ipr: Any, address: Address, links: Mapping[int, _Link]) -> _Route:
-        try:
-            route = next(iter(ipr.route("get", dst=str(address))))
-        except NetlinkError as error:
-            return _Route(HopState.NO_ROUTE, f"no route: {os.strerror(error.code)}")
-        out = route.get_attr("RTA_OIF")
-        link = links.get(out)
-        if not link:
-            return _Route(HopState.NO_ROUTE, f"no route: interface {out} is gone")
-        if not link.ethernet:
-            reason = f"its route leads through {link.name}, which is not an Ethernet interface"
-            return _Route(HopState.NOT_ETHERNET, reason)
-        gateway, source = route.get_attr("RTA_GATEWAY"), route.get_attr("RTA_PREFSRC")
-        metrics = route.get_attr("RTA_METRICS")
-        return _Route(
-            HopState.RESOLVED,
-            "",
-            out,
-            type(address)(gateway) if gateway else None,
-            type(address)(source) if source else None,
-            int((metrics and metrics.get_attr("RTAX_MTU")) or link.mtu),
-        )
+                for message in rtnetlink.neighbours(netlink, family)
+            ]
+            return _Tables(routes, dict(filter(None, neighbours)), links)
 
     def _manage(self, wanted: set[tuple[int, str]]) -> None:
-        with IPRoute() as ipr:
+        with Netlink() as netlink:
             for index, address in wanted - self._managed:
                 try:
-                    ipr.neigh("replace", dst=address, ifindex=index, state=0, flags_ext=NTF_EXT_MANAGED)
-                except NetlinkError as error:
+                    rtnetlink.set_neighbour(netlink, index, address, 0, NTF_EXT_MANAGED)
+                except OSError as error:
                     log.warning("cannot manage neighbour", neighbour=address, error=str(error))
-            self._release(ipr, self._managed - wanted)
+            self._release(netlink, self._managed - wanted)
         self._managed = set(wanted)
 
-    def _release(self, ipr: Any, neighbours: Iterable[tuple[int, str]]) -> None:
+    def _release(self, netlink: Netlink, neighbours: Iterable[tuple[int, str]]) -> None:
         for index, address in neighbours:
             try:
-                ipr.neigh("del", dst=address, ifindex=index)
-            except NetlinkError as error:
-                if error.code not in (errno.ENOENT, errno.ENODEV):
+                rtnetlink.delete_neighbour(netlink, index, address)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENODEV):
                     log.warning("cannot release neighbour", neighbour=address, error=str(error))
 
     def _forget(self) -> None:
-        with IPRoute() as ipr:
-            self._release(ipr, self._managed)
+        with Netlink() as netlink:
+            self._release(netlink, self._managed)
         self._managed = set()

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from crablb._native import ffi, lib
 from crablb.errors import KernelError
 from crablb.kernel import bpf
-from crablb.kernel.netlink import interface_info
+from crablb.kernel.interface import interface_info
 
 __all__ = ["DESC", "Batch", "XskError", "XskSocket"]
 

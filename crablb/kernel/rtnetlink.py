@@ -1,0 +1,217 @@
+"""Netlink, as much of it as a load balancer needs: ask, dump, and take messages apart.
+
+Synchronous and small.  Sources: rtnetlink(7), sock_diag(7); include/uapi/linux/netlink.h, rtnetlink.h, neighbour.h,
+genetlink.h;
+https://docs.kernel.org/userspace-api/netlink/intro.html.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+__all__ = ["Message", "Netlink", "attributes", "parse"]
+
+NETLINK_SOCK_DIAG, NETLINK_GENERIC = 4, 16
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
+NLM_F_REPLACE, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x400, 0x300
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+RTM_GETLINK, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 26, 28, 29, 30
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_NUM_RX_QUEUES = 1, 3, 4, 18, 32
+IFLA_INFO_KIND = 1
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
+RTAX_MTU = 2
+NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
+GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
+SOCK_DIAG_BY_FAMILY, IPPROTO_TCP = 20, 6
+NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, NETDEV_A_DEV_XDP_FEATURES = 1, 1, 3
+
+HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port id
+LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+ROUTE = struct.Struct("=8BI")  # struct rtmsg: family, destination's length, ..., flags
+NEIGHBOUR = struct.Struct("=B3xiHBB")  # struct ndmsg: family, ifindex, state, flags, type
+GENERIC = struct.Struct("=BBxx")  # struct genlmsghdr: command, version
+#: struct inet_diag_req_v2: family, protocol, states; no particular socket.
+DIAG_REQUEST = struct.Struct("=BBxxI48x")
+#: struct inet_diag_msg: family, state, source port (network order), receive queue.
+DIAG = struct.Struct("=BBxx2s46x4xI12x")
+#: Bytes that a datagram of answers may have.
+ROOM = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message without its header."""
+
+    kind: int
+    flags: int
+    body: bytes
+
+    def fields(self, header: struct.Struct) -> tuple[int, ...]:
+        """What the family's fixed header holds."""
+        return header.unpack_from(self.body)
+
+    def attributes(self, header: struct.Struct) -> dict[int, bytes]:
+        """What comes after it."""
+        return attributes(self.body[header.size :])
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Attributes by type; nested ones as bytes, to be taken apart in turn."""
+    found, at = {}, 0
+    while at + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, at)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[at + 4 : at + length]
+        at += (length + 3) & ~3
+    return found
+
+
+def number(data: bytes | None) -> int:
+    """An attribute that is an unsigned number; 0 if it is not there."""
+    return int.from_bytes(data or b"", "little")
+
+
+def text(data: bytes | None) -> str:
+    """An attribute that is a string; empty if it is not there."""
+    return (data or b"").rstrip(b"\0").decode(errors="replace")
+
+
+def address(data: bytes | None) -> str:
+    """An attribute that is an IP address, as it is written; empty if it is not there."""
+    return str(ipaddress.ip_address(data)) if data else ""
+
+
+def parse(data: bytes) -> Iterator[Message]:
+    """The messages of a datagram."""
+    at = 0
+    while at + HEADER.size <= len(data):
+        length, kind, flags, _, _ = HEADER.unpack_from(data, at)
+        if length < HEADER.size:
+            return
+        yield Message(kind, flags, data[at + HEADER.size : at + length])
+        at += (length + 3) & ~3
+
+
+def _encode(more: Mapping[int, bytes]) -> bytes:
+    return b"".join(
+        struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4) for kind, value in more.items()
+    )
+
+
+class Netlink:
+    """A socket to ask by, in the network namespace of the thread that makes it.  Raises OSError for what is refused."""
+
+    def __init__(self, protocol: int = 0) -> None:
+        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        self._sock.bind((0, 0))
+        self._sequence = 0
+
+    def ask(self, kind: int, body: bytes, more: Mapping[int, bytes] | None = None, flags: int = 0) -> list[Message]:
+        """Send a request; what is answered."""
+        return self._exchange(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body + _encode(more or {}))
+
+    def dump(self, kind: int, body: bytes) -> list[Message]:
+        """All there are; asked for again if they changed meanwhile."""
+        while True:
+            found = self._exchange(kind, NLM_F_REQUEST | NLM_F_DUMP, body)
+            if not any(message.flags & NLM_F_DUMP_INTR for message in found):
+                return found
+
+    def _exchange(self, kind: int, flags: int, payload: bytes) -> list[Message]:
+        self._sequence += 1
+        self._sock.send(HEADER.pack(HEADER.size + len(payload), kind, flags, self._sequence, 0) + payload)
+        found: list[Message] = []
+        while True:
+            for message in parse(self._sock.recv(ROOM)):
+                if message.kind not in (NLMSG_ERROR, NLMSG_DONE):
+                    found.append(message)
+                    continue
+                (error,) = struct.unpack_from("=i", message.body) if len(message.body) >= 4 else (0,)
+                if error:
+                    raise OSError(-error, os.strerror(-error))
+                return found
+
+    def family(self, name: str) -> int:
+        """The number of a generic netlink family (of a NETLINK_GENERIC socket)."""
+        more = {CTRL_ATTR_FAMILY_NAME: name.encode() + b"\0"}
+        (answer,) = self.ask(GENL_ID_CTRL, GENERIC.pack(CTRL_CMD_GETFAMILY, 1), more)
+        return number(answer.attributes(GENERIC)[CTRL_ATTR_FAMILY_ID])
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---- requests ----
+
+
+def links(netlink: Netlink) -> Iterable[Message]:
+    """Every link, with :data:`LINK` and IFLA_* attributes."""
+    return netlink.dump(RTM_GETLINK, LINK.pack(0, 0, 0, 0, 0))
+
+
+def link(netlink: Netlink, index: int) -> Message:
+    return netlink.ask(RTM_GETLINK, LINK.pack(0, 0, index, 0, 0))[0]
+
+
+def route(netlink: Netlink, to: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Message:
+    """The route to an address, with :data:`ROUTE` and RTA_* attributes."""
+    family = socket.AF_INET if to.version == 4 else socket.AF_INET6
+    body = ROUTE.pack(family, to.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+    return netlink.ask(RTM_GETROUTE, body, {RTA_DST: to.packed})[0]
+
+
+def neighbours(netlink: Netlink, family: int) -> Iterable[Message]:
+    """Every neighbour of a family, with :data:`NEIGHBOUR` and NDA_* attributes."""
+    return netlink.dump(RTM_GETNEIGH, NEIGHBOUR.pack(family, 0, 0, 0, 0))
+
+
+def set_neighbour(netlink: Netlink, index: int, at: str, state: int, flags_ext: int) -> None:
+    """Make a neighbour entry, or replace it."""
+    to = ipaddress.ip_address(at)
+    family = socket.AF_INET if to.version == 4 else socket.AF_INET6
+    more = {NDA_DST: to.packed, NDA_FLAGS_EXT: struct.pack("=I", flags_ext)}
+    netlink.ask(RTM_NEWNEIGH, NEIGHBOUR.pack(family, index, state, 0, 0), more, NLM_F_CREATE | NLM_F_REPLACE)
+
+
+def delete_neighbour(netlink: Netlink, index: int, at: str) -> None:
+    to = ipaddress.ip_address(at)
+    family = socket.AF_INET if to.version == 4 else socket.AF_INET6
+    netlink.ask(RTM_DELNEIGH, NEIGHBOUR.pack(family, index, 0, 0, 0), {NDA_DST: to.packed})
+
+
+def tcp_sockets(family: int, states: int) -> list[tuple[int, int, int]]:
+    """TCP sockets in some states (a bit for each): state, local port, bytes (a listener's: connections) in the queue.
+
+    Source: sock_diag(7).
+    """
+    with Netlink(NETLINK_SOCK_DIAG) as netlink:
+        found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
+    messages = (DIAG.unpack_from(message.body) for message in found)
+    return [(state, int.from_bytes(port, "big"), queue) for _, state, port, queue in messages]
+
+
+def xdp_features() -> dict[int, int]:
+    """What XDP programs can do with each interface, NETDEV_XDP_ACT_* by ifindex; empty before Linux 6.3.
+
+    Source: Documentation/netlink/specs/netdev.yaml.
+    """
+    try:
+        with Netlink(NETLINK_GENERIC) as netlink:
+            devices = netlink.dump(netlink.family("netdev"), GENERIC.pack(NETDEV_CMD_DEV_GET, 1))
+    except OSError:
+        return {}
+    found = [device.attributes(GENERIC) for device in devices]
+    return {number(a.get(NETDEV_A_DEV_IFINDEX)): number(a.get(NETDEV_A_DEV_XDP_FEATURES)) for a in found}

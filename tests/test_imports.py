@@ -1,0 +1,54 @@
+"""What is imported when: a part of the package does not load the rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import crablb
+
+
+def loaded(statement: str, *names: str) -> set[str]:
+    """Which of these modules a fresh interpreter has loaded after a statement."""
+    code = f"import sys; {statement}; print(*(n for n in {names!r} if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+ALL = ("uvloop", "asyncio", "crablb.engine", "crablb.policy", "crablb.lab", "crablb.agent")
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("import crablb", set()),
+        ("import crablb.model", set()),
+        ("import crablb.kernel.xsk", set()),
+        ("from crablb import Vip", set()),
+        ("import crablb; crablb.LoadBalancer", {"asyncio", "crablb.engine", "crablb.policy"}),
+        ("import crablb.cli.serve", {"uvloop", "asyncio", "crablb.engine", "crablb.policy"}),
+    ],
+)
+def test_only_what_is_needed(statement, expected):
+    assert loaded(statement, *ALL) == expected
+
+
+def test_a_command_imports_only_its_own():
+    others = {"crablb.cli.serve", "crablb.lab", "crablb.engine", "crablb.agent"}
+    assert loaded("from crablb.cli import main; main(['key', 'new'])", "crablb.cli.key", *others) & others == set()
+
+
+def test_names_resolve():
+    assert set(crablb.__all__) <= set(dir(crablb))
+    for name in crablb.__all__:
+        assert getattr(crablb, name).__name__ == name
+    from crablb.model import Vip
+
+    assert crablb.Vip is Vip
+
+
+def test_names_that_are_none():
+    with pytest.raises(AttributeError, match="module 'crablb' has no attribute 'Nothing'"):
+        crablb.Nothing  # noqa: B018
