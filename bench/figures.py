@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 VERSION = 1
 #: A row whose middle half of samples is wider than this share of its median was disturbed.
@@ -68,6 +69,13 @@ class Curve:
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     source: Literal["here", "paper"] = "here"  # the paper's own are drawn beside ours
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[Row], x: Sequence[float] | None = None) -> Self:
+        """Of rows, at ``x``; default: at 0, 1, 2..., as bars are."""
+        samples = [row.samples for row in rows]
+        at = [float(n) for n in (range(len(rows)) if x is None else x)]
+        return cls(name, at, [row.median for row in rows], list(map(min, samples)), list(map(max, samples)))
 
 
 @dataclass

@@ -106,19 +106,30 @@ def start_nginx(node: Node, folder: Path, config: str) -> None:
         raise Unavailable(f"nginx did not start: {done.stderr.strip()}")
 
 
-def start_servers(context: Context, node: Node, folder: Path) -> None:
-    """nginx on port 80 (``/8`` and ``/8k`` are files of 8 and 8,192 bytes), an echo server on port 7."""
+def start_servers(context: Context, node: Node, folder: Path, service_us: int = 0) -> None:
+    """nginx on port 80 (``/8`` and ``/8k`` are files of 8 and 8,192 bytes), an echo server on port 7.
+
+    ``service_us``: the echo server answers one request at a time, each in so many microseconds.
+    """
     files = folder / "files"
     files.mkdir(parents=True)
     (files / "8").write_bytes(b"8 bytes\n")
     (files / "8k").write_bytes(b"8 bytes\n" * 1024)
     start_nginx(node, folder, NGINX_SERVER.format(dir=folder))
-    started(node, [str(context.make("crr")), "serve", str(ECHO)])
+    one_by_one = ["--service", str(service_us)] if service_us else []
+    started(node, [str(context.make("crr")), "serve", str(ECHO), *one_by_one])
 
 
 def start_agent(node: Node, role: str, vips: list[IPv4Address], *more: str) -> None:
+    """An agent of these VIPs, for the node's processes; with ``--detach`` no process of it stays."""
     urls = [part for vip in vips for port in PORTS for part in ("--vip", f"tcp://{vip}:{port}")]
-    started(node, crablb("agent", role, *urls, "--cgroup", str(node.cgroup), *more))
+    command = crablb("agent", role, *urls, "--cgroup", str(node.cgroup), *more)
+    if "--detach" not in more:
+        started(node, command)
+        return
+    done = node.run(*command, check=False)
+    if done.returncode:
+        raise KernelError(f"the {role} agent did not start in {node.netns}: {done.stderr.strip()}")
 
 
 class Peers:

@@ -384,10 +384,5 @@ def plot(suite: Suite) -> Plot:
         rows = [table.row(f"{names[0]}, IPv{family}, {USUAL}"), table.row(f"{names[1]}, IPv{family}, {USUAL}"),
                 table.row(f"{names[2]}, IPv{family}")] if table else []  # fmt: skip
         there = [row for row in rows if row]
-        curves.append(
-            Curve(
-                f"IPv{family}", [float(i) for i in range(len(there))], [row.median for row in there],
-                [min(row.samples) for row in there], [max(row.samples) for row in there],
-            )
-        )  # fmt: skip
+        curves.append(Curve.of(f"IPv{family}", there))
     return Plot("micro-syn", "A SYN, without the network card", "", "ns", curves, "bars", names)

@@ -152,22 +152,16 @@ def generator(context: Context, peers: Peers) -> str:
 
 
 def plots(found: Mapping[str, Mapping[str, Row]]) -> list[Plot]:
-    def bars(rows: Mapping[str, Row], name: str) -> Curve:
-        return Curve(
-            name,
-            [float(i) for i in range(len(rows))],
-            [row.median for row in rows.values()],
-            [min(row.samples) for row in rows.values()],
-            [max(row.samples) for row in rows.values()],
-        )
+    def bars(figure: str, name: str) -> Curve:
+        return Curve.of(name, list(found[figure].values()))
 
     names = [
         name.replace(", ", ",\n").replace(" ", "\n", 1) if len(name) > 8 else name for name in found["connections"]
     ]
     return [
         Plot("peers-connections", "New connections a second, on one CPU for everything", "", "1/s",
-             [bars(found["connections"], "connections")], "bars", names),
+             [bars("connections", "connections")], "bars", names),
         Plot("peers-latency", "8 bytes there and back", "", "us",
-             [bars(found["rr p50"], "established, p50"), bars(found["rr p99"], "established, p99"),
-              bars(found["setup p50"], "new connection, p50")], "bars", names),
+             [bars("rr p50", "established, p50"), bars("rr p99", "established, p99"),
+              bars("setup p50", "new connection, p50")], "bars", names),
     ]  # fmt: skip

@@ -568,13 +568,7 @@ def throughput(world: World, suite: Suite) -> None:
 
 
 def bars(key: str, title: str, rows: Mapping[str, Row]) -> Plot:
-    curve = Curve(
-        "here",
-        [float(i) for i in range(len(rows))],
-        [row.median for row in rows.values()],
-        [min(row.samples) for row in rows.values()],
-        [max(row.samples) for row in rows.values()],
-    )
+    curve = Curve.of("here", list(rows.values()))
     ticks = [textwrap.fill(name, 12) for name in rows]
     return Plot(key, title, "", "Mpps", [curve], "bars", ticks)
 
@@ -589,13 +583,7 @@ def figure_8(rows: Mapping[str, Row]) -> Plot:
         "",
         "million SYN/s",
         [
-            Curve(
-                "crablb's benchmark",
-                [float(i) for i, _ in here],
-                [row.median for _, row in here],
-                [min(row.samples) for _, row in here],
-                [max(row.samples) for _, row in here],
-            ),
+            Curve.of("crablb's benchmark", [row for _, row in here], [i for i, _ in here]),
             Curve("figure 8", [0.0, 1.0, 2.0], list(PAPER.values()), source="paper"),
         ],
         "bars",
