@@ -144,7 +144,7 @@ class Peers:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.lab = stack.enter_context(Lab.create(f"bench-peers-{os.getpid()}", "bridge", 8))
+            self.lab = stack.enter_context(Lab.create(f"bench-peers-{os.getpid()}", "bridge", 9))
             self._build(stack)
             self._stack = stack.pop_all()
         return self
@@ -156,12 +156,14 @@ class Peers:
 
     def _build(self, stack: ExitStack) -> None:
         lab = self.lab
-        prepared, other, plain, xdp, dnat, haproxy, stream, client = lab.servers
+        prepared, other, plain, xdp, dnat, haproxy, stream, client, whole = lab.servers
         for node in lab.nodes.values():
             node.set(SYSCTLS)
-        for node in (lab.client, client, haproxy, stream, dnat):
+        for node in (lab.client, client, whole, haproxy, stream, dnat):
             node.set(CLIENT_SYSCTLS)
             node.run("sysctl", "-qw", PORT_RANGE)
+        # Its packets have their checksums, as from a network: else the XDP program would leave them to user space.
+        whole.run("ethtool", "-K", "eth0", "tx", "off")
         for node in (prepared, other, plain):
             start_servers(self.context, node, self.folder / node.name)
         vips = {name: IPv4Address(f"10.0.0.{100 + i}") for i, name in enumerate(WAYS)}
@@ -174,6 +176,7 @@ class Peers:
             "nginx stream": stream,
         }
         redirected = [vips["crablb, redirect"], vips["XDP redirect"]]
+        users = {"crablb, redirect": lab.client, "XDP redirect": lab.client, "crablb, DSR": whole}
         starts: dict[str, Callable[[IPv4Address], None]] = {
             "XDP redirect": lambda vip: self._start_xdp(xdp, other, vip),
             "nftables DNAT": lambda vip: self._start_nft(dnat, plain, vip),
@@ -184,7 +187,7 @@ class Peers:
             if name == "direct":
                 self.ways[name] = Way(client, ip_address(plain.ip4), None)  # type: ignore[arg-type]
                 continue
-            by, user = behind[name], lab.client if vips[name] in redirected else client
+            by, user = behind[name], users.get(name, client)
             try:
                 if name in starts:
                     starts[name](vips[name])

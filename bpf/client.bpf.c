@@ -287,19 +287,16 @@ int crab_offer(struct bpf_sock_ops *ctx)
 {
     struct crab_flow_key k __attribute__((aligned(8))) = {}; /* written by words */
     __u32 op = READ(ctx->op);
-    if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_HDR_OPT_LEN_CB &&
-        op != BPF_SOCK_OPS_WRITE_HDR_OPT_CB && op != BPF_SOCK_OPS_STATE_CB &&
-        op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
-        return 1;
-    addresses(ctx, &k);
     int syn = (READ(ctx->skb_tcp_flags) & 0x12) == 0x02;
     switch (op) {
     case BPF_SOCK_OPS_TCP_CONNECT_CB:
+        addresses(ctx, &k);
         connecting(ctx, &k);
         break;
     case BPF_SOCK_OPS_HDR_OPT_LEN_CB: {
         if (!syn)
             break;
+        addresses(ctx, &k);
         /* A retransmission reserves too: only then comes the callback that forgets the offer.  It writes NOPs. */
         struct crab_client_vip *vip = vip_of(&k);
         if (vip && bpf_reserve_hdr_opt(ctx, 4, 0))
@@ -307,15 +304,19 @@ int crab_offer(struct bpf_sock_ops *ctx)
         break;
     }
     case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
-        if (syn)
-            write_offer(ctx, &k);
+        if (!syn)
+            break;
+        addresses(ctx, &k);
+        write_offer(ctx, &k);
         break;
     case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
         bpf_sock_ops_cb_flags_set(ctx, READ(ctx->bpf_sock_ops_cb_flags) & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
         break;
     case BPF_SOCK_OPS_STATE_CB:
-        if (READ(ctx->args[1]) == BPF_TCP_CLOSE)
-            closed(ctx, &k);
+        if (READ(ctx->args[1]) != BPF_TCP_CLOSE)
+            break;
+        addresses(ctx, &k);
+        closed(ctx, &k);
         break;
     }
     return 1;

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bench import lab, machine, peers
 from bench.context import Context
-from bench.figures import Results, Row
+from bench.figures import Results, Row, Table
 from tests.conftest import ROOT
 
 
@@ -158,6 +158,10 @@ def test_redirected_connections_pass_the_load_balancer_by(suite):
     assert packets["direct"] == 0
     assert packets["crablb, redirect"] <= 4 * 64
     assert packets["nginx stream"] > 100 * 64
+    programs = {row.name: row.median for row in suite.table("peers-bpf").rows}
+    ours = {f"crablb, redirect: crab_{name}" for name in ("server", "offer", "ingress", "egress", "lb")}
+    assert {*ours, "XDP redirect: redirect"} <= programs.keys()
+    assert "crablb, DSR: crab_server" not in programs
     p6 = suite.targets[-1]
     assert p6.value.startswith("0 packets beside 1 SYN")
 
@@ -183,7 +187,10 @@ def found(ours: float, p99: float, setup: float) -> dict[str, dict[str, Row]]:
     [(9.6, 10.2, 14.0, [True, True]), (9.4, 10.4, 14.0, [False, False]), (9.6, 10.2, 16.0, [True, False])],
 )
 def test_targets(ours, p99, setup, reached):
-    targets = peers.targets(found(ours, p99, setup))
+    programs = Table(
+        "peers-bpf", "", "us", [Row("crablb, redirect: crab_server", [2.0]), Row("XDP redirect: x", [9.0])]
+    )
+    targets = peers.targets(found(ours, p99, setup), programs)
     assert [target.reached for target in targets] == reached
     assert all(bool(target.why) != target.reached for target in targets)
 

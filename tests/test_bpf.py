@@ -739,3 +739,28 @@ def test_mss_is_clamped(dsr, family, before):
     for left in (syn_ack(VIP[family], limit - 1), syn_ack(DIP[family], 1460), syn_ack(VIP[family], 1460, "S")):
         assert run(left).data == left
     assert dsr.counts() == {"clamped": 1}
+
+
+# ---- what is loaded ----
+
+
+def test_run_times_of_loaded_programs():
+    """Counted while the sysctl says so."""
+    switch = Path("/proc/sys/kernel/bpf_stats_enabled")
+    was = switch.read_text()
+    with bpf.Object(bpf.object_path("xsk")) as loaded:
+        program = loaded.program("crab_xsk")
+        try:
+            switch.write_text("1")
+            program.test_run(bytes(64), repeat=100)
+        finally:
+            switch.write_text(was)
+        found = []
+        for other in bpf.programs():
+            with other:
+                if other.id == program.id:
+                    found.append((other.name, other.run_time()))
+    ((name, (ns, count)),) = found
+    assert name == "crab_xsk"
+    assert count >= 1
+    assert ns > 0

@@ -306,6 +306,11 @@ class Program(_Descriptor):
     def from_pin(cls, path: Path | str) -> Program:
         return cls(_get(path))
 
+    def run_time(self) -> tuple[int, int]:
+        """Nanoseconds that it has run, and how often, while the sysctl ``kernel.bpf_stats_enabled`` was 1."""
+        info = self._info("bpf_prog_info")
+        return int(info.run_time_ns), int(info.run_cnt)
+
     def _link(self, target: int, attach_type: int, what: str, flags: int = 0) -> Link:
         opts = ffi.new("struct bpf_link_create_opts *")
         opts.sz = ffi.sizeof("struct bpf_link_create_opts")
@@ -385,6 +390,15 @@ class Program(_Descriptor):
         opts.data_in, opts.data_size_in = data_in, len(data)
         opts.ctx_in, opts.ctx_size_in = ctx_in, len(context)
         _check(lib.bpf_prog_test_run_opts(self.fd, opts), f"cannot run program {self.name} on live frames")
+
+
+def programs() -> Iterator[Program]:
+    """Every program that is loaded on this machine, whoever loaded it; close them."""
+    found = ffi.new("uint32_t *")
+    while lib.bpf_prog_get_next_id(found[0], found) == 0:
+        fd = lib.bpf_prog_get_fd_by_id(found[0])
+        if fd >= 0:  # else it has been unloaded meanwhile
+            yield Program(fd)
 
 
 class Link(_Descriptor):

@@ -76,6 +76,8 @@ struct bpf_prog_info {
     uint32_t type;
     uint32_t id;
     char name[16];
+    uint64_t run_time_ns;
+    uint64_t run_cnt;
     ...;
 };
 struct bpf_link_info {
@@ -110,6 +112,8 @@ int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, vo
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);
 int bpf_obj_pin(int fd, const char *path);
 int bpf_obj_get(const char *path);
+int bpf_prog_get_next_id(uint32_t start_id, uint32_t *next_id);
+int bpf_prog_get_fd_by_id(uint32_t id);
 int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *info_len);
 int bpf_link_create(int prog_fd, int target_fd, int attach_type, const struct bpf_link_create_opts *opts);
 int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
