@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.context import Context, Unavailable
-from bench.lab import CLIENT_SYSCTLS, ECHO, HTTP, PORT_RANGE, PORTS, SYSCTLS, start_agent, start_servers
+from bench.lab import CLIENT_SYSCTLS, ECHO, HTTP, PORTS, SYSCTLS, start_agent, start_servers
 from crablb.lab import Lab, Node
 from crablb.lab.demo import crablb, start_serve
 
@@ -84,11 +84,11 @@ class Farm:
             node.set(SYSCTLS)
         for server, service_us in zip(self.servers, self.service_us, strict=True):
             start_servers(self.context, server, self.folder / server.name, service_us)
-            server.ip(*(f"addr add {vip}/32 dev lo" for name, vip in self.vips.items() if not self.ways[name].redirect))
+            # Also for those that are redirected: a SYN that has to be sent again is served by the fallback.
+            server.ip(*(f"addr add {vip}/32 dev lo" for vip in self.vips.values()))
             start_agent(server, "server", redirected, *self._reports(server, master))
         for client in self.clients:
             client.set(CLIENT_SYSCTLS)
-            client.run("sysctl", "-qw", PORT_RANGE)
             client.ip(*(f"route replace {vip}/32 via {self.lab.lb.ip4}" for vip in self.vips.values()))
             start_agent(client, "client", redirected, "--backends", "10.0.0.0/24", "--detach")
         self._serve(master)
@@ -141,7 +141,17 @@ class Farm:
     # ---- load ----
 
     def _command(self, name: str, port: int, options: Sequence[str]) -> list[str]:
-        return [str(self.context.make("crr")), "load", str(self.vips[name]), str(port), *options]
+        """``crr load``, from ports of the way's own.
+
+        A server remembers a connection that it closed by addresses and ports for a minute.  Redirected from another
+        virtual address, the same client port would be the same connection to it, but with other time stamps, and its
+        SYN refused.
+        """
+        share = (65536 - 1024) // len(self.ways)
+        first = 1024 + share * list(self.ways).index(name)
+        ports = f"net.ipv4.ip_local_port_range={first} {first + share - 1}"
+        crr = [str(self.context.make("crr")), "load", str(self.vips[name]), str(port), *options]
+        return ["sh", "-c", 'sysctl -qw "$0" && exec "$@"', ports, *crr]
 
     def crr(self, name: str, *options: str, port: int = ECHO, by: Node | None = None) -> dict[str, Any]:
         """What ``crr load`` says of a way.  Raises :class:`Unavailable` if more than one request in a hundred fails."""

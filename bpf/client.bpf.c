@@ -41,6 +41,9 @@
 /* Seconds that a closed connection's translation stays: its TIME_WAIT, or an orphan's FIN_WAIT2, which still answers
  * the server's FIN (TCP_TIMEWAIT_LEN and tcp_fin_timeout, 60 s each). */
 #define LINGER_NS (65 * 1000000000ull)
+/* The same when the table is half full.  What a server then still sends of a closed connection is answered by a RST, which
+ * ends it there too; that is better than no room for new ones. */
+#define LINGER_CROWDED_NS (10 * 1000000000ull)
 #define SWEEP_NS (5 * 1000000000ull)
 #define CLOCK_MONOTONIC 1
 
@@ -106,6 +109,7 @@ struct {
  * time (its memory comes from kmalloc_nolock), and a packet cannot wait. */
 struct sweeper {
     struct bpf_timer timer;
+    __u32 left; /* flows that the sweep under way has found, and let be */
 };
 
 struct {
@@ -664,17 +668,33 @@ int crab_egress(struct __sk_buff *skb)
 
 /* ---- crab_sweep ---- */
 
-static long sweep_one(void *map __attribute__((unused)), struct crab_flow_key *k, struct out *out, __u64 *now)
+struct sweep {
+    __u64 now, linger;
+};
+
+static long sweep_one(void *map __attribute__((unused)), struct crab_flow_key *k, struct out *out, struct sweep *s)
 {
-    if (out->closed_ns && *now - out->closed_ns > LINGER_NS)
+    if (out->closed_ns && s->now - out->closed_ns > s->linger) {
         forget(k, out);
+        return 0;
+    }
+    /* Not on the stack: the verifier would follow its every value. */
+    __u32 zero = 0;
+    struct sweeper *sweeper = bpf_map_lookup_elem(&client_sweeper, &zero);
+    if (sweeper)
+        sweeper->left++;
     return 0;
 }
 
 static int sweep(void *map __attribute__((unused)), __u32 *key __attribute__((unused)), struct sweeper *sweeper)
 {
-    __u64 now = bpf_ktime_get_ns();
-    bpf_for_each_map_elem(&client_out, sweep_one, &now, 0);
+    struct sweep s = {.now = bpf_ktime_get_ns(), .linger = LINGER_NS};
+    sweeper->left = 0;
+    bpf_for_each_map_elem(&client_out, sweep_one, &s, 0);
+    if (sweeper->left > CRAB_MAX_CLIENT_FLOWS / 2) {
+        s.linger = LINGER_CROWDED_NS;
+        bpf_for_each_map_elem(&client_out, sweep_one, &s, 0);
+    }
     bpf_timer_start(&sweeper->timer, SWEEP_NS, 0);
     return 0;
 }

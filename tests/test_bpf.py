@@ -11,6 +11,7 @@ import re
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -31,6 +32,7 @@ from crablb.config import parse_vip
 from crablb.kernel import bpf, pins
 from crablb.kernel.xsk import XskSocket
 from crablb.model import mapped
+from tests.conftest import until
 from tests.reference import packets as reference
 from tests.reference.siphash import siphash
 
@@ -351,8 +353,30 @@ def test_client_any_options(client, options, family):
             client.maps[name].delete(flow)
 
 
-def test_client_sweep_starts(client):
+def flow(port: int, dip: str, closed_s: float | None) -> tuple[bytes, bytes, bytes]:
+    """A redirected connection: its keys outward and inward, and its outward value; None: it lives."""
+    local, vip, other = (mapped(ip_address(a)) for a in (CLIENT[4], VIP[4], dip))
+    closed_ns = 0 if closed_s is None else time.monotonic_ns() - int(closed_s * 1e9)
+    return local + vip + ports(port), local + other + ports(port), other + struct.pack("=Q", closed_ns)
+
+
+@pytest.mark.parametrize(("crowd", "gone"), [(0, {2}), (lib.CRAB_MAX_CLIENT_FLOWS // 2, {2, 3})])
+def test_sweep_forgets_closed_connections(client, crowd, gone):
+    """Those closed for longer than their TIME_WAIT; when there is little room, sooner.  Never those that live."""
+    out, into = client.maps["client_out"], client.maps["client_in"]
+    for port, closed_s in ((1, None), (2, 66), (3, 20), (4, 0)):
+        key, back, value = flow(port, DIP[4], closed_s)
+        out.update(key, value)
+        into.update(back, mapped(ip_address(VIP[4])))
+    for port in range(crowd):
+        out.update(*flow(1000 + port, DIP[4], None)[::2])
     assert client.programs["crab_sweep"].test_run().retval == 0
+    until(lambda: into.lookup(flow(2, DIP[4], None)[1]) is None, 15)
+    until(lambda: len(list(into.keys())) == 4 - len(gone), 5)
+    for port in (1, 2, 3, 4):
+        key, back, _ = flow(port, DIP[4], None)
+        assert (out.lookup(key) is None) == (into.lookup(back) is None) == (port in gone), port
+    assert len(list(out.keys())) == 4 - len(gone) + crowd
 
 
 # ---- the binding ----
