@@ -15,30 +15,40 @@ static inline uint64_t crab_add(uint64_t a, uint64_t b)
     return a + (a < b);
 }
 
-/* Sum of len bytes, not folded, below 2^34. */
-CRAB_TEMPLATE uint64_t crab_sum(const uint8_t *p, size_t len)
+/* sum and the words of len bytes, in one's complement of 64 bits. */
+CRAB_TEMPLATE uint64_t crab_sum_more(uint64_t sum, const uint8_t *p, size_t len)
 {
-    uint64_t sum = 0;
     for (; len >= 16; p += 16, len -= 16)
         sum = crab_add(crab_add(sum, load64(p)), load64(p + 8));
     if (len & 8) {
         sum = crab_add(sum, load64(p));
         p += 8;
     }
-    sum = (sum & 0xffffffff) + (sum >> 32);
     if (len & 4) {
-        sum += load32(p);
+        sum = crab_add(sum, load32(p));
         p += 4;
     }
     if (crab_unlikely(len & 3)) {
         if (len & 2) {
-            sum += load16(p);
+            sum = crab_add(sum, load16(p));
             p += 2;
         }
         if (len & 1)
-            sum += *p; /* an odd last byte is the first of a word whose second is zero */
+            sum = crab_add(sum, *p); /* an odd last byte is the first of a word whose second is zero */
     }
     return sum;
+}
+
+/* The same below 2^33: some of them can be added up as they are. */
+static inline uint64_t crab_sum_small(uint64_t sum)
+{
+    return (sum & 0xffffffff) + (sum >> 32);
+}
+
+/* Sum of len bytes, below 2^33. */
+CRAB_TEMPLATE uint64_t crab_sum(const uint8_t *p, size_t len)
+{
+    return crab_sum_small(crab_sum_more(0, p, len));
 }
 
 /* To 16 bits, by end-around carry: a number and itself turned by half its width add up in the upper half to what both halves
@@ -51,16 +61,23 @@ static inline uint16_t crab_fold(uint64_t sum)
     return (uint16_t)(half >> 16);
 }
 
+/* Does it fold to 0xffff, as what has the right checksum in it does?  Then it is a multiple of 65,535, and of those alone the
+ * product with the inverse of 65,535 is so small (Granlund and Montgomery 1994, section 9).  sum: not 0. */
+static inline int crab_is_whole(uint64_t sum)
+{
+    return sum * 0xfffefffefffeffffull <= UINT64_MAX / 0xffff;
+}
+
 /* ~sum, as a number to add: taking words away is adding their complement (RFC 1624, equation 3). */
 static inline uint64_t crab_sum_less(uint64_t sum)
 {
     return (uint16_t)~crab_fold(sum);
 }
 
-/* Sum of the pseudo-header of a TCP segment of tcp_len bytes (RFC 9293, 3.1; RFC 8200, 8.1). */
+/* Sum, in 64 bits, of the pseudo-header of a TCP segment of tcp_len bytes (RFC 9293, 3.1; RFC 8200, 8.1). */
 static inline uint64_t crab_sum_pseudo(const uint8_t *addrs, size_t addrs_len, uint32_t tcp_len)
 {
-    return crab_sum(addrs, addrs_len) + htons((uint16_t)tcp_len) + htons(6 /* IPPROTO_TCP */);
+    return crab_sum_more((uint64_t)htons((uint16_t)tcp_len) + htons(6 /* IPPROTO_TCP */), addrs, addrs_len);
 }
 
 #endif

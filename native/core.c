@@ -44,6 +44,7 @@ struct item {
     bool straight;      /* of a SYN: it is to be redirected, and the redirect takes the place of its offer's word */
     uint16_t chosen;    /* by crab_core.choose */
     uint64_t hash;      /* of the connection */
+    struct crab_entry *bucket; /* of the flow cache */
     const struct crab_redirect *redirect; /* of a SYN: its service's */
     const uint16_t *slot; /* of the service's table: by the connection's hash, or the client's */
     struct crab_tcp_sum sum;
@@ -119,7 +120,7 @@ void crab_core_learn(struct crab_core *core, struct crab_table *table)
 void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now)
 {
     for (uint32_t i = 0; i < n; i++) {
-        struct crab_entry *e = crab_flows_place(&core->flows, flows[i].hash, now);
+        struct crab_entry *e = crab_flows_place(crab_flows_bucket(&core->flows, flows[i].hash), now);
         if (e)
             *e = (struct crab_entry){.tag = flows[i].hash >> 16, .state = CRAB_ENTRY_ESTABLISHED,
                                      .backend = flows[i].backend, .seen = (uint16_t)now};
@@ -129,7 +130,7 @@ void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint
 void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now)
 {
     for (uint64_t i = 0; i < (core->flows.mask + 1) * CRAB_BUCKET; i++) {
-        /* The core's thread may be writing it: then this counts the one or the other. */
+        /* The core's thread may be writing it, or moving it: it is an estimate. */
         struct crab_entry e = core->flows.entries[i];
         if (!crab_entry_dead(&e, now) && e.backend < n)
             counts[e.backend]++;
@@ -186,8 +187,8 @@ static inline const uint16_t *slot_of(const struct crab_snapshot *s, const struc
 }
 
 /* First pass, an ICMP error: its connection is that of the packet which it quotes. */
-CRAB_APART enum crab_counter examine_icmp(const struct crab_snapshot *s, const uint8_t *frame, uint32_t len,
-                                      struct item *it)
+CRAB_APART enum crab_counter examine_icmp(const struct crab_core *core, const struct crab_snapshot *s,
+                                          const uint8_t *frame, uint32_t len, struct item *it)
 {
     uint8_t tuple[36];
     if (!crab_parse_icmp(frame, len, &it->packet, tuple))
@@ -202,6 +203,7 @@ CRAB_APART enum crab_counter examine_icmp(const struct crab_snapshot *s, const u
     it->kind = KIND_ICMP;
     if (!it->service)
         return CRAB_C_DROP_NOT_SERVICE;
+    it->bucket = crab_flows_bucket(&core->flows, it->hash);
     it->slot = slot_of(s, it, tuple);
     return CRAB_COUNTERS;
 }
@@ -214,11 +216,10 @@ static bool prefix_holds(const struct crab_prefix *prefix, const uint8_t addr[16
     return !rest || !((prefix->addr[bytes] ^ addr[bytes]) >> (8 - rest));
 }
 
-static bool may_be_redirected(const struct crab_snapshot *s, const struct crab_service *service, const uint8_t *ip,
-                              int family)
+/* Of a service that has prefixes. */
+CRAB_APART bool may_be_redirected(const struct crab_snapshot *s, const struct crab_service *service, const uint8_t *ip,
+                                  int family)
 {
-    if (crab_likely(!service->prefix_count))
-        return true;
     uint8_t client[16];
     if (family == 4) {
         memcpy(client, crab_mapped_prefix, 12);
@@ -240,7 +241,7 @@ static inline enum crab_counter decide(const struct crab_snapshot *s, const stru
         return CRAB_C_FALLBACK_MODE;
     if (service->mode == CRAB_MODE_NEGOTIATED && !(it->found & CRAB_OPTION_OFFER))
         return CRAB_C_FALLBACK_NO_OFFER;
-    if (crab_unlikely(!may_be_redirected(s, service, ip, it->packet.family)))
+    if (crab_unlikely(service->prefix_count) && !may_be_redirected(s, service, ip, it->packet.family))
         return CRAB_C_FALLBACK_PREFIX;
     return CRAB_C_REDIRECTED;
 }
@@ -253,7 +254,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     int verdict = crab_parse_at(frame, len, l3, family, p);
     if (crab_unlikely(verdict != CRAB_V_OK)) {
         if (verdict == CRAB_V_NOT_TCP)
-            return examine_icmp(s, frame, len, it);
+            return examine_icmp(core, s, frame, len, it);
         return verdict == CRAB_V_MALFORMED ? CRAB_C_DROP_MALFORMED : CRAB_C_DROP_NOT_SERVICE;
     }
     const uint8_t *ip = frame + l3, *tcp = ip + (family == 4 ? 20 : 40);
@@ -262,7 +263,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     if (family == 4) {
         a = 0;
         b = 0xffff0000ull | (uint64_t)load32(ip + CRAB_IP4_DST) << 32;
-        if (crab_unlikely(crab_fold(crab_sum(ip, 20)) != 0xffff))
+        if (crab_unlikely(!crab_is_whole(crab_sum_more(0, ip, 20))))
             return CRAB_C_DROP_CHECKSUM;
         it->hash = crab_hash4(&s->hash_init, addrs, tcp);
     } else {
@@ -273,7 +274,8 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     it->service = crab_service_find(s, a, b, load16(tcp + 2));
     if (crab_unlikely(!it->service))
         return CRAB_C_DROP_NOT_SERVICE;
-    __builtin_prefetch(crab_flows_bucket(&core->flows, it->hash), 1);
+    it->bucket = crab_flows_bucket(&core->flows, it->hash);
+    __builtin_prefetch(it->bucket, 1);
     it->slot = slot_of(s, it, addrs);
     __builtin_prefetch(it->slot);
     if (crab_unlikely((p->tcp_flags & CRAB_SYN) && (p->tcp_flags & (CRAB_ACK | CRAB_RST | CRAB_FIN))))
@@ -342,11 +344,11 @@ CRAB_APART void refuse(struct batch *b, uint32_t i, enum crab_counter why)
     b->items[i].kind = KIND_NONE;
 }
 
-static inline void prefetch_frame(const struct batch *b, uint32_t i)
+static inline void prefetch_frame(const struct crab_frame *frames, uint32_t i, uint32_t count)
 {
-    if (crab_likely(i < b->count)) {
-        __builtin_prefetch(b->frames[i].data, 1);
-        __builtin_prefetch(b->frames[i].data + 64, 1);
+    if (crab_likely(i < count)) {
+        __builtin_prefetch(frames[i].data, 1);
+        __builtin_prefetch(frames[i].data + 64, 1);
     }
 }
 
@@ -359,15 +361,20 @@ static inline uint16_t ethertype(const struct crab_frame *frame)
  * constant, and what is the same for all stays in registers.  Returns where it ends. */
 CRAB_TEMPLATE uint32_t examine_run(struct batch *b, uint32_t i, int family)
 {
+    /* In variables of their own: a frame's bytes may be anything's, for all that the compiler knows. */
     const uint16_t type = htons(family == 4 ? 0x0800 : 0x86dd);
+    const struct crab_frame *frames = b->frames;
+    struct item *items = b->items;
+    struct crab_core *core = b->core;
+    const struct crab_snapshot *s = b->s;
+    uint32_t count = b->count;
     do {
-        prefetch_frame(b, i + PREFETCH_AHEAD);
-        enum crab_counter why =
-            examine_at(b->core, b->s, b->frames[i].data, b->frames[i].len, &b->items[i], CRAB_ETH_LEN, family);
+        prefetch_frame(frames, i + PREFETCH_AHEAD, count);
+        enum crab_counter why = examine_at(core, s, frames[i].data, frames[i].len, &items[i], CRAB_ETH_LEN, family);
         if (crab_unlikely(why != CRAB_COUNTERS))
             refuse(b, i, why);
         i++;
-    } while (i < b->count && ethertype(&b->frames[i]) == type);
+    } while (i < count && ethertype(&frames[i]) == type);
     return i;
 }
 
@@ -388,7 +395,7 @@ CRAB_APART uint32_t examine_other(struct batch *b, uint32_t i)
     uint16_t type = 0;
     uint32_t l3 = (uint32_t)crab_find_l3(frame, len, &type);
     enum crab_counter why = l3 ? CRAB_C_DROP_NOT_SERVICE : CRAB_C_DROP_MALFORMED;
-    prefetch_frame(b, i + PREFETCH_AHEAD);
+    prefetch_frame(b->frames, i + PREFETCH_AHEAD, b->count);
     if (type == htons(0x0800) && l3)
         why = examine_at(b->core, b->s, frame, len, &b->items[i], l3, 4);
     else if (type == htons(0x86dd) && l3)
@@ -401,7 +408,7 @@ CRAB_APART uint32_t examine_other(struct batch *b, uint32_t i)
 static void examine(struct batch *b)
 {
     for (uint32_t i = 0; i < PREFETCH_AHEAD; i++)
-        prefetch_frame(b, i);
+        prefetch_frame(b->frames, i, b->count);
     for (uint32_t i = 0; i < b->count;) {
         uint16_t type = ethertype(&b->frames[i]);
         i = type == htons(0x0800) ? examine_ip4(b, i) : type == htons(0x86dd) ? examine_ip6(b, i) : examine_other(b, i);
@@ -455,7 +462,7 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
                               uint32_t isn, uint32_t now, bool free, unsigned *copies)
 {
     *copies = 0;
-    struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
+    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
     if (crab_unlikely(keeps(s, f, isn))) {
         /* A SYN with another sequence number on an established flow: its server knows whether the old connection
          * lives, and answers accordingly; whoever forged it must not move the flow. */
@@ -471,7 +478,7 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
     if (crab_unlikely(backend == CRAB_NO_BACKEND))
         return backend;
     if (crab_likely(!f))
-        f = crab_flows_place(&core->flows, it->hash, now);
+        f = crab_flows_place(it->bucket, now);
     if (crab_likely(f != NULL))
         *f = (struct crab_entry){.tag = it->hash >> 16, .state = CRAB_ENTRY_SYN, .copies = 1, .isn = isn,
                                 .backend = backend, .seen = (uint16_t)now};
@@ -609,27 +616,31 @@ static inline void count_one(struct batch *b, uint32_t i, enum crab_counter what
         b->kept++;
 }
 
-static inline void prefetch_backend(const struct batch *b, uint32_t i)
+static inline void prefetch_backend(const struct crab_snapshot *s, const struct item *items, uint32_t i, uint32_t count)
 {
-    if (crab_likely(i < b->count && b->items[i].kind))
-        __builtin_prefetch(&b->s->backends[*b->items[i].slot]);
+    if (crab_likely(i < count && items[i].kind))
+        __builtin_prefetch(&s->backends[*items[i].slot]);
 }
 
 /* Second pass, a run of SYNs of a family without tags, as in examine_run. */
 CRAB_TEMPLATE uint32_t forward_syns(struct batch *b, uint32_t i, enum kind kind)
 {
-    uint32_t redirected = 0;
+    struct crab_frame *frames = b->frames;
+    struct item *items = b->items;
+    struct crab_core *core = b->core;
+    const struct crab_snapshot *s = b->s;
+    uint32_t count = b->count, now = b->now, redirected = 0;
     do {
-        prefetch_backend(b, i + BACKENDS_AHEAD);
-        enum crab_counter what = forward_syn_at(b->core, b->s, &b->frames[i], &b->items[i], b->now, CRAB_ETH_LEN,
-                                                kind == KIND_SYN4 ? 4 : 6);
+        prefetch_backend(s, items, i + BACKENDS_AHEAD, count);
+        enum crab_counter what =
+            forward_syn_at(core, s, &frames[i], &items[i], now, CRAB_ETH_LEN, kind == KIND_SYN4 ? 4 : 6);
         if (crab_likely(what == CRAB_C_REDIRECTED))
             redirected++;
         else
             count_one(b, i, what);
         i++;
-    } while (i < b->count && b->items[i].kind == kind);
-    b->core->counters[CRAB_C_REDIRECTED] += redirected;
+    } while (i < count && items[i].kind == kind);
+    core->counters[CRAB_C_REDIRECTED] += redirected;
     b->kept += redirected;
     return i;
 }
@@ -666,7 +677,7 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
                                               struct crab_frame *frame, struct item *it, uint32_t now)
 {
     struct crab_packet *p = &it->packet;
-    struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
+    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
     uint16_t id;
     if (f) {
         id = f->backend;
@@ -716,7 +727,7 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
 CRAB_APART enum crab_counter forward_icmp(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
                                       struct item *it, uint32_t now)
 {
-    struct crab_entry *f = crab_flows_find(&core->flows, it->hash, now);
+    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
     uint16_t id = f && usable(s, f->backend) ? f->backend : choose(s, it);
     if (id == CRAB_NO_BACKEND)
         return CRAB_C_DROP_NO_BACKEND;
@@ -742,7 +753,7 @@ CRAB_APART void ask_for_batch(struct crab_core *core, const struct crab_snapshot
         const struct crab_packet *p = &it->packet;
         const uint8_t *ip = frames[i].data + p->l3, *tcp = frames[i].data + p->l4;
         if (it->outcome != CRAB_C_REDIRECTED ||
-            keeps(s, crab_flows_find(&core->flows, it->hash, now), load32(tcp + CRAB_TCP_SEQ)))
+            keeps(s, crab_flows_find(it->bucket, it->hash, now), load32(tcp + CRAB_TCP_SEQ)))
             continue;
         struct crab_choice *c = &choices[n];
         *c = (struct crab_choice){.cport_be = load16(tcp), .vport_be = load16(tcp + 2), .service = it->service->index,

@@ -4,8 +4,9 @@
  * A bucket is one cache line of four entries.  An entry is known by 48 bits of the connection's keyed hash beside the
  * bits that chose its bucket; who does not know the key cannot make two connections meet.
  *
- * Bounded and aged without a sweep: a new entry takes a free or expired place of its bucket, else the oldest one that
- * is still a SYN's, never one of an established connection.  So a flood of SYNs pushes out SYNs only. */
+ * Bounded and aged without a sweep: a new entry comes in at the front of its bucket, and the last one goes; if that is an
+ * established connection's, an expired one goes instead, else the oldest that is still a SYN's, never one of an
+ * established connection that lives.  So a flood of SYNs pushes out SYNs only. */
 #ifndef CRAB_FLOWS_H
 #define CRAB_FLOWS_H
 
@@ -70,9 +71,9 @@ static inline struct crab_entry *crab_flows_bucket(const struct crab_flows *t, u
     return &t->entries[(hash & t->mask) * CRAB_BUCKET];
 }
 
-static inline struct crab_entry *crab_flows_find(const struct crab_flows *t, uint64_t hash, uint32_t now)
+/* The entry of a hash in its bucket, or NULL. */
+static inline struct crab_entry *crab_flows_find(struct crab_entry *bucket, uint64_t hash, uint32_t now)
 {
-    struct crab_entry *bucket = crab_flows_bucket(t, hash);
     for (int i = 0; i < CRAB_BUCKET; i++) {
         uint64_t word; /* of which the tag is the lower part */
         memcpy(&word, &bucket[i], sizeof word);
@@ -82,25 +83,33 @@ static inline struct crab_entry *crab_flows_find(const struct crab_flows *t, uin
     return NULL;
 }
 
-/* A place for a new entry of this hash, or NULL: four live established connections fill the bucket. */
-static inline struct crab_entry *crab_flows_place(const struct crab_flows *t, uint64_t hash, uint32_t now)
+/* The place in a bucket for a new entry, by age, or NULL: four live established connections fill it. */
+CRAB_APART struct crab_entry *crab_flows_oldest(struct crab_entry *bucket, uint32_t now)
 {
-    struct crab_entry *bucket = crab_flows_bucket(t, hash);
-    /* The entries' words side by side, four lanes: no branch for each, for which of a bucket live cannot be foretold. */
-    typedef int32_t lanes __attribute__((vector_size(16)));
-    const uint32_t *words = (const void *)bucket;
-    lanes state = (lanes){(int)words[1], (int)words[5], (int)words[9], (int)words[13]} >> 16 & 0xff;
-    lanes age = ((int)now - ((lanes){(int)words[3], (int)words[7], (int)words[11], (int)words[15]} >> 16)) & 0xffff;
-    lanes syn = state == CRAB_ENTRY_SYN;
-    lanes lifetime = (syn & CRAB_AGE_SYN) | ((state == CRAB_ENTRY_ESTABLISHED) & CRAB_AGE_OPEN) |
-                     ((state == CRAB_ENTRY_CLOSING) & CRAB_AGE_ENDING);
-    lanes alive = lifetime > age;
-    /* Above an entry's number, from 3 down: the age of a SYN, whether it is one, and whether it is dead. */
-    lanes score = (((alive & syn & (age | 1 << 16)) | (~alive & 1 << 17)) << 2) | (lanes){3, 2, 1, 0};
-    int32_t best = score[0], other = score[2] > score[3] ? score[2] : score[3];
-    best = score[1] > best ? score[1] : best;
-    best = other > best ? other : best;
-    return best >= CRAB_BUCKET ? &bucket[CRAB_BUCKET - 1 - best % CRAB_BUCKET] : NULL;
+    struct crab_entry *oldest = NULL;
+    uint16_t most = 0;
+    for (struct crab_entry *e = bucket; e < bucket + CRAB_BUCKET; e++) {
+        if (crab_entry_dead(e, now))
+            return e;
+        uint16_t age = (uint16_t)((uint16_t)now - e->seen);
+        if (e->state == CRAB_ENTRY_SYN && (!oldest || age > most)) {
+            oldest = e;
+            most = age;
+        }
+    }
+    return oldest;
+}
+
+/* A place in a bucket for a new entry, or NULL: see crab_flows_oldest. */
+static inline struct crab_entry *crab_flows_place(struct crab_entry *bucket, uint32_t now)
+{
+    if (crab_unlikely(bucket[CRAB_BUCKET - 1].state > CRAB_ENTRY_SYN))
+        return crab_flows_oldest(bucket, now);
+    struct crab_entry first = bucket[0], second = bucket[1], third = bucket[2];
+    bucket[1] = first;
+    bucket[2] = second;
+    bucket[3] = third;
+    return bucket;
 }
 
 #endif

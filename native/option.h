@@ -15,7 +15,7 @@ struct crab_seen_list {
     int8_t form;                    /* -1: none was seen yet */
     int8_t word;                    /* as crab_option_scan has it */
     uint8_t found;
-};
+} __attribute__((aligned(16)));
 
 /* The last list of each length, in words. */
 struct crab_seen_lists {
@@ -31,11 +31,18 @@ static inline int crab_option_scan_again(struct crab_seen_lists *lists, const ui
                                          int *word)
 {
     struct crab_seen_list *seen = &lists->of[len / 4];
+    typedef uint64_t pair __attribute__((vector_size(16), aligned(1), may_alias));
     uint64_t differ = (uint64_t)(seen->form ^ form);
     size_t i = 0;
-    for (; i + 8 <= len; i += 8)
+    for (; i + 16 <= len; i += 16) {
+        pair d = (*(const pair *)(options + i) & *(const pair *)(seen->mask + i)) ^ *(const pair *)(seen->list + i);
+        differ |= d[0] | d[1];
+    }
+    if (len & 8) {
         differ |= (load64(options + i) & load64(seen->mask + i)) ^ load64(seen->list + i);
-    if (i < len)
+        i += 8;
+    }
+    if (len & 4)
         differ |= (load32(options + i) & load32(seen->mask + i)) ^ load32(seen->list + i);
     if (crab_unlikely(differ))
         crab_seen_learn(seen, options, len, form);

@@ -37,9 +37,9 @@ static inline struct crab_tcp_sum crab_tcp_sum(const uint8_t *tcp, size_t tcp_le
                                                size_t addrs_len)
 {
     uint16_t field = load16(tcp + CRAB_TCP_CSUM);
-    uint64_t pseudo = crab_sum_pseudo(addrs, addrs_len, (uint32_t)tcp_len), all = pseudo + crab_sum(tcp, tcp_len);
-    struct crab_tcp_sum out = {.body = all + (uint16_t)~field, .state = CRAB_CSUM_OK};
-    if (crab_unlikely(crab_fold(all) != 0xffff))
+    uint64_t pseudo = crab_sum_pseudo(addrs, addrs_len, (uint32_t)tcp_len), all = crab_sum_more(pseudo, tcp, tcp_len);
+    struct crab_tcp_sum out = {.body = crab_sum_small(all) + (uint16_t)~field, .state = CRAB_CSUM_OK};
+    if (crab_unlikely(!crab_is_whole(all)))
         out.state = field == crab_fold(pseudo) ? CRAB_CSUM_PARTIAL : CRAB_CSUM_BAD;
     return out;
 }

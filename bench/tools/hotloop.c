@@ -388,7 +388,7 @@ static int stages(int family)
              hashes[i] = seed ^ seed >> 29;
              __builtin_prefetch(crab_flows_bucket(&flows, hashes[i]), 1);
          },
-         (*crab_flows_place(&flows, hashes[i], 1) =
+         (*crab_flows_place(crab_flows_bucket(&flows, hashes[i]), 1) =
               (struct crab_entry){.tag = hashes[i] >> 16, .state = CRAB_ENTRY_SYN, .seen = 1})
              .tag);
     uint32_t size;
