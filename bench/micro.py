@@ -338,7 +338,13 @@ def targets(suite: Suite) -> list[Target]:
     if "micro-scale" in tables:
         table = tables["micro-scale"]
         ratio = statistics.median(table.ratio(table.rows[1]))
-        found.append(Target("P7", f"{ratio:.2f} times", ratio <= 1.3, "" if ratio <= 1.3 else "cache misses"))
+        few, many = (row.median for row in table.rows)
+        flows = [row.median for row in tables["micro-flows"].rows] if "micro-flows" in tables else [0.0]
+        why = (
+            f"{many - few:.0f} ns, of which {flows[-1] - flows[0]:.0f} for a flow cache that is larger than the CPU's "
+            "caches: each SYN takes one line of it from memory"
+        )
+        found.append(Target("P7", f"{ratio:.2f} times", ratio <= 1.3, "" if ratio <= 1.3 else why))
     if "micro-maglev" in tables and "micro-disruption" in tables:
         small, large = (row.median for row in tables["micro-maglev"].rows)
         rows = tables["micro-disruption"].rows

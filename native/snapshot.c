@@ -6,11 +6,15 @@
 
 #include <stdlib.h>
 
+/* On a cache line's boundary, so that what is no longer than a line lies on one.  from: NULL for zeros. */
 static void *copy(const void *from, size_t count, size_t size)
 {
-    void *to = calloc(count ? count : 1, size);
-    if (to && count)
+    size_t bytes = (count * size + 63) / 64 * 64;
+    void *to = aligned_alloc(64, bytes ? bytes : 64);
+    if (to && from && count)
         memcpy(to, from, count * size);
+    else if (to)
+        memset(to, 0, bytes);
     return to;
 }
 
@@ -30,20 +34,9 @@ void crab_redirect_init(struct crab_redirect *r, int form, const uint8_t addr[16
     r->tcp_change = r->sum + r->ip_change + htons((uint16_t)(growth / 4 << 12));
 }
 
-/* Backends on cache lines of their own. */
-static struct crab_backend *copy_backends(const struct crab_backend *from, uint32_t count)
-{
-    struct crab_backend *to = aligned_alloc(64, (count ? count : 1) * sizeof *to);
-    if (!to)
-        return NULL;
-    if (count)
-        memcpy(to, from, count * sizeof *to);
-    for (uint32_t i = 0; i < count; i++)
-        to[i].sum = sum_of_address(to[i].addr);
-    return to;
-}
-
 _Static_assert(sizeof(struct crab_backend) == 64, "a backend is a cache line");
+_Static_assert(sizeof(struct crab_service) == 64, "a service is a cache line");
+_Static_assert(sizeof(struct crab_redirect) == 64, "a redirect is a cache line");
 
 struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uint32_t service_count,
                                         const struct crab_backend *backends, uint32_t backend_count,
@@ -56,15 +49,17 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
     uint32_t places = 16;
     while (places < 2 * service_count)
         places *= 2;
-    s->places = calloc(places, sizeof *s->places);
+    s->places = copy(NULL, places, sizeof *s->places);
     s->services = copy(services, service_count, sizeof *services);
-    s->backends = copy_backends(backends, backend_count);
+    s->backends = copy(backends, backend_count, sizeof *backends);
     s->prefixes = copy(prefixes, prefix_count, sizeof *prefixes);
-    s->redirects = calloc(service_count ? service_count : 1, sizeof *s->redirects);
+    s->redirects = copy(NULL, service_count, sizeof *s->redirects);
     if (!s->places || !s->services || !s->backends || !s->prefixes || !s->redirects) {
         crab_snapshot_free(s);
         return NULL;
     }
+    for (uint32_t i = 0; i < backend_count; i++)
+        s->backends[i].sum = sum_of_address(s->backends[i].addr);
     s->hash_init = crab_sip_init(key16);
     s->form = (uint8_t)form;
     s->table_size = table_size;

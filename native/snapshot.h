@@ -20,7 +20,7 @@ struct crab_redirect {
     uint32_t sum;        /* of its words */
     uint32_t ip_change;  /* what an IPv4 header's sum changes by, but for the backend's address */
     uint32_t tcp_change; /* what the TCP sum changes by, but for that and the word that the option takes the place of */
-};
+} __attribute__((aligned(64)));
 
 /* addr: the service's. */
 void crab_redirect_init(struct crab_redirect *r, int form, const uint8_t addr[16]);

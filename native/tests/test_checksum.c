@@ -31,8 +31,20 @@ int main(void)
         for (size_t i = 0; i < len; i++)
             p[i] = rand() % 3 ? (uint8_t)rand() : 0xff;
         CHECK(crab_csum(p, len) == slow(p, len));
+        /* What was summed up before is added, with the carries. */
+        uint64_t before = round % 2 ? UINT64_MAX : (uint64_t)rand() << 33;
+        CHECK(crab_sum_small(crab_sum_more(before, p, len)) % 0xffff == (crab_sum(p, len) + before % 0xffff) % 0xffff);
         free(p);
     }
+
+    /* Whole are the multiples of 65,535, as are the sums that fold to it. */
+    for (int round = 0; round < 100000; round++) {
+        uint64_t some = (uint64_t)rand() << 40 ^ (uint64_t)rand() << 20 ^ (uint64_t)rand(), whole = some - some % 0xffff;
+        CHECK(crab_is_whole(some) == (crab_fold(some) == 0xffff));
+        CHECK(crab_is_whole(whole) && crab_fold(whole) == 0xffff);
+        CHECK(!crab_is_whole(whole + 1 + (uint64_t)rand() % 0xfffe));
+    }
+    CHECK(crab_is_whole(UINT64_MAX) && !crab_is_whole(UINT64_MAX - 1) && crab_is_whole(0xffff) && !crab_is_whole(0xfffe));
 
     uint8_t ip[41];
     uint16_t right, pseudo = htons(0x0a00 + 0x0001 + 0x0a00 + 0x0064 + 6 + 20);

@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: MIT */
+/* The flow cache: who makes room for whom. */
+#include "check.h"
+#include "flows.h"
+
+#define BUCKETS 16
+
+static struct crab_flows flows;
+
+/* The n-th connection of a bucket. */
+static uint64_t hash_of(uint32_t bucket, uint32_t n)
+{
+    return (uint64_t)(n + 1) << 16 | bucket;
+}
+
+static struct crab_entry *find(uint64_t hash, uint32_t now)
+{
+    return crab_flows_find(crab_flows_bucket(&flows, hash), hash, now);
+}
+
+static int put(uint64_t hash, enum crab_entry_state state, uint32_t now)
+{
+    struct crab_entry *e = crab_flows_place(crab_flows_bucket(&flows, hash), now);
+    if (e)
+        *e = (struct crab_entry){.tag = hash >> 16, .state = (uint8_t)state, .seen = (uint16_t)now};
+    return e != NULL;
+}
+
+static void start(void)
+{
+    free(flows.entries);
+    CHECK(!crab_flows_init(&flows, BUCKETS * CRAB_BUCKET));
+    CHECK(flows.mask == BUCKETS - 1);
+}
+
+/* The last four SYNs are there, and those before are not. */
+static void test_syns(void)
+{
+    start();
+    for (uint32_t n = 0; n < 20; n++) {
+        CHECK(!find(hash_of(3, n), 100));
+        CHECK(put(hash_of(3, n), CRAB_ENTRY_SYN, 100));
+        for (uint32_t i = 0; i <= n; i++)
+            CHECK(!!find(hash_of(3, i), 100) == (i + CRAB_BUCKET > n));
+    }
+}
+
+/* Established connections stay, whatever comes, until they have been silent for their time; then the SYNs have the room. */
+static void test_established(void)
+{
+    for (uint32_t count = 0; count <= CRAB_BUCKET; count++) {
+        start();
+        for (uint32_t n = 0; n < count; n++)
+            CHECK(put(hash_of(5, n), CRAB_ENTRY_ESTABLISHED, 100));
+        for (uint32_t n = 100; n < 150; n++) {
+            CHECK(put(hash_of(5, n), CRAB_ENTRY_SYN, 101) == (count < CRAB_BUCKET));
+            CHECK(!!find(hash_of(5, n), 101) == (count < CRAB_BUCKET));
+            for (uint32_t i = 0; i < count; i++)
+                CHECK(find(hash_of(5, i), 101));
+        }
+        uint32_t later = 100 + CRAB_AGE_OPEN;
+        for (uint32_t i = 0; i < count; i++)
+            CHECK(!find(hash_of(5, i), later));
+        for (uint32_t n = 200; n < 250; n++) {
+            CHECK(put(hash_of(5, n), CRAB_ENTRY_SYN, later));
+            CHECK(find(hash_of(5, n), later));
+        }
+    }
+}
+
+/* By age, where the last place is not free: a dead one, else the oldest SYN. */
+static void test_oldest(void)
+{
+    struct crab_entry bucket[CRAB_BUCKET] = {
+        {.tag = 1, .state = CRAB_ENTRY_SYN, .seen = 98},
+        {.tag = 2, .state = CRAB_ENTRY_SYN, .seen = 97},
+        {.tag = 3, .state = CRAB_ENTRY_CLOSING, .seen = 99},
+        {.tag = 4, .state = CRAB_ENTRY_ESTABLISHED, .seen = 90},
+    };
+    CHECK(crab_flows_place(bucket, 100) == &bucket[1]);
+    CHECK(crab_flows_place(bucket, 99 + CRAB_AGE_ENDING) != &bucket[3]);
+    bucket[1].state = CRAB_ENTRY_ESTABLISHED;
+    CHECK(crab_flows_place(bucket, 100) == &bucket[0]);
+    bucket[0].state = CRAB_ENTRY_FREE;
+    CHECK(crab_flows_place(bucket, 100) == &bucket[0]);
+    bucket[0].state = CRAB_ENTRY_ESTABLISHED;
+    CHECK(crab_flows_place(bucket, 100) == NULL);
+    CHECK(crab_flows_place(bucket, 99 + CRAB_AGE_ENDING) == &bucket[2]);
+    /* Seconds are counted modulo 2^16. */
+    bucket[0] = (struct crab_entry){.tag = 1, .state = CRAB_ENTRY_SYN, .seen = 65535};
+    CHECK(crab_entry_dead(&bucket[0], 65536 + CRAB_AGE_SYN) && !crab_entry_dead(&bucket[0], 65536));
+}
+
+/* Neighbours do not notice. */
+static void test_other_buckets(void)
+{
+    start();
+    for (uint32_t b = 0; b < BUCKETS; b++)
+        for (uint32_t n = 0; n < CRAB_BUCKET; n++)
+            CHECK(put(hash_of(b, n), CRAB_ENTRY_SYN, 100));
+    for (uint32_t n = 10; n < 30; n++)
+        CHECK(put(hash_of(7, n), CRAB_ENTRY_SYN, 100));
+    for (uint32_t b = 0; b < BUCKETS; b++)
+        for (uint32_t n = 0; n < CRAB_BUCKET; n++)
+            CHECK(!!find(hash_of(b, n), 100) == (b != 7));
+}
+
+int main(void)
+{
+    test_syns();
+    test_established();
+    test_oldest();
+    test_other_buckets();
+    free(flows.entries);
+    DONE();
+}
