@@ -52,16 +52,17 @@ class Context:
         return path
 
     def in_turn(
-        self, what: str, subjects: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int
+        self, what: str, subjects: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int, *, steady: bool = True
     ) -> dict[str, dict[str, Row]]:
         """Measure the subjects in turn, ``rounds`` times.
 
         A subject is called once a round and returns figures by name.  Returns rows by figure and subject, whose samples
         are those of the same rounds.  If some row's samples are too far apart (another load on the machine), all is
-        measured again; of all tries the calmest counts, and rows that are still too wide are marked.
+        measured again; of all tries the calmest counts, and rows that are still too wide are marked.  Not ``steady``:
+        samples differ by what they are, by other arrivals in each round for example, and nothing is made of it.
         """
         best: dict[str, dict[str, Row]] | None = None
-        for attempt in range(1 + AGAIN[self.size]):
+        for attempt in range(1 + AGAIN[self.size] * steady):
             found: dict[str, dict[str, Row]] = {}
             for number in range(rounds):
                 for name, subject in subjects.items():
@@ -73,7 +74,7 @@ class Context:
             if widest(best) <= WIDE:
                 break
         assert best is not None
-        for figure, rows in best.items():
+        for figure, rows in best.items() if steady else ():
             for row in rows.values():
                 self.mark(f"{what}, {figure}", row)
         return best

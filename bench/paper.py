@@ -322,7 +322,7 @@ def figure_11(context: Context, suite: Suite, farm: Farm) -> None:
         return measure
 
     subjects = {f"{way}, load {load:g}": subject(way, load) for load in loads for way in LOAD_WAYS}
-    rows = context.in_turn("figure 11", subjects, context.pick(5, 1, 1))["p99"]
+    rows = context.in_turn("figure 11", subjects, context.pick(5, 1, 1), steady=False)["p99"]
     suite.tables.append(
         Table("paper-fig11", "Figure 11: p99 by load, a new connection each", "service times", list(rows.values()))
     )
@@ -350,7 +350,7 @@ def figure_12(context: Context, suite: Suite, farm: Farm) -> None:
         return lambda: {"p99": open_loop(farm, way, rate, "--get", "/8k", port=HTTP, seeds=seeds)}
 
     subjects = {f"{way}, {rate:,} a second": subject(way, rate) for rate in rates for way in LOAD_WAYS}
-    rows = context.in_turn("figure 12", subjects, context.pick(5, 1, 1))["p99"]
+    rows = context.in_turn("figure 12", subjects, context.pick(5, 1, 1), steady=False)["p99"]
     suite.tables.append(
         Table(
             "paper-fig12",

@@ -32,7 +32,7 @@ def run(context: Context) -> Suite:
         Farm(context, Path(folder), "policies", ways, service_us, report=True) as farm,
     ):
         found = context.in_turn(
-            "policies", {policy: subject(farm, policy) for policy in POLICIES}, context.pick(5, 1, 1)
+            "policies", {policy: subject(farm, policy) for policy in POLICIES}, context.pick(5, 1, 1), steady=False
         )
     titles = {"p50": "Time of a request: p50", "p99": "The same: p99"}
     suite.tables = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from bench.figures import Plot, Results, Row, Suite, Table
 #: Of curves and bars; the paper's are the same in grey.
 COLOURS = ("#1f5fa8", "#c0504d", "#4f9a4f", "#8060a8", "#d08c2c", "#30a0a0", "#7f7f7f", "#b04080")
 REACHED = {True: "reached", False: "not reached", None: "-"}
+#: Tables of the overview, and what they are called there.
+OVERVIEW = {
+    "peers-connections": "new connections, 1/s",
+    "peers-setup-p50": "set-up, us",
+    "peers-latency-p50": "request, p50, us",
+    "peers-latency-p99": "p99, us",
+    "peers-requests": "requests, 1/s",
+    "peers-goodput": "download, MB/s",
+    "peers-packets": "packets by the load balancer for a GiB",
+}
 
 
 def number(value: float) -> str:
@@ -25,9 +36,9 @@ def number(value: float) -> str:
 
 def cells(table: Table, row: Row) -> list[str]:
     """Name, median, minimum, maximum, ratio to the baseline and how sure it is, remark."""
-    ratios = sorted(table.ratio(row))
-    ratio = f"{ratios[len(ratios) // 2]:.2f}" if ratios else ""
-    between = f"{ratios[0]:.2f} - {ratios[-1]:.2f}" if len(ratios) > 1 else ""
+    ratios = table.ratio(row)
+    ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
+    between = f"{min(ratios):.2f} - {max(ratios):.2f}" if len(ratios) > 1 else ""
     remark = "; ".join(filter(None, [row.note, "disturbed" if row.disturbed else ""]))
     return [row.name, number(row.median), number(min(row.samples)), number(max(row.samples)), ratio, between, remark]
 
@@ -96,6 +107,9 @@ def markdown(results: Results) -> str:
         "",
         *grid([["", "what", "limit", "found", "", "why"], *target_rows(results)]),
     ]
+    seen = overview(results)
+    if seen:
+        lines += ["", "## At a glance", "", *seen, "", "In brackets: of direct. What was measured how is said below."]
     for suite in results.suites:
         lines += ["", f"## {suite.title}", ""]
         for note in suite.notes:
@@ -112,6 +126,23 @@ def markdown(results: Results) -> str:
             lines += ["Left out:", "", *(f"- {reason}" for reason in suite.left_out), ""]
         lines.append(f"({suite.seconds:.0f} s)")
     return "\n".join(lines) + "\n"
+
+
+def overview(results: Results) -> list[str]:
+    """Ways to a server by what they cost; empty if that was not measured."""
+    tables = {title: table for key, title in OVERVIEW.items() if (table := results.table(key))}
+    if not tables:
+        return []
+    rows = [["", *tables]]
+    for name in [row.name for row in next(iter(tables.values())).rows]:
+        cells = [name]
+        for table in tables.values():
+            row = table.row(name)
+            ratios = table.ratio(row) if row else []
+            ratio = f" ({statistics.median(ratios):.2f})" if ratios else ""
+            cells.append(f"{number(row.median)}{ratio}" if row else "")
+        rows.append(cells)
+    return grid(rows)
 
 
 def target_rows(results: Results) -> list[list[str]]:

@@ -9,16 +9,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#ifndef AF_XDP
-#define AF_XDP 44
-#endif
-#ifndef SOL_XDP
-#define SOL_XDP 283
-#endif
-#ifndef XDP_MAX_TX_SKB_BUDGET /* Linux 6.18 */
-#define XDP_MAX_TX_SKB_BUDGET 9
-#endif
-
 /* The kernel keeps this much in front of every received frame (copy mode included). */
 #define KERNEL_HEADROOM 256
 /* Kicks for one call.  A copy-mode kick sends a limited number of frames and answers EAGAIN when more wait. */

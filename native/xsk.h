@@ -12,9 +12,21 @@
 
 #include <linux/if_xdp.h>
 #include <stdatomic.h>
+#include <sys/socket.h>
 
 #include "bytes.h"
 #include "crablb.h"
+
+/* What older headers do not have. */
+#ifndef AF_XDP
+#define AF_XDP 44
+#endif
+#ifndef SOL_XDP
+#define SOL_XDP 283
+#endif
+#ifndef XDP_MAX_TX_SKB_BUDGET /* Linux 6.18 */
+#define XDP_MAX_TX_SKB_BUDGET 9
+#endif
 
 struct crab_ring {
     _Atomic(uint32_t) *producer, *consumer, *flags;

@@ -17,7 +17,7 @@ from bench import run, targets
 from bench.compare import compare
 from bench.context import AGAIN, Context, Unavailable
 from bench.figures import WIDE, Curve, Plot, Results, Row, Suite, Table, Target, spread
-from bench.report import markdown, number, text, write
+from bench.report import markdown, number, overview, text, write
 from crablb.cli import main
 from crablb.errors import ConfigError
 from tests.conftest import ROOT
@@ -142,6 +142,30 @@ def test_report_of_the_same_results_is_the_same(tmp_path):
     report = (tmp_path / "a" / "report.md").read_text()
     assert "| ours | 20.00 | 18.00 | 22.00 | 2.00 | 1.50 - 2.00 |" in report
     assert "![A plot](micro-plot.svg)" in report and "- x: none" in report
+
+
+def test_overview():
+    assert overview(results()) == []
+    peers = results()
+    peers.suites.append(
+        Suite(
+            "peers",
+            "Peers",
+            [
+                Table(
+                    "peers-connections",
+                    "",
+                    "1/s",
+                    [Row("direct", [100, 200]), Row("ours", [80, 180])],
+                    "higher",
+                    "direct",
+                ),
+                Table("peers-packets", "", "packets", [Row("ours", [16.0])]),
+            ],
+        )
+    )
+    assert overview(peers)[2:] == ["| direct | 150.0 |  |", "| ours | 130.0 (0.85) | 16.00 |"]
+    assert set(overview(peers)) <= set(markdown(peers).splitlines())
 
 
 @pytest.mark.parametrize(

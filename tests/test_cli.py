@@ -6,16 +6,18 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from crablb.kernel import pins
 from crablb.kernel.xsk import _explain
-from crablb.lab import VIP4, Lab
+from crablb.lab import VIP4, Lab, existing
 from crablb.lab.demo import VIPS, agent_status, crablb, services, start_agent, status
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 
 SERVICE = "tcp://10.0.0.100:80=10.0.0.11"
 
@@ -308,6 +310,21 @@ def test_a_half_made_lab_is_removed(monkeypatch):
     monkeypatch.undo()
     with Lab.create(name, servers=1) as lab:
         assert lab.client.run("true").returncode == 0
+
+
+def test_terminated_it_removes_its_lab():
+    child = subprocess.Popen(crablb("demo"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        until(lambda: list(Path("/run/netns").glob(f"crab-demo-{child.pid}-server*")))
+        child.terminate()
+        _, said = child.communicate(timeout=30)
+        assert child.returncode == 128 + signal.SIGTERM
+        assert b"Traceback" not in said
+        until(lambda: not list(Path("/run/netns").glob(f"crab-demo-{child.pid}-*")))
+        assert f"demo-{child.pid}" not in existing()
+    finally:
+        child.kill()
+        child.communicate()
 
 
 @pytest.mark.parametrize("topology", ["bridge", "routed"])

@@ -21,13 +21,6 @@
 
 #include "xsk.h"
 
-#ifndef SOL_XDP
-#define SOL_XDP 283
-#endif
-#ifndef XDP_MAX_TX_SKB_BUDGET /* Linux 6.18 */
-#define XDP_MAX_TX_SKB_BUDGET 9
-#endif
-
 #define MAX_BATCH 1024
 #define FRAMES 4096 /* and rings: as crablb/kernel/xsk.py has them */
 #define RING 2048

@@ -6,13 +6,29 @@ Only the module of the command that is given is imported: a daemon does not carr
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from crablb.errors import CrablbError
 
 COMMANDS = ("serve", "status", "agent", "key", "lab", "demo", "bench")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does, so that what was made is removed."""
+
+    def end(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f"crablb.cli.{command}").add_parser(commands)
     args = parser.parse_args(argv)
     try:
-        return int(args.run(args))
+        with _terminable():
+            return int(args.run(args))
     except CrablbError as error:
         for line in str(error).splitlines():
             print(f"crablb: {line}", file=sys.stderr)
