@@ -298,8 +298,11 @@ def figures_11_and_12(context: Context, suite: Suite) -> None:
         tempfile.TemporaryDirectory() as folder,
         Farm(context, Path(folder), "load", LOAD_WAYS, [SERVICE_US] * servers) as farm,
     ):
-        figure_11(context, suite, farm)
-        figure_12(context, suite, farm)
+        for figure in (figure_11, figure_12):
+            try:
+                figure(context, suite, farm)
+            except Unavailable as reason:
+                suite.left_out.append(f"{figure.__name__.replace('_', ' ')}: {reason}")
 
 
 def open_loop(farm: Farm, name: str, rate: float, *more: str, port: int, seeds: count[int]) -> float:

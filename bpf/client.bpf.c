@@ -197,12 +197,15 @@ static __always_inline struct crab_port_key ports_of(const struct crab_flow_key 
     return p;
 }
 
-/* Both directions go. */
+/* Both directions go; inward only if it is not by now that of another VIP's connection, from the same port to the same
+ * backend. */
 static __always_inline void forget(const struct crab_flow_key *k, const struct out *out)
 {
-    struct crab_flow_key in = *k;
-    __builtin_memcpy(in.remote, out->dip, 16);
-    bpf_map_delete_elem(&client_in, &in);
+    struct crab_flow_key key = *k;
+    __builtin_memcpy(key.remote, out->dip, 16);
+    struct in *in = bpf_map_lookup_elem(&client_in, &key);
+    if (in && same(in->vip, k->remote))
+        bpf_map_delete_elem(&client_in, &key);
     bpf_map_delete_elem(&client_out, k);
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 
 import jsonschema
 import pytest
@@ -14,9 +15,11 @@ from bench.figures import Results, Row, Suite, Table
 from crablb.policy import BUILTIN, CONSISTENT
 from tests.conftest import ROOT
 
-#: Instructions of a SYN, for each address family, as gcc 12 compiles it; another compiler's code may be longer.
-INSTRUCTIONS = {4: 590, 6: 623}
-TOLERANCE = 0.1
+#: Instructions of a SYN, for each address family, as gcc 12 compiles it.
+INSTRUCTIONS = {4: 587, 6: 620}
+GCC = subprocess.run(["gcc", "-dumpversion"], capture_output=True, text=True, check=True).stdout.split(".")[0].strip()
+#: What more there may be of them; another compiler's code may be longer.
+TOLERANCE = 0.1 if GCC == "12" else 0.5
 
 
 def quiet() -> Context:

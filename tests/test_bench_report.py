@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import cycle
@@ -166,6 +167,22 @@ def test_overview():
     )
     assert overview(peers)[2:] == ["| direct | 150.0 |  |", "| ours | 130.0 (0.85) | 16.00 |"]
     assert set(overview(peers)) <= set(markdown(peers).splitlines())
+
+
+def test_readme_quotes_the_report():
+    """The README's table and its lines on the targets are those of the committed report, and that is whole."""
+    report = run.load(ROOT / "bench/report")
+    assert report.size == "full"
+    assert [suite.name for suite in report.suites] == list(run.SUITES)
+    made = (ROOT / "bench/report/report.md").read_text().splitlines()
+    readme = (ROOT / "README.md").read_text()
+    quoted = [line for line in readme.splitlines() if line in set(overview(report)) or line.startswith("| P")]
+    assert set(quoted) <= set(made)
+    assert set(overview(report)) <= set(quoted)
+    assert [line.split()[1] for line in quoted if line.startswith("| P")] == list(targets.TARGETS)
+    plots = re.findall(r"\(bench/report/(\S+\.svg)\)", readme)
+    assert len(plots) >= 2
+    assert all((ROOT / "bench/report" / name).exists() for name in plots)
 
 
 @pytest.mark.parametrize(

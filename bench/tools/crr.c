@@ -140,14 +140,16 @@ static bool write_all(int fd, const uint8_t *data, size_t n)
     return true;
 }
 
-/* The kernel's accept queue is the line in which requests wait. */
+/* The kernel's accept queue is the line in which requests wait.  Who connects and says nothing does not hold it up. */
 static void serve_one_by_one(int fd, uint64_t service_ns)
 {
     static uint8_t data[65536];
+    const struct timeval patience = {.tv_usec = 100000};
     for (;;) {
         int c = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
         if (c < 0)
             continue;
+        setsockopt(c, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
         ssize_t n = recv(c, data, sizeof data, 0);
         if (n > 0) {
             uint64_t end = now_ns() + service_ns;
