@@ -368,15 +368,21 @@ def test_sweep_forgets_closed_connections(client, crowd, gone):
         key, back, value = flow(port, DIP[4], closed_s)
         out.update(key, value)
         into.update(back, mapped(ip_address(VIP[4])))
+    # From this port there is a newer connection to the same backend, by another VIP.
+    taken, back_taken, value = flow(5, DIP[4], 66)
+    out.update(taken, value)
+    into.update(back_taken, mapped(ip_address(OTHER_VIP[4])))
     for port in range(crowd):
         out.update(*flow(1000 + port, DIP[4], None)[::2])
     assert client.programs["crab_sweep"].test_run().retval == 0
     until(lambda: into.lookup(flow(2, DIP[4], None)[1]) is None, 15)
-    until(lambda: len(list(into.keys())) == 4 - len(gone), 5)
+    until(lambda: len(list(into.keys())) == 5 - len(gone), 5)
     for port in (1, 2, 3, 4):
         key, back, _ = flow(port, DIP[4], None)
         assert (out.lookup(key) is None) == (into.lookup(back) is None) == (port in gone), port
     assert len(list(out.keys())) == 4 - len(gone) + crowd
+    assert out.lookup(taken) is None
+    assert into.lookup(back_taken) == mapped(ip_address(OTHER_VIP[4]))
 
 
 # ---- the binding ----
