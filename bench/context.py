@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -128,7 +127,3 @@ def one_cpu() -> Iterator[int]:
 
 def widest(found: Mapping[str, Mapping[str, Row]]) -> float:
     return max((spread(row.samples) for rows in found.values() for row in rows.values()), default=0.0)
-
-
-def medians(rows: Mapping[str, Row]) -> dict[str, float]:
-    return {name: statistics.median(row.samples) for name, row in rows.items()}

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.context import Context, Unavailable
-from bench.lab import CLIENT_SYSCTLS, ECHO, HTTP, PORTS, SYSCTLS, start_agent, start_servers
+from bench.lab import CLIENT_SYSCTLS, ECHO, HTTP, PORTS, SYSCTLS, answered, start_agent, start_servers
 from crablb.lab import Lab, Node
 from crablb.lab.demo import crablb, start_serve
 
@@ -156,7 +156,7 @@ class Farm:
     def crr(self, name: str, *options: str, port: int = ECHO, by: Node | None = None) -> dict[str, Any]:
         """What ``crr load`` says of a way.  Raises :class:`Unavailable` if more than one request in a hundred fails."""
         done = (by or self.clients[0]).run(*self._command(name, port, options), check=False)
-        return self._sound(name, done)
+        return answered(self.context, name, done)
 
     def together(self, name: str, *options: str) -> list[dict[str, Any]]:
         """The same, by all clients at once."""
@@ -165,11 +165,6 @@ class Farm:
         found = []
         for child in children:
             out, err = child.communicate()
-            found.append(self._sound(name, subprocess.CompletedProcess(command, child.returncode, out, err)))
-        return found
-
-    def _sound(self, name: str, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-        found: dict[str, Any] = self.context.parsed(done, "crr")
-        if found["errors"] * 100 >= found["count"]:
-            raise Unavailable(f"{name}: {found['errors']} requests of {found['errors'] + found['count']} failed")
+            done = subprocess.CompletedProcess(command, child.returncode, out, err)
+            found.append(answered(self.context, name, done))
         return found

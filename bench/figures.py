@@ -35,6 +35,10 @@ class Row:
     def median(self) -> float:
         return statistics.median(self.samples)
 
+    def over(self, base: Row) -> float:
+        """The median of the ratios round by round to a row that was measured in turn with this one."""
+        return statistics.median(a / b for a, b in zip(self.samples, base.samples, strict=True))
+
 
 @dataclass
 class Table:

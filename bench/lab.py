@@ -132,6 +132,14 @@ def start_agent(node: Node, role: str, vips: list[IPv4Address], *more: str) -> N
         raise KernelError(f"the {role} agent did not start in {node.netns}: {done.stderr.strip()}")
 
 
+def answered(context: Context, name: str, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What ``crr load`` said of a way.  Raises :class:`Unavailable` if more than one request in a hundred failed."""
+    found: dict[str, Any] = context.parsed(done, "crr")
+    if found["errors"] * 100 >= found["count"]:
+        raise Unavailable(f"{name}: {found['errors']} requests of {found['errors'] + found['count']} failed")
+    return found
+
+
 class Peers:
     """The lab.  A context manager; ``ways`` by name, and ``left_out``: why some are not there."""
 
@@ -260,15 +268,11 @@ class Peers:
 
     # ---- load ----
 
-    def crr(self, name: str, *options: str, port: int = ECHO, cpus: str = "") -> dict[str, float]:
+    def crr(self, name: str, *options: str, port: int = ECHO) -> dict[str, float]:
         """What ``crr load`` says of a way.  Raises :class:`Unavailable` if more than one request in a hundred fails."""
         way = self.ways[name]
         command = [str(self.context.make("crr")), "load", str(way.host), str(port), *options]
-        done = way.client.run(*(["taskset", "-c", cpus] if cpus else []), *command, check=False)
-        found: dict[str, Any] = self.context.parsed(done, "crr")
-        if found["errors"] * 100 >= found["count"]:
-            raise Unavailable(f"{name}: {found['errors']} requests of {found['errors'] + found['count']} failed")
-        return found
+        return answered(self.context, name, way.client.run(*command, check=False))
 
     def big(self, size: int) -> int:
         """Have the servers offer a file of ``size`` bytes as ``/big``; returns its size."""

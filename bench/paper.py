@@ -5,7 +5,6 @@ Figure 8 is in the suite ``xsk``.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -30,11 +29,16 @@ def run(context: Context) -> Suite:
         "Linux 4.19; all of ours is namespaces of one machine. Figure 8 is with AF_XDP, above."
     )
     for figures in (figure_4, figures_7_and_9, figure_10, figures_11_and_12):
-        try:
-            figures(context, suite)
-        except Unavailable as reason:
-            suite.left_out.append(f"{figures.__name__.replace('_', ' ')}: {reason}")
+        attempt(figures, context, suite)
     return suite
+
+
+def attempt(figure: Callable[..., None], context: Context, suite: Suite, *more: Farm) -> None:
+    """A figure, or the reason why there is none."""
+    try:
+        figure(context, suite, *more)
+    except Unavailable as reason:
+        suite.left_out.append(f"{figure.__name__.replace('_', ' ')}: {reason}")
 
 
 # ---- figure 4: a simulation ----
@@ -265,7 +269,7 @@ def figure_10(context: Context, suite: Suite) -> None:
 
 def p5(rows: Mapping[str, Row], size: int) -> Target:
     ours, dsr = rows[f"redirected, {size:,} bytes"], rows[f"DSR, {size:,} bytes"]
-    ratio = statistics.median(a / b for a, b in zip(ours.samples, dsr.samples, strict=True))
+    ratio = ours.over(dsr)
     value = (
         f"{ratio:.2f} times, {ours.median:.0f} Mbit/s beside {dsr.median:.0f}: messages of {size // 1024} KiB, links "
         f"of {LINK} Mbit/s"
@@ -299,10 +303,7 @@ def figures_11_and_12(context: Context, suite: Suite) -> None:
         Farm(context, Path(folder), "load", LOAD_WAYS, [SERVICE_US] * servers) as farm,
     ):
         for figure in (figure_11, figure_12):
-            try:
-                figure(context, suite, farm)
-            except Unavailable as reason:
-                suite.left_out.append(f"{figure.__name__.replace('_', ' ')}: {reason}")
+            attempt(figure, context, suite, farm)
 
 
 def open_loop(farm: Farm, name: str, rate: float, *more: str, port: int, seeds: count[int]) -> float:

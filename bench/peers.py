@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -127,8 +126,7 @@ def bpf_time(context: Context, peers: Peers) -> Table:
 
 
 def ratio(rows: Mapping[str, Row], name: str, base: str = "direct") -> float:
-    """Median of the ratios round by round."""
-    return statistics.median(a / b for a, b in zip(rows[name].samples, rows[base].samples, strict=True))
+    return rows[name].over(rows[base])
 
 
 def targets(found: Mapping[str, Mapping[str, Row]], programs: Table) -> list[Target]:

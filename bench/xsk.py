@@ -602,7 +602,7 @@ def judge(rows: Mapping[str, Row], user: Mapping[str, Row]) -> Target:
     def ratio(name: str) -> float:
         if disturbed:
             return max(rows[name].samples) / max(rows[FLOOR].samples)
-        return statistics.median(a / b for a, b in zip(rows[name].samples, rows[FLOOR].samples, strict=True))
+        return rows[name].over(rows[FLOOR])
 
     ours = ratio(SERVE)
     rate = max(rows[SERVE].samples) if disturbed else rows[SERVE].median
