@@ -389,7 +389,7 @@ static void run(void)
     double seconds = (double)((times.count >= opt.samples ? last_ns : stop) - first_ns) / 1e9;
     printf("{");
     print_times(&times);
-    printf(", \"errors\": %lu, \"seconds\": %.4f, \"rate\": %.2f, \"bytes\": %lu, \"cpu\": %.4f}\n", errors, seconds,
+    printf(", \"errors\": %lu, \"seconds\": %.6f, \"rate\": %.2f, \"bytes\": %lu, \"cpu\": %.4f}\n", errors, seconds,
            seconds > 0 ? (double)times.count / seconds : 0, moved, cpu_seconds() - (cpu < 0 ? 0 : cpu));
 }
 
