@@ -82,8 +82,8 @@ def frames(draw: st.DrawFn) -> tuple[bytes, dict[str, Any]]:
         elif upper in PORTS and (kind == 6 or special != "fragment"):
             has["port"] = port
         body /= last
-    if tags > 2:  # the third tag is what the frame carries, for us
-        has = {"ethertype": head.getlayer(3).type if tags else 0}
+    if tags > 2:  # the third tag is what the second carries, for us
+        has = {"ethertype": head.getlayer(2).type}
     return bytes(head / body), has
 
 
@@ -92,7 +92,7 @@ matches = st.builds(
         "ethertype": ethertype, "protocol": protocol, "port": port if protocol in (6, 17, 132) else None,
         "address": address and ip_address(address),
     },
-    st.sampled_from([None, None, 0x0800, 0x86DD, 0x0806, 0x9001]), st.sampled_from([None, 0, 1, 6, 17, 132]),
+    st.sampled_from([None, None, 0x0800, 0x86DD, 0x0806, 0x8100, 0x9001]), st.sampled_from([None, 0, 1, 6, 17, 132]),
     st.sampled_from([None, 80]), st.sampled_from([None, None, *HOSTS[4], *HOSTS[6]]),
 ).filter(lambda wanted: any(value is not None for value in wanted.values()))  # fmt: skip
 
