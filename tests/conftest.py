@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from crablb.lab import VIP4, VIP6, Lab, Node
 from crablb.lab.demo import agent_status, start_agent, start_serve
@@ -25,6 +26,10 @@ numbers = itertools.count()
 
 
 def pytest_configure() -> None:
+    # How long an example takes decides nothing; a fixture may serve all of a test's examples.
+    unneeded = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("crablb", deadline=None, suppress_health_check=unneeded)
+    settings.load_profile("crablb")
     # A terminated run removes its namespaces like an interrupted one.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))
 

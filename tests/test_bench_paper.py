@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import machine, paper, policies
@@ -26,7 +26,6 @@ def quiet() -> Context:
 # ---- the simulation ----
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 2)), max_size=60))
 def test_response_times(requests):
     """As one request after the other has them."""

@@ -33,7 +33,7 @@ def crr():
 # ---- the generator ----
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 10**11), min_size=1, max_size=300))
 def test_percentiles(crr, values):
     """As NumPy has them, to half a step of the histogram."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crablb._native import lib
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
@@ -334,7 +334,7 @@ def test_client_at_every_length(client, family, program):
     assert client.counts() == {}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(options=st.binary(max_size=40), family=st.sampled_from([4, 6]))
 def test_client_any_options(client, options, family):
     """A SYN-ACK is accepted exactly if an independent reader finds the redirect in it."""
@@ -547,7 +547,7 @@ def test_flow_by_mac(flows, family):
     assert counted[url(VIP[10 - family], 80)] == {"packets": 0, "bytes": 0}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(st.integers(1, 2**32 - 2), st.integers(1, 65535), st.integers(0, 2**64 - 1), st.booleans())
 def test_flow_is_found_by_its_hash(flows, client, port, seed, v6):
     """The program's hash is SipHash-1-3 of the four-tuple, as the independent reference has it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crablb.config import config_from_args, load_config, parse_backend, parse_prefix, parse_service, parse_vip
@@ -230,7 +230,6 @@ texts = st.text("0123456789abcdef:.[]/*=,tcp %-x" + "\u0665é", max_size=40)
 
 
 @given(text=texts)
-@settings(deadline=None)
 def test_garbage_is_a_config_error_or_a_value(text):
     for parse in (parse_vip, parse_backend, parse_prefix, parse_service):
         try:
@@ -258,7 +257,6 @@ def toml(value: object) -> str:
 
 
 @given(table=st.dictionaries(keys, values), entries=st.lists(st.dictionaries(entry_keys, values), max_size=3))
-@settings(deadline=None)
 def test_garbage_files_are_config_errors(tmp_path_factory, table, entries):
     lines = [f"{k} = {toml(v)}" for k, v in table.items()]
     for entry in entries:

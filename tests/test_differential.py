@@ -64,7 +64,6 @@ members = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from([7, 61, 251, 1021]), members, st.binary(min_size=16, max_size=16))
 def test_maglev(size, pool, seed):
     listed, full = [(address, weight, i) for i, (address, weight, _) in enumerate(pool)], [full for _, _, full in pool]
@@ -226,7 +225,7 @@ def frames(draw):
     return bytes(raw)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.lists(frames(), min_size=1, max_size=8),
     st.booleans(),
@@ -243,7 +242,7 @@ def test_frames(sequence, experimental, mode, fallback, elsewhere):
         assert core.elsewhere == expected.elsewhere
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(frames(), min_size=1, max_size=64), st.booleans())
 def test_a_batch_is_its_frames(sequence, experimental):
     one, all_ = Core(reference(experimental)), Core(reference(experimental))

@@ -72,7 +72,6 @@ def smooth(weights: list[int]) -> list[int]:
 
 
 @given(weight_lists)
-@settings(deadline=None)
 def test_round_robins(weights):
     for policy, sequence in (("round-robin", interleaved), ("weighted-round-robin", smooth)):
         expected = sequence(reduced(weights))
@@ -123,7 +122,6 @@ def greedy(base: list[int], weights: list[int], n: int) -> list[int]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 5)), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_least_connections(members):
     opens, weights = [o for o, _ in members], [w for _, w in members]
     made = pool("least-connections", weights)
@@ -270,7 +268,7 @@ def test_fallback_is_hashed_whatever_the_policy():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 32), st.integers(1, 65535), st.integers(1, 65535))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_source_hash(client, bits, one, other):
     """By the client's prefix alone: the slot that SipHash of (prefix, 0, 0, 0) says."""
     expected = reference()
@@ -370,7 +368,7 @@ def test_a_policy_that_fails_is_replaced_by_the_hash(name, capsys):
 
 
 @given(st.lists(st.integers(1, 60000), min_size=1, max_size=64, unique=True))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_batch_with_choices_is_its_frames(ports):
     def by_port(batch, backends):
         return batch["cport"] % 3

@@ -197,7 +197,7 @@ def test_nothing_is_believed_twice():
 
 
 @given(st.randoms(use_true_random=False), st.floats(0, 0.6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_lossy_network(random, loss):
     """Lost, late, doubled: what is believed only goes forward, and the end is known once it comes through."""
     judge, sender = report.Judge(MASTER), Sender()

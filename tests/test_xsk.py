@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crablb.errors import KernelError
@@ -125,7 +125,7 @@ def test_a_flood_is_counted(namespace):
         assert receive(xsk, 1) == [frame(7)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(["arrive", "receive", "allocate", "send", "release"]), st.integers(1, 80)),
