@@ -209,15 +209,19 @@ static __always_inline void forget(const struct crab_flow_key *k, const struct o
     bpf_map_delete_elem(&client_out, k);
 }
 
+/* One connection less has these ports. */
+static __always_inline void give_back(const struct crab_port_key *p)
+{
+    __u32 *n = bpf_map_lookup_elem(&client_ports, p);
+    if (n && __sync_fetch_and_add(n, -1) == 1)
+        bpf_map_delete_elem(&client_ports, p);
+}
+
 static __always_inline void connecting(struct bpf_sock_ops *ctx, const struct crab_flow_key *k)
 {
     struct crab_client_vip *vip = vip_of(k);
     if (!vip && !in_prefixes(k->remote))
         return;
-    /* What an old connection of the same four-tuple left would send this one's SYN straight to a backend. */
-    struct out *old = bpf_map_lookup_elem(&client_out, k);
-    if (old)
-        forget(k, old);
     struct crab_port_key p = ports_of(k);
     __u32 one = 1, *n = bpf_map_lookup_elem(&client_ports, &p);
     int shared = n && *n;
@@ -225,6 +229,10 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, const struct cr
         __sync_fetch_and_add(n, 1);
     else if (bpf_map_update_elem(&client_ports, &p, &one, BPF_NOEXIST))
         shared = 1; /* full: who else has these ports cannot be known */
+    /* What an old connection of the same four-tuple left would send this one's SYN straight to a backend. */
+    struct out *old = bpf_map_lookup_elem(&client_out, k);
+    if (old)
+        forget(k, old);
     int flags = BPF_SOCK_OPS_STATE_CB_FLAG;
     if (vip && shared)
         count(CRAB_CLIENT_NO_OFFER_SHARED);
@@ -243,9 +251,7 @@ static __always_inline struct crab_pending_key pending_of(const struct crab_flow
 static __always_inline void closed(struct bpf_sock_ops *ctx, const struct crab_flow_key *k)
 {
     struct crab_port_key p = ports_of(k);
-    __u32 *n = bpf_map_lookup_elem(&client_ports, &p);
-    if (n && __sync_fetch_and_add(n, -1) == 1)
-        bpf_map_delete_elem(&client_ports, &p);
+    give_back(&p);
     /* of a connection that was never answered; snd_una is then still the initial sequence number */
     struct crab_pending_key pending = pending_of(k, bpf_htonl(READ(ctx->snd_una) + 1));
     bpf_map_delete_elem(&client_pending, &pending);
@@ -675,10 +681,26 @@ struct sweep {
     __u64 now, linger;
 };
 
+static __always_inline int is_over(const struct out *out, const struct sweep *s)
+{
+    return out->closed_ns && s->now - out->closed_ns > s->linger;
+}
+
+/* Its element may be another flow's at any moment: another CPU forgets this one, and what it makes next has the memory.
+ * And what is deleted by key may have been renewed by then.  So the sweep takes the ports as a connection does: as long
+ * as it has them no other one gets a redirect; if somebody has them already, he forgets the flow or it waits. */
 static long sweep_one(void *map __attribute__((unused)), struct crab_flow_key *k, struct out *out, struct sweep *s)
 {
-    if (out->closed_ns && s->now - out->closed_ns > s->linger) {
-        forget(k, out);
+    if (is_over(out, s)) {
+        struct crab_flow_key key = *k;
+        struct crab_port_key p = ports_of(&key);
+        __u32 one = 1;
+        if (bpf_map_update_elem(&client_ports, &p, &one, BPF_NOEXIST))
+            return 0;
+        out = bpf_map_lookup_elem(&client_out, &key);
+        if (out && is_over(out, s))
+            forget(&key, out);
+        give_back(&p);
         return 0;
     }
     /* Not on the stack: the verifier would follow its every value. */

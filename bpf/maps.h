@@ -233,7 +233,7 @@ struct crab_flow_key {
 };
 
 /* Connections of one local address and port to one remote port, whatever the remote address: key of map
- * `client_ports`, whose value is how many there are. */
+ * `client_ports`, whose value is how many there are.  The sweep of closed ones has a place there like a connection. */
 struct crab_port_key {
     __u8 local[16];
     __be16 lport;

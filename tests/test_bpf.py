@@ -372,15 +372,20 @@ def test_sweep_forgets_closed_connections(client, crowd, gone):
     taken, back_taken, value = flow(5, DIP[4], 66)
     out.update(taken, value)
     into.update(back_taken, mapped(ip_address(OTHER_VIP[4])))
+    # The ports of this one are a connection's, which may be about to renew it.
+    busy, _, value = flow(6, DIP[4], 66)
+    out.update(busy, value)
+    client.maps["client_ports"].update(busy[:16] + ports(6), struct.pack("=I", 1))
     for port in range(crowd):
         out.update(*flow(1000 + port, DIP[4], None)[::2])
     assert client.programs["crab_sweep"].test_run().retval == 0
     until(lambda: into.lookup(flow(2, DIP[4], None)[1]) is None, 15)
-    until(lambda: len(list(into.keys())) == 5 - len(gone), 5)
+    until(lambda: len(list(out.keys())) == 5 - len(gone) + crowd, 5)
+    until(lambda: list(client.maps["client_ports"].keys()) == [busy[:16] + ports(6)], 5)
     for port in (1, 2, 3, 4):
         key, back, _ = flow(port, DIP[4], None)
         assert (out.lookup(key) is None) == (into.lookup(back) is None) == (port in gone), port
-    assert len(list(out.keys())) == 4 - len(gone) + crowd
+    assert out.lookup(busy) is not None
     assert out.lookup(taken) is None
     assert into.lookup(back_taken) == mapped(ip_address(OTHER_VIP[4]))
 
