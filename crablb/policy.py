@@ -77,10 +77,14 @@ class Pool:
             raise MemoryError(f"no memory for policy {policy}")
         self.c = ffi.gc(c, lib.crab_pool_free)
 
-    def pick(self, random: int) -> int:
-        """The backend id that the policy chooses, given 64 random bits; ``lib.CRAB_NO_BACKEND`` without members."""
-        chosen: int = lib.crab_pool_pick(self.c, random)
-        return chosen
+    def pick(self, random: Any, count: int = 1) -> list[int]:
+        """The backend ids that the policy chooses, one after the other; none without members.
+
+        ``random``: ``uint64_t *``, the state of the random numbers; ``count``: at most ``lib.CRAB_BATCH``.
+        """
+        chosen = ffi.new("uint16_t[]", count)
+        chose: int = lib.crab_pool_pick(self.c, random, chosen, count)
+        return list(chosen[0:chose])
 
     def refresh(self) -> None:
         """Take the loads as they are now into account."""

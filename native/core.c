@@ -14,6 +14,7 @@
 #include "flows.h"
 #include "option.h"
 #include "rewrite.h"
+#include "select.h"
 #include "snapshot.h"
 #include "table.h"
 
@@ -41,12 +42,14 @@ struct item {
     uint8_t found;      /* of a SYN: CRAB_OPTION_* among its options */
     int8_t word;        /* as crab_option_scan has it */
     uint8_t outcome;    /* of a SYN: as decide has it */
-    bool straight;      /* of a SYN: it is to be redirected, and the redirect takes the place of its offer's word */
-    uint16_t chosen;    /* by crab_core.choose */
+    bool room;          /* of a SYN: it is to be redirected, and the redirect has room in it */
+    bool straight;      /* of a SYN with room: the redirect takes the place of its offer's word */
+    uint16_t chosen;    /* backend, by the service's policy; then slot leads here */
+    uint16_t member;    /* the same as a member of the service's pool */
     uint64_t hash;      /* of the connection */
     struct crab_entry *bucket; /* of the flow cache */
     const struct crab_redirect *redirect; /* of a SYN: its service's */
-    const uint16_t *slot; /* of the service's table: by the connection's hash, or the client's */
+    const uint16_t *slot; /* where its backend is: in the service's table, by the connection's hash or the client's, or above */
     struct crab_tcp_sum sum;
     struct crab_packet packet;
 };
@@ -246,6 +249,14 @@ static inline enum crab_counter decide(const struct crab_snapshot *s, const stru
     return CRAB_C_REDIRECTED;
 }
 
+/* Can the redirect be written into the TCP header? */
+CRAB_APART bool fits(const struct crab_snapshot *s, const struct item *it, const uint8_t *tcp)
+{
+    uint8_t list[CRAB_MAX_OPTIONS];
+    return crab_option_rewrite(tcp + CRAB_TCP_MIN, it->packet.tcp_header - CRAB_TCP_MIN, s->form, it->service->addr,
+                               list) >= 0;
+}
+
 /* First pass, an IP packet of a family at l3. */
 CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct crab_snapshot *s, const uint8_t *frame,
                                            uint32_t len, struct item *it, uint32_t l3, int family)
@@ -294,6 +305,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
         it->redirect = &s->redirects[it->service - s->services];
         it->straight = it->outcome == CRAB_C_REDIRECTED && word >= 0 &&
                        p->tcp_header + it->redirect->len <= CRAB_TCP_MIN + CRAB_MAX_OPTIONS + 4;
+        it->room = crab_likely(it->straight) || (it->outcome == CRAB_C_REDIRECTED && fits(s, it, tcp));
         if (crab_unlikely(it->found & CRAB_OPTION_FORGED))
             core->counters[CRAB_C_FORGED_OPTION]++;
     }
@@ -421,33 +433,11 @@ static inline bool usable(const struct crab_snapshot *s, uint16_t backend)
            (s->backends[backend].flags & (CRAB_BACKEND_USABLE | CRAB_BACKEND_DEAD)) == CRAB_BACKEND_USABLE;
 }
 
-/* The same for any worker, daemon and load balancer of one configuration. */
+/* By the table: the same for any worker, daemon and load balancer of one configuration.  By a policy: see ask. */
 static inline uint16_t choose(const struct crab_snapshot *s, const struct item *it)
 {
     uint16_t backend = *it->slot;
     return usable(s, backend) ? backend : CRAB_NO_BACKEND;
-}
-
-/* SplitMix64 (Steele, Lea, Flood, 2014). */
-static inline uint64_t next_random(struct crab_core *core)
-{
-    uint64_t x = core->random += 0x9e3779b97f4a7c15ull;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return x ^ x >> 31;
-}
-
-/* Whom the service's policy redirects to. */
-CRAB_APART uint16_t ask_policy(struct crab_core *core, const struct crab_snapshot *s, const struct item *it)
-{
-    if (it->service->custom)
-        return usable(s, it->chosen) ? it->chosen : choose(s, it);
-    uint16_t backend = crab_pool_pick(it->service->pool, next_random(core));
-    if (crab_likely(usable(s, backend)))
-        return backend;
-    if (backend != CRAB_NO_BACKEND)
-        crab_pool_unpick(it->service->pool, backend);
-    return choose(s, it);
 }
 
 /* Does a SYN go where its flow, if there is one, went?  It is that flow's SYN again, or the flow is established. */
@@ -457,9 +447,9 @@ static inline bool keeps(const struct crab_snapshot *s, const struct crab_entry 
 }
 
 /* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
- * goes where its first copy went.  free: it may be redirected, so the service's policy may choose. */
+ * goes where its first copy went. */
 static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, const struct item *it,
-                              uint32_t isn, uint32_t now, bool free, unsigned *copies)
+                              uint32_t isn, uint32_t now, unsigned *copies)
 {
     *copies = 0;
     struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
@@ -472,9 +462,11 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
             core->counters[CRAB_C_RETRANSMITTED_SYN]++;
         }
         f->seen = (uint16_t)now;
+        if (it->slot == &it->chosen && it->service->pool) /* both copies are in this batch */
+            crab_unassign(it->service->pool, it->member);
         return f->backend;
     }
-    uint16_t backend = free && (it->service->pool || it->service->custom) ? ask_policy(core, s, it) : choose(s, it);
+    uint16_t backend = choose(s, it);
     if (crab_unlikely(backend == CRAB_NO_BACKEND))
         return backend;
     if (crab_likely(!f))
@@ -538,7 +530,7 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
 /* Second pass, a SYN that has its backend but goes another way than the usual. */
 CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const struct crab_snapshot *s,
                                                    struct crab_frame *frame, struct item *it,
-                                                   const struct crab_backend *backend, bool room, unsigned copies)
+                                                   const struct crab_backend *backend, unsigned copies)
 {
     struct crab_packet *p = &it->packet;
     const uint8_t *options = frame->data + p->l4 + CRAB_TCP_MIN;
@@ -551,7 +543,7 @@ CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const
     if (outcome == CRAB_C_REDIRECTED) {
         if (!(backend->flags & CRAB_BACKEND_CR) || !same_family(p, backend))
             outcome = CRAB_C_FALLBACK_NO_CR_BACKEND;
-        else if (!room)
+        else if (!it->room)
             outcome = CRAB_C_FALLBACK_NO_ROOM;
     }
     if (outcome == CRAB_C_REDIRECTED) {
@@ -570,15 +562,6 @@ CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const
     return send_by_dsr(core, frame, it, backend, outcome);
 }
 
-/* Can the redirect be written into the TCP header? */
-CRAB_APART bool fits(const struct crab_snapshot *s, const struct item *it, const struct crab_frame *frame)
-{
-    uint8_t list[CRAB_MAX_OPTIONS];
-    const struct crab_packet *p = &it->packet;
-    return crab_option_rewrite(frame->data + p->l4 + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN, s->form,
-                               it->service->addr, list) >= 0;
-}
-
 /* Second pass, a SYN.  Returns the counter of what became of it. */
 CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const struct crab_snapshot *s,
                                                struct crab_frame *frame, struct item *it, uint32_t now, uint32_t l3,
@@ -588,15 +571,14 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     p.l3 = (uint16_t)l3;
     p.l4 = (uint16_t)(l3 + (family == 4 ? 20 : 40));
     p.family = (uint8_t)family;
-    bool room = crab_likely(it->straight) || (it->outcome == CRAB_C_REDIRECTED && fits(s, it, frame));
     unsigned copies;
-    uint16_t id = assign(core, s, it, load32(frame->data + p.l4 + CRAB_TCP_SEQ), now, room, &copies);
+    uint16_t id = assign(core, s, it, load32(frame->data + p.l4 + CRAB_TCP_SEQ), now, &copies);
     if (crab_unlikely(id == CRAB_NO_BACKEND))
         return CRAB_C_DROP_NO_BACKEND;
     const struct crab_backend *backend = &s->backends[id];
     const uint32_t mask = CRAB_BACKEND_CR | CRAB_BACKEND_V6, right = CRAB_BACKEND_CR | (family == 6 ? CRAB_BACKEND_V6 : 0);
     if (crab_unlikely(!it->straight || copies >= 2 || (backend->flags & mask) != right))
-        return forward_syn_otherwise(core, s, frame, it, backend, room, copies);
+        return forward_syn_otherwise(core, s, frame, it, backend, copies);
     frame->data = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
     send_to(frame, &p, backend);
     return CRAB_C_REDIRECTED;
@@ -735,29 +717,44 @@ CRAB_APART enum crab_counter forward_icmp(struct crab_core *core, const struct c
     return send_by_dsr(core, frame, it, &s->backends[id], CRAB_C_FALLBACK_ICMP);
 }
 
-/* Between the passes: have the batch's connections that need it chosen for, all at once. */
-CRAB_APART void ask_for_batch(struct crab_core *core, const struct crab_snapshot *s, const struct crab_frame *frames,
-                          struct item *items, uint32_t count, uint32_t now)
+/* Connections of a batch for which a policy has to choose, in its order. */
+struct asking {
+    uint32_t count;
+    struct item *of[CRAB_BATCH];
+};
+
+/* Between the passes: those of one pool. */
+static void ask_pool(const struct batch *b, struct crab_pool *pool, struct asking *asking)
+{
+    uint16_t members[CRAB_BATCH];
+    pool->policy->pick(pool, &b->core->random, members, asking->count);
+    for (uint32_t i = 0; i < asking->count; i++) {
+        struct item *it = asking->of[i];
+        it->member = members[i];
+        it->chosen = pool->members[members[i]].backend;
+        if (crab_likely(usable(b->s, it->chosen)))
+            it->slot = &it->chosen;
+        else
+            crab_unassign(pool, members[i]);
+    }
+    asking->count = 0;
+}
+
+/* Between the passes: those of all services whose policy is a function's. */
+static void ask_function(const struct batch *b, const struct asking *asking)
 {
     struct crab_choice choices[CRAB_BATCH];
-    struct item *of[CRAB_BATCH];
     struct timespec clock;
-    uint32_t n = 0;
     clock_gettime(CLOCK_MONOTONIC, &clock);
     uint64_t arrival = (uint64_t)clock.tv_sec * 1000000000u + (uint64_t)clock.tv_nsec;
-    for (uint32_t i = 0; i < count; i++) {
-        struct item *it = &items[i];
-        if (it->kind < KIND_SYN4 || it->kind > KIND_TAGGED_SYN || !it->service->custom)
-            continue;
-        it->chosen = CRAB_NO_BACKEND;
+    for (uint32_t i = 0; i < asking->count; i++) {
+        const struct item *it = asking->of[i];
         const struct crab_packet *p = &it->packet;
-        const uint8_t *ip = frames[i].data + p->l3, *tcp = frames[i].data + p->l4;
-        if (it->outcome != CRAB_C_REDIRECTED ||
-            keeps(s, crab_flows_find(it->bucket, it->hash, now), load32(tcp + CRAB_TCP_SEQ)))
-            continue;
-        struct crab_choice *c = &choices[n];
+        const uint8_t *frame = b->frames[it - b->items].data, *ip = frame + p->l3, *tcp = frame + p->l4;
+        struct crab_choice *c = &choices[i];
         *c = (struct crab_choice){.cport_be = load16(tcp), .vport_be = load16(tcp + 2), .service = it->service->index,
-                                  .hash = it->hash, .arrival = arrival, .isn_be = load32(tcp + CRAB_TCP_SEQ), .backend = CRAB_NO_BACKEND};
+                                  .hash = it->hash, .arrival = arrival, .isn_be = load32(tcp + CRAB_TCP_SEQ),
+                                  .backend = CRAB_NO_BACKEND};
         memcpy(c->vip, it->service->addr, 16);
         if (p->family == 4) {
             memcpy(c->client, crab_mapped_prefix, 12);
@@ -765,13 +762,45 @@ CRAB_APART void ask_for_batch(struct crab_core *core, const struct crab_snapshot
         } else {
             memcpy(c->client, ip + CRAB_IP6_SRC, 16);
         }
-        of[n++] = it;
     }
-    if (!n)
-        return;
-    core->choose(core->context, choices, n);
-    for (uint32_t i = 0; i < n; i++)
-        of[i]->chosen = choices[i].backend;
+    b->core->choose(b->core->context, choices, asking->count);
+    for (uint32_t i = 0; i < asking->count; i++) {
+        struct item *it = asking->of[i];
+        if (!usable(b->s, choices[i].backend))
+            continue;
+        it->chosen = choices[i].backend;
+        it->slot = &it->chosen;
+    }
+}
+
+/* Between the passes: have the batch's connections chosen for, as many at once as follow each other to one service. */
+CRAB_APART void ask(const struct batch *b)
+{
+    struct asking pooled, custom, *whom = NULL;
+    const struct crab_service *service = NULL;
+    pooled.count = custom.count = 0;
+    for (uint32_t i = 0; i < b->count; i++) {
+        struct item *it = &b->items[i];
+        if (it->kind < KIND_SYN4 || it->kind > KIND_TAGGED_SYN)
+            continue;
+        if (crab_unlikely(it->service != service)) {
+            if (pooled.count)
+                ask_pool(b, service->pool, &pooled);
+            service = it->service;
+            whom = service->custom && b->core->choose ? &custom
+                   : service->pool && service->pool->count ? &pooled : NULL;
+        }
+        if (!whom || crab_unlikely(!it->room))
+            continue;
+        const struct crab_entry *f = crab_flows_find(it->bucket, it->hash, b->now);
+        if (crab_unlikely(f != NULL) && keeps(b->s, f, load32(b->frames[i].data + it->packet.l4 + CRAB_TCP_SEQ)))
+            continue;
+        whom->of[whom->count++] = it;
+    }
+    if (pooled.count)
+        ask_pool(b, service->pool, &pooled);
+    if (custom.count)
+        ask_function(b, &custom);
 }
 
 static void forward(struct batch *b)
@@ -839,8 +868,8 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
             frames[i].len = 0;
     } else {
         examine(&b);
-        if (crab_unlikely(b.s->custom && core->choose))
-            ask_for_batch(core, b.s, frames, items, count, now);
+        if (b.s->asks)
+            ask(&b);
         forward(&b);
         if (crab_unlikely(b.handed.count))
             b.kept += hand_over(core, frames, &b.handed);

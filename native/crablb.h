@@ -129,10 +129,9 @@ const char *crab_policy_name(uint32_t i);
 struct crab_pool *crab_pool_new(const char *policy, const struct crab_member *members, uint32_t count,
                                 struct crab_turn *turn);
 void crab_pool_free(struct crab_pool *pool);
-/* Choose a backend, and count it as assigned; CRAB_NO_BACKEND if there are no members.  From any thread. */
-uint16_t crab_pool_pick(struct crab_pool *pool, uint64_t random);
-/* Take a choice back. */
-void crab_pool_unpick(struct crab_pool *pool, uint16_t backend);
+/* Choose n backends (at most CRAB_BATCH), one after the other, and count them as assigned.  random: the state of the
+ * caller's random numbers.  From any thread.  Returns n, or 0 if there are no members. */
+uint32_t crab_pool_pick(struct crab_pool *pool, uint64_t *random, uint16_t *backends, uint32_t n);
 /* Take the loads as they are now into account.  One thread at a time, while others pick. */
 void crab_pool_refresh(struct crab_pool *pool);
 

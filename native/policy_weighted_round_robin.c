@@ -35,10 +35,4 @@ static int prepare(struct crab_pool *pool)
     return s ? 0 : -1;
 }
 
-static uint32_t pick(struct crab_pool *pool, uint64_t random)
-{
-    (void)random;
-    return crab_sequence_pick(pool);
-}
-
-const struct crab_policy crab_policy_weighted_round_robin = {"weighted-round-robin", prepare, pick, NULL};
+const struct crab_policy crab_policy_weighted_round_robin = {"weighted-round-robin", prepare, crab_sequence_pick, NULL};

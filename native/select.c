@@ -63,20 +63,15 @@ void crab_pool_refresh(struct crab_pool *pool)
     pool->policy->refresh(pool);
 }
 
-uint16_t crab_pool_pick(struct crab_pool *pool, uint64_t random)
+uint32_t crab_pool_pick(struct crab_pool *pool, uint64_t *random, uint16_t *backends, uint32_t n)
 {
+    uint16_t members[CRAB_BATCH];
     if (!pool->count)
-        return CRAB_NO_BACKEND;
-    const struct crab_member *m = &pool->members[pool->policy->pick(pool, random)];
-    __atomic_fetch_add(&m->load->assigned, 1, __ATOMIC_RELAXED);
-    return m->backend;
-}
-
-void crab_pool_unpick(struct crab_pool *pool, uint16_t backend)
-{
-    for (uint32_t i = 0; i < pool->count; i++)
-        if (pool->members[i].backend == backend)
-            __atomic_fetch_sub(&pool->members[i].load->assigned, 1, __ATOMIC_RELAXED);
+        return 0;
+    pool->policy->pick(pool, random, members, n);
+    for (uint32_t i = 0; i < n; i++)
+        backends[i] = pool->members[members[i]].backend;
+    return n;
 }
 
 /* ---- weights ---- */
@@ -147,6 +142,16 @@ int crab_alias_prepare(struct crab_pool *pool)
     free(share);
     free(todo);
     return 0;
+}
+
+void crab_sequence_pick(struct crab_pool *pool, uint64_t *random, uint16_t *members, uint32_t n)
+{
+    (void)random;
+    const struct crab_sequence *s = pool->state;
+    uint64_t at = __atomic_fetch_add(&pool->turn->next, n, __ATOMIC_RELAXED) % s->length;
+    for (uint32_t i = 0; i < n; i++, at = at + 1 < s->length ? at + 1 : 0)
+        members[i] = s->members[at];
+    crab_assign_all(pool, members, n);
 }
 
 /* ---- schedules ---- */
@@ -230,16 +235,16 @@ void crab_schedule_build(struct crab_pool *pool, struct crab_cost *costs)
     atomic_store_explicit(&s->active, idle, memory_order_release);
 }
 
-uint32_t crab_schedule_pick(struct crab_pool *pool, uint64_t random)
+void crab_schedule_pick(struct crab_pool *pool, uint64_t *random, uint16_t *members, uint32_t n)
 {
     (void)random;
     struct schedules *s = pool->state;
     struct schedule *from = s->of[atomic_load_explicit(&s->active, memory_order_acquire)];
-    uint32_t place = atomic_fetch_add_explicit(&from->next, 1, memory_order_relaxed);
-    if (crab_unlikely(place >= from->length)) {
-        uint32_t half = from->length / 2;
-        place = half + place % half;
+    uint32_t first = atomic_fetch_add_explicit(&from->next, n, memory_order_relaxed), half = from->length / 2;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t place = first + i;
+        /* A schedule that is being written meanwhile holds members all the same, old or new ones. */
+        members[i] = from->members[crab_likely(place < from->length) ? place : half + place % half];
     }
-    /* A schedule that is being written meanwhile holds members all the same, old or new ones. */
-    return from->members[place];
+    crab_assign_all(pool, members, n);
 }

@@ -66,7 +66,7 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
     s->backend_count = backend_count;
     s->mask = places - 1;
     for (uint32_t n = 0; n < service_count; n++) {
-        s->custom |= services[n].custom;
+        s->asks |= services[n].custom || services[n].pool;
         crab_redirect_init(&s->redirects[n], form, services[n].addr);
         uint64_t a = load64(services[n].addr), b = load64(services[n].addr + 8);
         uint32_t i = crab_place_of(a, b, services[n].port_be) & s->mask;

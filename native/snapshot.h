@@ -28,7 +28,7 @@ void crab_redirect_init(struct crab_redirect *r, int form, const uint8_t addr[16
 struct crab_snapshot {
     struct crab_sip hash_init;
     uint8_t form;
-    bool custom; /* some service is */
+    bool asks; /* some service has a policy beside its table */
     uint32_t table_size;
     uint32_t backend_count;
     uint32_t mask; /* places - 1 */

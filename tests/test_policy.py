@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import ipaddress
 import json
-import random
 import threading
 import time
 from collections import Counter
@@ -44,9 +43,10 @@ def pool(policy: str, weights: list[int], turn: object = None, loads: list[objec
     return made
 
 
-def picks(made: Pool, n: int, seed: int = 1) -> list[int]:
-    numbers = random.Random(seed)
-    return [made.pick(numbers.getrandbits(64)) - 100 for _ in range(n)]
+def picks(made: Pool, n: int, seed: int = 1, at_once: int = lib.CRAB_BATCH) -> list[int]:
+    state = ffi.new("uint64_t *", seed)
+    sizes = [min(at_once, n - i) for i in range(0, n, at_once)]
+    return [backend - 100 for size in sizes for backend in made.pick(state, size)]
 
 
 def reduced(weights: list[int]) -> list[int]:
@@ -223,7 +223,15 @@ def test_power_of_two_prefers_the_emptier():
 
 @pytest.mark.parametrize("policy", [p for p in BUILTIN if p not in ("maglev", "source-hash")])
 def test_nobody_to_choose(policy):
-    assert pool(policy, []).pick(1) == lib.CRAB_NO_BACKEND
+    assert pool(policy, []).pick(ffi.new("uint64_t *", 1), 3) == []
+
+
+@pytest.mark.parametrize("policy", [p for p in BUILTIN if p not in ("maglev", "source-hash")])
+@given(weight_lists, st.integers(1, lib.CRAB_BATCH))
+def test_many_at_once_are_one_after_the_other(policy, weights, at_once):
+    one, many = pool(policy, weights), pool(policy, weights)
+    assert picks(one, 200, at_once=1) == picks(many, 200, at_once=at_once)
+    assert [load.assigned for load in one.loads] == [load.assigned for load in many.loads]
 
 
 # ---- in the hot loop ----
@@ -232,8 +240,8 @@ def test_nobody_to_choose(policy):
 def with_policy(policy: str, turn: object = None) -> Core:
     """The reference's services; the first chooses by policy between backends 0, 1 and 3 (2 does not speak CR)."""
     core = Core(reference())
-    core.pool = pool(policy, [1, 1, 1])
-    members = {i: (load, 1) for i, load in zip((0, 1, 3), core.pool.loads, strict=True)}
+    core.loads = [ffi.new("struct crab_load *") for _ in range(3)]
+    members = {i: (load, 1) for i, load in zip((0, 1, 3), core.loads, strict=True)}
     core.pool = Pool(policy, members, turn or ffi.new("struct crab_turn *"))
     core.set_pool(0, core.pool.c)
     return core
@@ -252,6 +260,28 @@ def test_policy_chooses_who_is_redirected():
     # A retransmission goes where its first copy went, and takes no turn.
     assert backend_of(core.handle(syn(5))[0]) == chosen[4]
     assert backend_of(core.handle(syn(31))[0]) == 0
+
+
+@pytest.mark.parametrize("policy", [p for p in BUILTIN if p not in ("maglev", "source-hash")])
+def test_a_connection_is_assigned_once_however_often_its_syn_is_in_a_batch(policy):
+    core = with_policy(policy)
+    frames = [syn(port) for port in (1, 2, 1, 3, 2)]
+    chosen = [backend_of(frame) for frame in core.handle(*frames)]
+    assert (chosen[2], chosen[4]) == (chosen[0], chosen[1])
+    assert sum(load.assigned for load in core.loads) == 3
+    assert core.counts()["retransmitted_syn"] == 2
+
+
+def test_a_member_that_cannot_be_reached_leaves_it_to_the_table():
+    core, hashed = with_policy("round-robin"), Core(reference())
+    there, gone = ffi.new("struct crab_load *"), ffi.new("struct crab_load *")
+    core.pool = Pool("round-robin", {0: (there, 1), 999: (gone, 1)}, ffi.new("struct crab_turn *"))
+    core.set_pool(0, core.pool.c)
+    frames = [syn(port) for port in range(1, 21)]
+    sent, by_table = core.handle(*frames), hashed.handle(*frames)
+    assert [backend_of(frame) for frame in sent[::2]] == [0] * 10
+    assert sent[1::2] == by_table[1::2]
+    assert (there.assigned, gone.assigned) == (10, 0)
 
 
 def test_fallback_is_hashed_whatever_the_policy():
