@@ -385,6 +385,7 @@ def test_sweep_forgets_closed_connections(client, crowd, gone):
     for port in (1, 2, 3, 4):
         key, back, _ = flow(port, DIP[4], None)
         assert (out.lookup(key) is None) == (into.lookup(back) is None) == (port in gone), port
+    assert len(list(into.keys())) == 5 - len(gone)
     assert out.lookup(busy) is not None
     assert out.lookup(taken) is None
     assert into.lookup(back_taken) == mapped(ip_address(OTHER_VIP[4]))

@@ -24,13 +24,15 @@ from crablb.config import parse_policy
 from crablb.errors import ConfigError
 from crablb.lab.demo import status
 from crablb.model import Backend, Service, State, Vip
-from crablb.policy import BUILTIN, Balance, Custom, Pool, resolve
+from crablb.policy import BUILTIN, CONSISTENT, Balance, Custom, Pool, resolve
 from tests.conftest import until
 from tests.native import Core
 from tests.reference.siphash import siphash
 from tests.test_differential import SEED, reference
 from tests.test_worker import syn
 
+#: Policies that choose among a pool's members; the others look into a table.
+POOLED = [policy for policy in BUILTIN if policy not in CONSISTENT]
 weight_lists = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
 
@@ -221,12 +223,12 @@ def test_power_of_two_prefers_the_emptier():
     assert max(load.assigned for load in level.loads) - min(load.assigned for load in level.loads) <= 10
 
 
-@pytest.mark.parametrize("policy", [p for p in BUILTIN if p not in ("maglev", "source-hash")])
+@pytest.mark.parametrize("policy", POOLED)
 def test_nobody_to_choose(policy):
     assert pool(policy, []).pick(ffi.new("uint64_t *", 1), 3) == []
 
 
-@pytest.mark.parametrize("policy", [p for p in BUILTIN if p not in ("maglev", "source-hash")])
+@pytest.mark.parametrize("policy", POOLED)
 @given(weight_lists, st.integers(1, lib.CRAB_BATCH))
 def test_many_at_once_are_one_after_the_other(policy, weights, at_once):
     one, many = pool(policy, weights), pool(policy, weights)
@@ -262,7 +264,7 @@ def test_policy_chooses_who_is_redirected():
     assert backend_of(core.handle(syn(31))[0]) == 0
 
 
-@pytest.mark.parametrize("policy", [p for p in BUILTIN if p not in ("maglev", "source-hash")])
+@pytest.mark.parametrize("policy", POOLED)
 def test_a_connection_is_assigned_once_however_often_its_syn_is_in_a_batch(policy):
     core = with_policy(policy)
     frames = [syn(port) for port in (1, 2, 1, 3, 2)]
