@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from crablb.balancer import LoadBalancer, Statistics
-    from crablb.engine import Event
+    from crablb.dataplane.events import Event
+    from crablb.dataplane.handlers import Frames, Match
     from crablb.errors import ConfigError, CrablbError, KernelError
-    from crablb.handler import Frames, Match
     from crablb.model import (
         Announce,
         Backend,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Vip,
         XdpMode,
     )
-    from crablb.policy import Backends, Load
+    from crablb.selection.loads import Backends, Load
 
 __all__ = [
     "Announce",
@@ -56,9 +56,9 @@ __all__ = [
 #: Where the names are.
 _MODULES = {
     "balancer": ("LoadBalancer", "Statistics"),
-    "engine": ("Event",),
+    "dataplane.events": ("Event",),
     "errors": ("ConfigError", "CrablbError", "KernelError"),
-    "handler": ("Frames", "Match"),
+    "dataplane.handlers": ("Frames", "Match"),
     "model": (
         "Announce",
         "Backend",
@@ -72,7 +72,7 @@ _MODULES = {
         "Vip",
         "XdpMode",
     ),
-    "policy": ("Backends", "Load"),
+    "selection.loads": ("Backends", "Load"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

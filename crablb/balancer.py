@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from crablb import seed as seeds
 from crablb.config import check_services, parse_policy, parse_service
-from crablb.engine import Engine, Event
+from crablb.control import seed as seeds
+from crablb.control.supervisor import Supervisor
+from crablb.dataplane.events import Event
+from crablb.dataplane.handlers import Handle, Match, check
 from crablb.errors import ConfigError, KernelError
-from crablb.handler import Handle, Match, check
 from crablb.model import Address, Backend, Config, Service, State, Vip
-from crablb.policy import Load
+from crablb.selection.loads import Load
 
 __all__ = ["LoadBalancer", "Statistics"]
 
@@ -71,7 +72,7 @@ class LoadBalancer:
         self._config = self._checked([parse_service(s) if isinstance(s, str) else s for s in services])
         self._threads = threads
         self._handlers: dict[Match, Handle] = {}
-        self._engine: Engine | None = None
+        self._supervisor: Supervisor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -79,19 +80,19 @@ class LoadBalancer:
 
     async def start(self) -> None:
         """Serve from now on.  On return every backend that answers is in use."""
-        if self._engine:
+        if self._supervisor:
             raise KernelError("the load balancer is running already")
-        engine = Engine(self._config, self._config.seed or seeds.load(), threads=self._threads)
-        await engine.start()
+        supervisor = Supervisor(self._config, self._config.seed or seeds.load(), threads=self._threads)
+        await supervisor.start()
         for match, function in self._handlers.items():
-            engine.handle(match, function)
-        self._engine, self._loop = engine, asyncio.get_running_loop()
+            supervisor.engine.handle(match, function)
+        self._supervisor, self._loop = supervisor, asyncio.get_running_loop()
 
     async def close(self) -> None:
         """Stop; leave nothing in the kernel.  Idempotent."""
-        engine, self._engine = self._engine, None
-        if engine:
-            await engine.close()
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor:
+            await supervisor.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -129,13 +130,19 @@ class LoadBalancer:
 
     async def wait(self) -> None:
         """Until it fails.  Raises :class:`KernelError` then: an interface is gone, for example."""
-        assert self._engine and self._engine.failure
-        raise KernelError(await asyncio.shield(self._engine.failure))
+        failure = self._running.engine.failure
+        assert failure
+        raise KernelError(await asyncio.shield(failure))
+
+    @property
+    def _running(self) -> Supervisor:
+        if not self._supervisor:
+            raise KernelError("the load balancer is not running")
+        return self._supervisor
 
     def _in_loop(self, do: Callable[[], T]) -> T:
         """Run in the event loop's thread."""
-        if not self._engine or not self._loop:
-            raise KernelError("the load balancer is not running")
+        assert self._running and self._loop
         if not self._thread or threading.current_thread() is self._thread:
             return do()
 
@@ -149,9 +156,7 @@ class LoadBalancer:
 
         Returns how many there were.  For ``threads=False``.  Raises :class:`KernelError` if an interface is gone.
         """
-        if not self._engine:
-            raise KernelError("the load balancer is not running")
-        return self._engine.process_once(timeout)
+        return self._running.engine.process_once(timeout)
 
     # ---- what is served ----
 
@@ -182,9 +187,9 @@ class LoadBalancer:
     def replace_services(self, services: Iterable[Service]) -> None:
         """Serve these from now on.  Connections whose backend lives go on.  Nothing changes if it raises."""
         config = self._checked(list(services))
-        if self._engine:
-            engine = self._engine
-            self._in_loop(lambda: engine.apply(config))
+        if self._supervisor:
+            supervisor = self._supervisor
+            self._in_loop(lambda: supervisor.apply(config))
         self._config = config
 
     def add_service(self, service: Service | str) -> None:
@@ -243,8 +248,8 @@ class LoadBalancer:
         is one for the match already, or there are 16.
         """
         check(match, self._handlers)
-        if self._engine:
-            engine = self._engine
+        if self._supervisor:
+            engine = self._supervisor.engine
             self._in_loop(lambda: engine.handle(match, function))
         self._handlers[match] = function
 
@@ -252,18 +257,19 @@ class LoadBalancer:
         """From now on the frames are the kernel's again.  Raises :class:`ConfigError` if there is no such handler."""
         if match not in self._handlers:
             raise ConfigError(f"there is no handler for {match}")
-        if self._engine:
-            engine = self._engine
+        if self._supervisor:
+            engine = self._supervisor.engine
             self._in_loop(lambda: engine.unhandle(match))
         del self._handlers[match]
 
     # ---- what happens ----
 
     def statistics(self) -> Statistics:
+        engine = self._running.engine
+
         def read() -> Statistics:
-            assert self._engine
-            counts = self._engine.statistics()
-            loads = {s.vip: {b.address: self._engine.load(s.vip, b.address) for b in s.backends} for s in self.services}
+            counts = engine.statistics()
+            loads = {s.vip: {b.address: engine.load(s.vip, b.address) for b in s.backends} for s in self.services}
             return Statistics(counts["xdp"], counts["total"], tuple(counts["workers"]), counts["daemon"], loads)
 
         return self._in_loop(read)
@@ -273,7 +279,6 @@ class LoadBalancer:
 
         In the event loop that the load balancer runs in.
         """
-        assert self._engine, "the load balancer is not running"
         queue: asyncio.Queue[Event] = asyncio.Queue(1000)
 
         def put(event: Event) -> None:
@@ -281,7 +286,7 @@ class LoadBalancer:
                 queue.get_nowait()
             queue.put_nowait(event)
 
-        listeners = self._engine.listeners
+        listeners = self._running.listeners
         listeners.append(put)
         try:
             while True:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crablb.errors import ConfigError
+from crablb.model import POLICIES as BUILTIN
 from crablb.model import (
     Address,
     Announce,
@@ -35,8 +36,8 @@ from crablb.model import (
     XdpMode,
     host_port,
 )
-from crablb.policy import BUILTIN, resolve
-from crablb.report import PORT, read_key
+from crablb.selection.reports import PORT, read_key
+from crablb.values import resolve
 
 __all__ = ["load_config", "parse_backend", "parse_endpoint", "parse_prefix", "parse_service", "parse_vip"]
 

@@ -9,10 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Any
+from typing import Any, Self
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
+
+#: Policies decided by a hash alone, so alike by every load balancer of one configuration: they serve the fallback too.
+CONSISTENT = ("maglev", "source-hash")
+#: Every policy there is, by name; the others are native/policy_*.c.
+POLICIES = (
+    *CONSISTENT,
+    "random",
+    "round-robin",
+    "weighted-round-robin",
+    "power-of-two",
+    "least-connections",
+    "least-loaded",
+)
 
 
 class Mode(Enum):
@@ -122,6 +135,11 @@ class Vip:
     def key(self) -> bytes:
         """``struct crab_vip`` of bpf/maps.h: 20 bytes."""
         return mapped(self.address) + self.port.to_bytes(2, "big") + b"\x06\x00"
+
+    @classmethod
+    def from_key(cls, key: bytes) -> Self:
+        """The VIP of 20 bytes made by :meth:`key`."""
+        return cls(unmapped(key[:16]), int.from_bytes(key[16:18], "big"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from crablb._native import ffi
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins
+from crablb.kernel.counters import counter_names
 from crablb.model import Vip
 
 #: Our clsact filters among those of others: priority and handle.
@@ -51,11 +51,6 @@ def cgroup_root() -> Path:
         if fields[2] == "cgroup2":
             return Path(fields[1])
     raise KernelError("cgroup v2 is not mounted; mount it: mount -t cgroup2 none /sys/fs/cgroup")
-
-
-def counter_names(enum: str, prefix: str) -> list[str]:
-    members = sorted(ffi.typeof(f"enum {enum}").elements.items())
-    return [n.removeprefix(prefix).lower() for _, n in members if n != f"{prefix}COUNTERS"]
 
 
 class Agent(ABC):

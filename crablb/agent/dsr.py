@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crablb.agent.base import FILTER, counter_names, detach_filters, tool
+from crablb.agent.base import FILTER, detach_filters, tool
 from crablb.errors import KernelError
 from crablb.kernel import bpf
+from crablb.kernel.counters import counter_names
 from crablb.model import Vip, mapped
 
 #: A VIP on the loopback is for receiving only: no answer to ARP for it, and not the sender of ARP requests (the IPv6

@@ -15,7 +15,7 @@ import structlog
 
 from crablb.kernel.rtnetlink import tcp_sockets
 from crablb.model import Address, Vip
-from crablb.report import CHALLENGE, MAX_ENTRIES, NO_CHALLENGE, REPORT, Message, Refused, VipReport
+from crablb.selection.reports import CHALLENGE, MAX_ENTRIES, NO_CHALLENGE, REPORT, Message, Refused, VipReport
 
 __all__ = ["Reporter"]
 

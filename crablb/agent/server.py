@@ -12,7 +12,7 @@ import structlog
 from crablb.agent import dsr
 from crablb.agent.base import Agent
 from crablb.kernel import bpf
-from crablb.model import Vip, unmapped
+from crablb.model import Vip
 
 log = structlog.get_logger()
 
@@ -22,7 +22,7 @@ def open_connections(counts: bpf.Map) -> dict[Vip, int]:
     found = {}
     for key, value in counts.items():
         opened, closed = struct.unpack("=QQ", value)
-        found[Vip(unmapped(key[:16]), int.from_bytes(key[16:18], "big"))] = opened - closed
+        found[Vip.from_key(key)] = opened - closed
     return found
 
 

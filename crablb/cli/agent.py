@@ -16,11 +16,11 @@ from crablb.agent.base import Agent
 from crablb.agent.reporter import Reporter
 from crablb.agent.server import open_connections
 from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
+from crablb.control.notify import notify
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf
 from crablb.model import OptionForm
-from crablb.notify import notify
-from crablb.report import read_key
+from crablb.selection.reports import read_key
 
 ROLES: dict[str, type[Agent]] = {"client": ClientAgent, "server": ServerAgent}
 

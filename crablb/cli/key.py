@@ -6,7 +6,7 @@ import argparse
 import secrets
 
 from crablb.config import parse_backend
-from crablb.report import derive, read_key
+from crablb.selection.reports import derive, read_key
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
-import signal
-from collections.abc import Callable
 
-import structlog
 import uvloop
 
-from crablb import config, seed
+from crablb import config
 from crablb import log as logging
-from crablb.engine import Engine
+from crablb.control import seed
+from crablb.control.daemon import serve
+from crablb.control.supervisor import Supervisor
 from crablb.errors import ConfigError, KernelError
+from crablb.model import POLICIES as BUILTIN
 from crablb.model import Announce, Bypass, Config, Fallback, OptionForm, XdpMode
-from crablb.notify import notify
-from crablb.policy import BUILTIN
-from crablb.report import read_key
-
-log = structlog.get_logger()
+from crablb.selection.reports import read_key
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -139,56 +134,5 @@ def run(args: argparse.Namespace) -> int:
     logging.set_up(args.log_level)
     if os.geteuid() != 0:
         raise KernelError("crablb serve attaches BPF programs and binds AF_XDP sockets; run it as root")
-    engine = Engine(settings, settings.seed or seed.load())
-
-    def reload() -> None:
-        if not args.config:
-            log.warning("nothing to reload: there is no --config file")
-            return
-        try:
-            engine.apply(config.load_config(args.config, args.interfaces))
-        except ConfigError as error:
-            engine.count("reloads_refused")
-            for problem in error.problems:
-                log.error("not reloaded", reason=problem)
-        else:
-            log.info("reloaded", services=[str(s.vip) for s in engine.config.services])
-
-    return uvloop.run(serve(engine, reload))
-
-
-async def serve(engine: Engine, reload: Callable[[], None]) -> int:
-    """Serve until SIGTERM or SIGINT, ``reload`` at SIGHUP; returns the exit status."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # there is nothing to read again yet
-    await engine.start()
-    loop.add_signal_handler(signal.SIGHUP, reload)
-    assert engine.failure
-    try:
-        log.info(
-            "serving",
-            interfaces=engine.modes,
-            queues=engine.queues,
-            zero_copy=engine.zero_copy,
-            ack_bypass=engine.bypass,
-            services=[str(s.vip) for s in engine.config.services],
-        )
-        notify("READY=1")
-        stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
-        failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
-        await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)
-        if engine.failure.done():
-            log.error("stopping", reason=engine.failure.result())
-            return 1
-        log.info(
-            "stopping",
-            reason="signal",
-            **{k: v for k, v in engine.statistics()["total"].items() if v},
-        )
-        return 0
-    finally:
-        notify("STOPPING=1")
-        await engine.close()
+    supervisor = Supervisor(settings, settings.seed or seed.load())
+    return uvloop.run(serve(supervisor, (lambda: read_config(args)) if args.config else None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from crablb import statistics
+from crablb.dataplane import statistics
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.interface import interface_info

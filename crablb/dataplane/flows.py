@@ -1,27 +1,32 @@
-"""The XDP program's flows (maps ``flows`` and ``paths`` of bpf/lb.bpf.c): to make, age, count and take them over."""
+"""The XDP program's flows (map ``flows`` of bpf/lb.bpf.c): to make, age, count and take them over.
+
+A flow that goes by fallback is there twice: in the cache of the worker that decided it, and in this map, which the XDP
+program goes by and which outlives the process.
+"""
 
 from __future__ import annotations
 
 import struct
 import time
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from crablb._native import ffi, lib
+from crablb.dataplane.paths import PATH_SIZE
 from crablb.kernel.bpf import Map
-from crablb.model import Address, mapped, unmapped
+from crablb.model import Address, Vip, mapped, unmapped
 
-__all__ = ["FLOW", "PATH_SIZE", "FlowTable", "Inherited", "buckets_for", "flow_hash", "hashing", "now", "path"]
+__all__ = ["FLOW", "FlowTable", "Inherited", "buckets_for", "flow_hash", "hashing", "now"]
 
 #: ``struct crab_flow``.
 FLOW = np.dtype(
     [("hash", "<u8"), ("backend", "<u2"), ("service", "<u2"), ("seen", "<u2"), ("state", "u1"), ("flags", "u1")]
 )
-PATH_SIZE = 64
 #: Places in the table for each flow that is asked for: a bucket of four is full for one flow in some thousands then.
 PLACES_A_FLOW = 4
 
@@ -47,19 +52,6 @@ def flow_hash(seed: bytes, client: Address, cport: int, vip: Address, vport: int
     ports = [int.from_bytes(port.to_bytes(2, "big"), "little") for port in (cport, vport)]
     found: int = lib.crab_flow_hash(seed, mapped(client), mapped(vip), *ports)
     return found
-
-
-def path(
-    backend: Address, macs: bytes, mtu: int, source: Address | None, ifindex: int, *, tx: bool, redirect: bool
-) -> bytes:
-    """``struct crab_path``, a value of map ``paths``.  ``macs``: destination, source; ``mtu``: of an IP packet."""
-    outer = mapped(source) if source else bytes(16)
-    return mapped(backend) + outer + macs + struct.pack("=IIBBB9x", mtu, ifindex, backend.version == 6, tx, redirect)
-
-
-def no_path(backend: Address) -> bytes:
-    """The value for a backend that the XDP program does not reach: its packets go to user space."""
-    return path(backend, bytes(12), 0, None, 0, tx=False, redirect=False)
 
 
 class FlowTable:
@@ -100,13 +92,16 @@ class FlowTable:
         """Write a flow down as a worker does; False if its bucket has no room."""
         flow = ffi.new("struct crab_flow *", {"hash": hash_, "backend": backend, "service": service})
         flow.seen, flow.state, flow.flags = (now() - age) & 0xFFFF, lib.CRAB_FLOW_OPEN, flags
-        table = ffi.gc(lib.crab_table_new(self.pointer, self.buckets), lib.crab_table_free)
-        return bool(lib.crab_table_write(table, flow))
+        return bool(lib.crab_table_write(self.writer, flow))
 
-    @property
-    def pointer(self) -> object:
-        """``struct crab_bucket *``, valid as long as this table."""
-        return ffi.cast("struct crab_bucket *", ffi.from_buffer(self._memory))
+    @cached_property
+    def writer(self) -> Any:
+        """``struct crab_table *``, by which workers write flows down; valid as long as this object."""
+        buckets = ffi.cast("struct crab_bucket *", ffi.from_buffer(self._memory))
+        table = lib.crab_table_new(buckets, self.buckets)
+        if not table:
+            raise MemoryError("no memory for a table of flows")
+        return ffi.gc(table, lib.crab_table_free)
 
 
 class Inherited:
@@ -116,7 +111,7 @@ class Inherited:
     """
 
     def __init__(
-        self, flows: Map, paths: Map, backends: dict[Address, int], services: dict[bytes, int], stack: ExitStack
+        self, flows: Map, paths: Map, backends: dict[Address, int], services: dict[Vip, int], stack: ExitStack
     ) -> None:
         self.flows, self.paths = flows, paths
         self.backends, self.services = backends, services
@@ -135,7 +130,7 @@ class Inherited:
                 raise ValueError("another version of crablb made them")
             if keys.lookup(0) != hashing(seed, flows.max_entries):
                 raise ValueError("they were found by another seed")
-            services = {key: int.from_bytes(value, "little") for key, value in old.items()}
+            services = {Vip.from_key(key): int.from_bytes(value, "little") for key, value in old.items()}
             used = np.unique(FlowTable(flows).flows()["backend"]).tolist()
             backends = {unmapped((paths.lookup(i) or bytes(16))[:16]): i for i in used}
             return cls(flows, paths, backends, services, stack.pop_all())
@@ -145,4 +140,3 @@ class Inherited:
 
 
 assert FLOW.itemsize == ffi.sizeof("struct crab_flow")
-assert ffi.sizeof("struct crab_path") == PATH_SIZE

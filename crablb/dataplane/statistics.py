@@ -8,27 +8,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crablb._native import ffi, lib
-from crablb.flowmap import FlowTable
+from crablb._native import lib
+from crablb.dataplane.flows import FlowTable
 from crablb.kernel.bpf import Map
-from crablb.model import Vip, unmapped
+from crablb.kernel.counters import counter_names
+from crablb.model import Vip
 
-__all__ = ["DAEMON_COUNTERS", "WORKER_COUNTERS", "XDP_COUNTERS", "read"]
+__all__ = ["DAEMON_COUNTERS", "WORKER_COUNTERS", "XDP_COUNTERS", "DaemonCounters", "read", "read_pinned"]
 
-
-def _names(enum: str, prefix: str) -> list[str]:
-    """Names of a C enumeration's members, by value, without their prefix, in lower case."""
-    members = sorted(ffi.typeof(f"enum {enum}").elements.items())
-    return [
-        name.removeprefix(prefix).lower()
-        for _, name in members
-        if name.startswith(prefix) and name != f"{prefix}COUNTERS"
-    ]
+XDP_COUNTERS = counter_names("crab_xdp_counter", "CRAB_XDP_")
+WORKER_COUNTERS = counter_names("crab_counter", "CRAB_C_")
+DAEMON_COUNTERS = counter_names("crab_daemon_counter", "CRAB_DAEMON_")
 
 
-XDP_COUNTERS = _names("crab_xdp_counter", "CRAB_XDP_")
-WORKER_COUNTERS = _names("crab_counter", "CRAB_C_")
-DAEMON_COUNTERS = _names("crab_daemon_counter", "CRAB_DAEMON_")
+class DaemonCounters:
+    """What befell the daemon, counted in map ``daemon_counters``."""
+
+    def __init__(self, held: Map) -> None:
+        self._map = held
+        self._counts = dict.fromkeys(DAEMON_COUNTERS, 0)
+
+    def add(self, what: str) -> None:
+        """Add one to a counter, a name of :data:`DAEMON_COUNTERS`."""
+        self._counts[what] += 1
+        self._map.update(DAEMON_COUNTERS.index(what), struct.pack("=Q", self._counts[what]))
 
 
 def read(xdp: Map, workers: Map, daemon: Map, queues: int) -> dict[str, Any]:
@@ -87,6 +90,5 @@ def read_services(services: Map, counters: Map) -> dict[str, dict[str, int]]:
     found = {}
     for key, index in sorted(services.items()):
         counts = [struct.unpack("=QQ", value) for value in counters.lookup_percpu(index)]
-        vip = Vip(unmapped(key[:16]), int.from_bytes(key[16:18], "big"))
-        found[str(vip)] = {"packets": sum(c[0] for c in counts), "bytes": sum(c[1] for c in counts)}
+        found[str(Vip.from_key(key))] = {"packets": sum(c[0] for c in counts), "bytes": sum(c[1] for c in counts)}
     return found

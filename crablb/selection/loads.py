@@ -1,57 +1,26 @@
-"""Policies: which backend a connection is redirected to.
-
-The policies themselves are C (native/policy_*.c).  What is here keeps their loads and positions, which outlive changes
-of the configuration, and lets the weight of a backend that is new rise slowly.
-"""
+"""What is known of the backends: their loads, whose turn it is, and how warm they are.  It outlives configurations."""
 
 from __future__ import annotations
 
-import importlib
-import threading
-import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 
-from crablb._native import ffi, lib
-from crablb.errors import ConfigError
+from crablb._native import ffi
 from crablb.model import Address, Backend, Service, Vip
 
-__all__ = ["BUILTIN", "CHOICE", "CONSISTENT", "Backends", "Balance", "Custom", "Load", "Pool", "resolve"]
+__all__ = ["SILENT", "Backends", "Balance", "Load"]
 
-log = structlog.get_logger()
-
-#: Decided by a hash alone, so alike by every load balancer of one configuration: they serve the fallback too.
-CONSISTENT = ("maglev", "source-hash")
-_C_POLICIES = [ffi.string(lib.crab_policy_name(i)).decode() for i in range(64) if lib.crab_policy_name(i)]
-#: Every policy there is, by name.
-BUILTIN = (*CONSISTENT, *_C_POLICIES)
 #: Weights are multiplied by so much while one of them rises, in so many steps.
 STEPS = 10
+#: Seconds without a report after which a server's load is not known any more.
+SILENT = 3.0
 
-
-#: ``struct crab_choice``: a connection that a policy is asked about.  Addresses are 16 bytes (IPv4-mapped); ``arrival``
-#: is in nanoseconds of CLOCK_MONOTONIC, the same for a batch.
-CHOICE = np.dtype(
-    [
-        ("client", "u1", 16),
-        ("vip", "u1", 16),
-        ("cport", ">u2"),
-        ("vport", ">u2"),
-        ("service", "<u4"),
-        ("hash", "<u8"),
-        ("arrival", "<u8"),
-        ("isn", ">u4"),
-        ("backend", "<u2"),
-        ("pad", "<u2"),
-    ]
-)
 _LOAD = np.dtype([("assigned", "<u4"), ("base", "<u4"), ("open", "<u4"), ("figure", "<u4")])
-assert CHOICE.itemsize == ffi.sizeof("struct crab_choice")
+assert _LOAD.itemsize == ffi.sizeof("struct crab_load")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +30,6 @@ class Load:
     assigned: int  # connections given to it by redirection, modulo 2^32
     open: int  # connections: those its server reported, and those assigned since
     figure: float  # load that its server reported; 1.0: fully loaded
-
-
-class Pool:
-    """Members of a service and a policy that chooses among them."""
-
-    def __init__(self, policy: str, members: Mapping[int, tuple[Any, int]], turn: Any) -> None:
-        """``members``: backend id -> (``struct crab_load *``, weight above 0), in the order of turns."""
-        self.keep = members, turn
-        array = ffi.new("struct crab_member[]", max(len(members), 1))
-        for entry, (backend_id, (load, weight)) in zip(array, members.items(), strict=False):
-            entry.backend, entry.weight, entry.load = backend_id, weight, load
-        c = lib.crab_pool_new(policy.encode(), array, len(members), turn)
-        if not c:
-            raise MemoryError(f"no memory for policy {policy}")
-        self.c = ffi.gc(c, lib.crab_pool_free)
-
-    def pick(self, random: Any, count: int = 1) -> list[int]:
-        """The backend ids that the policy chooses, one after the other; none without members.
-
-        ``random``: ``uint64_t *``, the state of the random numbers; ``count``: at most ``lib.CRAB_BATCH``.
-        """
-        chosen = ffi.new("uint16_t[]", count)
-        chose: int = lib.crab_pool_pick(self.c, random, chosen, count)
-        return list(chosen[0:chose])
-
-    def refresh(self) -> None:
-        """Take the loads as they are now into account."""
-        lib.crab_pool_refresh(self.c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +93,7 @@ class Balance:
         self._blocks: dict[Vip, _Block] = {}
         self._turns: dict[Vip, Any] = {}
         self._since: dict[tuple[Vip, Address], float] = {}  # when a backend that is starting slowly began
+        self._heard: dict[Address, float] = {}  # when a server that reports did so last
 
     def _block(self, vip: Vip) -> _Block:
         return self._blocks.setdefault(vip, _Block())
@@ -178,8 +120,21 @@ class Balance:
         load = self.load(vip, backend)
         load.open, load.base, load.figure = connections, load.assigned, figure
 
+    def heard(self, backend: Address, at: float) -> bool:
+        """A server reported.  True if its load was not known before."""
+        new = backend not in self._heard
+        self._heard[backend] = at
+        return new
+
+    def silent(self, at: float) -> list[Address]:
+        """The servers that have fallen silent since the last call: their loads are not known any more."""
+        gone = [address for address, heard in self._heard.items() if at - heard > SILENT]
+        for address in gone:
+            del self._heard[address]
+        return gone
+
     def begin(self, service: Service, backend: Address, at: float) -> None:
-        """The backend gets connections from now on, and did not before."""
+        """The backend gets connections from now on, and did not before: it starts slowly, if the service says so."""
         if service.slow_start:
             self._since[service.vip, backend] = at
 
@@ -223,11 +178,13 @@ class Balance:
         self._blocks = {vip: block for vip, block in self._blocks.items() if vip in vips}
         self._since = {pair: began for pair, began in self._since.items() if pair in pairs}
         self._turns = {vip: turn for vip, turn in self._turns.items() if vip in vips}
+        backends = {address for _, address in pairs}
+        self._heard = {address: at for address, at in self._heard.items() if address in backends}
 
-    def age(self, service: Service, reporting: Container[Address] = ()) -> None:
+    def age(self, service: Service) -> None:
         """Give the backends that do not report a neutral load: connections for their weight as the others have on
         average, and of those assigned only what came since the last call."""
-        told = {b.address: b for b in service.backends if b.address in reporting}
+        told = {b.address: b for b in service.backends if b.address in self._heard}
         weight = sum(b.share for b in told.values())
         mean = sum(self.load(service.vip, a).open for a in told) / weight if weight else 0.0
         figures = [self.load(service.vip, a).figure for a in told]
@@ -237,87 +194,3 @@ class Balance:
                 load.base = load.assigned
                 load.open = round(mean * backend.share)
                 load.figure = sum(figures) // len(figures) if figures else 0
-
-
-# ---- policies in Python ----
-
-#: Gets the connections of a batch, an array of dtype :data:`CHOICE` and shape (n,), and the backends; returns for each
-#: connection the index of a backend, shape (n,), or -1: the hash decides.
-Choose = Callable[[npt.NDArray[np.void], Backends], npt.ArrayLike]
-#: A policy that fails is named in the log once in so many seconds.
-COMPLAIN_INTERVAL = 10.0
-
-
-def resolve(name: str) -> Choose:
-    """The function of ``module:function``.  Raises :class:`ConfigError`."""
-    module, _, function = name.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever a module does while it is imported
-        raise ConfigError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from None
-    chosen: Any = found
-    for part in function.split("."):
-        chosen = getattr(chosen, part, None)
-    if not callable(chosen):
-        raise ConfigError(f"module {module!r} has no function {function!r}")
-    return chosen  # type: ignore[no-any-return]
-
-
-class Custom:
-    """The services whose policy is Python, asked by the workers once a batch.
-
-    ``failed`` is called, from a worker's thread, for each batch that a policy fails; the hash decides then.
-    """
-
-    def __init__(self, failed: Callable[[Vip, str], None]) -> None:
-        self._failed = failed
-        self._services: Mapping[int, tuple[Vip, Choose, Backends, npt.NDArray[np.uint16]]] = {}
-        self._complained: dict[Vip, float] = {}
-        self._lock = threading.Lock()  # policies are asked by one worker at a time
-        self.handle = ffi.new_handle(self)
-
-    def publish(self, services: Mapping[int, tuple[Vip, Choose, Backends, npt.NDArray[np.uint16]]]) -> None:
-        """``services``: index -> VIP, policy, its backends, and their ids."""
-        self._services = services
-
-    def choose(self, choices: npt.NDArray[np.void]) -> None:
-        """Fill in ``backend`` of every choice."""
-        services = self._services
-        with self._lock:
-            for index in np.unique(choices["service"]).tolist():
-                known = services.get(index)
-                if known and len(known[2]):
-                    mine = choices["service"] == index
-                    choices["backend"][mine] = self._ask(choices[mine], *known)
-
-    def _ask(
-        self, batch: npt.NDArray[np.void], vip: Vip, choose: Choose, backends: Backends, ids: npt.NDArray[np.uint16]
-    ) -> npt.NDArray[np.uint16]:
-        try:
-            chosen = np.asarray(choose(batch, backends))
-            if chosen.shape != batch.shape or chosen.dtype.kind not in "iu":
-                raise ValueError(
-                    f"it returned {chosen.dtype} of shape {chosen.shape}, not integers of shape {batch.shape}"
-                )
-            chosen = chosen.astype(np.intp)
-            if len(chosen) and not (chosen.min() >= -1 and chosen.max() < len(backends)):
-                raise ValueError(
-                    f"it returned indices from {chosen.min()} to {chosen.max()} of {len(backends)} backends"
-                )
-        except Exception as error:  # whatever somebody's policy does
-            reason = f"{type(error).__name__}: {error}"
-            self._failed(vip, reason)
-            now = time.monotonic()
-            if now - self._complained.get(vip, -COMPLAIN_INTERVAL) >= COMPLAIN_INTERVAL:
-                self._complained[vip] = now
-                log.error("policy failed; its connections are hashed", service=str(vip), reason=reason)
-            return np.full(len(batch), lib.CRAB_NO_BACKEND, np.uint16)
-        backends.assigned(chosen[chosen >= 0])
-        return np.where(chosen >= 0, ids[chosen], np.uint16(lib.CRAB_NO_BACKEND))
-
-
-@ffi.def_extern()  # type: ignore[untyped-decorator]
-def crab_python_choose(context: Any, choices: Any, n: int) -> None:
-    """The workers' call, with the GIL."""
-    array = np.frombuffer(ffi.buffer(choices, n * CHOICE.itemsize), CHOICE)
-    ffi.from_handle(context).choose(array)

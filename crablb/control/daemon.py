@@ -1,0 +1,79 @@
+"""The daemon of ``crablb serve``: from start to signal, and reloads in between."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+import structlog
+
+from crablb.control.notify import notify
+from crablb.control.supervisor import Supervisor
+from crablb.errors import ConfigError
+from crablb.model import Config
+
+__all__ = ["serve"]
+
+log = structlog.get_logger()
+
+
+def _reload(supervisor: Supervisor, read: Callable[[], Config]) -> None:
+    """Read the configuration again and serve it; if it cannot be, say why and go on as before."""
+    try:
+        config = read()
+        supervisor.apply(config)
+    except ConfigError as error:
+        supervisor.engine.count("reloads_refused")
+        for problem in error.problems:
+            log.error("not reloaded", reason=problem)
+    else:
+        log.info("reloaded", services=[str(s.vip) for s in config.services])
+
+
+async def serve(supervisor: Supervisor, read: Callable[[], Config] | None) -> int:
+    """Serve until SIGTERM or SIGINT; at SIGHUP, ``read`` the configuration again.  Returns the exit status.
+
+    ``read``: raises :class:`ConfigError`; None: there is nothing to read again.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    engine = supervisor.engine
+
+    def reload() -> None:
+        if read:
+            _reload(supervisor, read)
+        else:
+            log.warning("nothing to reload: there is no --config file")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # there is nothing to read again yet
+    await supervisor.start()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    assert engine.failure
+    try:
+        log.info(
+            "serving",
+            interfaces=engine.modes,
+            queues=engine.queues,
+            zero_copy=engine.zero_copy,
+            ack_bypass=engine.bypass,
+            services=[str(s.vip) for s in engine.config.services],
+        )
+        notify("READY=1")
+        stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
+        failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
+        await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)
+        if engine.failure.done():
+            log.error("stopping", reason=engine.failure.result())
+            return 1
+        log.info(
+            "stopping",
+            reason="signal",
+            **{k: v for k, v in engine.statistics()["total"].items() if v},
+        )
+        return 0
+    finally:
+        notify("STOPPING=1")
+        await supervisor.close()

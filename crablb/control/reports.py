@@ -1,0 +1,82 @@
+"""Servers' reports: receive them, and tell the engine.  What they say, and who is believed: :mod:`.selection.reports`."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import structlog
+
+from crablb.errors import KernelError
+from crablb.model import Address, Service, host_port
+from crablb.selection.reports import Judge, Message, Refused
+
+if TYPE_CHECKING:
+    from crablb.dataplane.engine import Engine
+
+__all__ = ["Reports"]
+
+log = structlog.get_logger()
+
+#: Senders of refused reports that are named in the log, at most.
+NAMED = 1000
+
+
+class Reports(asyncio.DatagramProtocol):
+    """Takes reports at an address and port into an engine.
+
+    :meth:`start` raises :class:`KernelError` if the address cannot be bound.
+    """
+
+    def __init__(self, engine: Engine, master: bytes) -> None:
+        """``master``: the 32 bytes that the backends' keys are derived from."""
+        self._engine = engine
+        self._judge = Judge(master)
+        self._refused: set[tuple[Any, str]] = set()
+        self._transport: asyncio.DatagramTransport | None = None
+
+    async def start(self, address: Address, port: int) -> None:
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            sock.bind((str(address), port))
+        except OSError as error:
+            sock.close()
+            raise KernelError(f"cannot take reports at {host_port(address, port)}: {error.strerror}") from None
+        await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, sock=sock)
+
+    def close(self) -> None:
+        if self._transport:
+            self._transport.close()
+
+    def follow(self, services: Iterable[Service]) -> None:
+        """Take reports of these services' backends."""
+        self._judge.follow(sorted({b.address for service in services for b in service.backends}, key=str))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)  # uvloop's is none by inheritance
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        try:
+            message, answer = self._judge.judge(data)
+        except Refused as refused:
+            self._engine.count(refused.counter)
+            if (addr[0], refused.counter) not in self._refused and len(self._refused) < NAMED:
+                self._refused.add((addr[0], refused.counter))
+                log.warning("report refused", sender=addr[0], reason=refused.counter.removeprefix("reports_"))
+            return
+        if answer:
+            assert self._transport
+            self._transport.sendto(answer, addr)
+        if message:
+            self._take(message)
+
+    def error_received(self, exc: Exception) -> None:
+        """An answer did not arrive; the next report will be answered too."""
+
+    def _take(self, message: Message) -> None:
+        self._engine.count("reports")
+        if self._engine.report(message.backend, {v.vip: (v.open + v.half_open, message.figure) for v in message.vips}):
+            log.info("server reports its load", backend=str(message.backend))

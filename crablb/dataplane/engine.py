@@ -1,0 +1,431 @@
+"""The engine: it owns the parts of the dataplane, calls them, and is the only one that does.
+
+What is here is life (start, serve, sweep, close) and change: a configuration, a next hop, a weight that rises become a
+snapshot (:mod:`.snapshot`) that is built beside the running one and published to the workers (:mod:`.queues`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from crablb.dataplane.attachment import Attachment, inherited, ways
+from crablb.dataplane.events import Event, HopsChanged, Notice, Started, Swept
+from crablb.dataplane.handlers import Handle, Handlers, Match
+from crablb.dataplane.program import Program, bypass
+from crablb.dataplane.queues import Queues
+from crablb.dataplane.registry import Registry
+from crablb.dataplane.snapshot import Sight, build
+from crablb.errors import ConfigError
+from crablb.kernel.interface import Interface
+from crablb.kernel.netlink import HopState, NextHop, NextHops
+from crablb.model import Address, Bypass, Config, State, Vip
+from crablb.options import fixed_fields
+from crablb.selection.custom import Custom
+from crablb.selection.loads import Balance, Load
+
+__all__ = ["Engine"]
+
+log = structlog.get_logger()
+
+#: How long the start waits for the backends' neighbours before it serves with those that answered, in seconds.
+RESOLVE_TIMEOUT = 1.0
+SWEEP_INTERVAL = 30.0  # seconds
+#: How often schedules are worked out anew, and the loads of backends that do not report aged, in seconds.
+REFRESH_INTERVAL = 0.1
+AGE_INTERVAL = 1.0
+
+
+class Engine:
+    """Serve the services of a configuration on its interfaces.
+
+    Make it in the network namespace of the interfaces; then ``await start()`` and at the end ``await close()``, which
+    leaves nothing in the kernel.  Methods are to be called from the event loop.
+
+    ``listeners`` are called, in the event loop, with each :class:`.events.Notice`.
+
+    Raises :class:`KernelError` (no such interface, it is down, it has an XDP program of somebody else, another process
+    serves it) or one of its kinds; nothing stays in the kernel then.
+    """
+
+    def __init__(self, config: Config, seed: bytes, *, threads: bool = True) -> None:
+        """``seed``: 16 bytes; ``threads``: False to work on packets by :meth:`process_once` alone."""
+        self.config = config
+        self.threads = threads
+        self.seed = seed
+        self.listeners: list[Callable[[Notice], None]] = []
+        self.failure: asyncio.Future[str] | None = None  # why it cannot go on
+        self._attachments = [Attachment(name) for name in config.interfaces]
+        self._queues = Queues()
+        self._balance = Balance()
+        self._custom = Custom(self._policy_failed)
+        self._handlers = Handlers(self._handler_failed)
+        # Made at the start:
+        self._program: Program | None = None
+        self._registry = Registry(0)
+        self._nexthops: NextHops | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stack = ExitStack()
+        # What has happened:
+        self._hops: dict[Address, NextHop] = {}
+        self._resolved = asyncio.Event()
+        self._attached = False
+        self._sweep_soon = asyncio.Event()
+        self._stepped = time.monotonic()  # when weights were last looked at
+        self._serving: set[tuple[Vip, Address]] = set()  # backends that get connections
+        self._refused = 0  # connections that the flow caches had no room for, when last looked at
+
+    # ---- what there is to know ----
+
+    @property
+    def bypass(self) -> bool:
+        """Whether the XDP program may forward known fallback flows by itself."""
+        return bypass(self.config)
+
+    @property
+    def interfaces(self) -> list[Interface]:
+        """Those that are served, as they were at the start."""
+        return [attachment.info for attachment in self._attachments]
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """How the XDP program is attached, by interface: ``native`` or ``generic``."""
+        return {attachment.info.name: attachment.mode for attachment in self._attachments}
+
+    @property
+    def queues(self) -> int:
+        """How many queues are served, of all interfaces together."""
+        return len(self._queues)
+
+    @property
+    def zero_copy(self) -> bool:
+        """Whether all sockets are in zero-copy mode."""
+        return self._queues.zero_copy
+
+    @property
+    def hops(self) -> Mapping[Address, NextHop]:
+        """The ways to the backends, as they are now."""
+        return MappingProxyType(self._hops)
+
+    @property
+    def reached(self) -> frozenset[Address]:
+        """The backends whose known fallback flows the XDP program forwards by itself."""
+        return self._program.paths.reached if self._program else frozenset()
+
+    def load(self, vip: Vip, backend: Address) -> Load:
+        """What the policies know of a backend."""
+        return self._balance.read(vip, backend)
+
+    def statistics(self) -> dict[str, Any]:
+        """Packets by what became of them: see :func:`crablb.dataplane.statistics.read`."""
+        return self._running.statistics(len(self._queues))
+
+    # ---- what it is told ----
+
+    def count(self, what: str) -> None:
+        """Add one to a daemon counter, a name of :data:`crablb.dataplane.statistics.DAEMON_COUNTERS`."""
+        if self._program:
+            self._program.counters.add(what)
+
+    def report(self, backend: Address, loads: Mapping[Vip, tuple[int, int]]) -> bool:
+        """A server's report: by VIP its connections, and its load in thousandths.  True if it is the first."""
+        for service in self.config.services:
+            if service.vip in loads and any(b.address == backend for b in service.backends):
+                self._balance.report(service.vip, backend, *loads[service.vip])
+        return self._balance.heard(backend, time.monotonic())
+
+    def handle(self, match: Match, function: Handle) -> None:
+        """See :meth:`crablb.LoadBalancer.handle`."""
+        self._handlers.add(match, function)
+        self._publish()
+        self._running.take_frames(self._handlers.matches())
+
+    def unhandle(self, match: Match) -> None:
+        """See :meth:`crablb.LoadBalancer.unhandle`."""
+        self._handlers.remove(match)
+        # Frames come only while the workers know what to do with them.
+        self._running.take_frames(self._handlers.matches())
+        self._publish()
+
+    def process_once(self, timeout: float) -> int:
+        """See :meth:`crablb.LoadBalancer.process_once`."""
+        return self._queues.once(timeout)
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Bind, attach, and serve.  On return every backend that answers is in use."""
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.failure = loop.create_future()
+        for attachment in self._attachments:
+            self._stack.enter_context(attachment.own())
+        for attachment in self._attachments:
+            attachment.find()
+        left = inherited(self._attachments, self.seed) if self.bypass else None
+        program = self._program = Program(self.config, self.seed, left)
+        self._registry = Registry(
+            program.service_room, left.backends if left else None, left.services if left else None
+        )
+        self._registry.admit(self.config)
+        for attachment in self._attachments:
+            self._queues.open(attachment.info, self.config, program.maps, self._handlers, self._custom)
+        if program.flows:
+            self._queues.learn(program.flows.writer)
+
+        self._nexthops = NextHops(self._hops_changed)
+        await self._nexthops.start(self._registry.backends)
+        self._hops = dict(self._nexthops.current)
+        self._publish()
+        await self._resolve()
+        if left and program.flows:
+            flows = program.flows.flows()
+            self._queues.adopt(flows)
+            log.info("took over fallback flows", flows=len(flows))
+        program.serve((service.vip for service in self.config.services), self._registry.services)
+        self._tasks = [asyncio.create_task(self._sweep()), asyncio.create_task(self._keep_balance())]
+        if self.threads:
+            self._queues.start(
+                sorted(os.sched_getaffinity(0)), lambda reason: self._from_thread(lambda: self._failed(reason))
+            )
+        for attachment in self._attachments:
+            attachment.attach(program, self.config.xdp_mode)
+        self._attached = True
+        self._publish()  # what the XDP program can reach depends on how it is attached
+        self._tell(Started())
+
+    async def _resolve(self) -> None:
+        """Wait for all next hops that can still resolve, for a moment."""
+        if any(hop.state is HopState.UNRESOLVED for hop in self._hops.values()):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESOLVE_TIMEOUT):
+                    await self._resolved.wait()
+
+    async def close(self) -> None:
+        """Stop serving; leave nothing in the kernel.  Idempotent."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        for attachment in self._attachments:
+            attachment.detach()
+        self._queues.close()
+        if self._nexthops:
+            await self._nexthops.close()
+            self._nexthops = None
+        if self._program:
+            self._program.close()
+            self._program = None
+        self._stack.close()
+
+    @property
+    def _running(self) -> Program:
+        assert self._program, "the engine is not running"
+        return self._program
+
+    def _tell(self, notice: Notice) -> None:
+        for listener in self.listeners:
+            listener(notice)
+
+    def _from_thread(self, do: Callable[[], None]) -> None:
+        """Run in the event loop what a worker's thread has to say."""
+        if self.failure:
+            self.failure.get_loop().call_soon_threadsafe(do)
+
+    def _failed(self, reason: str) -> None:
+        if self.failure and not self.failure.done():
+            self.failure.set_result(reason)
+
+    def _policy_failed(self, vip: Vip, reason: str) -> None:
+        """From a worker's thread."""
+
+        def note() -> None:
+            self.count("policy_failed")
+            self._tell(Event("policy-failed", vip=vip, reason=reason))
+
+        self._from_thread(note)
+
+    def _handler_failed(self, match: Match, reason: str) -> None:
+        """From a worker's thread."""
+
+        def note() -> None:
+            self.count("handler_failed")
+            self._tell(Event("handler-failed", reason=f"{match}: {reason}"))
+
+        self._from_thread(note)
+
+    # ---- changes ----
+
+    def apply(self, config: Config) -> None:
+        """Serve another configuration from now on.  No connection is broken whose backend lives.
+
+        Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
+        """
+        differ = [name for name in fixed_fields() if getattr(config, name) != getattr(self.config, name)]
+        if differ:
+            raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
+        assert self._nexthops
+        for vip in self._registry.admit(config):
+            self._running.count_from_zero(self._registry.services[vip])
+        served = {service.vip for service in config.services}
+        # A VIP's packets come only while the workers know it.
+        self._running.serve((s.vip for s in self.config.services if s.vip in served), self._registry.services)
+        self.config = config
+        self._nexthops.follow(self._registry.backends)
+        self._publish()
+        self._running.serve(served, self._registry.services)
+        self._tell(Event("changed"))
+        self._sweep_soon.set()  # services that were removed lose their flows
+        self.count("reloads")
+
+    def _hops_changed(self, changes: Mapping[Address, NextHop]) -> None:
+        if not self._queues.snapshot:
+            return  # the first resolution: start() publishes it
+        before = {address: self._hops[address] for address in changes if address in self._hops}
+        self._hops.update(changes)
+        self._publish()
+        self._tell(HopsChanged(before, changes))
+        for address, hop in changes.items():
+            if hop.state is HopState.RESOLVED:
+                self._tell(Event("backend-up", address))
+            elif address in before and before[address].state is HopState.RESOLVED:
+                self._tell(Event("backend-down", address, reason=hop.reason))
+
+    def _publish(self) -> None:
+        """Have the XDP program and the workers see what is there now."""
+        at = time.monotonic()
+        if self._attached:  # until then the map may be in use still, by the program of a daemon that died
+            dead = {b.address for s in self.config.services for b in s.backends if b.state is State.DEAD}
+            self._running.paths.publish(self._registry.backends, self._hops, self._ways, dead)
+        self._begin_slowly(at)
+        sight = Sight(
+            self.seed,
+            self._registry.backends,
+            self._registry.services,
+            self._hops,
+            self._balance,
+            at,
+            self.reached,
+            self._handlers.matches(),
+        )
+        snapshot = build(self.config, sight, self._queues.snapshot)
+        self._custom.publish(snapshot.custom)
+        self._queues.publish(snapshot)
+        if all(hop.state is HopState.RESOLVED for hop in self._hops.values()):
+            self._resolved.set()
+
+    def _ways(self, hop: NextHop) -> tuple[bool, bool]:
+        return ways(self._attachments, hop, forced=self.config.ack_bypass is Bypass.ON)
+
+    def _begin_slowly(self, at: float) -> None:
+        """Note the backends that get connections now and did not before."""
+        usable = {a for a, hop in self._hops.items() if hop.state is HopState.RESOLVED}
+        services = {service.vip: service for service in self.config.services}
+        serving = {
+            (vip, b.address)
+            for vip, service in services.items()
+            for b in service.backends
+            if b.share and b.address in usable
+        }
+        if self._attached:  # those that are there at the start are not new
+            for vip, address in serving - self._serving:
+                self._balance.begin(services[vip], address, at)
+        self._serving = serving
+
+    # ---- now and then ----
+
+    async def _keep_balance(self) -> None:
+        """Work out schedules anew as connections come, and let weights rise."""
+        aged = time.monotonic()
+        while True:
+            pools = self._queues.snapshot.pools if self._queues.snapshot else {}
+            await asyncio.sleep(REFRESH_INTERVAL if pools else AGE_INTERVAL)
+            now = time.monotonic()
+            pools = self._queues.snapshot.pools if self._queues.snapshot else {}
+            if now - aged >= AGE_INTERVAL:
+                aged = now
+                for backend in self._balance.silent(now):
+                    self._tell(Event("server-silent", backend))
+                for service in self.config.services:
+                    if service.vip in pools:
+                        self._balance.age(service)
+            for _, pool in pools.values():
+                pool.refresh()
+            rises = self._balance.next_step(self.config.services, self._stepped)
+            if rises is not None and rises <= now:
+                self._stepped = now
+                self._publish()
+
+    async def _sweep(self) -> None:
+        """Now and then: delete old flows, and forget what was removed and has no flow left."""
+        loop = asyncio.get_running_loop()
+        while True:
+            # wait_for of Python 3.11 may swallow a cancellation.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SWEEP_INTERVAL):
+                    await self._sweep_soon.wait()
+            self._sweep_soon.clear()
+            # Only when no worker looks into a snapshot from before can it be known who gets no new flows.
+            quiet = self._queues.settle()
+            before = self.config
+            services = np.zeros(1 << 16, np.bool_)
+            services[[self._registry.services[service.vip] for service in before.services]] = True
+            counting = loop.run_in_executor(None, self._count_flows, services)
+            try:
+                flows, left = await asyncio.shield(counting)
+            except asyncio.CancelledError:
+                await counting  # it reads what is freed when this task has ended
+                raise
+            refused = self.statistics()["total"]["flows_full"]
+            self._tell(Swept(flows, refused - self._refused))
+            self._refused = refused
+            if quiet and self.config is before:  # else what came and went meanwhile was not counted
+                self._forget(left)
+            if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets
+                self._nexthops.follow(self._registry.backends)
+
+    def _count_flows(self, services: npt.NDArray[np.bool_]) -> tuple[int, npt.NDArray[np.uint32]]:
+        """Sweep, in a thread of its own: delete the flows of all but these services, by index, and those too old.
+
+        How many flows the XDP program has, and how many each backend (by id) has there or in a worker's cache.
+        """
+        left = np.zeros(1 << 16, np.uint32)
+        # The caches first: from there flows get into the XDP program's table, never back.
+        self._queues.count(left)
+        if not self._program or not self._program.flows:
+            return 0, left
+        swept = self._program.flows.sweep(services)
+        left[: len(swept)] += swept.astype(np.uint32)
+        return int(swept.sum()), left
+
+    def _forget(self, left: npt.NDArray[np.uint32]) -> None:
+        """Release what neither the configuration nor a flow (``left``, by backend id) holds any more."""
+        self._registry.settle()
+        vips = {service.vip for service in self.config.services}
+        backends = {b.address for service in self.config.services for b in service.backends}
+        for vip in self._registry.services.keys() - vips:
+            self._registry.services.release(vip)
+        self._balance.forget(self.config.services)
+        numbers = self._registry.backends
+        gone = [address for address, i in numbers.items() if address not in backends and not left[i]]
+        for address in gone:
+            self._running.paths.forget(address, numbers.release(address))
+            self._hops.pop(address, None)
+        if gone:
+            self._publish()

@@ -1,0 +1,47 @@
+"""What an engine tells those that listen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from crablb.kernel.netlink import NextHop
+from crablb.model import Address, Vip
+
+__all__ = ["Event", "HopsChanged", "Notice", "Started", "Swept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that befell a load balancer."""
+
+    #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "server-silent", "changed"
+    kind: str
+    backend: Address | None = None
+    vip: Vip | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """It serves from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopsChanged:
+    """The ways to some backends have changed."""
+
+    before: Mapping[Address, NextHop]  # of those that there was something to know of
+    now: Mapping[Address, NextHop]
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """Flows were swept."""
+
+    flows: int  # that the XDP program has
+    refused: int  # connections that the workers' caches had no room for, since the last sweep
+
+
+#: An :class:`Event` is for everybody; the others are for :mod:`crablb.control`.
+Notice = Event | Started | HopsChanged | Swept

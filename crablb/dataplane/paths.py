@@ -1,0 +1,72 @@
+"""How the XDP program gets frames to the backends by itself: map ``paths`` of bpf/lb.bpf.c, by backend id."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Container, Mapping
+
+from crablb._native import ffi
+from crablb.kernel.bpf import Map
+from crablb.kernel.netlink import HopState, NextHop
+from crablb.model import Address, mapped
+
+__all__ = ["PATH_SIZE", "Paths", "no_path", "path"]
+
+PATH_SIZE = 64
+assert ffi.sizeof("struct crab_path") == PATH_SIZE
+
+
+def path(
+    backend: Address, macs: bytes, mtu: int, source: Address | None, ifindex: int, *, tx: bool, redirect: bool
+) -> bytes:
+    """``struct crab_path``, a value of map ``paths``.  ``macs``: destination, source; ``mtu``: of an IP packet."""
+    outer = mapped(source) if source else bytes(16)
+    return mapped(backend) + outer + macs + struct.pack("=IIBBB9x", mtu, ifindex, backend.version == 6, tx, redirect)
+
+
+def no_path(backend: Address) -> bytes:
+    """The value for a backend that the XDP program does not reach: its packets go to user space."""
+    return path(backend, bytes(12), 0, None, 0, tx=False, redirect=False)
+
+
+class Paths:
+    """What the map holds.  The XDP program goes by it, with the daemon alive or dead, and the next daemon learns from it
+    whose the ids are that its flows name."""
+
+    def __init__(self, held: Map) -> None:
+        self._map = held
+        self._known: dict[Address, bytes] = {}
+        #: The backends that the XDP program reaches; what goes to the others passes user space.
+        self.reached: frozenset[Address] = frozenset()
+
+    def publish(
+        self,
+        ids: Mapping[Address, int],
+        hops: Mapping[Address, NextHop],
+        ways: Callable[[NextHop], tuple[bool, bool]],
+        dead: Container[Address],
+    ) -> None:
+        """Write down how to get to each backend, if ``ways`` (by XDP_TX, by a redirect) says that there is one.
+
+        ``dead``: those that are dead for some service, whose own entries the program does not know: user space
+        decides about their packets.
+        """
+        reached = set()
+        for address, backend_id in ids.items():
+            found, hop = no_path(address), hops.get(address)
+            if hop and hop.state is HopState.RESOLVED and address not in dead:
+                tx, redirect = ways(hop)
+                if tx or redirect:
+                    reached.add(address)
+                    found = path(
+                        address, hop.dst_mac + hop.src_mac, hop.mtu, hop.source, hop.ifindex, tx=tx, redirect=redirect
+                    )
+            if self._known.get(address) != found:
+                self._map.update(backend_id, found)
+                self._known[address] = found
+        self.reached = frozenset(reached)
+
+    def forget(self, address: Address, backend_id: int) -> None:
+        """The id is nobody's any more."""
+        self._known.pop(address, None)
+        self._map.update(backend_id, bytes(PATH_SIZE))

@@ -1,0 +1,125 @@
+"""The load balancer's XDP program, loaded, and what it is told by its maps.
+
+What the maps hold is there a second time, in this process: the maps are what the program goes by, and, pinned, what
+``crablb status`` and the next daemon read.
+
+================== ==============================================================================
+map                in this process
+================== ==============================================================================
+services           :class:`.registry.Registry` (which VIPs, by which index)
+hashing            the seed
+flows              each worker's flow cache, which decides; the map is learned from it
+paths              :class:`.paths.Paths`
+interfaces sockets :class:`.queues.Queues`
+handlers           :class:`.handlers.Handlers`
+worker_counters    the same memory, mapped; so are flows
+daemon_counters    :class:`.statistics.DaemonCounters`
+xdp_counters       nowhere; nor are service_counters
+================== ==============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from crablb._native import ffi, lib
+from crablb.dataplane.flows import FlowTable, Inherited, buckets_for, hashing
+from crablb.dataplane.paths import Paths
+from crablb.dataplane.statistics import DaemonCounters, read
+from crablb.kernel import bpf
+from crablb.model import Bypass, Config, Vip
+
+__all__ = ["PINNED", "Program", "bypass"]
+
+#: What ``crablb status`` reads, and the next daemon takes over.
+PINNED = (
+    "services",
+    "service_counters",
+    "hashing",
+    "sockets",
+    "interfaces",
+    "flows",
+    "paths",
+    "xdp_counters",
+    "worker_counters",
+    "daemon_counters",
+)
+#: How many services can be added at the least without a restart.
+SERVICES = 4096
+
+
+def bypass(config: Config) -> bool:
+    """Whether the XDP program may forward known fallback flows by itself."""
+    return config.ack_bypass is not Bypass.OFF
+
+
+class Program:
+    """The program with its maps, for one process; several interfaces may have it attached.
+
+    ``inherited``: the maps of a daemon that died, taken over; closed in any case.  Raises
+    :class:`crablb.kernel.bpf.BpfError`.
+    """
+
+    def __init__(self, config: Config, seed: bytes, inherited: Inherited | None = None) -> None:
+        buckets = buckets_for(config.flows) if bypass(config) else 1
+        known = inherited.services.values() if inherited else ()
+        needed = max(known, default=-1) + 1 + len(config.services)
+        sizes = {"service_counters": min(max(2 * needed, SERVICES), lib.CRAB_MAX_SERVICES)}
+        reuse = {}
+        if inherited:
+            reuse = {"flows": inherited.flows, "paths": inherited.paths}
+            buckets = inherited.flows.max_entries
+        else:
+            sizes["flows"] = buckets
+        try:
+            self._object = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes)
+        finally:
+            if inherited:
+                inherited.close()
+        self.maps: Mapping[str, bpf.Map] = self._object.maps
+        self.maps["hashing"].update(0, hashing(seed, buckets))
+        self.flows = FlowTable(self.maps["flows"]) if bypass(config) else None
+        self.paths = Paths(self.maps["paths"])
+        self.counters = DaemonCounters(self.maps["daemon_counters"])
+
+    @property
+    def main(self) -> bpf.Program:
+        """What is attached to interfaces."""
+        return self._object.program("crab_lb")
+
+    @property
+    def service_room(self) -> int:
+        """How many services there may be."""
+        return self.maps["service_counters"].max_entries
+
+    def serve(self, vips: Iterable[Vip], indices: Mapping[Vip, int]) -> None:
+        """Take these VIPs' packets, and no others."""
+        services = self.maps["services"]
+        wanted = {vip.key(): vip for vip in vips}
+        there = set(services.keys())
+        for key in there - wanted.keys():
+            services.delete(key)
+        for key in wanted.keys() - there:
+            services.update(key, indices[wanted[key]])
+
+    def count_from_zero(self, index: int) -> None:
+        """A service has got this index, which may have been another one's."""
+        counters = self.maps["service_counters"]
+        counters.update(index, bytes(counters.value_size))
+
+    def take_frames(self, matches: Any) -> None:
+        """Take the frames that these (``struct crab_matches *``) name, and no others."""
+        if matches.count:
+            self.maps["handlers"].update(0, bytes(ffi.buffer(matches)))
+        else:
+            self.maps["handlers"].delete(0)
+
+    def statistics(self, queues: int) -> dict[str, Any]:
+        """See :func:`crablb.dataplane.statistics.read`."""
+        maps = self.maps
+        return read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], queues)
+
+    def close(self) -> None:
+        """Forget it; what is pinned or attached stays."""
+        self._object.close()

@@ -1,0 +1,1 @@
+"""Selection: which backend a connection is redirected to, and what is known of the backends' loads."""
