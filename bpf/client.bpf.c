@@ -26,6 +26,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "length.h"
 #include "maps.h"
 
 #define AF_INET 2
@@ -287,7 +288,7 @@ static __always_inline void write_offer(struct bpf_sock_ops *ctx, const struct c
         count(CRAB_CLIENT_NO_OFFER_ROOM);
         return;
     }
-    if (bpf_store_hdr_opt(ctx, option, n, 0)) {
+    if (bpf_store_hdr_opt(ctx, option, crab_length_within(n, sizeof option), 0)) {
         bpf_map_delete_elem(&client_pending, &key);
         count(CRAB_CLIENT_NO_OFFER_ROOM);
         return;
