@@ -26,6 +26,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "length.h"
 #include "maps.h"
 
 #define AF_INET 2
@@ -287,7 +288,7 @@ static __always_inline void write_offer(struct bpf_sock_ops *ctx, const struct c
         count(CRAB_CLIENT_NO_OFFER_ROOM);
         return;
     }
-    if (bpf_store_hdr_opt(ctx, option, n, 0)) {
+    if (bpf_store_hdr_opt(ctx, option, crab_length_within(n, sizeof option), 0)) {
         bpf_map_delete_elem(&client_pending, &key);
         count(CRAB_CLIENT_NO_OFFER_ROOM);
         return;
@@ -408,7 +409,7 @@ static __always_inline int redirects_to(struct __sk_buff *skb, __u32 options, __
     __u8 kind = experimental ? CRAB_OPT_KIND_EXPERIMENTAL : CRAB_OPT_KIND;
     __u8 size = (experimental ? 4 : 2) + (is_mapped(want->vip) ? 4 : 16);
 
-    if (len < 1 || len > 40 || bpf_skb_load_bytes(skb, options, list, len))
+    if (len < 1 || len > 40 || bpf_skb_load_bytes(skb, options, list, crab_length_within(len, 40)))
         return 0;
 #pragma unroll
     for (__u32 i = 0; i < 40; i++) {

@@ -11,6 +11,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "length.h"
 #include "maps.h"
 
 #define SOL_TCP 6
@@ -204,7 +205,7 @@ int crab_server(struct bpf_sock_ops *ctx)
         if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) != (SYN | ACK))
             break;
         n = redirect_of_syn(ctx, option);
-        if (n && known(ctx, option, n) && !bpf_store_hdr_opt(ctx, option, (__u32)n, 0))
+        if (n && known(ctx, option, n) && !bpf_store_hdr_opt(ctx, option, crab_length_within((__u32)n, sizeof option), 0))
             count(CRAB_SERVER_ECHOED);
         break;
     }

@@ -17,11 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # setuptools wants paths relative to setup.py.
 NATIVE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "native").glob("*.c"))
 
-# The kernel's names for fixed-width integers, as bpf/maps.h spells them.
-KERNEL_TYPES = """
-typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef uint64_t __u64;
-typedef uint16_t __be16; typedef uint32_t __be32; typedef int32_t __s32; typedef int64_t __s64;
-"""
+# The kernel's names for fixed-width integers, as bpf/maps.h spells them.  What they are is for <linux/types.h> to say:
+# __u64 is unsigned long long where uint64_t is unsigned long, and to a C compiler pointers to these differ.
+KERNEL_TYPES = "".join(
+    f"typedef int... __{name};" for name in ("u8", "u16", "u32", "u64", "s32", "s64", "be16", "be32")
+)
+
+# Errors in gcc 14, so for older ones too: declarations that differ from what they declare.
+STRICT = ["-Werror=incompatible-pointer-types", "-Werror=int-conversion"]
 
 
 def declarations(header: Path) -> str:
@@ -54,7 +57,7 @@ native.set_source(
     sources=NATIVE,
     include_dirs=["native", "bpf"],
     extra_compile_args=["-std=gnu11", "-O3", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
-                        "-fno-strict-aliasing", "-fvisibility=hidden", *DEBUG],
+                        "-fno-strict-aliasing", "-fvisibility=hidden", *STRICT, *DEBUG],
     extra_link_args=["-pthread"],
 )  # fmt: skip
 
@@ -98,4 +101,4 @@ static const char *crab_log_take(void)
 
 libbpf = FFI()
 libbpf.cdef(KERNEL_TYPES + declarations(ROOT / "crablb/kernel/libbpf.h"))
-libbpf.set_source("crablb.kernel._libbpf", LOG, libraries=["bpf"])
+libbpf.set_source("crablb.kernel._libbpf", LOG, libraries=["bpf"], extra_compile_args=STRICT)
