@@ -156,8 +156,8 @@ class World:
         return start_serve(self.lab, self.folder, *more, **where)  # type: ignore[arg-type]
 
     def python(self, node: Node, *args: str, ready: bool = False, **more: object) -> subprocess.Popen[str]:
-        """A program of tests/peers.py; with ``ready``, on return it has said so."""
-        child = self.program(node, sys.executable, "-m", "tests.peers", *args, **more)
+        """A program of tests/helpers/peers.py; with ``ready``, on return it has said so."""
+        child = self.program(node, sys.executable, "-m", "tests.helpers.peers", *args, **more)
         if ready:
             assert answer(child) == "ready"
         return child

@@ -16,9 +16,9 @@ from scapy.layers.l2 import Ether
 
 from crablb.kernel.xsk import XskSocket
 from tests.conftest import until
-from tests.native import ELSEWHERE, Core
+from tests.helpers.native import ELSEWHERE, Core
 from tests.reference import packets
-from tests.test_differential import reference
+from tests.unit.test_differential import reference
 
 
 class Worker:

@@ -1,4 +1,4 @@
-"""The ends of connections in the end-to-end tests: ``python -m tests.peers PROGRAM ...`` inside a node."""
+"""The ends of connections in the end-to-end tests: ``python -m tests.helpers.peers PROGRAM ...`` inside a node."""
 
 from __future__ import annotations
 

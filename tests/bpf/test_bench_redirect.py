@@ -13,7 +13,7 @@ from scapy.layers.l2 import Ether
 from bench.context import Context
 from bench.redirect import Hop, Redirect
 from crablb.model import Vip
-from tests.native import Core
+from tests.helpers.native import Core
 from tests.reference import packets as reference
 
 SEED = bytes(range(16))

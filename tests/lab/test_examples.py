@@ -14,7 +14,7 @@ from crablb.lab.demo import status
 from crablb.model import mapped
 from crablb.policy import CHOICE, Balance
 from tests.conftest import ROOT, answer
-from tests.test_policy import VIP, A, B, C, ip_address
+from tests.unit.test_policy import VIP, A, B, C, ip_address
 
 EXAMPLES = ROOT / "examples"
 

@@ -13,7 +13,7 @@ from scapy.layers.inet import ICMP, IP, TCP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 
-from tests.native import Core, mapped
+from tests.helpers.native import Core, mapped
 from tests.reference import maglev, packets
 from tests.reference.siphash import siphash
 

@@ -25,11 +25,11 @@ from crablb.errors import ConfigError
 from crablb.lab.demo import status
 from crablb.model import Backend, Service, State, Vip
 from crablb.policy import BUILTIN, CONSISTENT, Balance, Custom, Pool, resolve
+from tests.bpf.test_worker import syn
 from tests.conftest import until
-from tests.native import Core
+from tests.helpers.native import Core
 from tests.reference.siphash import siphash
-from tests.test_differential import SEED, reference
-from tests.test_worker import syn
+from tests.unit.test_differential import SEED, reference
 
 #: Policies that choose among a pool's members; the others look into a table.
 POOLED = [policy for policy in BUILTIN if policy not in CONSISTENT]

@@ -18,7 +18,7 @@ from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import agent_status, crablb, start_agent, status
 from crablb.model import Vip
 from tests.conftest import World, answer, until
-from tests.test_fallback import exchange
+from tests.lab.test_fallback import exchange
 
 
 def counted(world: World, vip: str = f"tcp://{VIP4}:80") -> int:
@@ -63,7 +63,7 @@ def test_connections_are_counted_exactly(make_world, prepared):
     until(lambda: counted(world, f"tcp://[{VIP6}]:80") == 0)
     for pid in world.lab.servers[0].processes():
         command = world.lab.servers[0].run("cat", f"/proc/{pid}/cmdline", check=False).stdout
-        if "tests.peers" in command:
+        if "tests.helpers.peers" in command:
             world.lab.servers[0].run("kill", "-9", str(pid))
     until(lambda: counted(world) == 0)
 

@@ -24,8 +24,8 @@ from crablb.kernel import bpf
 from crablb.kernel.xsk import XskSocket
 from crablb.lab import VIP4
 from tests.conftest import Pair, World, inside
-from tests.native import Core
-from tests.test_differential import reference
+from tests.helpers.native import Core
+from tests.unit.test_differential import reference
 
 SEED = bytes(16)
 VIP = Vip(VIP4, 80)
