@@ -32,7 +32,8 @@ from crablb.config import parse_vip
 from crablb.kernel import bpf, pins
 from crablb.kernel.xsk import XskSocket
 from crablb.model import mapped
-from tests.conftest import until
+from tests.helpers.frames import ether
+from tests.helpers.processes import until
 from tests.reference import packets as reference
 from tests.reference.siphash import siphash
 
@@ -49,10 +50,6 @@ LWT_OK, LWT_REROUTE = 0, 128
 
 def layer(family: int) -> type[Packet]:
     return IP if family == 4 else IPv6
-
-
-def ether() -> Packet:
-    return Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
 
 
 # ---- load balancer ----

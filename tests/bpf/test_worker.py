@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 from crablb._native import ffi, lib
-from scapy.layers.inet import IP, TCP
-from scapy.layers.l2 import Ether
 
 from crablb.kernel.xsk import XskSocket
-from tests.conftest import until
+from tests.helpers.frames import reference, syn
 from tests.helpers.native import ELSEWHERE, Core
+from tests.helpers.processes import until
 from tests.reference import packets
-from tests.unit.test_differential import reference
 
 
 class Worker:
@@ -33,12 +31,6 @@ class Worker:
         assert lib.crab_xsk_conserved(self.xsk.handle)
         assert self.xsk.frames()["held"] == 0
         return n
-
-
-def syn(port: int, client: str = "10.0.0.1") -> bytes:
-    options = [("MSS", 1460), (42, b""), ("NOP", None), ("NOP", None)]
-    tcp = TCP(sport=port, dport=80, flags="S", seq=port, options=options)
-    return bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src=client, dst="10.0.0.100") / tcp)
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])

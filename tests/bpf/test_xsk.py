@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -16,7 +14,6 @@ from hypothesis import strategies as st
 from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.xsk import HEADROOM, XskError, XskSocket
-from tests.conftest import ROOT, answer
 
 ETHER = bytes.fromhex("0200000000020200000000011234")
 
@@ -252,18 +249,3 @@ def test_headroom(namespace):
         batch[0][:] = np.frombuffer(ETHER + b"eight..." + frame(1)[14:], np.uint8)
         xsk.send(batch)
         assert wire.recv(2048) == ETHER + b"eight..." + frame(1)[14:]
-
-
-def test_the_example(make_lab):
-    lab = make_lab("bridge")
-    child = lab.lb.popen(
-        sys.executable, str(ROOT / "examples/xsk_reflector.py"), "eth0", stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert answer(child) == "reflecting eth0, native XDP"
-    code = (
-        "import socket, sys; s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x1234));"
-        "s.bind(('eth0', 0x1234)); s.settimeout(10); mac = bytes.fromhex(sys.argv[1].replace(':', ''));"
-        "own = s.getsockname()[4]; s.send(mac + own + b'\\x12\\x34' + b'hello, mirror' + bytes(40));"
-        "print(s.recv(100) == own + mac + b'\\x12\\x34' + b'hello, mirror' + bytes(40))"
-    )
-    assert lab.client.run(sys.executable, "-c", code, lab.lb.mac()).stdout.strip() == "True"

@@ -7,7 +7,8 @@ from typing import Any
 
 from crablb._native import ffi, lib
 
-from crablb import statistics
+from crablb import Match, statistics
+from crablb.handler import Handlers
 from tests.reference import packets
 
 MODES = {"negotiated": lib.CRAB_MODE_NEGOTIATED, "always": lib.CRAB_MODE_ALWAYS, "never": lib.CRAB_MODE_NEVER}
@@ -114,3 +115,11 @@ class Core:
         changed = [n for n, v in self.counts().items() if v != before.get(n, 0) and n not in aside]
         assert len(changed) == 1, changed
         return changed[0], sent
+
+
+def compiled(wanted: list[dict[str, Any]]) -> Any:
+    """The matches of handlers, each given by its fields."""
+    handlers = Handlers(lambda match, reason: None)
+    for fields in wanted:
+        handlers.add(Match(**fields), lambda frames: None)
+    return handlers.matches()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -14,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from crablb.kernel import pins
-from crablb.kernel.xsk import _explain
 from crablb.lab import VIP4, Lab, existing
-from crablb.lab.demo import VIPS, agent_status, crablb, services, start_agent, status
-from tests.conftest import ROOT, until
+from crablb.lab.demo import VIPS, crablb, services, start_agent
+from tests.helpers.processes import ROOT, until
+from tests.helpers.world import agent_status, status
 
 SERVICE = "tcp://10.0.0.100:80=10.0.0.11"
 
@@ -150,12 +149,6 @@ def test_not_root(args):
     )  # fmt: skip
     assert done.returncode == 2
     assert re.fullmatch(r"crablb: crablb (serve|agent|lab|demo) .*; run it as root\n", done.stderr), done.stderr
-
-
-def test_a_kernel_without_af_xdp():
-    assert _explain("eth0", 0, "socket", errno.EAFNOSUPPORT) == (
-        "this kernel has no AF_XDP; it needs CONFIG_XDP_SOCKETS=y"
-    )
 
 
 def test_serve_from_a_file_and_its_logs(lab, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections import Counter
 
 import pytest
@@ -12,8 +11,9 @@ from scapy.layers.inet import TCP
 from scapy.utils import rdpcap
 
 from crablb.lab import VIP4, VIP6
-from crablb.lab.demo import VIPS, agent_status, crablb, start_agent, status, syns
-from tests.conftest import answer, until
+from crablb.lab.demo import VIPS, crablb, start_agent, syns
+from tests.helpers.processes import answer, exchange, until
+from tests.helpers.world import agent_status, status
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
 
@@ -210,7 +210,7 @@ def test_four_tuple_collision(make_world, known, family):
     assert seen["intact"]
     assert seen["accepted_on"] == VIP[family]  # by the fallback
     # and the first one is as it was
-    assert _exchange(first, "still here") == "still here"
+    assert exchange(first, "still here") == "still here"
     counters = world.client_counters()
     if known:
         assert counters["no_offer_shared"] == 1
@@ -218,13 +218,6 @@ def test_four_tuple_collision(make_world, known, family):
     else:
         assert counters["offered"] == counters["retransmitted"] == 1
         assert "redirected" not in counters
-
-
-def _exchange(child: subprocess.Popen[str], text: str) -> str:
-    assert child.stdin
-    child.stdin.write(text + "\n")
-    child.stdin.flush()
-    return answer(child)
 
 
 def test_sigterm_leaves_nothing_behind(make_world):
@@ -253,7 +246,7 @@ def test_the_next_load_balancer_takes_over(make_world):
     first.wait()
     # Without a daemon the VIP is silent, not refusing; what is established goes on.
     assert status(world.lab)["pid"] is None
-    assert _exchange(held, "alive") == "alive"
+    assert exchange(held, "alive") == "alive"
     waiting = world.python(world.lab.client, "echo", VIP[6], "80")
     until(lambda: status(world.lab)["xdp"]["drop_no_socket"] > 0)
     world.serve()
@@ -262,7 +255,7 @@ def test_the_next_load_balancer_takes_over(make_world):
     out, err = waiting.communicate(timeout=60)
     assert json.loads(out)["intact"], err
     assert world.echo(VIP4)["accepted_on"] == world.lab.servers[0].ip4
-    assert _exchange(held, "alive") == "alive"
+    assert exchange(held, "alive") == "alive"
 
 
 def test_only_backends_that_answer_are_chosen(make_world):
@@ -291,10 +284,10 @@ def test_client_agent_restarts_under_connections(make_world):
     held = world.python(world.lab.client, "hold", VIP[4], "80", ready=True)
     agent.send_signal(signal.SIGKILL)
     agent.wait()
-    assert _exchange(held, "one") == "one"
+    assert exchange(held, "one") == "one"
     assert agent_status(world.lab.client)["client"]["pid"] is None
     agent = world.client()
-    assert _exchange(held, "two") == "two"
+    assert exchange(held, "two") == "two"
     assert world.echo(VIP[6])["intact"]
     twice = world.lab.client.run(*crablb("agent", "client", "--vip", VIPS[0], "--backends", "10.0.0.0/24"), check=False)
     assert twice.returncode == 2

@@ -13,7 +13,7 @@ from crablb import engine, flowmap
 from crablb.config import config_from_args
 from crablb.errors import ConfigError
 from crablb.model import Bypass, mapped
-from tests.conftest import inside
+from tests.helpers.namespaces import inside
 
 FIRST, SECOND = ip_address("10.0.0.11"), ip_address("10.0.0.12")
 SEED = bytes(16)

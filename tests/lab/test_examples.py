@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import re
+import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from crablb.lab import VIP4
-from crablb.lab.demo import status
-from crablb.model import mapped
-from crablb.policy import CHOICE, Balance
-from tests.conftest import ROOT, answer
-from tests.unit.test_policy import VIP, A, B, C, ip_address
+from tests.helpers.processes import ROOT, answer
+from tests.helpers.world import status
 
 EXAMPLES = ROOT / "examples"
 
@@ -23,27 +19,6 @@ EXAMPLES = ROOT / "examples"
 def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
-
-
-def test_by_network(importable):
-    choose = importlib.import_module("by_network").choose
-    backends = Balance().backends(VIP, {A: 1, B: 1, C: 2})
-
-    def chosen(*clients: str) -> list[int]:
-        batch = np.zeros(len(clients), CHOICE)
-        for i, client in enumerate(clients):
-            batch["client"][i] = np.frombuffer(mapped(ip_address(client)), np.uint8)
-        return choose(batch, backends).tolist()
-
-    for network in (["10.1.2.3", "10.1.2.99"], ["fd00:1:2:300::1", "fd00:1:2:3ff::2"]):
-        assert len(set(chosen(*network))) == 1
-    # Many networks go everywhere, one to two backends at most, whatever their loads.
-    assert set(chosen(*(f"10.1.{i}.1" for i in range(100)))) == {0, 1, 2}
-    seen = set()
-    for busy in range(3):
-        backends.assigned(np.array([busy] * 50))
-        seen |= set(chosen("10.1.2.3"))
-    assert len(seen) <= 2
 
 
 def test_by_network_in_the_lab(importable, make_world):
@@ -103,3 +78,18 @@ def test_syn_limiter(make_world):
     assert world.echo(server.ip6, "10000")["intact"]
     world.python(lab.client, "hold_many", server.ip4, "80", "20", ready=True)
     assert re.fullmatch(r"10\.0\.0\.1: \d+ SYNs refused", answer(limiter))
+
+
+def test_xsk_reflector(make_lab):
+    lab = make_lab("bridge")
+    child = lab.lb.popen(
+        sys.executable, str(EXAMPLES / "xsk_reflector.py"), "eth0", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert answer(child) == "reflecting eth0, native XDP"
+    code = (
+        "import socket, sys; s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x1234));"
+        "s.bind(('eth0', 0x1234)); s.settimeout(10); mac = bytes.fromhex(sys.argv[1].replace(':', ''));"
+        "own = s.getsockname()[4]; s.send(mac + own + b'\\x12\\x34' + b'hello, mirror' + bytes(40));"
+        "print(s.recv(100) == own + mac + b'\\x12\\x34' + b'hello, mirror' + bytes(40))"
+    )
+    assert lab.client.run(sys.executable, "-c", code, lab.lb.mac()).stdout.strip() == "True"

@@ -11,8 +11,9 @@ from scapy.utils import rdpcap
 
 from crablb.kernel import pins
 from crablb.lab import VIP4, VIP6, Node
-from crablb.lab.demo import agent_status, crablb, start_agent, status
-from tests.conftest import World, answer, until
+from crablb.lab.demo import crablb, start_agent
+from tests.helpers.processes import exchange, until
+from tests.helpers.world import World, agent_status, status
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
 
@@ -224,12 +225,6 @@ def test_established_flows_go_on_without_a_daemon(make_world):
     world.serve("--ack-bypass", "on")
     assert "took over fallback flows" in (world.folder / "serve.log").read_text()
     assert exchange(held, "three") == "20"
-
-
-def exchange(child, text: str) -> str:
-    child.stdin.write(text + "\n")
-    child.stdin.flush()
-    return answer(child)
 
 
 class Reloaded:

@@ -8,18 +8,15 @@ from ipaddress import ip_address
 
 import pytest
 
-import crablb
 from crablb import Backend, ConfigError, Event, KernelError, LoadBalancer, Service, State, Vip
 from crablb.lab import VIP4
-from tests.conftest import World, inside, until
+from tests.helpers.namespaces import inside
+from tests.helpers.processes import until
+from tests.helpers.world import World
 
 VIP = Vip(VIP4, 80)
 A, B, C = (ip_address(f"10.0.0.1{i}") for i in (1, 2, 3))
 SEED = bytes(16)
-
-
-def test_what_is_public():
-    assert all(getattr(crablb, name).__doc__ for name in crablb.__all__)
 
 
 def served(world: World) -> str:
@@ -165,16 +162,3 @@ def test_without_threads(make_world):
 
     with inside(world.lab.lb.netns):
         asyncio.run(main())
-
-
-def test_bad_arguments():
-    for arguments, problem in (
-        ({"services": ["tcp://10.0.0.100:80"]}, "is not VIP=BACKEND"),
-        ({"seed": b"short"}, "a seed has 16 bytes, not 5"),
-        ({"colour": 1}, "unknown settings: colour"),
-        ({"services": [Service(VIP, ())]}, "has no backends"),
-    ):
-        with pytest.raises(ConfigError, match=problem):
-            LoadBalancer("eth0", **arguments)
-    with pytest.raises(KernelError, match="not running"):
-        LoadBalancer("eth0").process_once()

@@ -8,11 +8,10 @@ from ipaddress import ip_address
 
 import pytest
 
-from crablb.errors import KernelError
 from crablb.kernel.interface import interface_info
 from crablb.kernel.netlink import HopState, NextHop, NextHops
 from crablb.lab import Lab
-from tests.conftest import inside
+from tests.helpers.namespaces import inside
 
 FIRST, SECOND = ip_address("10.0.0.11"), ip_address("fd00::11")
 BEHIND, ABSENT = ip_address("192.0.2.1"), ip_address("10.0.0.99")
@@ -135,14 +134,3 @@ def test_neighbours_and_links_change(lab):
         await hops.until(lambda: hops[FIRST].reason == "no route: Network is unreachable")
 
     follow(lab, check)
-
-
-def test_interface_info(namespace):
-    with pytest.raises(KernelError, match="interface nothing does not exist; there are: lo, veth1, veth0"):
-        interface_info("nothing")
-    namespace.ip("link", "set", "veth0", "address", "02:00:00:00:00:05", "mtu", "9000")
-    info = interface_info("veth0")
-    assert (info.name, info.mac, info.mtu, info.up) == ("veth0", bytes.fromhex("020000000005"), 9000, True)
-    assert info.rx_queues >= 1
-    namespace.ip("link", "set", "veth0", "down")
-    assert not interface_info("veth0").up

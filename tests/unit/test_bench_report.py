@@ -21,9 +21,8 @@ from bench.figures import WIDE, Curve, Plot, Results, Row, Suite, Table, Target,
 from bench.report import markdown, number, overview, text, write
 from crablb.cli import main
 from crablb.errors import ConfigError
-from tests.conftest import ROOT
-
-SCHEMA = json.loads((ROOT / "bench/schema.json").read_text())
+from tests.helpers.bench import SCHEMA, quiet
+from tests.helpers.processes import ROOT
 
 
 def results(**more: list[float]) -> Results:
@@ -45,10 +44,6 @@ def results(**more: list[float]) -> Results:
         "micro", "Hot loop", [table], [plot, bars], [Target("P1", "1.82", False, "memory")], ["A note."], ["x: none"]
     )
     return Results("tiny", run.machine.describe(), [suite])
-
-
-def quiet(size: str) -> Context:
-    return Context(size, say=lambda text: None)  # type: ignore[arg-type]
 
 
 # ---- rounds ----
@@ -232,7 +227,13 @@ def test_not_results(tmp_path, content, problem):
 # ---- the command ----
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def root(monkeypatch):
+    """What the command asks for; here its suites do not need it."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+def test_command(root, tmp_path, monkeypatch, capsys):
     """A suite that cannot run here is left out with its reason, and the others go on."""
 
     def missing(context: Context) -> Suite:
@@ -255,7 +256,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert main(["bench", "compare", str(tmp_path / "new/out"), str(tmp_path / "new/out/results.json")]) == 0
 
 
-def test_bad_arguments(tmp_path, capsys):
+def test_bad_arguments(root, tmp_path, capsys):
     assert main(["bench", "--suite", "none"]) == 2
     assert "there is no such suite; name one of micro, xsk" in capsys.readouterr().err
     (tmp_path / "file").touch()

@@ -1,20 +1,13 @@
-"""The xsk suite runs, as small as it can; what it measures decides nothing here."""
+"""The xsk suite's frames, its target and its figure."""
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
-import jsonschema
 import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
-from bench import machine, xsk
-from bench.context import Context
-from bench.figures import Results, Row
-from tests.conftest import ROOT
+from bench import xsk
+from bench.figures import Row
 
 DST, SRC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
 
@@ -67,58 +60,3 @@ def test_figure_8_leaves_out_what_was_not_measured():
     ours, paper = xsk.figure_8(found).curves
     assert (ours.x, ours.y, ours.low, ours.high) == ([0, 2], [2.0, 0.5], [1.0, 0.5], [3.0, 0.5])
     assert (paper.y, paper.source) == ([14.75, 6.8, 1.5], "paper")
-
-
-@pytest.fixture(scope="module")
-def suite():
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces and BPF need root")
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("it needs two CPUs")
-    before = Path("/proc/thread-self/ns/net").stat().st_ino
-    found = xsk.run(Context("tiny", say=lambda _: None))
-    assert Path("/proc/thread-self/ns/net").stat().st_ino == before
-    assert not list(Path("/run/netns").glob("crab-xsk-*"))
-    return found
-
-
-def test_what_it_writes(suite):
-    data = Results("tiny", machine.describe(), [suite]).json()
-    jsonschema.validate(data, json.loads((ROOT / "bench/schema.json").read_text()))
-
-
-def test_all_is_there(suite):
-    units = {table.key: table.unit for table in suite.tables}
-    units.pop("xsk-queues", None)  # with four CPUs
-    units.pop("xsk-user", None)  # so short a time may be less than a tick
-    assert units == {
-        "xsk-raw": "Mpps",
-        "xsk-serve": "Mpps",
-        "xsk-offered": "Mpps",
-        "daemon-start": "s",
-        "daemon-memory": "MiB",
-        "daemon-idle": "% of a core",
-        "xsk-latency": "us",
-    }
-    assert {plot.key for plot in suite.plots} == {"xsk-mpps", "paper-fig8"}
-    assert [target.name for target in suite.targets] == ["P2", "P10"]
-    serve = {row.name for row in suite.table("xsk-serve").rows}
-    assert {
-        "raw l2fwd",
-        "crablb serve",
-        "crablb serve, generic",
-        "XDP redirect",
-        "XDP, MAC addresses only",
-        "nftables",
-    } <= serve
-    # Everything forwarded something, in the native and in the generic mode.
-    for key in ("xsk-raw", "xsk-serve", "xsk-latency", "daemon-start"):
-        assert all(min(row.samples) > 0 for row in suite.table(key).rows), key
-    assert all(reason.startswith("two queues: ") for reason in suite.left_out), suite.left_out
-
-
-@pytest.mark.skipif(os.geteuid() != 0 or len(os.sched_getaffinity(0)) < 2, reason="root and two CPUs are needed")
-def test_two_queues_carry_what_comes_by_both():
-    """On two CPUs, which their sources share: a rate that means nothing, but nothing is stuck."""
-    cpus = sorted(os.sched_getaffinity(0))[:2]
-    assert xsk.served_by_two(Context("tiny", say=lambda _: None), cpus, cpus) > 0

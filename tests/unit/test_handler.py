@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from ipaddress import ip_address
 from typing import Any
 
-import numpy as np
 import pytest
 from crablb._native import ffi, lib
 from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrHopByHop
-from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
+from scapy.layers.l2 import ARP, Dot1AD, Dot1Q
 from scapy.layers.sctp import SCTP
 from scapy.packet import Packet, Raw
 
-from crablb import Backend, ConfigError, Event, Frames, LoadBalancer, Match, Service, Vip, statistics
-from crablb.handler import Handlers
-from crablb.kernel import bpf
-from crablb.kernel.xsk import XskSocket
+from crablb import ConfigError, Frames, LoadBalancer, Match, Vip
 from crablb.lab import VIP4
-from tests.conftest import Pair, World, inside
-from tests.helpers.native import Core
-from tests.unit.test_differential import reference
+from tests.helpers.frames import ether, reference
+from tests.helpers.native import Core, compiled
 
 SEED = bytes(16)
 VIP = Vip(VIP4, 80)
 A = ip_address("10.0.0.11")
-XDP_PASS, XDP_REDIRECT = 2, 4
-
-
-def ether() -> Packet:
-    return Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
 
 
 def nothing(frames: Frames) -> None:
@@ -108,13 +96,6 @@ def unique(wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [fields for i, fields in enumerate(wanted) if fields not in wanted[:i]]
 
 
-def compiled(wanted: list[dict[str, Any]]) -> Any:
-    handlers = Handlers(lambda match, reason: None)
-    for fields in wanted:
-        handlers.add(Match(**fields), nothing)
-    return handlers.matches()
-
-
 @given(frames(), st.lists(matches, max_size=4))
 def test_matches_as_told(frame, wanted):
     raw, has = frame
@@ -131,51 +112,6 @@ def test_what_is_beyond_a_frames_end_is_not_looked_at(frame, data):
         lib.crab_match_find(matches, raw[:length] + rest, length) for rest in (raw[length:], bytes(60), b"\xff" * 60)
     }
     assert len(found) == 1
-
-
-def test_the_xdp_program_and_the_hot_loop_agree(namespace):
-    """On which frames are a handler's; each in its own way finds the first match."""
-    wanted = [
-        {"protocol": 17, "port": 53},
-        {"ethertype": 0x0806},
-        {"address": ip_address("fd00::100"), "protocol": 58},
-        {"protocol": 6, "port": 80, "address": ip_address("10.0.0.7")},
-    ]
-    matches = compiled(wanted)
-    to = {4: IP(dst="10.0.0.7"), 6: IPv6(dst="fd00::100")}
-    sample = {
-        "dns": ether() / to[4] / UDP(dport=53),
-        "dns6": ether() / to[6] / UDP(dport=53),
-        "tagged": ether() / Dot1AD() / Dot1Q() / to[4] / UDP(dport=53),
-        "options": ether() / IP(options=b"\x01" * 4) / UDP(dport=53),
-        "fragment": ether() / IP(frag=1, proto=17) / Raw(b"\x00\x35\x00\x35" + bytes(40)),
-        "other-port": ether() / to[4] / UDP(dport=54),
-        "arp": ether() / ARP(),
-        "ping6": ether() / to[6] / Raw(bytes(8)),
-        "web": ether() / to[4] / TCP(dport=80),
-        "elsewhere": ether() / IP(dst="10.0.0.8") / TCP(dport=80),
-    }
-    sample["ping6"][IPv6].nh = 58
-    with bpf.Object(bpf.object_path("lb")) as program, XskSocket("lo", load_program=False, mode="generic") as xsk:
-        program.map("handlers").update(0, bytes(ffi.buffer(matches)))
-        program.map("interfaces").update(1, (0).to_bytes(4, "little") + (1).to_bytes(4, "little"))
-        run = program.program("crab_lb").test_run
-        # Without a socket all of it is the kernel's.
-        assert {run(bytes(frame)).retval for frame in sample.values()} == {XDP_PASS}
-        xsk.register(program.map("sockets"), 0)
-        taken = {name for name, frame in sample.items() if run(bytes(frame)).retval == XDP_REDIRECT}
-        assert taken == {"dns", "dns6", "tagged", "options", "arp", "ping6", "web"}
-        found = {n for n, f in sample.items() if lib.crab_match_find(matches, bytes(f), len(bytes(f))) >= 0}
-        assert found == taken
-        whole = bytes(sample["tagged"])
-        for length in range(14, len(whole)):
-            cut = whole[:length]
-            assert (run(cut).retval == XDP_REDIRECT) == (lib.crab_match_find(matches, cut, length) >= 0)
-            assert (run(cut).retval == XDP_REDIRECT) == (length >= 46)  # addresses, then both ports
-        index = statistics.XDP_COUNTERS.index("handler")
-        assert program.map("xdp_counters").sum_u64(index) == len(taken) + 2 * (len(whole) - 46)
-        program.map("handlers").delete(0)
-        assert run(bytes(sample["arp"])).retval == XDP_PASS
 
 
 @pytest.mark.parametrize(
@@ -237,128 +173,3 @@ def test_services_come_first():
     counts = core.counts()
     wanted = {"handler_kept": 1, "handler_sent": 1, "drop_handler": 1, "drop_not_service": 1}
     assert {name: counts[name] for name in wanted} == wanted
-
-
-# ---- in a load balancer ----
-
-
-def turned_round(frames: Frames) -> np.ndarray:
-    """Answer UDP over IPv4 with what it says, and a byte more."""
-    for i in range(len(frames)):
-        frames.lengths[i] += 1
-        frame = frames[i]
-        frame[0:12] = np.roll(frame[0:12], 6)
-        frame[26:34] = np.roll(frame[26:34], 4)
-        frame[34:38] = np.roll(frame[34:38], 2)
-        frame[-1] = ord("!")
-        frame[38:40] = list((len(frame) - 34).to_bytes(2, "big"))
-        frame[40:42] = 0  # no checksum
-        total = len(frame) - 14
-        frame[16:18], frame[24:26] = list(total.to_bytes(2, "big")), 0
-        words = frame[14:34].astype(np.uint32)
-        total_sum = int((words[0::2] * 256 + words[1::2]).sum())
-        while total_sum >> 16:
-            total_sum = (total_sum & 0xFFFF) + (total_sum >> 16)
-        frame[24:26] = list((~total_sum & 0xFFFF).to_bytes(2, "big"))
-    return np.ones(len(frames), bool)
-
-
-def test_answers_and_failures(make_world):
-    world: World = make_world(servers=1)
-    world.servers()
-    world.client()
-    lb_address = str(world.lab.lb.ip4)
-
-    def broken(frames: Frames) -> None:
-        raise RuntimeError("broken")
-
-    def nonsense(frames: Frames) -> list[int]:
-        return [1] * (len(frames) + 1)
-
-    def too_long(frames: Frames) -> list[bool]:
-        frames.lengths[:] = 5000
-        return [True] * len(frames)
-
-    with inside(world.lab.client.netns):
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(10)
-    lb = LoadBalancer("eth0", [Service(VIP, (Backend(A),))], seed=SEED)
-    lb.handle(Match(protocol=17, port=7), turned_round)  # before the start
-    failures: list[Event] = []
-    with inside(world.lab.lb.netns), lb:
-        for port, function in ((8, broken), (9, nonsense), (10, too_long), (11, nothing)):
-            lb.handle(Match(protocol=17, port=port), function)
-
-        async def follow() -> None:
-            async for event in lb.events():
-                if event.kind == "handler-failed":
-                    failures.append(event)
-
-        assert lb._loop
-        following = asyncio.run_coroutine_threadsafe(follow(), lb._loop)
-        sock.sendto(b"hello", (lb_address, 7))
-        assert sock.recv(100) == b"hello!"
-        for port in (8, 9, 10, 11):
-            sock.sendto(b"lost", (lb_address, port))
-        sock.sendto(b"again", (lb_address, 7))
-        assert sock.recv(100) == b"again!"
-        # All of these have passed; services and the kernel's traffic (ARP) go on as before.
-        assert world.echo(VIP4, "10")["server"] == "server1"
-        counts = lb.statistics()
-        assert {name: counts.workers[name] for name in ("handler_sent", "handler_kept", "drop_handler")} == {
-            "handler_sent": 2, "handler_kept": 1, "drop_handler": 3,
-        }  # fmt: skip
-        assert counts.xdp["handler"] == 6
-        assert counts.workers["redirected"] == 1
-        lb.unhandle(Match(protocol=17, port=7))
-        # The kernel has it again, and says that nobody listens there.
-        sock.connect((lb_address, 7))
-        sock.send(b"anybody?")
-        with pytest.raises(ConnectionRefusedError):
-            sock.recv(100)
-        following.cancel()
-        assert lb.statistics().daemon["handler_failed"] == 3
-    sock.close()
-    assert [event.reason.split(": ", 2)[:2] for event in failures] == [
-        ["protocol 17, port 8", "RuntimeError"],
-        ["protocol 17, port 9", "ValueError"],
-        ["protocol 17, port 10", "ValueError"],
-    ]
-    assert "not booleans of shape (1,)" in failures[1].reason
-    assert "it made a frame of 5000 bytes, not of 14 to " in failures[2].reason
-
-
-def test_out_by_another_interface(namespace: Pair):
-    """Without threads: nothing happens but in process_once."""
-    namespace.ip("link", "add", "veth2", "type", "veth", "peer", "name", "veth3")
-    namespace.ip("link", "set", "veth2", "up")
-    namespace.ip("link", "set", "veth3", "up")
-    there = socket.if_nametoindex("veth2")
-    seen = []
-
-    def forward(frames: Frames) -> np.ndarray:
-        seen.append((len(frames), frames.columns(12, 14).tolist(), frames.room.min() >= frames.lengths.max()))
-        frames.interfaces[:] = there
-        return np.asarray(frames.lengths < 100)
-
-    async def main() -> None:
-        async with LoadBalancer("veth0", seed=SEED, threads=False) as lb:
-            lb.handle(Match(ethertype=0x88B5), forward)
-            near, far = namespace.wire("veth1"), namespace.wire("veth3")
-            frames = [bytes([2] * 12) + b"\x88\xb5" + bytes([i]) * (46 + 50 * (i == 1)) for i in range(3)]
-            for frame in frames:
-                near.send(frame)
-            done = 0
-            async with asyncio.timeout(10):
-                while done < 3:
-                    done += lb.process_once(0.1)
-                    await asyncio.sleep(0)
-            assert [far.recv(2000), far.recv(2000)] == [frames[0], frames[2]]
-            counts = lb.statistics().workers
-            assert (counts["handler_sent"], counts["handler_kept"]) == (2, 1)
-            near.close()
-            far.close()
-
-    asyncio.run(main())
-    assert sum(n for n, _, _ in seen) == 3
-    assert all(kinds == [[0x88, 0xB5]] * n and room for n, kinds, room in seen)

@@ -22,14 +22,12 @@ from scapy.layers.l2 import Ether
 
 from crablb.config import parse_policy
 from crablb.errors import ConfigError
-from crablb.lab.demo import status
 from crablb.model import Backend, Service, State, Vip
 from crablb.policy import BUILTIN, CONSISTENT, Balance, Custom, Pool, resolve
-from tests.bpf.test_worker import syn
-from tests.conftest import until
+from tests.helpers.frames import SEED, reference, syn
 from tests.helpers.native import Core
+from tests.reference.round_robin import interleaved, smooth
 from tests.reference.siphash import siphash
-from tests.unit.test_differential import SEED, reference
 
 #: Policies that choose among a pool's members; the others look into a table.
 POOLED = [policy for policy in BUILTIN if policy not in CONSISTENT]
@@ -56,21 +54,6 @@ def reduced(weights: list[int]) -> list[int]:
 
 
 # ---- deterministic ones ----
-
-
-def interleaved(weights: list[int]) -> list[int]:
-    return [i for round_ in range(max(weights)) for i, w in enumerate(weights) if w > round_]
-
-
-def smooth(weights: list[int]) -> list[int]:
-    """As nginx says it: everybody gains his weight, the richest pays everybody's."""
-    credit, out = [0] * len(weights), []
-    for _ in range(sum(weights)):
-        credit = [c + w for c, w in zip(credit, weights, strict=True)]
-        best = credit.index(max(credit))
-        credit[best] -= sum(weights)
-        out.append(best)
-    return out
 
 
 @given(weight_lists)
@@ -457,48 +440,3 @@ def test_who_does_not_report_is_taken_for_average():
     assert (a.open, b.open) == (10, 30)
     balance.age(service)
     assert (a.open, b.open, c.open) == (0, 0, 0)
-
-
-# ---- end to end ----
-
-
-def test_redirected_by_turns(make_world):
-    """Thirty connections, three servers, two of them twice as heavy: by the smooth round robin to the connection."""
-    world = make_world(servers=3)
-    world.servers()
-    world.client()
-    backends = ",".join(f"{s.ip4}*{w}" for s, w in zip(world.lab.servers, (1, 2, 2), strict=True))
-    world.serve("--policy", "weighted-round-robin", what=[f"tcp://{VIP.address}:80={backends}"])
-    got = [world.echo(VIP.address, "10")["server"] for _ in range(10)]
-    expected = [f"server{1 + i}" for i in smooth([1, 2, 2])] * 2
-    assert got == expected
-    assert status(world.lab)["total"]["redirected"] == 10
-
-
-def test_a_policy_beside_the_configuration(make_world):
-    """The first octets choose; it fails for a while, and nobody notices but the log and the counter."""
-    world = make_world(servers=3)
-    world.servers()
-    world.client()
-    (world.folder / "crab_test_policy.py").write_text(
-        "from pathlib import Path\n"
-        "def choose(batch, backends):\n"
-        f"    if Path({str(world.folder)!r}, 'fail').exists():\n"
-        "        raise OSError('told to')\n"
-        "    return [1] * len(batch)\n"
-    )
-    path = world.folder / "lb.toml"
-    backends = ", ".join(f'"{s.ip4}"' for s in world.lab.servers)
-    path.write_text(
-        'interface = "eth0"\n[[service]]\naddress = "tcp://10.0.0.100:80"\npolicy = "crab_test_policy:choose"\n'
-        f"backends = [{backends}]\n"
-    )
-    world.serve(config=path)
-    assert {world.echo(VIP.address, "10")["server"] for _ in range(5)} == {"server2"}
-    (world.folder / "fail").touch()
-    assert len({world.echo(VIP.address, "10")["server"] for _ in range(12)}) > 1
-    until(lambda: status(world.lab)["daemon"]["policy_failed"] == 12)
-    (world.folder / "fail").unlink()
-    assert {world.echo(VIP.address, "10")["server"] for _ in range(5)} == {"server2"}
-    assert "policy failed" in (world.folder / "serve.log").read_text()
-    assert status(world.lab)["total"]["redirected"] == 22
