@@ -1,0 +1,799 @@
+"""The BPF programs by BPF_PROG_TEST_RUN, and libbpf's binding.
+
+The kernel has no test run for sock_ops and iterators: crab_server, crab_arm and crab_offer are tested end to end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import numpy as np
+import pytest
+from crablb._native import lib
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scapy.layers.inet import ICMP, IP, TCP
+from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
+from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
+from scapy.packet import Packet, Raw
+
+from crablb import flowmap, statistics
+from crablb.agent.base import counter_names
+from crablb.config import parse_vip
+from crablb.kernel import bpf, pins
+from crablb.kernel.xsk import XskSocket
+from crablb.model import mapped
+from tests.helpers.frames import ether
+from tests.helpers.processes import until
+from tests.reference import packets as reference
+from tests.reference.siphash import siphash
+
+CLIENT = {4: "10.0.0.1", 6: "fd00::1"}
+DIP = {4: "10.0.0.11", 6: "fd00::11"}
+VIP = {4: "10.0.0.100", 6: "fd00::100"}
+OTHER_VIP = {4: "10.0.0.101", 6: "fd00::101"}
+OUTSIDE = {4: "203.0.113.9", 6: "2001:db8::9"}
+XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = 1, 2, 3, 4
+LO = 1  # ifindex that test runs come in by
+TC_UNSPEC, TC_SHOT, TC_REDIRECT = 0xFFFFFFFF, 2, 7
+LWT_OK, LWT_REROUTE = 0, 128
+
+
+def layer(family: int) -> type[Packet]:
+    return IP if family == 4 else IPv6
+
+
+# ---- load balancer ----
+
+
+class Counted:
+    """A loaded object whose per-CPU counters are read by name."""
+
+    def __init__(self, loaded: bpf.Object, counters: str, names: list[str]) -> None:
+        self.maps, self.programs, self._counters, self._names = loaded.maps, loaded.programs, counters, names
+        self.table = flowmap.FlowTable(loaded.map("flows")) if "flows" in loaded.maps else None
+
+    def counts(self) -> dict[str, int]:
+        found = {name: self.maps[self._counters].sum_u64(i) for i, name in enumerate(self._names)}
+        return {name: n for name, n in found.items() if n}
+
+
+@pytest.fixture
+def lb(namespace) -> Iterator[Counted]:
+    with bpf.Object(bpf.object_path("lb")) as loaded:
+        for family in (4, 6):
+            loaded.map("services").update(parse_vip(url(VIP[family], 80)).key(), 0)
+        yield Counted(loaded, "xdp_counters", list(statistics.XDP_COUNTERS))
+
+
+def url(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def to_vip(family: int, **more: object) -> Packet:
+    return layer(family)(src=CLIENT[family], dst=VIP[family]) / TCP(
+        **{"sport": 4242, "dport": 80, "flags": "S", **more}
+    )
+
+
+LEFT_ALONE = {
+    "arp": (ether() / ARP(pdst=VIP[4]), "pass_not_vip"),
+    "other-port": (ether() / IP(src=CLIENT[4], dst=VIP[4]) / TCP(dport=81, flags="S"), "pass_not_vip"),
+    "other-address": (ether() / IPv6(src=CLIENT[6], dst=DIP[6]) / TCP(dport=80, flags="S"), "pass_not_vip"),
+    "icmp": (ether() / IP(dst=VIP[4]) / ICMP(), "pass_not_vip"),
+    "icmpv6": (ether() / IPv6(dst=VIP[6]) / ICMPv6DestUnreach(), "pass_not_vip"),
+    "fragment": (ether() / IP(dst=VIP[4], flags="MF", proto=6) / Raw(bytes(64)), "pass_fragment"),
+    "last-fragment": (ether() / IP(dst=VIP[4], frag=3, proto=6) / Raw(bytes(64)), "pass_fragment"),
+    "fragment6": (ether() / IPv6(dst=VIP[6]) / IPv6ExtHdrFragment() / TCP(dport=80, flags="S"), "pass_fragment"),
+    "ip-options": (ether() / IP(dst=VIP[4], options=b"\x01" * 4) / TCP(dport=80, flags="S"), "pass_ip_options"),
+    "extension": (ether() / IPv6(dst=VIP[6]) / IPv6ExtHdrHopByHop() / TCP(dport=80, flags="S"), "pass_ip_options"),
+    "three-tags": (ether() / Dot1Q() / Dot1Q() / Dot1Q() / to_vip(4), "pass_not_vip"),
+    "cut": (Raw(bytes(ether() / to_vip(4))[:50]), "pass_malformed"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_lb_leaves_alone(lb, name):
+    packet, reason = LEFT_ALONE[name]
+    frame = bytes(packet)
+    run = lb.programs["crab_lb"].test_run(frame)
+    assert run.retval == XDP_PASS
+    assert run.data == frame
+    assert lb.counts() == {reason: 1}
+
+
+@pytest.mark.parametrize("tags", [0, 1, 2], ids=["plain", "vlan", "qinq"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_lb_takes_a_vips_packets(lb, namespace, family, tags):
+    head = [ether(), ether() / Dot1Q(vlan=7), ether() / Dot1AD(vlan=9) / Dot1Q(vlan=7)][tags]
+    syn, ack = bytes(head / to_vip(family)), bytes(head / to_vip(family, flags="A"))
+    # Without a daemon: dropped, because the kernel would answer with a RST.
+    assert lb.programs["crab_lb"].test_run(syn).retval == XDP_DROP
+    assert lb.programs["crab_lb"].test_run(ack).retval == XDP_DROP
+    lb.maps["interfaces"].update(LO, struct.pack("=II", 5, 0))  # a queue that is not served
+    assert lb.programs["crab_lb"].test_run(ack).retval == XDP_DROP
+    with XskSocket("veth0", load_program=False) as xsk:
+        xsk.register(lb.maps["sockets"], 5)
+        lb.maps["interfaces"].update(LO, struct.pack("=II", 5, 1))
+        for frame in (syn, ack):
+            run = lb.programs["crab_lb"].test_run(frame)
+            assert run.retval == XDP_REDIRECT
+            assert run.data == frame
+    # A socket that is closed leaves the map by itself.
+    assert lb.programs["crab_lb"].test_run(syn).retval == XDP_DROP
+    assert lb.counts() == {"syn": 1, "other": 1, "drop_no_socket": 4}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_lb_at_every_length(lb, family):
+    frame = bytes(ether() / to_vip(family))
+    for length in range(14, len(frame)):
+        assert lb.programs["crab_lb"].test_run(frame[:length]).retval == XDP_PASS
+    assert lb.counts() == {"pass_malformed": len(frame) - 14}
+
+
+# ---- client ----
+
+
+@pytest.fixture
+def client(namespace) -> Iterator[Counted]:
+    with bpf.Object(bpf.object_path("client")) as loaded:
+        for prefix in (ip_network("10.0.0.0/24"), ip_network("fd00::/64")):
+            bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
+            loaded.map("client_backends").update(bits.to_bytes(4, "little") + mapped(prefix.network_address), 1)
+        yield Counted(loaded, "client_counters", counter_names("crab_client_counter", "CRAB_CLIENT_"))
+
+
+def ports(local: int, remote: int = 80) -> bytes:
+    return struct.pack("!HH", local, remote)
+
+
+def pend(client: Counted, family: int, *, isn: int = 999, port: int = 4242, form: int = 0) -> bytes:
+    """Note a SYN of ours as sent with an offer."""
+    key = mapped(ip_address(CLIENT[family])) + ports(port) + struct.pack("!I", isn + 1)
+    client.maps["client_pending"].update(key, mapped(ip_address(VIP[family])) + form.to_bytes(4, "little"))
+    return key
+
+
+def redirect(vip: str, experimental: bool = False) -> list[tuple[object, object]]:
+    packed = ip_address(vip).packed
+    option = (253, b"\x43\x52" + packed) if experimental else (42, packed)
+    return [("MSS", 1460), option, ("NOP", None), ("NOP", None)]
+
+
+def answer(family: int, **more: object) -> Packet:
+    """A backend's SYN-ACK to our SYN, as it should be."""
+    fields = {"sport": 80, "dport": 4242, "flags": "SA", "seq": 5, "ack": 1000, "options": redirect(VIP[family])}
+    return ether() / layer(family)(src=DIP[family], dst=CLIENT[family]) / TCP(**{**fields, **more})
+
+
+def as_from_vip(frame: bytes, family: int) -> bytes:
+    """What Scapy makes of the frame with the VIP as its source, all checksums its own."""
+    packet = Ether(frame)
+    packet[layer(family)].src = VIP[family]
+    del packet[TCP].chksum
+    if family == 4:
+        del packet[IP].chksum
+    return bytes(packet)
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["crab", "experimental"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_takes_up_a_redirect(client, family, form):
+    key = pend(client, family, form=form)
+    frame = bytes(answer(family, options=redirect(VIP[family], bool(form))))
+    run = client.programs["crab_ingress"].test_run(frame)
+    assert run.retval == TC_UNSPEC
+    assert run.data == as_from_vip(frame, family)
+    assert client.maps["client_pending"].lookup(key) is None
+    # from now on both directions are translated
+    data = bytes(answer(family, flags="PA", options=[]) / Raw(b"hello"))
+    run = client.programs["crab_ingress"].test_run(data)
+    assert run.data == as_from_vip(data, family)
+    mine = ether() / layer(family)(src=CLIENT[family], dst=VIP[family]) / TCP(sport=4242, dport=80, flags="A") / b"hi"
+    run = client.programs["crab_egress"].test_run(bytes(mine))
+    assert run.retval == LWT_REROUTE
+    expected = mine.copy()
+    expected[layer(family)].dst = DIP[family]
+    assert run.data[14:] == bytes(expected)[14:]
+    assert client.counts() == {"redirected": 1, "packets_in": 2, "packets_out": 1}
+
+
+FORGED = {
+    "acknowledgement": ({"ack": 1001}, TC_UNSPEC, None),
+    "port": ({"dport": 4243}, TC_UNSPEC, None),
+    "other-service-port": ({"sport": 81}, TC_UNSPEC, None),
+    "no-option": ({"options": [("MSS", 1460)]}, TC_SHOT, "drop_vip"),
+    "other-vip": ({"options": "other"}, TC_SHOT, "drop_vip"),
+    "cut-option": ({"options": [(42, b"\x0a\x00"), ("NOP", None), ("NOP", None)]}, TC_SHOT, "drop_vip"),
+    "other-form": ({"options": "experimental"}, TC_SHOT, "drop_vip"),
+    "behind-eol": ({"options": "eol"}, TC_SHOT, "drop_vip"),
+    "source": ({"src": "outside"}, TC_SHOT, "drop_source"),
+}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("name", FORGED)
+def test_client_refuses_what_is_forged(client, family, name):
+    fields, verdict, reason = FORGED[name]
+    fields = dict(fields)
+    special = {
+        "other": redirect(OTHER_VIP[family]),
+        "experimental": redirect(VIP[family], experimental=True),
+        "eol": [("EOL", None), ("EOL", None), *redirect(VIP[family])],
+    }
+    if isinstance(fields.get("options"), str):
+        fields["options"] = special[fields["options"]]
+    outside = fields.pop("src", None)
+    key = pend(client, family)
+    packet = answer(family, **fields)
+    if outside:
+        packet[layer(family)].src = OUTSIDE[family]
+    frame = bytes(packet)
+    run = client.programs["crab_ingress"].test_run(frame)
+    assert run.retval == verdict
+    assert run.data == frame
+    assert client.counts() == ({reason: 1} if reason else {})
+    # and the sound answer still finds its SYN waiting
+    assert client.maps["client_pending"].lookup(key) is not None
+    assert not list(client.maps["client_out"].keys())
+    client.programs["crab_ingress"].test_run(bytes(answer(family)))
+    assert client.counts()["redirected"] == 1
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_second_answer_changes_nothing(client, family):
+    pend(client, family)
+    client.programs["crab_ingress"].test_run(bytes(answer(family)))
+    flows = dict(client.maps["client_out"].items())
+    late = answer(family)
+    late[layer(family)].src = "10.0.0.12" if family == 4 else "fd00::12"
+    frame = bytes(late)
+    # It is nobody's packet: the kernel, which knows no such connection, resets it.
+    assert client.programs["crab_ingress"].test_run(frame).data == frame
+    assert dict(client.maps["client_out"].items()) == flows
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_closed_port(client, family):
+    key = pend(client, family)
+    frame = bytes(answer(family, flags="RA", options=[], seq=0))
+    assert client.programs["crab_ingress"].test_run(frame).data == as_from_vip(frame, family)
+    assert client.maps["client_pending"].lookup(key) is None
+    assert client.counts() == {"refused_port": 1}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_resets_a_collision(client, namespace, family):
+    """A direct connection to the backend has this four-tuple: the SYN-ACK is answered by a RST."""
+    Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").write_text("0")
+    for host in (CLIENT[family], DIP[family]):
+        namespace.ip("addr", "add", host, "dev", "lo", *(["nodad"] if family == 6 else []))
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    with socket.create_server((DIP[family], 80), family=kind), socket.socket(kind) as direct:
+        direct.bind((CLIENT[family], 4242))
+        direct.connect((DIP[family], 80))
+        key = pend(client, family)
+        frame = answer(family, options=[*redirect(VIP[family]), ("Timestamp", (7, 8)), ("NOP", None), ("NOP", None)])
+        run = client.programs["crab_ingress"].test_run(bytes(frame))
+        assert run.retval == TC_REDIRECT
+        reset = Ether(run.data)
+        assert (reset.src, reset.dst) == ("02:00:00:00:00:02", "02:00:00:00:00:01")
+        assert (reset[layer(family)].src, reset[layer(family)].dst) == (CLIENT[family], DIP[family])
+        assert (reset[TCP].sport, reset[TCP].dport, reset[TCP].flags, reset[TCP].seq) == (4242, 80, "R", 1000)
+        assert {option for option, _ in reset[TCP].options} == {"NOP"}
+        right = reset.copy()
+        del right[TCP].chksum
+        assert Ether(bytes(right))[TCP].chksum == reset[TCP].chksum
+        assert client.counts() == {"reset_collision": 1}
+        assert client.maps["client_pending"].lookup(key) is not None
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_translates_quoted_packets(client, family):
+    pend(client, family)
+    client.programs["crab_ingress"].test_run(bytes(answer(family)))
+    l3 = layer(family)
+    quoted = l3(src=CLIENT[family], dst=DIP[family]) / TCP(sport=4242, dport=80, seq=3)
+    error = ICMP(type=3, code=4, nexthopmtu=1400) if family == 4 else ICMPv6PacketTooBig(mtu=1400)
+    router = "10.0.0.254" if family == 4 else "fd00::fe"
+    run = client.programs["crab_ingress"].test_run(bytes(ether() / l3(src=router, dst=CLIENT[family]) / error / quoted))
+    quoted = l3(src=CLIENT[family], dst=VIP[family]) / TCP(sport=4242, dport=80, seq=3, chksum=quoted_checksum(quoted))
+    expected = bytes(ether() / l3(src=router, dst=CLIENT[family]) / error / quoted)
+    assert run.data == expected
+    assert client.counts()["icmp"] == 1
+
+
+def quoted_checksum(packet: Packet) -> int:
+    return int(type(packet)(bytes(packet))[TCP].chksum)
+
+
+@pytest.mark.parametrize("program", ["crab_ingress", "crab_egress"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_at_every_length(client, family, program):
+    """However it is cut, a frame goes on as it came."""
+    pend(client, family)
+    frame = bytes(answer(family))
+    header = 14 + (40 if family == 6 else 20)
+    for length in range(header, header + 20):
+        run = client.programs[program].test_run(frame[:length])
+        assert run.retval in (TC_UNSPEC, LWT_OK)
+        assert run.data[14:] == frame[14:length]
+    assert client.counts() == {}
+
+
+@settings(max_examples=300)
+@given(options=st.binary(max_size=40), family=st.sampled_from([4, 6]))
+def test_client_any_options(client, options, family):
+    """A SYN-ACK is accepted exactly if an independent reader finds the redirect in it."""
+    from tests.reference.packets import split
+
+    options += bytes(-len(options) % 4)
+    key = pend(client, family)
+    packet = answer(family, options=[], dataofs=5 + len(options) // 4) / Raw(options)
+    run = client.programs["crab_ingress"].test_run(bytes(packet))
+    wanted = b"\x2a" + bytes([2 + len(ip_address(VIP[family]).packed)]) + ip_address(VIP[family]).packed
+    first = next((o for o in split(options)[0] if o[:1] == b"\x2a"), b"")
+    assert run.retval == (TC_UNSPEC if first == wanted else TC_SHOT)
+    client.maps["client_pending"].delete(key)
+    for name in ("client_out", "client_in"):
+        for flow in list(client.maps[name].keys()):
+            client.maps[name].delete(flow)
+
+
+def flow(port: int, dip: str, closed_s: float | None) -> tuple[bytes, bytes, bytes]:
+    """A redirected connection: its keys outward and inward, and its outward value; None: it lives."""
+    local, vip, other = (mapped(ip_address(a)) for a in (CLIENT[4], VIP[4], dip))
+    closed_ns = 0 if closed_s is None else time.monotonic_ns() - int(closed_s * 1e9)
+    return local + vip + ports(port), local + other + ports(port), other + struct.pack("=Q", closed_ns)
+
+
+@pytest.mark.parametrize(("crowd", "gone"), [(0, {2}), (lib.CRAB_MAX_CLIENT_FLOWS // 2, {2, 3})])
+def test_sweep_forgets_closed_connections(client, crowd, gone):
+    """Those closed for longer than their TIME_WAIT; when there is little room, sooner.  Never those that live."""
+    out, into = client.maps["client_out"], client.maps["client_in"]
+    for port, closed_s in ((1, None), (2, 66), (3, 20), (4, 0)):
+        key, back, value = flow(port, DIP[4], closed_s)
+        out.update(key, value)
+        into.update(back, mapped(ip_address(VIP[4])))
+    # From this port there is a newer connection to the same backend, by another VIP.
+    taken, back_taken, value = flow(5, DIP[4], 66)
+    out.update(taken, value)
+    into.update(back_taken, mapped(ip_address(OTHER_VIP[4])))
+    # The ports of this one are a connection's, which may be about to renew it.
+    busy, _, value = flow(6, DIP[4], 66)
+    out.update(busy, value)
+    client.maps["client_ports"].update(busy[:16] + ports(6), struct.pack("=I", 1))
+    for port in range(crowd):
+        out.update(*flow(1000 + port, DIP[4], None)[::2])
+    assert client.programs["crab_sweep"].test_run().retval == 0
+    until(lambda: into.lookup(flow(2, DIP[4], None)[1]) is None, 15)
+    until(lambda: len(list(out.keys())) == 5 - len(gone) + crowd, 5)
+    until(lambda: list(client.maps["client_ports"].keys()) == [busy[:16] + ports(6)], 5)
+    for port in (1, 2, 3, 4):
+        key, back, _ = flow(port, DIP[4], None)
+        assert (out.lookup(key) is None) == (into.lookup(back) is None) == (port in gone), port
+    assert len(list(into.keys())) == 5 - len(gone)
+    assert out.lookup(busy) is not None
+    assert out.lookup(taken) is None
+    assert into.lookup(back_taken) == mapped(ip_address(OTHER_VIP[4]))
+
+
+# ---- the binding ----
+
+
+def test_load_errors_carry_the_verifiers_words(tmp_path):
+    source, target = tmp_path / "bad.bpf.c", tmp_path / "bad.bpf.o"
+    source.write_text(
+        '#include <linux/bpf.h>\n#include <bpf/bpf_helpers.h>\nSEC("xdp") int reads_past(struct xdp_md *c)\n'
+        '{ return *(int *)(long)c->data; }\nchar LICENSE[] SEC("license") = "GPL";\n'
+    )
+    triplet = subprocess.run(["gcc", "-print-multiarch"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(
+        ["clang", "-target", "bpf", "-O2", "-g", f"-I/usr/include/{triplet}", "-c", source, "-o", target], check=True
+    )
+    with pytest.raises(bpf.BpfLoadError) as caught:
+        bpf.Object(target)
+    assert "invalid access to packet" in caught.value.log
+    assert "bad.bpf.o" in str(caught.value)
+
+
+def test_object_errors(tmp_path):
+    with pytest.raises(bpf.BpfNotFoundError, match=r"nothing\.o"):
+        bpf.Object(tmp_path / "nothing.o")
+    (tmp_path / "text.o").write_text("this is no object")
+    with pytest.raises(bpf.BpfLoadError, match=r"text\.o"):
+        bpf.Object(tmp_path / "text.o")
+    with bpf.Object(bpf.object_path("xsk")) as loaded:
+        with pytest.raises(bpf.BpfNotFoundError, match="has no program nothing; it has crab_xsk"):
+            loaded.program("nothing")
+        with pytest.raises(bpf.BpfNotFoundError, match="has no map nothing; it has sockets"):
+            loaded.map("nothing")
+
+
+def test_maps_and_pins():
+    before = len(os.listdir("/proc/self/fd"))
+    folder = bpf.ensure_bpffs() / f"crablb-test-{os.getpid()}"
+    try:
+        with bpf.Object(bpf.object_path("client"), max_entries={"client_in": 3}) as loaded:
+            flows = loaded.map("client_in")
+            assert flows.max_entries == 3
+            for i in range(3):
+                flows.update(bytes([i]) * flows.key_size, bytes(flows.value_size))
+            with pytest.raises(bpf.BpfError, match=r"client_in is full \(3 entries\)"):
+                flows.update(bytes([9]) * flows.key_size, bytes(flows.value_size))
+            with pytest.raises(ValueError, match=f"a key has {flows.key_size} bytes, not 1"):
+                flows.update(b"x", bytes(flows.value_size))
+            with pytest.raises(ValueError, match=f"a value has {flows.value_size} bytes, not 1"):
+                flows.update(bytes(flows.key_size), b"x")
+            assert flows.delete(bytes([0]) * flows.key_size)
+            assert not flows.delete(bytes([0]) * flows.key_size)
+            assert sorted(key[0] for key, _ in flows.items()) == [1, 2]
+            flows.pin(folder / "flows")
+            with pytest.raises(bpf.BpfBusyError):
+                flows.pin(folder / "flows")
+        # It outlives its object by its pin.
+        with bpf.Map.from_pin(folder / "flows") as again:
+            assert sorted(key[0] for key, _ in again.items()) == [1, 2]
+            with bpf.Object(bpf.object_path("client"), reuse={"client_in": again}) as other:
+                assert other.map("client_in").id == again.id
+        with pytest.raises(bpf.BpfNotFoundError, match="other"):
+            bpf.Map.from_pin(folder / "other")
+    finally:
+        pins.remove(folder)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_links(namespace):
+    with bpf.Object(bpf.object_path("xsk")) as loaded, bpf.Object(bpf.object_path("lb")) as other:
+        program = loaded.program("crab_xsk")
+        index = socket.if_nametoindex("veth0")
+        assert bpf.xdp_program(index)[0] == 0
+        with program.attach_xdp(index) as link:
+            assert link.mode == "native"
+            assert bpf.xdp_program(index) == (program.id, "native")
+            with pytest.raises(bpf.BpfBusyError):
+                program.attach_xdp(index)
+            link.update(other.program("crab_lb"))
+            assert bpf.xdp_program(index)[0] == other.program("crab_lb").id
+        assert bpf.xdp_program(index)[0] == 0
+        with program.attach_xdp(index, "generic") as link:
+            assert bpf.xdp_program(index) == (program.id, "generic")
+        with pytest.raises(bpf.BpfError) as caught:
+            program.attach_xdp(9999)
+        assert caught.value.errno in (errno.ENODEV, errno.EINVAL)
+
+
+def tc(*args: str) -> str:
+    return subprocess.run(["tc", *args], capture_output=True, text=True, check=True).stdout
+
+
+def prefs() -> set[str]:
+    return set(re.findall(r"pref \d+", tc("filter", "show", "dev", "veth0", "ingress")))
+
+
+def test_tc_filters(namespace):
+    index = socket.if_nametoindex("veth0")
+    with bpf.Object(bpf.object_path("client")) as loaded:
+        program = loaded.program("crab_ingress")
+        mine, made = bpf.attach_tc(program, index, priority=7)
+        assert made
+        _, made = bpf.attach_tc(program, index, priority=8)
+        assert not made
+        assert {"pref 7", "pref 8"} <= prefs()
+        mine.detach()
+        mine.detach()  # nothing happens
+        assert "pref 8" in prefs() and "pref 7" not in prefs()
+        mine.destroy_hook()
+        assert "clsact" not in tc("qdisc", "show", "dev", "veth0")
+
+
+# ---- the load balancer's flows ----
+
+MACS = bytes.fromhex("020000000b0b020000000202")
+TUNNEL_SRC = {4: "10.0.0.2", 6: "fd00::2"}
+
+
+SEED = bytes(range(16))
+
+
+def know(lb: Counted, family: int, backend: str, *, tunnel: bool = False, mtu: int = 1500, age: int = 0,
+         ifindex: int = LO, tx: bool = True, redirect: bool = False) -> int:  # fmt: skip
+    """Make the flow of :func:`to_vip` known, to backend 7; returns its hash."""
+    client, vip, address = ip_address(CLIENT[family]), ip_address(VIP[family]), ip_address(backend)
+    hash_ = flowmap.flow_hash(SEED, client, 4242, vip, 80)
+    flags = lib.CRAB_FLOW_TUNNEL if tunnel else 0
+    assert lb.table.add(hash_, 7, family, age=age, flags=flags)
+    source = ip_address(TUNNEL_SRC[address.version])
+    lb.maps["paths"].update(7, flowmap.path(address, MACS, mtu, source, ifindex, tx=tx, redirect=redirect))
+    return hash_
+
+
+def known(lb: Counted, hash_: int) -> np.void | None:
+    (places,) = np.nonzero(lb.table.places["hash"] == hash_)
+    return lb.table.places[places[0]] if len(places) else None
+
+
+@pytest.fixture
+def flows(namespace) -> Iterator[Counted]:
+    with (
+        bpf.Object(bpf.object_path("lb"), max_entries={"flows": 64, "service_counters": 8}) as loaded,
+        XskSocket("veth0", load_program=False) as xsk,
+    ):
+        xsk.register(loaded.map("sockets"))
+        loaded.map("interfaces").update(LO, struct.pack("=II", 0, 1))
+        loaded.map("hashing").update(0, flowmap.hashing(SEED, 64))
+        for family in (4, 6):
+            loaded.map("services").update(parse_vip(url(VIP[family], 80)).key(), family)
+        yield Counted(loaded, "xdp_counters", list(statistics.XDP_COUNTERS))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_flow_by_mac(flows, family):
+    know(flows, family, DIP[family])
+    frame = bytes(ether() / to_vip(family, flags="PA") / b"data")
+    run = flows.programs["crab_lb"].test_run(frame)
+    assert run.retval == XDP_TX
+    assert run.data == MACS + frame[12:]
+    assert flows.counts() == {"flow": 1}
+    counted = statistics.read_services(flows.maps["services"], flows.maps["service_counters"])
+    assert counted[url(VIP[family], 80)] == {"packets": 1, "bytes": len(frame)}
+    assert counted[url(VIP[10 - family], 80)] == {"packets": 0, "bytes": 0}
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 2**32 - 2), st.integers(1, 65535), st.integers(0, 2**64 - 1), st.booleans())
+def test_flow_is_found_by_its_hash(flows, client, port, seed, v6):
+    """The program's hash is SipHash-1-3 of the four-tuple, as the independent reference has it."""
+    family = 6 if v6 else 4
+    key = seed.to_bytes(8, "little") * 2
+    address = ip_address(f"fd00::{client >> 16:x}:{client & 0xFFFF:x}") if v6 else ip_address(client)
+    flows.maps["hashing"].update(0, flowmap.hashing(key, 64))
+    flows.table.places["hash"] = 0
+    flows.maps["paths"].update(7, flowmap.path(ip_address(DIP[4]), MACS, 1500, None, LO, tx=True, redirect=False))
+    message = address.packed + ip_address(VIP[family]).packed + port.to_bytes(2, "big") + (80).to_bytes(2, "big")
+    place = (siphash(key, message) & 63) * lib.CRAB_BUCKET + port % lib.CRAB_BUCKET
+    flows.table.places[place] = (siphash(key, message), 7, family, flowmap.now() & 0xFFFF, lib.CRAB_FLOW_OPEN, 0)
+    packet = layer(family)(src=str(address), dst=VIP[family]) / TCP(sport=port, dport=80, flags="A")
+    assert flows.programs["crab_lb"].test_run(bytes(ether() / packet)).retval == XDP_TX
+    other = layer(family)(src=str(address), dst=VIP[family]) / TCP(sport=port ^ 1, dport=80, flags="A")
+    assert flows.programs["crab_lb"].test_run(bytes(ether() / other)).retval == XDP_REDIRECT
+
+
+@pytest.mark.parametrize("tunnel", [False, True])
+def test_flow_by_another_interface(flows, tunnel):
+    """By a redirect; what does not fit there, and what that interface does not take, goes to user space."""
+    frame = bytes(ether() / to_vip(4, flags="PA") / bytes(1000))
+    program, other = flows.programs["crab_lb"], socket.if_nametoindex("veth1")
+    know(flows, 4, DIP[4], tunnel=tunnel, ifindex=other, tx=True, redirect=True)
+    assert program.test_run(frame).data.startswith(MACS)
+    assert flows.counts() == {"flow": 1}
+    know(flows, 4, DIP[4], tunnel=tunnel, ifindex=other, tx=True, redirect=True, mtu=1000)
+    assert program.test_run(frame).data == frame
+    know(flows, 4, DIP[4], tunnel=tunnel, ifindex=other, tx=True, redirect=False)
+    assert program.test_run(frame).data == frame
+    # Back by the interface that it came from: both ways.
+    know(flows, 4, DIP[4], tunnel=tunnel, tx=False, redirect=True)
+    assert program.test_run(frame).retval == XDP_REDIRECT
+    know(flows, 4, DIP[4], tunnel=tunnel, tx=False, redirect=False)
+    assert program.test_run(frame).data == frame
+    assert flows.counts() == {"flow": 2, "other": 3}
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("padding", [0, 6])
+def test_flow_by_tunnel(flows, inner, outer, padding):
+    know(flows, inner, DIP[outer], tunnel=True)
+    frame = bytes(ether() / to_vip(inner, flags="A"))
+    run = flows.programs["crab_lb"].test_run(frame + bytes(padding))
+    assert run.retval == XDP_TX
+    got, again = Ether(run.data), Ether(run.data)
+    assert run.data[:12] == MACS
+    assert (got[1].src, got[1].dst) == (TUNNEL_SRC[outer], DIP[outer])
+    assert bytes(got[1].payload) == frame[14:]
+    if outer == 4:
+        del again[1].chksum
+        assert (got[1].ttl, got[1].flags, got[1].proto) == (64, "DF", 4 if inner == 4 else 41)
+    assert bytes(again) == run.data
+
+
+ASKED = {
+    "syn": {"flags": "S"},
+    "checksum-left-to-the-card": {"flags": "A", "chksum": "partial"},
+    "other-port": {"flags": "A", "sport": 4243},
+}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("name", ASKED)
+def test_flow_user_space_is_asked(flows, family, name):
+    know(flows, family, DIP[family])
+    fields = dict(ASKED[name])
+    if fields.get("chksum"):
+        addresses = [ip_address(a).packed for a in (CLIENT[family], VIP[family])]
+        fields["chksum"] = ~reference.checksum(reference.pseudo(*addresses, 20)) & 0xFFFF
+    frame = bytes(ether() / to_vip(family, **fields))
+    run = flows.programs["crab_lb"].test_run(frame)
+    assert (run.retval, run.data) == (XDP_REDIRECT, frame)
+
+
+def test_flow_too_large_for_the_tunnel(flows):
+    know(flows, 4, DIP[4], tunnel=True, mtu=100)
+    fits = bytes(ether() / to_vip(4, flags="A") / bytes(40))
+    assert flows.programs["crab_lb"].test_run(fits).retval == XDP_TX
+    large = bytes(ether() / to_vip(4, flags="A") / bytes(41))
+    assert flows.programs["crab_lb"].test_run(large).retval == XDP_REDIRECT
+
+
+def test_flow_ends(flows):
+    """By a SYN (asked again), a FIN (aged sooner), a RST, and age."""
+    ack = bytes(ether() / to_vip(4, flags="A"))
+    run = flows.programs["crab_lb"].test_run
+    hash_ = know(flows, 4, DIP[4])
+    run(bytes(ether() / to_vip(4, flags="S")))
+    assert run(ack).retval == XDP_REDIRECT  # until user space has decided
+    know(flows, 4, DIP[4])
+    assert run(ack).retval == XDP_TX
+    assert run(bytes(ether() / to_vip(4, flags="FA"))).retval == XDP_TX
+    assert known(flows, hash_)["state"] == lib.CRAB_FLOW_ENDING
+    assert run(ack).retval == XDP_TX
+    assert run(bytes(ether() / to_vip(4, flags="R"))).retval == XDP_TX
+    assert known(flows, hash_) is None
+    assert run(ack).retval == XDP_REDIRECT
+    know(flows, 4, DIP[4], age=lib.CRAB_AGE_OPEN + 1)
+    assert run(ack).retval == XDP_REDIRECT
+    assert known(flows, hash_) is None
+    # Another CPU's clock may be a little ahead.
+    know(flows, 4, DIP[4], age=-1)
+    assert run(ack).retval == XDP_TX
+    know(flows, 4, DIP[4], age=30)
+    assert run(ack).retval == XDP_TX
+    assert (flowmap.now() - int(known(flows, hash_)["seen"])) & 0xFFFF <= 1
+
+
+def test_flow_without_a_path(flows):
+    know(flows, 4, DIP[4])
+    flows.maps["paths"].update(7, flowmap.no_path(ip_address(DIP[4])))
+    assert flows.programs["crab_lb"].test_run(bytes(ether() / to_vip(4, flags="A"))).retval == XDP_REDIRECT
+
+
+def test_sweep(flows):
+    young, old = know(flows, 4, DIP[4], age=lib.CRAB_AGE_OPEN - 5), know(flows, 6, DIP[6], age=lib.CRAB_AGE_OPEN + 5)
+    assert flows.table.count() == 1
+    services = np.ones(1 << 16, np.bool_)
+    assert flows.table.sweep(services).tolist() == [0] * 7 + [1]
+    assert known(flows, young) is not None
+    assert known(flows, old) is None
+    services[4] = False
+    assert flows.table.sweep(services).tolist() == []
+    assert known(flows, young) is None
+
+
+def test_what_is_inherited(flows, tmp_path):
+    folder = bpf.ensure_bpffs() / f"crablb-test-{os.getpid()}"
+    know(flows, 4, DIP[4])
+    with pytest.raises(bpf.BpfNotFoundError):
+        flowmap.Inherited.open(folder, SEED)
+    try:
+        for name in ("services", "hashing", "flows", "paths"):
+            flows.maps[name].pin(folder / name)
+        inherited = flowmap.Inherited.open(folder, SEED)
+        assert inherited.backends == {ip_address(DIP[4]): 7}
+        assert inherited.services == {parse_vip(url(VIP[f], 80)).key(): f for f in (4, 6)}
+        inherited.close()
+        with pytest.raises(ValueError, match="another seed"):
+            flowmap.Inherited.open(folder, bytes(16))
+        (folder / "paths").unlink()
+        flows.maps["xdp_counters"].pin(folder / "paths")
+        with pytest.raises(ValueError, match="another version"):
+            flowmap.Inherited.open(folder, SEED)
+    finally:
+        pins.remove(folder)
+
+
+def icmp_error(family: int, kind: int, quoted: Packet, cut: int | None = None) -> bytes:
+    """A router's error about a packet of the server."""
+    router = "10.0.0.254" if family == 4 else "fd00::fe"
+    error = ICMP(type=kind, code=4) if family == 4 else ICMPv6DestUnreach(type=kind)
+    return bytes(ether() / layer(family)(src=router, dst=VIP[family]) / error / Raw(bytes(quoted)[:cut]))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", [1, 2, 3, 4, 11, 12, 8])
+def test_icmp_errors_follow_the_flow(flows, family, kind):
+    errors = {4: (3, 11, 12), 6: (1, 2, 3, 4)}[family]
+    quoted = layer(family)(src=VIP[family], dst=CLIENT[family]) / TCP(sport=80, dport=4242, seq=7)
+    run = flows.programs["crab_lb"].test_run
+    frame = icmp_error(family, kind, quoted, (20 if family == 4 else 40) + 8)
+    assert run(frame).retval == (XDP_REDIRECT if kind in errors else XDP_PASS)
+    know(flows, family, DIP[family])
+    got = run(frame)
+    assert got.retval == (XDP_TX if kind in errors else XDP_PASS)
+    assert got.data == (MACS + frame[12:] if kind in errors else frame)
+    for wrong in (
+        layer(family)(src=DIP[family], dst=CLIENT[family]) / TCP(sport=80, dport=4242),
+        layer(family)(src=VIP[family], dst=CLIENT[family]) / TCP(sport=81, dport=4242),
+    ):
+        assert run(icmp_error(family, kind, wrong)).retval == XDP_PASS
+    for length in range(14, len(frame)):
+        assert run(frame[:length]).retval in (XDP_PASS, XDP_REDIRECT)
+
+
+# ---- direct server return on the server ----
+
+
+@pytest.fixture
+def dsr(namespace) -> Iterator[Counted]:
+    with bpf.Object(bpf.object_path("dsr")) as loaded:
+        for family in (4, 6):
+            loaded.map("dsr_vips").update(mapped(ip_address(VIP[family])), 1)
+        loaded.map("dsr_mss").update(0, 1420)
+        loaded.map("dsr_mss").update(1, 1400)
+        yield Counted(loaded, "dsr_counters", counter_names("crab_dsr_counter", "CRAB_DSR_"))
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+def test_decapsulation(dsr, inner, outer):
+    packet = to_vip(inner, flags="A") / b"data"
+    frame = bytes(ether() / layer(outer)(src=TUNNEL_SRC[outer], dst=DIP[outer]) / packet)
+    run = dsr.programs["crab_decap"].test_run(frame)
+    assert (run.retval, run.data) == (XDP_PASS, bytes(ether() / packet))
+    assert dsr.counts() == {"decapsulated": 1}
+    for length in range(14, len(frame) - len(packet) + (20 if inner == 4 else 40)):
+        assert dsr.programs["crab_decap"].test_run(frame[:length]).data == frame[:length]
+    other = bytes(ether() / layer(outer)(dst=DIP[outer]) / layer(inner)(dst=OTHER_VIP[inner]) / TCP())
+    assert dsr.programs["crab_decap"].test_run(other).data == other
+    assert dsr.counts() == {"decapsulated": 1, "not_vip": 1}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("before", [[], [("NOP", None)], [("SAckOK", b"")], [("NOP", None), ("Timestamp", (1, 2))]])
+def test_mss_is_clamped(dsr, family, before):
+    """Wherever the option stands, and only in SYN-ACKs of a VIP."""
+    limit = 1420 if family == 4 else 1400
+
+    def syn_ack(source: str, mss: int, flags: str = "SA") -> bytes:
+        tcp = TCP(sport=80, flags=flags, options=[*before, ("MSS", mss)])
+        return bytes(ether() / layer(family)(src=source, dst=CLIENT[family]) / tcp)
+
+    run = dsr.programs["crab_clamp"].test_run
+    assert run(syn_ack(VIP[family], 1460)).data == syn_ack(VIP[family], limit)
+    for left in (syn_ack(VIP[family], limit - 1), syn_ack(DIP[family], 1460), syn_ack(VIP[family], 1460, "S")):
+        assert run(left).data == left
+    assert dsr.counts() == {"clamped": 1}
+
+
+# ---- what is loaded ----
+
+
+def test_run_times_of_loaded_programs():
+    """Counted while the sysctl says so."""
+    switch = Path("/proc/sys/kernel/bpf_stats_enabled")
+    was = switch.read_text()
+    with bpf.Object(bpf.object_path("xsk")) as loaded:
+        program = loaded.program("crab_xsk")
+        try:
+            switch.write_text("1")
+            program.test_run(bytes(64), repeat=100)
+        finally:
+            switch.write_text(was)
+        found = []
+        for other in bpf.programs():
+            with other:
+                if other.id == program.id:
+                    found.append((other.name, other.run_time()))
+    ((name, (ns, count)),) = found
+    assert name == "crab_xsk"
+    assert count >= 1
+    assert ns > 0

@@ -1,0 +1,106 @@
+"""Handlers: the XDP program's part, and frames out by another interface."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from ipaddress import ip_address
+
+import numpy as np
+from crablb._native import ffi, lib
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import ARP, Dot1AD, Dot1Q
+from scapy.packet import Raw
+
+from crablb import Frames, LoadBalancer, Match, statistics
+from crablb.kernel import bpf
+from crablb.kernel.xsk import XskSocket
+from tests.helpers.frames import ether
+from tests.helpers.namespaces import Pair
+from tests.helpers.native import compiled
+
+SEED = bytes(16)
+
+XDP_PASS, XDP_REDIRECT = 2, 4
+
+
+def test_the_xdp_program_and_the_hot_loop_agree(namespace):
+    """On which frames are a handler's; each in its own way finds the first match."""
+    wanted = [
+        {"protocol": 17, "port": 53},
+        {"ethertype": 0x0806},
+        {"address": ip_address("fd00::100"), "protocol": 58},
+        {"protocol": 6, "port": 80, "address": ip_address("10.0.0.7")},
+    ]
+    matches = compiled(wanted)
+    to = {4: IP(dst="10.0.0.7"), 6: IPv6(dst="fd00::100")}
+    sample = {
+        "dns": ether() / to[4] / UDP(dport=53),
+        "dns6": ether() / to[6] / UDP(dport=53),
+        "tagged": ether() / Dot1AD() / Dot1Q() / to[4] / UDP(dport=53),
+        "options": ether() / IP(options=b"\x01" * 4) / UDP(dport=53),
+        "fragment": ether() / IP(frag=1, proto=17) / Raw(b"\x00\x35\x00\x35" + bytes(40)),
+        "other-port": ether() / to[4] / UDP(dport=54),
+        "arp": ether() / ARP(),
+        "ping6": ether() / to[6] / Raw(bytes(8)),
+        "web": ether() / to[4] / TCP(dport=80),
+        "elsewhere": ether() / IP(dst="10.0.0.8") / TCP(dport=80),
+    }
+    sample["ping6"][IPv6].nh = 58
+    with bpf.Object(bpf.object_path("lb")) as program, XskSocket("lo", load_program=False, mode="generic") as xsk:
+        program.map("handlers").update(0, bytes(ffi.buffer(matches)))
+        program.map("interfaces").update(1, (0).to_bytes(4, "little") + (1).to_bytes(4, "little"))
+        run = program.program("crab_lb").test_run
+        # Without a socket all of it is the kernel's.
+        assert {run(bytes(frame)).retval for frame in sample.values()} == {XDP_PASS}
+        xsk.register(program.map("sockets"), 0)
+        taken = {name for name, frame in sample.items() if run(bytes(frame)).retval == XDP_REDIRECT}
+        assert taken == {"dns", "dns6", "tagged", "options", "arp", "ping6", "web"}
+        found = {n for n, f in sample.items() if lib.crab_match_find(matches, bytes(f), len(bytes(f))) >= 0}
+        assert found == taken
+        whole = bytes(sample["tagged"])
+        for length in range(14, len(whole)):
+            cut = whole[:length]
+            assert (run(cut).retval == XDP_REDIRECT) == (lib.crab_match_find(matches, cut, length) >= 0)
+            assert (run(cut).retval == XDP_REDIRECT) == (length >= 46)  # addresses, then both ports
+        index = statistics.XDP_COUNTERS.index("handler")
+        assert program.map("xdp_counters").sum_u64(index) == len(taken) + 2 * (len(whole) - 46)
+        program.map("handlers").delete(0)
+        assert run(bytes(sample["arp"])).retval == XDP_PASS
+
+
+def test_out_by_another_interface(namespace: Pair):
+    """Without threads: nothing happens but in process_once."""
+    namespace.ip("link", "add", "veth2", "type", "veth", "peer", "name", "veth3")
+    namespace.ip("link", "set", "veth2", "up")
+    namespace.ip("link", "set", "veth3", "up")
+    there = socket.if_nametoindex("veth2")
+    seen = []
+
+    def forward(frames: Frames) -> np.ndarray:
+        seen.append((len(frames), frames.columns(12, 14).tolist(), frames.room.min() >= frames.lengths.max()))
+        frames.interfaces[:] = there
+        return np.asarray(frames.lengths < 100)
+
+    async def main() -> None:
+        async with LoadBalancer("veth0", seed=SEED, threads=False) as lb:
+            lb.handle(Match(ethertype=0x88B5), forward)
+            near, far = namespace.wire("veth1"), namespace.wire("veth3")
+            frames = [bytes([2] * 12) + b"\x88\xb5" + bytes([i]) * (46 + 50 * (i == 1)) for i in range(3)]
+            for frame in frames:
+                near.send(frame)
+            done = 0
+            async with asyncio.timeout(10):
+                while done < 3:
+                    done += lb.process_once(0.1)
+                    await asyncio.sleep(0)
+            assert [far.recv(2000), far.recv(2000)] == [frames[0], frames[2]]
+            counts = lb.statistics().workers
+            assert (counts["handler_sent"], counts["handler_kept"]) == (2, 1)
+            near.close()
+            far.close()
+
+    asyncio.run(main())
+    assert sum(n for n, _, _ in seen) == 3
+    assert all(kinds == [[0x88, 0xB5]] * n and room for n, kinds, room in seen)

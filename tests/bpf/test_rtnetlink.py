@@ -1,0 +1,70 @@
+"""crablb.kernel.rtnetlink: messages taken apart, and the kernel asked."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import subprocess
+from contextlib import ExitStack
+from ipaddress import ip_address
+
+import pytest
+
+from crablb.kernel import rtnetlink
+from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Netlink, attributes
+
+#: RTM_NEWNEIGH of 10.0.0.11 at 02:00:00:00:01:00 on interface 3, reachable, as the kernel sends it.
+
+
+def test_what_the_kernel_says(namespace):
+    """The same as ip(8)."""
+    links = {link["ifname"]: link for link in json.loads(namespace.ip("-j", "-d", "link"))}
+    namespace.ip("addr", "add", "10.0.0.2/24", "dev", "veth0")
+    namespace.ip("route", "add", "192.0.2.0/24", "via", "10.0.0.9", "mtu", "1400")
+    with Netlink() as netlink:
+        found = {m.fields(LINK)[2]: m.attributes(LINK) for m in rtnetlink.links(netlink)}
+        assert {rtnetlink.text(a[rtnetlink.IFLA_IFNAME]) for a in found.values()} == links.keys()
+        one = found[links["veth0"]["ifindex"]]
+        assert one[rtnetlink.IFLA_ADDRESS].hex(":") == links["veth0"]["address"]
+        assert rtnetlink.number(one[rtnetlink.IFLA_NUM_RX_QUEUES]) == links["veth0"]["num_rx_queues"]
+        route = rtnetlink.route(netlink, ip_address("192.0.2.1")).attributes(ROUTE)
+        assert rtnetlink.address(route[rtnetlink.RTA_GATEWAY]) == "10.0.0.9"
+        assert rtnetlink.address(route[rtnetlink.RTA_PREFSRC]) == "10.0.0.2"
+        assert rtnetlink.number(attributes(route[rtnetlink.RTA_METRICS])[rtnetlink.RTAX_MTU]) == 1400
+        with pytest.raises(OSError, match="unreachable") as caught:
+            rtnetlink.route(netlink, ip_address("198.51.100.1"))
+        assert caught.value.errno == errno.ENETUNREACH
+
+
+def test_neighbours(namespace):
+    namespace.ip("addr", "add", "10.0.0.2/24", "dev", "veth0")
+    index = socket.if_nametoindex("veth0")
+    with Netlink() as netlink:
+        rtnetlink.set_neighbour(netlink, index, "10.0.0.11", 0, 1)
+        assert "managed" in namespace.ip("neigh")
+        lines = [f"neigh add 10.0.0.{i + 20} dev veth0 lladdr 02:00:00:00:00:01" for i in range(200)]
+        command = ["ip", "-n", namespace.netns, "-batch", "-"]
+        subprocess.run(command, input="\n".join(lines), text=True, check=True)  # more than a datagram of them
+        there = [m.attributes(NEIGHBOUR)[rtnetlink.NDA_DST] for m in rtnetlink.neighbours(netlink, socket.AF_INET)]
+        assert len(there) == len(set(there)) == 201
+        rtnetlink.delete_neighbour(netlink, index, "10.0.0.11")
+        with pytest.raises(OSError) as caught:
+            rtnetlink.delete_neighbour(netlink, index, "10.0.0.11")
+        assert caught.value.errno == errno.ENOENT
+
+
+def test_a_family_that_is_none(namespace):
+    with Netlink(rtnetlink.NETLINK_GENERIC) as netlink, pytest.raises(OSError) as caught:
+        netlink.family("nothing")
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_tcp_sockets(namespace):
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        address = listener.getsockname()
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(address))
+        listening = 10  # include/net/tcp_states.h
+        assert rtnetlink.tcp_sockets(socket.AF_INET, 1 << listening) == [(listening, address[1], 3)]
+        assert rtnetlink.tcp_sockets(socket.AF_INET6, 1 << listening) == []

@@ -1,0 +1,228 @@
+"""The worker: a queue's frames through the hot loop and out again; every frame accounted for."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from crablb._native import ffi, lib
+
+from crablb.kernel.xsk import XskSocket
+from tests.helpers.frames import reference, syn
+from tests.helpers.native import ELSEWHERE, Core
+from tests.helpers.processes import until
+from tests.reference import packets
+
+
+class Worker:
+    def __init__(self, xsk: XskSocket, reference: packets.LoadBalancer) -> None:
+        core = Core(reference, ifindex=socket.if_nametoindex(xsk.interface))
+        self.xsk, self.core = xsk, core
+        self.c = ffi.gc(lib.crab_worker_new(xsk.handle, core.core, core.counters), lib.crab_worker_free)
+
+    def once(self, timeout_ms: int = 0) -> int:
+        n = int(lib.crab_worker_once(self.c, timeout_ms))
+        assert n >= 0
+        assert lib.crab_xsk_conserved(self.xsk.handle)
+        assert self.xsk.frames()["held"] == 0
+        return n
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_every_frame_goes_somewhere(namespace, mode):
+    """Sound SYNs, rubbish and cut frames, in bursts of every size: sent as the reference says, or counted."""
+    lb, choose = reference(), random.Random(5)
+    sent, expected, got = 0, [], []
+    with namespace.wire() as wire, XskSocket("veth0", frames=256, ring=128, mode=mode) as xsk:
+        worker = Worker(xsk, lb)
+        for _ in range(60):
+            burst = choose.randrange(1, 100)
+            for _ in range(burst):
+                frame = syn(1000 + sent)
+                kind = choose.randrange(5)
+                if kind == 0:
+                    frame = frame[: choose.randrange(14, len(frame))]
+                elif kind == 1:
+                    frame = frame[:-1] + b"\xff"
+                elif kind == 2:
+                    frame = frame[:12] + choose.randbytes(60)
+                wire.send(frame)
+                sent += 1
+                out = lb.handle(frame)[1]
+                if out:
+                    expected.append(out)
+            while worker.once(0):
+                pass
+            while len(got) < worker.core.counts().get("sent", 0):
+                got.append(wire.recv(2048))
+        counts = worker.core.counts()
+        statistics = xsk.statistics()
+        lost = statistics["rx_dropped"] + statistics["rx_fill_ring_empty_descs"] + statistics["rx_ring_full"]
+        assert counts["received"] + lost == sent
+        dropped = sum(n for name, n in counts.items() if name.startswith("drop_"))
+        assert counts["sent"] + dropped == counts["received"]
+        assert counts["sent"] > 1000
+        if not lost and "drop_tx" not in counts:
+            assert got == expected
+        else:
+            assert set(got) <= set(expected)
+
+
+def test_waits_for_frames(namespace):
+    with namespace.wire() as wire, XskSocket("veth0") as xsk:
+        worker = Worker(xsk, reference())
+        assert worker.once(1) == 0
+        wire.send(syn(1))
+        assert worker.once(10_000) == 1
+        assert worker.core.counts() == {"received": 1, "sent": 1, "redirected": 1}
+
+
+def test_backends_behind_another_interface(namespace):
+    """Half of the backends are; what that interface refuses does not hold back the others."""
+    other = socket.if_nametoindex("veth0") + ELSEWHERE
+    namespace.ip("link", "add", "veth2", "index", str(other), "type", "veth", "peer", "name", "veth3")
+    namespace.ip("link", "set", "veth2", "up")
+    namespace.ip("link", "set", "veth3", "up")
+    lb = reference(elsewhere=True)
+    expected: dict[bool, list[bytes]] = {False: [], True: []}
+    reasons: Counter[str] = Counter()
+    with namespace.wire() as here, namespace.wire("veth3") as there, XskSocket("veth0") as xsk:
+        worker = Worker(xsk, lb)
+
+        def burst(first: int) -> int:
+            for port in range(first, first + 60):
+                here.send(syn(port))
+                reason, out = lb.handle(syn(port))
+                assert out
+                reasons[reason] += 1
+                expected[lb.elsewhere].append(out)
+            done = 0
+            while done < 60:
+                done += worker.once(10_000)
+            return len(expected[True])
+
+        away = burst(1)
+        assert 10 < away < 50
+        assert [here.recv(2048) for _ in expected[False]] == expected[False]
+        assert [there.recv(2048) for _ in expected[True]] == expected[True]
+        assert worker.core.counts() == {"received": 60, "sent": 60} | reasons
+        namespace.ip("link", "set", "veth2", "down")
+        expected[False].clear()
+        refused = burst(101) - away
+        assert [here.recv(2048) for _ in expected[False]] == expected[False]
+        counts = worker.core.counts()
+        assert counts == {"received": 120, "sent": 120 - refused, "drop_tx": refused} | reasons
+
+
+def test_stops(namespace):
+    with XskSocket("veth0") as xsk:
+        worker = Worker(xsk, reference())
+        lib.crab_worker_stop(worker.c)
+        assert lib.crab_worker_run(worker.c) == 0
+
+
+def test_a_link_that_is_down_keeps_its_frames(namespace):
+    with namespace.wire() as wire, XskSocket("veth0") as xsk:
+        worker = Worker(xsk, reference())
+        wire.send(syn(1))
+        assert xsk.wait(10)
+        namespace.ip("link", "set", "veth0", "down")
+        assert worker.once() == 1
+        assert xsk.frames()["sending"] == 1
+        namespace.ip("link", "set", "veth0", "up")
+        with namespace.wire() as again:
+            while xsk.frames()["sending"]:
+                worker.once(1)
+            assert again.recv(2048)[30:34] != bytes([10, 0, 0, 100])
+
+
+def test_the_interface_goes(namespace):
+    with XskSocket("veth0") as xsk:
+        worker = Worker(xsk, reference())
+        namespace.ip("link", "del", "veth0")
+        assert lib.crab_worker_run(worker.c) == -100  # ENETDOWN
+
+
+class Running:
+    """A worker in a thread, as the daemon has it."""
+
+    def __init__(self, xsk: XskSocket, spin: int) -> None:
+        self.worker = Worker(xsk, reference())
+        lib.crab_worker_spin(self.worker.c, spin)
+        self.id = 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.id = threading.get_native_id()
+        self.result = lib.crab_worker_run(self.worker.c)
+
+    def received(self) -> int:
+        return self.worker.core.counts().get("received", 0)
+
+    def state(self) -> str:
+        """R: it runs; S: it sleeps."""
+        return Path(f"/proc/self/task/{self.id}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        lib.crab_worker_stop(self.worker.c)
+        self._thread.join()
+        assert self.result == 0
+
+
+@pytest.mark.parametrize("spin", [0, 50])
+def test_no_frame_is_overlooked_when_it_falls_asleep(namespace, spin):
+    """Bursts just before, while, and just after the worker goes to sleep: all of them in, and at once.
+
+    One that was overlooked would wait for the next, or for the second after which the worker looks anyway.
+    """
+    choose, sent = random.Random(7), 0
+    with namespace.wire() as wire, XskSocket("veth0") as xsk, Running(xsk, spin) as running:
+        for _ in range(400):
+            for _ in range(choose.randrange(1, 4)):
+                wire.send(syn(1000 + sent))
+                sent += 1
+            until(lambda: running.received() == sent, 0.8)  # noqa: B023 - called at once
+            pause = time.perf_counter() + choose.uniform(0, 3 * 50e-6)
+            while time.perf_counter() < pause:
+                pass
+        until(lambda: running.worker.core.counts().get("sent", 0) == sent)
+        assert "drop_tx" not in running.worker.core.counts()
+        assert not any(xsk.statistics()[name] for name in ("rx_dropped", "rx_ring_full", "rx_fill_ring_empty_descs"))
+
+
+def test_it_turns_when_frames_come_close_together_and_sleeps_when_not(namespace):
+    with namespace.wire() as wire, XskSocket("veth0") as xsk, Running(xsk, 1_000_000) as running:
+        until(lambda: running.id and running.state() == "S")
+        wire.send(syn(1))  # sooner than it would have turned
+        until(lambda: running.received() == 1)
+        assert all(running.state() == "R" for _ in range(100))
+        until(lambda: running.state() == "S")  # in vain
+    with namespace.wire() as wire, XskSocket("veth0") as xsk, Running(xsk, 60_000_000) as running:
+        until(lambda: running.id and running.state() == "S")
+        wire.send(syn(1))
+        until(lambda: running.received() == 1)
+        assert running.state() == "R"
+        # Leaving the context stops it while it turns.
+
+
+def test_more_than_a_round(namespace):
+    """A round takes four of the core's batches."""
+    with namespace.wire() as wire, XskSocket("veth0") as xsk:
+        worker = Worker(xsk, reference())
+        for port in range(1, 601):
+            wire.send(syn(port))
+        rounds = []
+        while sum(rounds) < 600:
+            rounds.append(worker.once(10_000))
+        assert rounds == [256, 256, 88]
+        counts = worker.core.counts()
+        assert counts["received"] == counts["sent"] == 600

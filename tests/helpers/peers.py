@@ -1,0 +1,256 @@
+"""The ends of connections in the end-to-end tests: ``python -m tests.helpers.peers PROGRAM ...`` inside a node."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+
+CHUNK = 1 << 16
+
+
+def _listener(port: int) -> socket.socket:
+    sock = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return sock
+
+
+def serve(name: str, port: str) -> None:
+    """Say the name, then echo until the client has no more; then say how many bytes it was."""
+
+    def one(conn: socket.socket) -> None:
+        with conn:
+            conn.sendall(f"{name} {conn.getsockname()[0].removeprefix('::ffff:')}\n".encode())
+            total = 0
+            try:
+                while data := conn.recv(CHUNK):
+                    if data == b"reset me":
+                        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        return
+                    total += len(data)
+                    conn.sendall(data)
+                conn.sendall(f"{total}\n".encode())
+            except ConnectionError:
+                pass
+
+    with _listener(int(port)) as sock:
+        print("ready", flush=True)
+        while True:
+            threading.Thread(target=one, args=(sock.accept()[0],), daemon=True).start()
+
+
+def _line(conn: socket.socket) -> str:
+    got = b""
+    while not got.endswith(b"\n"):
+        more = conn.recv(1)
+        if not more:
+            raise EOFError(f"connection closed after {got!r}")
+        got += more
+    return got.decode().strip()
+
+
+def _connect(host: str, port: str, local_port: str = "0") -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if local_port != "0":
+        sock.bind(("", int(local_port)))
+    sock.settimeout(30)
+    sock.connect((host, int(port)))
+    return sock
+
+
+def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> None:
+    """Send ``size`` bytes, end the sending direction, read them back, and the server's count."""
+    sent = os.urandom(int(size))
+    with _connect(host, port, local_port) as conn:
+        peer = conn.getpeername()[0]
+        name, address = _line(conn).split()
+
+        def send() -> None:
+            conn.sendall(sent)
+            conn.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        got = bytearray()
+        while data := conn.recv(CHUNK):
+            got += data
+        thread.join()
+    tail = f"{len(sent)}\n".encode()
+    print(json.dumps({"peer": peer, "server": name, "accepted_on": address, "intact": bytes(got) == sent + tail}))
+
+
+def hold(host: str, port: str, local_port: str = "0") -> None:
+    """Connect, say ready, then for each line of standard input exchange it with the server."""
+    with _connect(host, port, local_port) as conn:
+        _line(conn)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            conn.sendall(line.encode())
+            print(_line(conn), flush=True)
+
+
+def hold_many(host: str, port: str, count: str) -> None:
+    """``count`` connections; for each line of standard input exchange it on all, and tell on how many it came back."""
+    conns = [_connect(host, port) for _ in range(int(count))]
+    for conn in conns:
+        _line(conn)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        intact = 0
+        for conn in conns:
+            try:
+                conn.sendall(line.encode())
+                intact += _line(conn) == line.strip()
+            except (OSError, EOFError):
+                pass
+        print(intact, flush=True)
+
+
+def hold_names(host: str, port: str, count: str) -> None:
+    """``count`` connections, held; the names of the servers that they came to."""
+    conns = [_connect(host, port) for _ in range(int(count))]
+    print(" ".join(_line(conn).split()[0] for conn in conns), flush=True)
+    sys.stdin.read()
+
+
+def take_udp(host: str, port: str) -> None:
+    """Bind a port, and keep it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((host, int(port)))
+        print("ready", flush=True)
+        sys.stdin.read()
+
+
+def storm(host: str, port: str, count: str) -> None:
+    """Connections that end in every way: by FIN, by RST, half closed first, and all at once with the process."""
+    sockets = []
+    for i in range(int(count)):
+        sock = _connect(host, port)
+        _line(sock)
+        if i % 4 == 0:
+            sock.close()
+        elif i % 4 == 1:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+        elif i % 4 == 2:
+            sock.shutdown(socket.SHUT_WR)
+            sockets.append(sock)
+        else:
+            sockets.append(sock)
+
+
+def refused(host: str, port: str) -> None:
+    """Connect; tell the error's name."""
+    try:
+        _connect(host, port).close()
+        print("connected")
+    except OSError as error:
+        print(type(error).__name__)
+
+
+def reset(host: str, port: str) -> None:
+    """Ask the server for a reset; tell the error's name."""
+    with _connect(host, port) as conn:
+        _line(conn)
+        conn.sendall(b"reset me")
+        try:
+            print(repr(conn.recv(1)))
+        except OSError as error:
+            print(type(error).__name__)
+
+
+def forge(vip: str, other_vip: str, good: str, outside: str) -> None:
+    """On the switch, in place of a load balancer: answer a SYN to the VIP by forged SYN-ACKs, and then a sound one.
+
+    Then tell what the client sent back, up to its first ACK.
+    """
+    from ipaddress import ip_address
+
+    from scapy.config import conf
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.inet6 import IPv6
+    from scapy.layers.l2 import Ether
+
+    conf.verb = 0
+    layer = IPv6 if ":" in vip else IP
+    sock = conf.L2socket(iface="client")
+    print("ready", flush=True)
+    while True:
+        syn = sock.recv()
+        if syn is not None and layer in syn and syn[layer].dst == vip and TCP in syn and syn[TCP].flags == "S":
+            break
+
+    def send(source: str, named: str | None, ack: int) -> None:
+        options = [("MSS", 1460)]
+        if named:
+            options += [(42, ip_address(named).packed), ("NOP", None), ("NOP", None)]
+        tcp = TCP(sport=syn[TCP].dport, dport=syn[TCP].sport, flags="SA", seq=5000, ack=ack, options=options)
+        sock.send(Ether(src=syn.dst, dst=syn.src) / layer(src=source, dst=syn[layer].src) / tcp)
+
+    isn = syn[TCP].seq
+    send(good, vip, isn + 2)  # another acknowledgement number
+    send(outside, vip, isn + 1)  # from outside the prefixes
+    send(good, other_vip, isn + 1)  # another VIP
+    send(good, None, isn + 1)  # no redirect at all
+    send(good, vip, isn + 1)
+    replies: list[tuple[str, str]] = []
+    while not replies or replies[-1][1] != "A":
+        packet = sock.recv()
+        if packet is not None and packet.src == syn.src and TCP in packet and packet[TCP].flags != "S":
+            replies.append((packet[layer].dst, str(packet[TCP].flags)))
+    print(json.dumps(replies), flush=True)
+
+
+def syn(source: str, destination: str, mac: str, options: str) -> None:
+    """Send one SYN with these options (hexadecimal) from a port that is not open."""
+    from scapy.config import conf
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.inet6 import IPv6
+    from scapy.layers.l2 import Ether
+    from scapy.packet import Raw
+
+    raw = bytes.fromhex(options)
+    layer = IPv6 if ":" in destination else IP
+    tcp = TCP(sport=4242, dport=80, flags="S", seq=77, dataofs=5 + len(raw) // 4)
+    conf.L2socket(iface="eth0").send(Ether(dst=mac) / layer(src=source, dst=destination) / tcp / Raw(raw))
+
+
+def flood(destination: str, mac: str, count: str) -> None:
+    """Send SYNs to port 80 from random addresses and ports; tell how many."""
+    import numpy as np
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.l2 import Ether
+
+    from crablb.kernel.xsk import XskSocket
+
+    random = np.random.default_rng(7)
+    syns = []
+    for _ in range(512):
+        source = ".".join(str(n) for n in (11, *random.integers(1, 255, 3)))
+        tcp = TCP(sport=int(random.integers(1024, 65536)), dport=80, flags="S")
+        frame = bytes(Ether(src="02:00:00:00:00:01", dst=mac) / IP(src=source, dst=destination) / tcp)
+        syns.append(np.frombuffer(frame, np.uint8).copy())
+    words = [s[26:28].view(">u2") for s in syns]  # the first half of the source address
+    sums = [s[24:26].view(">u2") for s in syns], [s[50:52].view(">u2") for s in syns]
+    sent = 0
+    with XskSocket("eth0", load_program=False) as xsk:
+        while sent < int(count):
+            batch = xsk.allocate(64, len(syns[0]))
+            for view in batch:
+                i = sent % len(syns)
+                sent += 1
+                view[:] = syns[i]
+                # The next time from another address: one more in a word, one less in both checksums (RFC 1624).
+                words[i][0] += 1
+                for csum in sums:
+                    csum[i][0] = csum[i][0] - 1 if csum[i][0] else 0xFFFE
+            xsk.send(batch)
+    print(sent)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,33 @@
+"""Processes that tests speak to."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def answer(child: subprocess.Popen[str]) -> str:
+    """The next line the program says; if it died instead, why."""
+    assert child.stdout and child.stderr
+    line = child.stdout.readline().strip()
+    assert line, child.stderr.read()
+    return line
+
+
+def exchange(child: subprocess.Popen[str], text: str) -> str:
+    """Tell the program a line; its answer."""
+    assert child.stdin
+    child.stdin.write(text + "\n")
+    child.stdin.flush()
+    return answer(child)
+
+
+def until(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Ask again and again until it holds; fail after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"

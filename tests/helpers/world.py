@@ -1,0 +1,91 @@
+"""A lab with what end-to-end tests have in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from crablb import cli
+from crablb.lab import VIP4, VIP6, Lab, Node
+from crablb.lab.demo import start_agent, start_serve
+from tests.helpers.namespaces import inside
+from tests.helpers.processes import ROOT, answer
+
+
+def command(node: Node, *args: str) -> str:
+    """What a command of crablb prints in a node.  In this process: one of its own takes longer to start than to ask."""
+    out = io.StringIO()
+    with inside(node.netns), redirect_stdout(out):
+        assert cli.main(args) == 0
+    return out.getvalue()
+
+
+def status(lab: Lab, node: Node | None = None) -> dict[str, Any]:
+    """``crablb status --json`` of the load balancer."""
+    parsed: dict[str, Any] = json.loads(command(node or lab.lb, "status", "--iface", "eth0", "--json"))
+    return parsed
+
+
+def agent_status(node: Node) -> dict[str, Any]:
+    """``crablb agent status --json`` in the node."""
+    parsed: dict[str, Any] = json.loads(command(node, "agent", "status", "--json"))
+    return parsed
+
+
+class World:
+    """A lab with echo servers, and agents and load balancer as asked for."""
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self.lab, self.folder = lab, folder
+
+    def servers(self, agents: bool = True, *, port: int = 80, dsr: bool = False) -> None:
+        """Echo servers.  With ``dsr`` they have the VIPs from their agents, not from the lab."""
+
+        def start(server: Node) -> None:
+            self.python(server, "serve", server.name, str(port), ready=True)
+            if dsr:
+                server.ip(f"addr del {VIP4}/32 dev lo", f"addr del {VIP6}/128 dev lo")
+                server.set({"net.ipv4.conf.all.arp_ignore": 0, "net.ipv4.conf.all.arp_announce": 0})
+            if agents or dsr:
+                start_agent(server, "server", *(["--dsr"] if dsr else []))
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(start, self.lab.servers))
+
+    def client(self, *more: str) -> subprocess.Popen[str]:
+        prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
+        return start_agent(self.lab.client, "client", *prefixes, *more)
+
+    def serve(self, *more: str, **where: object) -> subprocess.Popen[str]:
+        return start_serve(self.lab, self.folder, *more, **where)  # type: ignore[arg-type]
+
+    def python(self, node: Node, *args: str, ready: bool = False, **more: object) -> subprocess.Popen[str]:
+        """A program of tests/helpers/peers.py; with ``ready``, on return it has said so."""
+        child = self.program(node, sys.executable, "-m", "tests.helpers.peers", *args, **more)
+        if ready:
+            assert answer(child) == "ready"
+        return child
+
+    def program(self, node: Node, *args: str, **more: object) -> subprocess.Popen[str]:
+        """Any program, spoken to by pipes."""
+        return node.popen(
+            *args, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+        )
+
+    def echo(self, host: object, *more: str, port: int = 80, node: Node | None = None) -> dict[str, object]:
+        """Connect from the client (or another node), send, compare the echo; what it saw."""
+        child = self.python(node or self.lab.client, "echo", str(host), str(port), *more)
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 0, err
+        parsed: dict[str, object] = json.loads(out)
+        return parsed
+
+    def client_counters(self) -> dict[str, int]:
+        counters: dict[str, int] = agent_status(self.lab.client)["client"]["counters"]
+        return {name: n for name, n in counters.items() if n}

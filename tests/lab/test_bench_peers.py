@@ -1,0 +1,68 @@
+"""The peers suite runs, as small as it can; what it measures decides nothing here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bench import lab, peers
+from tests.helpers.bench import quiet, written
+
+
+@pytest.fixture(scope="module")
+def suite():
+    allowed = os.sched_getaffinity(0)
+    found = peers.run(quiet())
+    assert os.sched_getaffinity(0) == allowed
+    assert not list(Path("/run/netns").glob(f"crab-bench-peers-{os.getpid()}-*"))
+    return found
+
+
+def test_what_it_writes(suite):
+    written(suite)
+
+
+def test_all_ways_are_measured(suite):
+    assert suite.left_out == []
+    assert {table.key for table in suite.tables} >= {key for key, *_ in peers.TABLES.values()}
+    for table in suite.tables:
+        if table.key not in ("peers-packets", "peers-bpf"):
+            assert [row.name for row in table.rows] == list(lab.WAYS), table.key
+            assert all(min(row.samples) > 0 for row in table.rows), table.key
+    assert [target.name for target in suite.targets] == ["P3", "P4", "P6"]
+
+
+def test_redirected_connections_pass_the_load_balancer_by(suite):
+    packets = {row.name: row.median for row in suite.table("peers-packets").rows}
+    # A SYN for 16 MiB, as many as that is for a GiB; and ARP.
+    assert packets["direct"] == 0
+    assert packets["crablb, redirect"] <= 4 * 64
+    assert packets["nginx stream"] > 100 * 64
+    programs = {row.name: row.median for row in suite.table("peers-bpf").rows}
+    ours = {f"crablb, redirect: crab_{name}" for name in ("server", "offer", "ingress", "egress", "lb")}
+    assert {*ours, "XDP redirect: redirect"} <= programs.keys()
+    assert "crablb, DSR: crab_server" not in programs
+    p6 = suite.targets[-1]
+    assert p6.value.startswith("0 packets beside ")
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch, tmp_path):
+    """And the others are measured."""
+    there = lab.Context.tool
+
+    def tool(self, name):
+        if name == "haproxy":
+            raise lab.Unavailable("haproxy is not installed (make bench installs it)")
+        return there(self, name)
+
+    monkeypatch.setattr(lab.Context, "tool", tool)
+    with lab.Peers(quiet(), tmp_path, ("direct", "HAProxy")) as world:
+        assert list(world.ways) == ["direct"]
+        assert world.left_out == {"HAProxy": "haproxy is not installed (make bench installs it)"}
+        assert world.crr("direct", "--samples", "5")["count"] == 5
+        # A way on which nothing gets through.
+        world.lab.servers[2].ip("link set eth0 down")
+        with pytest.raises(lab.Unavailable, match=r"direct: .* failed"):
+            world.crr("direct", "--seconds", "0.2")

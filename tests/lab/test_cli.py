@@ -1,0 +1,334 @@
+"""The commands: bad input is one clear line, exit status 2, and nothing left in the kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crablb.kernel import pins
+from crablb.lab import VIP4, Lab, existing
+from crablb.lab.demo import VIPS, crablb, services, start_agent
+from tests.helpers.processes import ROOT, until
+from tests.helpers.world import agent_status, status
+
+SERVICE = "tcp://10.0.0.100:80=10.0.0.11"
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(crablb(*args), capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+
+
+def leftovers(lab: Lab) -> list[str]:
+    """What crablb keeps for a lab's load balancer outside of its process."""
+    found = [str(p) for p in pins.RUN.glob(f"{lab.lb.inode}-*")]
+    found += [str(p) for p in (pins.ensure_bpffs() / "crablb" / str(lab.lb.inode)).glob("**/*")]
+    if "xdp" in lab.lb.run("ip", "link").stdout:
+        found.append("XDP program")
+    if "managed" in lab.lb.run("ip", "neigh").stdout:
+        found.append("managed neighbours")
+    return found
+
+
+@pytest.fixture
+def lab(make_lab) -> Lab:
+    return make_lab("bridge")
+
+
+WRONG = {
+    "no-interface": (["--iface", "eth7", "--service", SERVICE], r"interface eth7 does not exist; there are: lo, eth0"),
+    "nothing-said": ([], "say which interface to serve: --iface eth0\nsay what to serve: --service tcp://.*"),
+    "no-service": (["--iface", "eth0"], "say what to serve: --service tcp://.*, or --config FILE.toml"),
+    "bad-service": (
+        ["--iface", "eth0", "--service", "tcp://10.0.0.100:0=10.0.0.11,x"],
+        r"--service tcp://10.0.0.100:0=10.0.0.11,x: VIP: '0' is not a port \(1 to 65535\)\n"
+        r"--service tcp://10.0.0.100:0=10.0.0.11,x: backend 2: 'x' is not an IP address .*",
+    ),
+    "duplicate": (["--iface", "eth0", "--service", SERVICE, "--service", SERVICE], ".* is served already by .*"),
+    "vip-is-backend": (
+        ["--iface", "eth0", "--service", "tcp://10.0.0.11:80=10.0.0.11"],
+        r".*: backend 10.0.0.11 is also a VIP .*; give it an own address",
+    ),
+    "queues": (
+        ["--iface", "eth0", "--service", SERVICE, "--queues", "65"],
+        "--queues: 65 is not a whole number from 1 to 64",
+    ),
+    "busy-poll": (
+        ["--iface", "eth0", "--service", SERVICE, "--busy-poll", "-1"],
+        "--busy-poll: -1 is not a whole number from 0 to 1000000",
+    ),
+    "no-such-queue": (
+        ["--iface", "eth0", "--service", SERVICE, "--queues", "9"],
+        r"eth0 has no queue \d \(see ethtool -l eth0\)",
+    ),
+    "no-file": (["--config", "/nowhere.toml"], "/nowhere.toml: cannot be read: No such file or directory"),
+    "both": (
+        ["--config", "/nowhere.toml", "--service", SERVICE, "--queues", "1", "--busy-poll", "0"],
+        "--service, --queues, --busy-poll cannot be given with --config; say it in /nowhere.toml",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_serve_wrong(lab, name):
+    args, words = WRONG[name]
+    done = lab.lb.run(*crablb("serve", *args), check=False)
+    said = "\n".join(line.removeprefix("crablb: ") for line in done.stderr.strip().split("\n"))
+    assert done.returncode == 2
+    assert re.fullmatch(words, said), said
+    assert leftovers(lab) == []
+
+
+def test_serve_on_an_interface_that_is_down(lab):
+    lab.lb.ip("link set eth0 down")
+    done = lab.lb.run(*crablb("serve", "--iface", "eth0", "--service", SERVICE), check=False)
+    assert (done.returncode, done.stderr) == (2, "crablb: interface eth0 is down; bring it up: ip link set eth0 up\n")
+    assert leftovers(lab) == []
+
+
+def test_serve_beside_another_xdp_program(lab, other_xdp_program):
+    lab.lb.ip(f"link set eth0 xdp obj {other_xdp_program} sec xdp")
+    done = lab.lb.run(*crablb("serve", "--iface", "eth0", "--service", SERVICE), check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"crablb: interface eth0 has an XDP program already \(id \d+, see bpftool net\);"
+        r" remove it: ip link set eth0 xdp off\n",
+        done.stderr,
+    )
+    # The other program is left alone.
+    assert "xdp" in lab.lb.run("ip", "link", "show", "eth0").stdout
+    lab.lb.ip("link set eth0 xdp off")
+    assert leftovers(lab) == []
+
+
+def test_serve_twice(make_world):
+    world = make_world()
+    world.servers()
+    child = world.serve()
+    done = world.lab.lb.run(*crablb("serve", "--iface", "eth0", "--service", SERVICE), check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"crablb: the load balancer of eth0 is run already by process {child.pid}; stop it first\n"
+    # and the first serves on
+    assert world.echo(VIP4)["intact"]
+
+
+def test_serve_without_privilege(lab):
+    """As root by name only, without a capability."""
+    powerless = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", "--ambient-caps", "-all"]
+    done = lab.lb.run(*powerless, *crablb("serve", "--iface", "eth0", "--service", SERVICE), check=False)
+    assert done.returncode == 2
+    assert "CAP_BPF and CAP_NET_ADMIN" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert leftovers(lab) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["serve", "--iface", "eth0", "--service", SERVICE],
+        ["agent", "server", "--vip", VIPS[0]],
+        ["agent", "status"],
+        ["lab", "up"],
+        ["demo"],
+    ],
+    ids=lambda args: "-".join(args[:2]),
+)
+def test_not_root(args):
+    # What it needs is imported before: Python itself may lie where only root can read.
+    imports = f"import locale, os, sys, crablb.cli.{args[0]}; from crablb.cli import main"
+    code = f"{imports}; os.seteuid(65534); sys.exit(main({args}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(r"crablb: crablb (serve|agent|lab|demo) .*; run it as root\n", done.stderr), done.stderr
+
+
+def test_serve_from_a_file_and_its_logs(lab, tmp_path):
+    """JSON lines when not on a terminal; a stop by SIGINT is clean as well."""
+    path = tmp_path / "lb.toml"
+    path.write_text(
+        f'interface = "eth0"\nxdp_mode = "generic"\n[[service]]\naddress = "tcp://{VIP4}:80"\n'
+        'backends = ["10.0.0.11", "10.0.0.99"]\n'
+    )
+    child = lab.lb.popen(*crablb("serve", "--config", str(path)), stderr=subprocess.PIPE)
+    lines = []
+    assert child.stderr
+    for line in child.stderr:
+        lines.append(json.loads(line))
+        if lines[-1]["event"] == "serving":
+            break
+    assert lines[-1]["interfaces"] == {"eth0": "generic"}
+    assert lines[-1]["services"] == [f"tcp://{VIP4}:80"]
+    assert [e["reason"] for e in lines if e["event"] == "backend not usable yet"] == [
+        "10.0.0.99 does not answer on eth0"
+    ]
+    assert status(lab)["mode"] == "generic"
+    shown = lab.lb.run(*crablb("status", "--iface", "eth0")).stdout
+    assert shown.startswith(f"eth0: generic XDP, process {child.pid}\n")
+    child.send_signal(2)
+    assert child.wait() == 0
+    assert leftovers(lab) == []
+
+
+def test_the_interface_goes_while_serving(lab, tmp_path):
+    child = lab.lb.popen(
+        *crablb("serve", "--iface", "eth0", *(p for s in services(lab) for p in ("--service", s))),
+        stderr=subprocess.PIPE,
+    )
+    assert child.stderr
+    for line in child.stderr:
+        if json.loads(line)["event"] == "serving":
+            break
+    lab.lb.ip("link del eth0")
+    said = [json.loads(line) for line in child.stderr]
+    assert child.wait() == 1
+    assert "queue 0 of eth0 failed" in said[-1]["reason"]
+    assert leftovers(lab) == []
+
+
+# ---- agents ----
+
+AGENTS_WRONG = {
+    "vip": (
+        ["server", "--vip", "10.0.0.100:80"],
+        "--vip 10.0.0.100:80: '10.0.0.100:80' has no protocol; write tcp://.*",
+    ),
+    "prefix": (
+        ["client", "--vip", VIPS[0], "--backends", "10.0.0.1/24"],
+        "--backends 10.0.0.1/24: 10.0.0.1/24 has bits set behind the prefix; write 10.0.0.0/24",
+    ),
+    "cgroup": (
+        ["server", "--vip", VIPS[0], "--cgroup", "/tmp"],
+        "/tmp is not a cgroup v2 directory; the root is /sys/fs/cgroup.*",
+    ),
+    "interface": (
+        ["client", "--vip", VIPS[0], "--backends", "10.0.0.0/24", "--interface", "eth7"],
+        r"interface eth7 does not exist \(see ip link\)",
+    ),
+    "no-route": (
+        ["client", "--vip", "tcp://192.0.2.1:80", "--backends", "10.0.0.0/24"],
+        "no route to 192.0.2.1: .*; add one, as towards the load balancer",
+    ),
+    "own-address": (
+        ["client", "--vip", "tcp://10.0.0.1:80", "--backends", "10.0.0.0/24"],
+        "10.0.0.1 is an address of this host; a client cannot redirect connections to itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AGENTS_WRONG)
+def test_agent_wrong(lab, name):
+    args, words = AGENTS_WRONG[name]
+    shown = "ip route; ip -6 route; tc qdisc; tc filter show dev eth0 ingress; tc filter show dev lo ingress"
+    before = lab.client.run("sh", "-c", shown).stdout
+    if "--cgroup" not in args:
+        args = [*args, "--cgroup", str(lab.client.cgroup)]
+    done = lab.client.run(*crablb("agent", *args), check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(f"crablb: {words}\n", done.stderr), done.stderr
+    assert agent_status(lab.client) == {}
+    assert lab.client.run("sh", "-c", shown).stdout == before
+    assert not (pins.ensure_bpffs() / "crablb" / str(lab.client.inode)).exists()
+
+
+def test_agent_remove_while_one_runs(lab):
+    child = start_agent(lab.servers[0], "server")
+    done = lab.servers[0].run(*crablb("agent", "remove"), check=False)
+    assert done.returncode == 2
+    assert f"is run already by process {child.pid}; stop it first" in done.stderr
+    assert agent_status(lab.servers[0])["server"]["pid"] == child.pid
+    assert lab.client.run(*crablb("agent", "status")).stdout == "no agent in this network namespace\n"
+    assert lab.client.run(*crablb("agent", "remove")).stdout == "client: there was none\nserver: there was none\n"
+
+
+# ---- lab and demo ----
+
+
+def test_lab(tmp_path):
+    name = f"t{os.getpid()}-cli"
+    try:
+        done = run("lab", "up", "--name", name, "--servers", "2", "--topology", "routed")
+        assert (done.returncode, done.stderr) == (0, "")
+        again = run("lab", "up", "--name", name)
+        assert again.returncode == 2
+        assert again.stderr == f"crablb: lab {name} exists; remove it: crablb lab down --name {name}\n"
+        shown = run("lab", "status").stdout
+        assert f"{name}: routed, VIPs 10.0.0.100 and fd00::100\n" in shown
+        # The second server answers the client, through the router: nobody listens there.
+        told = run("lab", "exec", "--name", name, "client", "--", "bash", "-c", "exec 3<>/dev/tcp/10.3.0.12/80")
+        assert "Connection refused" in told.stderr
+        assert run("lab", "exec", "--name", name, "client", "--", "sh", "-c", "exit 7").returncode == 7
+        wrong = run("lab", "exec", "--name", name, "server9", "--", "true")
+        assert wrong.returncode == 2
+        assert wrong.stderr == f"crablb: lab {name} has no node server9; it has router, client, lb, server1, server2\n"
+    finally:
+        done = run("lab", "down", "--name", name)
+    assert (done.returncode, done.stdout) == (0, f"lab {name} is gone\n")
+    assert name not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    gone = run("lab", "down", "--name", name)
+    assert gone.returncode == 2
+    assert gone.stderr.startswith(f"crablb: there is no lab {name} (there are: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--name", "no/slash"], "'no/slash' cannot name a lab: up to 31 of a-z, 0-9 and -, a letter or digit first"),
+        (["--name", "x", "--servers", "0"], "0 servers cannot be made; choose 1 to .*"),
+    ],
+)
+def test_lab_wrong(args, words):
+    done = run("lab", "up", *args)
+    assert done.returncode == 2
+    assert re.fullmatch(f"crablb: {words}\n", done.stderr)
+
+
+def test_a_half_made_lab_is_removed(monkeypatch):
+    name = f"t{os.getpid()}-half"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the third step fails")
+
+    monkeypatch.setattr(Lab, "_build", lambda self, offload: (self.nodes["client"].cgroup.mkdir(parents=True), fail()))
+    with pytest.raises(RuntimeError):
+        Lab.create(name)
+    monkeypatch.undo()
+    with Lab.create(name, servers=1) as lab:
+        assert lab.client.run("true").returncode == 0
+
+
+def test_terminated_it_removes_its_lab():
+    child = subprocess.Popen(crablb("demo"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        until(lambda: list(Path("/run/netns").glob(f"crab-demo-{child.pid}-server*")))
+        child.terminate()
+        _, said = child.communicate(timeout=30)
+        assert child.returncode == 128 + signal.SIGTERM
+        assert b"Traceback" not in said
+        until(lambda: not list(Path("/run/netns").glob(f"crab-demo-{child.pid}-*")))
+        assert f"demo-{child.pid}" not in existing()
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize("topology", ["bridge", "routed"])
+def test_demo(topology):
+    done = run("demo", "--json", "--topology", topology)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["held"]
+    assert all(claim["held"] for claim in report["claims"])
+    assert sum(report["connections_per_backend"].values()) == 300
+    assert report["load_balancer_packets"]["other"] == 0
+    assert report["wire_packets"] == {"SYN": 2 * report["connection_attempts"]}
+    assert report["costs"]["prepared"] == 1 < report["costs"]["unprepared"]
+    assert report["peers_seen"] == ["10.0.0.100", "fd00::100"]

@@ -1,0 +1,519 @@
+"""Clients that are not redirected: direct server return, real clients and servers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from scapy.layers.inet import IP
+from scapy.layers.inet6 import IPv6
+from scapy.utils import rdpcap
+
+from crablb.kernel import pins
+from crablb.lab import VIP4, VIP6, Node
+from crablb.lab.demo import crablb, start_agent
+from tests.helpers.processes import exchange, until
+from tests.helpers.world import World, agent_status, status
+
+VIP = {4: str(VIP4), 6: str(VIP6)}
+
+
+def forwarded(world: World) -> int:
+    """Packets that went on, by user space or by the XDP program."""
+    now = status(world.lab)
+    return sum(n for name, n in now["total"].items() if name.startswith("fallback_")) + now["xdp"]["flow"]
+
+
+@pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
+@pytest.mark.parametrize("topology", ["bridge", "routed"])
+@pytest.mark.parametrize("fallback", ["auto", "dsr-ipip"])
+def test_everybody_is_served(make_world, topology, offload, fallback):
+    """A prepared and an unprepared client, whole transfers both ways, wherever the servers are."""
+    world = make_world(topology, servers=2, offload=offload)
+    world.servers(dsr=True)
+    world.serve("--fallback", fallback)
+    tunnelled = topology == "routed" or fallback == "dsr-ipip"
+    for family in (4, 6):
+        seen = world.echo(VIP[family], "3000000")
+        assert seen["intact"]
+        assert seen["accepted_on"] == seen["peer"] == VIP[family]
+    total = status(world.lab)["total"]
+    assert total["fallback_no_offer"] == 2
+    through = forwarded(world) if tunnelled else 0
+    assert bool(total["encapsulated"]) == tunnelled
+    assert not [name for name, n in total.items() if n and (name.startswith("drop") or name == "too_big")], total
+    counters = [agent_status(s)["server"]["counters"] for s in world.lab.servers]
+    assert sum(c["dsr_decapsulated"] for c in counters) == through
+    agent = world.client()
+    for family in (4, 6):
+        seen = world.echo(VIP[family])
+        assert seen["intact"]
+        assert seen["accepted_on"] != VIP[family]
+    agent.terminate()
+    assert agent.wait() == 0
+    assert status(world.lab)["total"]["redirected"] == 2
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_from_one_family_to_the_other(make_world, family):
+    world = make_world("routed")
+    world.servers(dsr=True)
+    world.client()
+    server = world.lab.servers[0]
+    vip = f"tcp://{VIP4}:80" if family == 4 else f"tcp://[{VIP6}]:80"
+    world.serve("--fallback", "dsr-ipip", what=[f"{vip}={server.ip6 if family == 4 else server.ip4}"])
+    seen = world.echo(VIP[family], "3000000")
+    assert seen["intact"]
+    assert seen["accepted_on"] == VIP[family]
+    total = status(world.lab)["total"]
+    assert total["fallback_no_cr_backend"] == 1  # it offered, but cannot be redirected into another family
+    assert total["too_big"] == 0
+
+
+def test_the_tunnels_packets(make_world):
+    """On the wire: the client's segments leave room for the outer header, because the SYN-ACK said so."""
+    world = make_world("routed", offload=False)
+    world.servers(dsr=True)
+    world.serve("--ack-bypass", "off")  # what the XDP program sends, the other end merges (GRO) before it is captured
+    capture = world.folder / "lb.pcap"
+    with world.lab.middle.capture(capture, "ip or ip6", "lb"):
+        for family in (4, 6):
+            assert world.echo(VIP[family], "300000")["intact"]
+    outer = [p for p in rdpcap(str(capture)) if p.src == world.lab.lb.mac() and (p.haslayer(IP, 0) or IPv6 in p)]
+    tunnels = [p for p in outer if p[1].haslayer(IP) or p[1].haslayer(IPv6)]
+    tunnels = [p for p in tunnels if (p[1].proto if IP in p and p[1].version == 4 else p[1].nh) in (4, 41)]
+    assert len(tunnels) == forwarded(world)
+    for packet in tunnels:
+        assert packet[1].src in (world.lab.lb.ip4, world.lab.lb.ip6)
+        assert packet[1].dst in (world.lab.servers[0].ip4, world.lab.servers[0].ip6)
+        assert packet.wirelen <= 1514
+    assert max(p.wirelen for p in tunnels) > 1400
+    assert agent_status(world.lab.servers[0])["server"]["counters"]["dsr_clamped"] == 2
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_path_mtu_discovery_through_the_tunnel(make_world, family):
+    """The way to the backend is narrower than its agent knows: the client is told, and sends smaller packets."""
+    world = make_world("routed", offload=False)
+    world.servers(dsr=True)
+    via, net = ("10.2.0.254", "10.3.0.0/24") if family == 4 else ("fd00:2::fe", "fd00:3::/64")
+    world.lab.lb.ip(f"route add {net} via {via} mtu 1400")
+    world.serve()
+    assert world.echo(VIP[family], "300000")["intact"]
+    total = status(world.lab)["total"]
+    assert total["too_big"] >= 1
+    assert forwarded(world) > 200
+    route = "route" if family == 4 else "-6 route"
+    known = world.lab.client.run("sh", "-c", f"ip {route} get {VIP[family]}").stdout
+    assert f"mtu {1400 - (20 if family == 4 else 40)}" in known
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_path_mtu_discovery_towards_the_client(make_world, family, bypass):
+    """The ICMP error about the server's packet goes to the VIP, so to the load balancer: it finds the server."""
+    world = make_world("routed", servers=3, offload=False)
+    world.servers(dsr=True)
+    world.lab.middle.ip(f"route add {world.lab.client.ip4}/32 dev client mtu lock 1300")
+    world.lab.middle.ip(f"route add {world.lab.client.ip6}/128 dev client mtu lock 1300")
+    world.serve("--ack-bypass", bypass)
+    seen = world.echo(VIP[family], "300000")
+    assert seen["intact"]
+    server = world.lab.node(seen["server"])
+    route = "route" if family == 4 else "-6 route"
+    known = server.run("sh", "-c", f"ip {route} get {world.lab.client.ip4 if family == 4 else world.lab.client.ip6}")
+    assert "mtu 1300" in known.stdout
+    now = status(world.lab)
+    if bypass == "off":
+        assert now["total"]["fallback_icmp"] == now["xdp"]["icmp"] >= 1
+
+
+def test_dsr_l2_does_not_pass_a_gateway(make_world):
+    world = make_world("routed")
+    world.servers(dsr=True)
+    world.serve("--fallback", "dsr-l2")
+    done = world.lab.client.run("curl", "-s", "--connect-timeout", "1", f"http://{VIP4}/", check=False)
+    assert done.returncode == 28
+    assert status(world.lab)["total"]["drop_no_path"] >= 1
+    world.client()
+    assert world.echo(VIP4)["intact"]  # redirected clients need no path of that kind
+
+
+def test_the_agent_leaves_nothing(make_lab):
+    lab = make_lab("routed")
+    server = lab.servers[0]
+    server.ip(f"addr del {VIP4}/32 dev lo")  # the other VIP was there before, and stays
+    shown = (
+        "ip -4 addr; ip -6 addr; ip -o link | grep -o xdp; tc qdisc; sysctl -a 2>/dev/null | grep -E 'arp_(ign|ann)'"
+    )
+    before = server.run("sh", "-c", shown).stdout
+    install = crablb("agent", "server", "--vip", f"tcp://{VIP4}:80", "--vip", f"tcp://[{VIP6}]:80", "--dsr", "--detach")
+    server.run(*install)
+    assert "xdp" in server.run("ip", "link", "show", "eth0").stdout
+    assert str(VIP4) in server.run("ip", "addr", "show", "lo").stdout
+    assert set(agent_status(server)["server"]["counters"]) >= {"dsr_decapsulated", "dsr_clamped"}
+    server.run(*install)  # over itself
+    assert "removed" in server.run(*crablb("agent", "remove", "server")).stdout
+    assert server.run("sh", "-c", shown).stdout == before
+
+
+def test_the_agent_beside_another_xdp_program(make_lab, other_xdp_program):
+    lab = make_lab("routed")
+    server = lab.servers[0]
+    server.ip(f"link set eth0 xdp obj {other_xdp_program} sec xdp")
+    done = server.run(*crablb("agent", "server", "--vip", f"tcp://{VIP4}:80", "--dsr"), check=False)
+    assert done.returncode == 2
+    assert "interface eth0 has an XDP program already" in done.stderr
+    assert agent_status(server) == {}
+    wrong = server.run(*crablb("agent", "server", "--vip", f"tcp://{VIP4}:80", "--interface", "eth0"), check=False)
+    assert (wrong.returncode, "of use with --dsr only" in wrong.stderr) == (2, True)
+
+
+def test_what_each_kind_of_client_costs(make_world):
+    """A redirected connection: one packet.  One by the fallback: everything that the client sends."""
+    world = make_world("bridge")
+    world.servers(dsr=True)
+    world.serve()
+    assert world.echo(VIP4, "100000")["intact"]
+    plain = status(world.lab)["total"]["received"]
+    assert plain > 5
+    world.client()
+    assert world.echo(VIP4, "100000")["intact"]
+    assert status(world.lab)["total"]["received"] == plain + 1
+
+
+def test_a_tunnel_too_narrow_for_ipv6_is_named(make_world):
+    world = make_world("routed")
+    world.lab.lb.ip("route add fd00:3::/64 via fd00:2::fe mtu 1300")
+    world.serve()
+    log = (world.folder / "serve.log").read_text()
+    assert "its tunnel carries 1260 bytes" in log
+    assert "IPv6 needs 1280" in log
+    assert status(world.lab)["daemon"]["narrow_tunnels"] >= 1
+
+
+# ---- the XDP program alone ----
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+@pytest.mark.parametrize("topology", ["bridge", "routed"])
+def test_known_flows_do_not_enter_user_space(make_world, topology, mode):
+    world = make_world(topology, offload=False)
+    world.servers(dsr=True)
+    world.serve("--ack-bypass", "on", "--xdp-mode", mode)
+    for family in (4, 6):
+        assert world.echo(VIP[family], "3000000")["intact"]
+    now = status(world.lab)
+    assert now["xdp"]["flow"] > 2000
+    # Each connection: the SYN, and the packets on their way until its flow is known.
+    assert now["total"]["learned"] >= 2
+    assert now["total"]["received"] < 100
+    assert sum(s["packets"] for s in now["services"].values()) == now["xdp"]["flow"]
+    assert all(s["packets"] > 1000 and s["bytes"] > 3000000 for s in now["services"].values())
+    assert now["flows"] == 2  # both have said FIN, and will be forgotten
+
+
+def test_established_flows_go_on_without_a_daemon(make_world):
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    first = world.serve("--ack-bypass", "on")
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "20", ready=True)
+    assert exchange(held, "one") == "20"  # the handshake's ACK, or this, makes the flow known
+    first.kill()
+    first.wait()
+    assert exchange(held, "two") == "20"
+    world.serve("--ack-bypass", "on")
+    assert "took over fallback flows" in (world.folder / "serve.log").read_text()
+    assert exchange(held, "three") == "20"
+
+
+class Reloaded:
+    """A load balancer with a configuration file that changes."""
+
+    def __init__(self, world: World, bypass: str) -> None:
+        self.world, self.bypass = world, bypass
+        self.path = world.folder / "lb.toml"
+        self.reloads = 0
+
+    def write(self, backends: list[str], **more: str) -> None:
+        settings = "".join(f'{k} = "{v}"\n' for k, v in more.items())
+        self.path.write_text(
+            f'interface = "eth0"\nack_bypass = "{self.bypass}"\n[[service]]\naddress = "tcp://{VIP4}:80"\n{settings}'
+            f"backends = [{', '.join(backends)}]\n"
+        )
+
+    def start(self) -> None:
+        self.child = self.world.serve(config=self.path)
+
+    def reload(self, word: str = '"reloaded"') -> None:
+        before = self.log().count(word)
+        self.child.send_signal(1)
+        until(lambda: self.log().count(word) > before)
+
+    def log(self) -> str:
+        return (self.world.folder / "serve.log").read_text()
+
+
+ALL = ['"10.0.0.11"', '"10.0.0.12"', '"10.0.0.13"']
+
+
+def named(address: str, **more: object) -> str:
+    pairs = [f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in {"address": address, **more}.items()]
+    return "{" + ", ".join(pairs) + "}"
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+def test_no_change_breaks_a_connection(make_world, bypass):
+    """200 connections by the fallback live through every change of the backends, and every restart."""
+    world = make_world(servers=4, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, bypass)
+    lb.write(ALL)
+    lb.start()
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "200", ready=True)
+    assert exchange(held, "start") == "200"
+    assert (status(world.lab)["flows"] == 200) == (bypass == "on")
+
+    changes = {
+        "add": [*ALL, '"10.0.0.14"'],
+        "re-weight": ['"10.0.0.11*5"', *ALL[1:], '"10.0.0.14"'],
+        "drain": [named("10.0.0.11", state="drain"), *ALL[1:]],
+        "remove": ALL[1:],
+        "remove another": ALL[2:],
+        "all back": ALL,
+    }
+    for change, backends in changes.items():
+        lb.write(backends)
+        lb.reload()
+        assert exchange(held, change) == "200", change
+        if change == "remove another":
+            assert {world.echo(VIP4, "10")["server"] for _ in range(5)} == {"server3"}
+    # A bad configuration changes nothing.
+    lb.path.write_text("interface = 3")
+    lb.reload('"not reloaded"')
+    assert exchange(held, "bad") == "200"
+    lb.write(ALL)
+    for number in (15, 9):
+        lb.child.send_signal(number)
+        lb.child.wait()
+        lb.start()
+        assert exchange(held, f"restart after {number}") == "200"
+
+
+def test_a_flow_taken_over_outlives_its_backends_place(make_world):
+    """Killed, and started again with other backends: the flows that are there stay where they are."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, "on")
+    lb.write(ALL)
+    lb.start()
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "60", ready=True)
+    assert exchange(held, "one") == "60"
+    lb.child.kill()
+    lb.child.wait()
+    lb.write(ALL[2:])
+    lb.start()
+    assert exchange(held, "two") == "60"
+    assert status(world.lab)["flows"] == 60
+
+
+def test_flows_that_cannot_be_taken_over(make_world):
+    """A daemon that died before it had pinned its flows does not keep the next one from starting."""
+    world = make_world(offload=False)
+    world.servers(dsr=True)
+    child = world.serve("--ack-bypass", "on")
+    child.kill()
+    child.wait()
+    (pins.ensure_bpffs() / "crablb" / str(world.lab.lb.inode) / "lb-eth0" / "flows").unlink()
+    world.serve("--ack-bypass", "on")
+    assert world.echo(VIP4)["intact"]
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+@pytest.mark.parametrize("on_dead", ["reassign", "reset"])
+def test_a_dead_backend(make_world, on_dead, bypass):
+    """The connections that it had end, by another backend's RST or by ours; those of the others go on."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, bypass)
+    lb.write(ALL, on_dead=on_dead)
+    lb.start()
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "60", ready=True)
+    assert exchange(held, "one") == "60"
+    own = int(world.lab.servers[0].run("sh", "-c", "ss -Htn state established '( sport = :80 )' | wc -l").stdout)
+    assert 0 < own < 60
+    world.lab.servers[0].end()
+    lb.write([named("10.0.0.11", state="dead"), *ALL[1:]], on_dead=on_dead)
+    lb.reload()
+    assert exchange(held, "two") == str(60 - own)
+    total = status(world.lab)["total"]
+    assert bool(total["reset"]) == (on_dead == "reset")
+    assert bool(total["reassigned"]) == (on_dead == "reassign")
+    assert {world.echo(VIP4, "10")["server"] for _ in range(10)} == {"server2", "server3"}
+
+
+def test_a_reset_that_we_send_is_right(make_world):
+    """The client's kernel believes it at once: its sequence number and checksum fit."""
+    world = make_world(servers=1, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, "off")
+    lb.write(ALL[:1], on_dead="reset")
+    lb.start()
+    held = world.python(world.lab.client, "hold", VIP[4], "80", ready=True)
+    lb.write([named("10.0.0.11", state="dead")], on_dead="reset")
+    lb.reload()
+    held.stdin.write("hello\n")
+    held.stdin.flush()
+    assert held.wait() == 1
+    assert "ConnectionResetError" in held.stderr.read()
+
+
+def test_flows_move_to_another_load_balancer_and_back(make_world):
+    """Two load balancers of one configuration behind an ECMP router, whose routes change in the middle of transfers."""
+    world = make_world("routed", servers=3, offload=False)
+    lab = world.lab
+    world.servers(dsr=True)
+    backends = ",".join(s.ip4 for s in lab.servers[:2])
+    what = [f"tcp://{VIP4}:80={backends}"]
+    world.serve("--ack-bypass", "on", what=what)
+    # The third server's machine is the other load balancer; it has the VIP no more.
+    second = lab.servers[2]
+    second.end()
+    second.cgroup.mkdir()
+    second.run(*crablb("agent", "remove"))
+    lab.middle.run("ethtool", "-K", second.name, "gro", "on")
+    world.serve("--ack-bypass", "on", what=what, node=second)
+    lab.middle.set({"net.ipv4.fib_multipath_hash_policy": 1})  # by the four-tuple
+    one, two = f"via {lab.lb.ip4}", f"via {second.ip4}"
+
+    def route(to: str) -> None:
+        lab.middle.ip(f"route replace {VIP4}/32 {to}")
+
+    route(f"nexthop {one} nexthop {two}")
+    held = world.python(lab.client, "hold_many", VIP[4], "80", "100", ready=True)
+    assert exchange(held, "start") == "100"
+    shares = [status(lab, node)["flows"] for node in (lab.lb, second)]
+    assert sum(shares) == 100
+    assert all(share > 10 for share in shares)
+    for to in (two, f"nexthop {one} weight 3 nexthop {two}", one, f"nexthop {two} nexthop {one}", two):
+        route(to)
+        assert exchange(held, to) == "100"
+    for node in (lab.lb, second):
+        now = status(lab, node)
+        assert now["flows"] == 100
+        assert now["total"]["learned"] >= 100
+
+
+# ---- several interfaces ----
+
+
+def cable(one: Node, other: Node, number: int) -> None:
+    """Interfaces eth1 of two nodes, joined; 10.9.0.0/24 and fd00:9::/64 are there."""
+    one.ip(f"link add eth1 type veth peer name eth1 netns {other.netns}")
+    for node, host in ((one, 2), (other, number)):
+        node.run("ethtool", "-K", "eth1", "tx", "off", "tso", "off", "gso", "off", "gro", "on")
+        node.ip("link set eth1 up", f"addr add 10.9.0.{host}/24 dev eth1", f"addr add fd00:9::{host}/64 dev eth1 nodad")
+
+
+@pytest.mark.parametrize("bypass", ["auto", "off"])
+@pytest.mark.parametrize("fallback", ["dsr-l2", "dsr-ipip"])
+def test_backends_behind_another_interface(make_world, fallback, bypass):
+    world = make_world(offload=False)
+    lab, server = world.lab, world.lab.servers[0]
+    cable(lab.lb, server, 11)
+    lab.client.ip(f"route add 10.9.0.0/24 via {server.ip4}", f"route add fd00:9::/64 via {server.ip6}")
+    server.set({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1})
+    world.servers(dsr=True)
+    what = [f"tcp://{VIP4}:80=10.9.0.11", f"tcp://[{VIP6}]:80=fd00:9::11"]
+    world.serve("--fallback", fallback, "--ack-bypass", bypass, what=what)
+    before = lab.lb.counters("eth1")["tx_packets"]
+    for family in (4, 6):
+        seen = world.echo(VIP[family], "3000000")
+        assert (seen["intact"], seen["accepted_on"]) == (True, VIP[family])
+    assert lab.lb.counters("eth1")["tx_packets"] - before >= forwarded(world) > 2000
+    now = status(lab)
+    assert (now["xdp"]["flow"] > 2000) == (bypass == "auto")
+    assert bool(now["total"]["encapsulated"]) == (fallback == "dsr-ipip")
+    assert [n for n, v in now["total"].items() if v and n.startswith("drop")] == []
+    start_agent(lab.client, "client", "--backends", "10.9.0.0/24", "--backends", "fd00:9::/64")
+    for family in (4, 6):
+        seen = world.echo(VIP[family])
+        assert (seen["intact"], seen["accepted_on"]) == (True, "10.9.0.11" if family == 4 else "fd00:9::11")
+    assert status(lab)["total"]["redirected"] == 2
+
+
+def test_clients_of_several_interfaces(make_world):
+    """Two networks of clients, one load balancer; it is killed, taken over, and leaves nothing at its end."""
+    world = make_world(servers=2, offload=False)
+    lab = world.lab
+    server, other = lab.servers
+    world.servers(dsr=True)
+    other.end()  # the second server's machine is a client of the other network
+    other.cgroup.mkdir()
+    other.run(*crablb("agent", "remove"))
+    cable(lab.lb, other, 12)
+    other.ip(f"route add {VIP4} via 10.9.0.2 dev eth1", f"route add {VIP6} via fd00:9::2 dev eth1")
+    other.set({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1})
+    server.ip(f"route add 10.9.0.0/24 via {other.ip4}", f"route add fd00:9::/64 via {other.ip6}")
+    what = [f"tcp://{VIP4}:80={server.ip4}", f"tcp://[{VIP6}]:80={server.ip6}"]
+    first = world.serve("--iface", "eth1", what=what)
+    held = [world.python(node, "hold_many", VIP[4], "80", "20", ready=True) for node in (lab.client, other)]
+    for child in held:
+        assert exchange(child, "one") == "20"
+    assert status(lab)["queues"] == ["eth0/0", "eth1/0"]
+    assert status(lab)["flows"] == 40
+    first.kill()
+    first.wait()
+    for child in held:
+        assert exchange(child, "two") == "20"
+    second = world.serve("--iface", "eth1", what=what)
+    for child in held:
+        assert exchange(child, "three") == "20"
+    for node in (lab.client, other):
+        for family in (4, 6):
+            assert world.echo(VIP[family], "300000", node=node)["intact"]
+    now = status(lab)
+    assert all(worker["sent"] for worker in now["workers"])
+    same = json.loads(lab.lb.run(*crablb("status", "--iface", "eth1", "--json")).stdout)
+    assert same == now | {"interface": "eth1"}
+    busy = lab.lb.run(*crablb("serve", "--iface", "eth1", "--service", what[0]), check=False)
+    assert (busy.returncode, "the load balancer of eth1 is run already" in busy.stderr) == (2, True)
+    second.terminate()
+    assert second.wait() == 0
+    assert "xdp" not in lab.lb.run("ip", "link").stdout
+    assert "managed" not in lab.lb.run("ip", "neigh").stdout
+    assert not (pins.ensure_bpffs() / "crablb" / str(lab.lb.inode)).exists()
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+def test_a_flood_of_syns_disturbs_nobody(make_world, bypass):
+    """From random sources, more than there is room for: bounded memory, and established flows stay."""
+    world = make_world("bridge", servers=2, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, bypass)
+    lb.write(ALL[:2])
+    lb.path.write_text("flows = 1024\n" + lb.path.read_text())
+    lb.start()
+    held = world.python(world.lab.client, "hold_many", VIP[4], "80", "50", ready=True)
+    assert exchange(held, "before") == "50"
+    resident = memory(lb.child.pid)
+    flood = world.python(world.lab.client, "flood", VIP[4], world.lab.lb.mac(), "100000")
+    out, err = flood.communicate(timeout=60)
+    assert flood.returncode == 0, err
+    assert int(out) >= 90000
+    # Other backends now: only what is remembered tells where the old connections go.
+    lb.write(ALL[:1])
+    lb.path.write_text("flows = 1024\n" + lb.path.read_text())
+    lb.reload()
+    assert exchange(held, "after") == "50"
+    now = status(world.lab)
+    assert now["xdp"]["syn"] > 10000
+    assert now["flows"] == (50 if bypass == "on" else 0)
+    assert memory(lb.child.pid) < resident + (4 << 20)
+    assert world.echo(VIP4, "10")["intact"]
+
+
+def memory(pid: int) -> int:
+    """Resident bytes."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * 4096

@@ -1,0 +1,164 @@
+"""The library: a load balancer inside of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from ipaddress import ip_address
+
+import pytest
+
+from crablb import Backend, ConfigError, Event, KernelError, LoadBalancer, Service, State, Vip
+from crablb.lab import VIP4
+from tests.helpers.namespaces import inside
+from tests.helpers.processes import until
+from tests.helpers.world import World
+
+VIP = Vip(VIP4, 80)
+A, B, C = (ip_address(f"10.0.0.1{i}") for i in (1, 2, 3))
+SEED = bytes(16)
+
+
+def served(world: World) -> str:
+    return str(world.echo(VIP4, "10")["server"])
+
+
+def prepared(make_world, servers: int = 3) -> World:
+    world = make_world(servers=servers)
+    world.servers()
+    world.client()
+    return world
+
+
+def test_changes_while_it_runs(make_world):
+    world = prepared(make_world)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def who() -> str:
+            return await loop.run_in_executor(None, served, world)
+
+        service = Service(VIP, (Backend(A), Backend(B)), policy="round-robin")
+        async with LoadBalancer("eth0", [service], seed=SEED) as lb:
+            assert [await who() for _ in range(4)] == ["server1", "server2"] * 2
+            lb.add_backend(VIP, Backend(C))
+            async with asyncio.timeout(10):
+                while "server3" not in {await who() for _ in range(3)}:
+                    pass
+            lb.drain(VIP, A)
+            assert {await who() for _ in range(4)} == {"server2", "server3"}
+            lb.set_weight(VIP, B, 0)
+            assert {await who() for _ in range(3)} == {"server3"}
+            lb.set_state(VIP, A, State.UP)
+            lb.remove_backend(VIP, C)
+            assert {await who() for _ in range(3)} == {"server1"}
+            assert lb.services == (Service(VIP, (Backend(A), Backend(B, 0)), policy="round-robin"),)
+            counts = lb.statistics()
+            assert counts.workers["redirected"] == counts.queues[0]["redirected"] > 10
+            assert counts.loads[VIP][A].assigned > 3
+            assert counts.daemon["reloads"] == 5
+            # What cannot be changes nothing.
+            before = lb.services
+            for wrong in (
+                lambda: lb.add_backend(VIP, Backend(A)),
+                lambda: lb.add_service("tcp://10.0.0.100:80=10.0.0.12"),
+                lambda: lb.remove_service(Vip(VIP4, 81)),
+                lambda: lb.set_weight(VIP, C, 1),
+                lambda: lb.replace_services([Service(VIP, (Backend(A),), policy="none")]),
+            ):
+                with pytest.raises(ConfigError):
+                    wrong()
+            assert lb.services == before
+            with pytest.raises(KernelError, match="running already"):
+                await lb.start()
+            other = Vip(VIP4, 81)
+            lb.add_service(f"{other}=10.0.0.11")
+            lb.remove_service(VIP)
+            assert [s.vip for s in lb.services] == [other]
+        with pytest.raises(KernelError, match="not running"):
+            lb.statistics()
+        await lb.close()
+
+    with inside(world.lab.lb.netns):
+        asyncio.run(main())
+    assert "xdp" not in world.lab.lb.run("ip", "link").stdout
+
+
+def test_events(make_world):
+    world = prepared(make_world, 2)
+
+    def broken(batch, backends):
+        raise RuntimeError("broken")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with LoadBalancer(["eth0"], [Service(VIP, (Backend(A), Backend(B)), policy=broken)], seed=SEED) as lb:
+            events = lb.events()
+
+            async def following(kind: str) -> Event:
+                async with asyncio.timeout(30):
+                    while (event := await anext(events)).kind != kind:
+                        pass
+                return event
+
+            lb_event = asyncio.create_task(following("changed"))
+            await asyncio.sleep(0)  # it listens
+            lb.set_weight(VIP, A, 2)
+            assert await lb_event == Event("changed")
+            assert await loop.run_in_executor(None, served, world) in ("server1", "server2")
+            assert await following("policy-failed") == Event("policy-failed", vip=VIP, reason="RuntimeError: broken")
+            world.lab.lb.ip("route add unreachable 10.0.0.12/32")
+            down = await following("backend-down")
+            assert (down.backend, down.reason) == (B, "no route: No route to host")
+            world.lab.lb.ip("route del unreachable 10.0.0.12/32")
+            assert await following("backend-up") == Event("backend-up", B)
+            await events.aclose()
+
+    with inside(world.lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_in_a_thread_of_its_own(make_world):
+    world = prepared(make_world, 2)
+    with inside(world.lab.lb.netns), LoadBalancer("eth0", [f"{VIP}=10.0.0.11"], seed=SEED) as lb:
+        assert served(world) == "server1"
+        threads = [threading.Thread(target=lb.set_weight, args=(VIP, A, w)) for w in (2, 3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        lb.add_backend(VIP, Backend(B))
+        lb.drain(VIP, A)
+        until(lambda: served(world) == "server2")
+        assert lb.statistics().workers["redirected"] >= 2
+    with inside(world.lab.lb.netns), pytest.raises(KernelError, match="eth7 does not exist"):
+        LoadBalancer("eth7", [f"{VIP}=10.0.0.11"], seed=SEED).__enter__()
+    assert "crablb-control" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_without_threads(make_world):
+    """Nothing happens but when the program says so."""
+    world = prepared(make_world, 1)
+
+    async def main() -> None:
+        async with LoadBalancer("eth0", [f"{VIP}=10.0.0.11"], seed=SEED, threads=False) as lb:
+            loop = asyncio.get_running_loop()
+            echo = loop.run_in_executor(None, served, world)
+            frames = 0
+            async with asyncio.timeout(30):
+                while not echo.done():
+                    frames += lb.process_once(0.01)
+                    await asyncio.sleep(0)
+            assert await echo == "server1"
+            assert frames == lb.statistics().workers["received"] >= 1
+            assert not any(thread.name.startswith("crablb-eth0/") for thread in threading.enumerate())
+            world.lab.lb.ip("link del eth0")
+            with pytest.raises(KernelError, match="queue 0 of eth0 failed"):
+                async with asyncio.timeout(10):
+                    while True:
+                        lb.process_once(0.01)
+                        await asyncio.sleep(0)
+
+    with inside(world.lab.lb.netns):
+        asyncio.run(main())

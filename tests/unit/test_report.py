@@ -1,0 +1,201 @@
+"""What servers tell load balancers about their connections: the messages, and who is believed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crablb import report
+from crablb.lab import VIP4, VIP6
+from crablb.lab.demo import crablb
+from crablb.model import Vip
+
+A, B = ip_address("10.0.0.11"), ip_address("fd00::12")
+
+MASTER = bytes(range(32))
+
+VIPS = [Vip(VIP4, 80), Vip(VIP6, 443)]
+
+numbers = st.integers(0, 2**32 - 1)
+
+messages = st.builds(
+    report.Message,
+    st.sampled_from([report.REPORT, report.CHALLENGE]),
+    st.sampled_from([A, B]),
+    st.binary(min_size=8, max_size=8),
+    st.binary(min_size=24, max_size=24),
+    st.integers(0, 2**64 - 1),
+    numbers,
+    st.lists(
+        st.builds(report.VipReport, st.sampled_from(VIPS), numbers, numbers, numbers), max_size=report.MAX_ENTRIES
+    ).map(tuple),
+)
+
+
+@given(messages, st.data())
+def test_a_message_survives_and_a_changed_one_does_not(message, data):
+    key = report.derive(MASTER, message.backend)
+    wire = message.encode(key)
+    assert len(wire) <= 1232
+    assert report.Message.decode(wire, key) == message
+    bit = data.draw(st.integers(0, 8 * len(wire) - 1))
+    changed = bytearray(wire)
+    changed[bit // 8] ^= 1 << bit % 8
+    cut = wire[: data.draw(st.integers(0, len(wire) - 1))]
+    for bad in (bytes(changed), cut, wire + b"x"):
+        with pytest.raises(report.Refused):
+            report.Message.decode(bad, key)
+
+
+@given(st.binary(max_size=200))
+def test_rubbish_is_refused(data):
+    judge = report.Judge(MASTER)
+    judge.follow([A])
+    for wire in (data, b"CRLR\x01" + data):
+        with pytest.raises(report.Refused):
+            judge.judge(wire)
+
+
+class Sender:
+    """An agent's side, without a network."""
+
+    def __init__(self, backend=A, master: bytes = MASTER) -> None:
+        self.backend, self.key = backend, report.derive(master, backend)
+        self.session, self.challenge, self.number = os.urandom(8), report.NO_CHALLENGE, 0
+
+    def report(self, open_: int = 0) -> bytes:
+        self.number += 1
+        vips = (report.VipReport(VIPS[0], open_),)
+        return report.Message(report.REPORT, self.backend, self.session, self.challenge, self.number, 0, vips).encode(
+            self.key
+        )
+
+    def hear(self, wire: bytes | None) -> None:
+        if wire:
+            message = report.Message.decode(wire, self.key)
+            if message.kind == report.CHALLENGE and message.session == self.session:
+                self.challenge = message.challenge
+
+
+def believed(judge: report.Judge, wire: bytes) -> int | str:
+    """Connections that the report is believed to tell; else why not."""
+    try:
+        message, answer = judge.judge(wire)
+    except report.Refused as refused:
+        return refused.counter
+    return message.vips[0].open if message else "challenged" if answer else "nothing"
+
+
+def acquainted() -> tuple[report.Judge, Sender]:
+    judge, sender = report.Judge(MASTER), Sender()
+    judge.follow([A, B])
+    sender.hear(judge.judge(sender.report())[1])
+    return judge, sender
+
+
+def test_who_is_believed():
+    judge, sender = acquainted()
+    assert believed(judge, sender.report(5)) == 5
+    assert believed(judge, Sender(master=bytes(32)).report()) == "reports_forged"
+    assert believed(judge, Sender(ip_address("10.0.0.99")).report()) == "reports_unknown"
+    # One backend's key is of no use for another.
+    liar = Sender(B)
+    liar.backend = A
+    assert believed(judge, liar.report()) == "reports_forged"
+    judge.follow([B])
+    assert believed(judge, sender.report(6)) == "reports_unknown"
+    # Its own challenge is no report.
+    judge.follow([A])
+    _, challenge = judge.judge(Sender().report())
+    assert believed(judge, challenge) == "reports_malformed"
+
+
+def test_nothing_is_believed_twice():
+    judge, sender = acquainted()
+    old, new = sender.report(1), sender.report(2)
+    assert believed(judge, new) == 2
+    for replayed in (new, old, new):  # duplicated, reordered
+        assert believed(judge, replayed) == "reports_replayed"
+    # The agent is started anew; what the one before had said stays said.
+    again = Sender()
+    again.hear(judge.judge(again.report())[1])
+    later = sender.report(3)
+    assert believed(judge, again.report(7)) == 7
+    for replayed in (new, later):
+        assert believed(judge, replayed) == "reports_replayed"
+    # And so when the load balancer is: a recorded report is challenged, which its sender is not there to answer.
+    judge = report.Judge(MASTER)
+    judge.follow([A])
+    assert believed(judge, new) == "challenged"
+    recorded = again.report(8)
+    assert believed(judge, recorded) == "challenged"
+    again.hear(judge.judge(again.report(9))[1])
+    assert believed(judge, again.report(10)) == 10
+    assert believed(judge, recorded) == "challenged"
+    # A replayed challenge of the load balancer before costs one report.
+    stale = report.Judge(MASTER)
+    stale.follow([A])
+    again.hear(stale.judge(again.report())[1])
+    again.hear(judge.judge(again.report())[1])
+    assert believed(judge, again.report(11)) == 11
+
+
+@given(st.randoms(use_true_random=False), st.floats(0, 0.6))
+@settings(max_examples=50)
+def test_a_lossy_network(random, loss):
+    """Lost, late, doubled: what is believed only goes forward, and the end is known once it comes through."""
+    judge, sender = report.Judge(MASTER), Sender()
+    judge.follow([A])
+    air: list[bytes] = []
+    last, value = -1, 0
+    for value in range(60):
+        air += [sender.report(value)] * random.choice([1, 1, 2])
+        random.shuffle(air)
+        for wire in [air.pop() for _ in range(random.randrange(len(air) + 1))]:
+            if random.random() < loss:
+                continue
+            try:
+                message, answer = judge.judge(wire)
+            except report.Refused as refused:
+                assert refused.counter == "reports_replayed"
+                continue
+            if answer and random.random() >= loss:
+                sender.hear(answer)
+            if message:
+                assert message.vips[0].open > last
+                last = message.vips[0].open
+    sender.hear(judge.judge(sender.report())[1])
+    assert believed(judge, sender.report(value)) == value
+
+
+BAD = {
+    "alone": (["--report-key", "x"], "--report-key: of use with --report only"),
+    "detached": (
+        ["--report", "10.0.0.2", "--report-key", "x", "--detach"],
+        "--report needs a process; leave out --detach",
+    ),
+    "no-key": (["--report", "10.0.0.2"], r"--report needs --report-key FILE"),
+    "bad-key": (["--report", "10.0.0.2", "--report-key", "/dev/null"], "does not hold 64 hexadecimal digits"),
+    "bad-address": (["--report", "lb.example", "--report-key", "/dev/null"], "'lb.example' is not an IP address"),
+    "bad-port": (["--report", "10.0.0.2:0", "--report-key", "/dev/null"], "is not ADDRESS or ADDRESS:PORT"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    arguments, message = BAD[name]
+    done = subprocess.run(
+        crablb("agent", "server", "--vip", "tcp://10.0.0.100:80", *arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
