@@ -50,6 +50,7 @@ from crablb.model import (
     XdpMode,
     mapped,
 )
+from crablb.options import fixed_fields
 from crablb.policy import BUILTIN, CONSISTENT, Balance, Custom, Load, Pool, resolve
 
 __all__ = ["Engine", "Event", "maglev_table"]
@@ -733,20 +734,7 @@ class Engine:
 
         Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
         """
-        fixed = (
-            "interfaces",
-            "seed",
-            "xdp_mode",
-            "queues",
-            "busy_poll",
-            "table_size",
-            "flows",
-            "ack_bypass",
-            "announce",
-            "report_listen",
-            "report_key",
-        )
-        differ = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        differ = [name for name in fixed_fields() if getattr(config, name) != getattr(self.config, name)]
         if differ:
             raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
         assert self._nexthops

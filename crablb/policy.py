@@ -6,7 +6,6 @@ of the configuration, and lets the weight of a backend that is new rise slowly.
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -18,18 +17,14 @@ import numpy.typing as npt
 import structlog
 
 from crablb._native import ffi, lib
-from crablb.errors import ConfigError
-from crablb.model import Address, Backend, Service, Vip
+from crablb.model import CONSISTENT, Address, Backend, Service, Vip
+from crablb.model import POLICIES as BUILTIN
+from crablb.values import resolve
 
 __all__ = ["BUILTIN", "CHOICE", "CONSISTENT", "Backends", "Balance", "Custom", "Load", "Pool", "resolve"]
 
 log = structlog.get_logger()
 
-#: Decided by a hash alone, so alike by every load balancer of one configuration: they serve the fallback too.
-CONSISTENT = ("maglev", "source-hash")
-_C_POLICIES = [ffi.string(lib.crab_policy_name(i)).decode() for i in range(64) if lib.crab_policy_name(i)]
-#: Every policy there is, by name.
-BUILTIN = (*CONSISTENT, *_C_POLICIES)
 #: Weights are multiplied by so much while one of them rises, in so many steps.
 STEPS = 10
 
@@ -246,21 +241,6 @@ class Balance:
 Choose = Callable[[npt.NDArray[np.void], Backends], npt.ArrayLike]
 #: A policy that fails is named in the log once in so many seconds.
 COMPLAIN_INTERVAL = 10.0
-
-
-def resolve(name: str) -> Choose:
-    """The function of ``module:function``.  Raises :class:`ConfigError`."""
-    module, _, function = name.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever a module does while it is imported
-        raise ConfigError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from None
-    chosen: Any = found
-    for part in function.split("."):
-        chosen = getattr(chosen, part, None)
-    if not callable(chosen):
-        raise ConfigError(f"module {module!r} has no function {function!r}")
-    return chosen  # type: ignore[no-any-return]
 
 
 class Custom:
