@@ -19,8 +19,10 @@ from bench import bypass
 from bench.context import Context, Unavailable, one_cpu
 from bench.figures import Curve, Plot, Row, Suite, Table, Target
 from bench.redirect import Hop, Redirect
-from crablb.model import Address, Vip
-from crablb.policy import BUILTIN, CHOICE, CONSISTENT, Backends, Balance, Custom
+from crablb.model import CONSISTENT, Address, Vip
+from crablb.model import POLICIES as BUILTIN
+from crablb.selection.custom import CHOICE, Asked, Custom
+from crablb.selection.loads import Backends, Balance
 
 #: Rings of frames, as hotloop.c has them: their length says which caches hold them.
 RINGS = {"64 frames": ["64"], "4,096 frames": ["4096"], "128 MiB of frames": ["65536"], "flushed": ["4096", "flush"]}
@@ -275,7 +277,7 @@ def python(context: Context) -> Table:
         addresses = [IPv4Address(0x0A000000 + i) for i in range(size)]
         custom = Custom(failed)
         backends = Balance().backends(vip, dict.fromkeys(addresses, 1))
-        custom.publish({0: (vip, policy, backends, np.arange(size, dtype=np.uint16))})
+        custom.publish({0: Asked(vip, policy, backends, np.arange(size, dtype=np.uint16))})
 
         def measured() -> dict[str, float]:
             start = time.perf_counter()

@@ -20,9 +20,9 @@ from typing import Literal, Self
 
 from crablb._native import ffi, lib
 
-from crablb.engine import maglev_table
 from crablb.kernel import bpf
 from crablb.model import Address, Vip, mapped
+from crablb.selection.maglev import maglev_table
 
 TABLE_SIZE = 65537
 

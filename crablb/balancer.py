@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from crablb.config import check_services, parse_policy, parse_service
+from crablb.config import check_services, checked, parse_service
 from crablb.control import seed as seeds
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.events import Event
@@ -62,13 +62,11 @@ class LoadBalancer:
         threads: bool = True,
         **settings: Any,
     ) -> None:
-        if seed is not None and len(seed) != 16:
-            raise ConfigError(f"a seed has 16 bytes, not {len(seed)}")
         unknown = settings.keys() - Config.__dataclass_fields__.keys() | settings.keys() & {"interfaces", "services"}
         if unknown:
             raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}; see crablb.model.Config")
         names = (interfaces,) if isinstance(interfaces, str) else tuple(interfaces)
-        self._config = Config(names, (), seed=seed, **settings)
+        self._config = checked(Config(names, (), seed=seed, **settings))
         self._config = self._checked([parse_service(s) if isinstance(s, str) else s for s in services])
         self._threads = threads
         self._handlers: dict[Match, Handle] = {}
@@ -173,16 +171,17 @@ class LoadBalancer:
         raise ConfigError(f"there is no service {vip}; there are: {there}")
 
     def _checked(self, services: Sequence[Service]) -> Config:
-        problems = check_services([(str(s.vip), s) for s in services], self._config.table_size)
+        problems: list[str] = []
+        good = []
         for service in services:
-            if isinstance(service.policy, str):
-                try:
-                    parse_policy(service.policy)
-                except ConfigError as error:
-                    problems += [f"{service.vip}: {problem}" for problem in error.problems]
+            try:
+                good.append(checked(service))
+            except ConfigError as error:
+                problems += [f"{service.vip}: {problem}" for problem in error.problems]
+        problems += check_services([(str(s.vip), s) for s in good], self._config.table_size)
         if problems:
             raise ConfigError(problems)
-        return replace(self._config, services=tuple(services))
+        return replace(self._config, services=tuple(good))
 
     def replace_services(self, services: Iterable[Service]) -> None:
         """Serve these from now on.  Connections whose backend lives go on.  Nothing changes if it raises."""

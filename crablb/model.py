@@ -1,6 +1,7 @@
 """What a load balancer is told: services, backends, settings.
 
-Plain immutable values, checked by :mod:`crablb.config`.
+Plain immutable values, checked by :mod:`crablb.config`.  Their defaults stand here and nowhere else; what each means to
+who writes a configuration, in :mod:`crablb.options`.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Service:
     redirect_clients: tuple[Network, ...] = ()  # empty: all
     fallback: Fallback = Fallback.AUTO
     on_dead: OnDead = OnDead.REASSIGN
-    #: Who is redirected where: a name of crablb.policy.BUILTIN, "module:function", or a crablb.policy.Choose itself.
+    #: Who is redirected where: a name of POLICIES, "module:function", or a crablb.selection.custom.Choose itself.
     policy: str | Callable[..., Any] = "maglev"
     source_prefix: tuple[int, int] = (32, 128)  # for source-hash: bits of an IPv4, an IPv6 client that count
     slow_start: float = 0.0  # seconds in which the weight of a new backend rises to its own

@@ -119,9 +119,7 @@ def full(flows: int, refused: int, room: int) -> Iterator[Advice]:
 
 def silent(backend: Address | None) -> Iterator[Advice]:
     """A server that reported its load, and does not any more."""
-    yield _warning(
-        "server has fallen silent; its load is taken for average", "reports_silent", backend=str(backend)
-    )
+    yield _warning("server has fallen silent; its load is taken for average", "reports_silent", backend=str(backend))
 
 
 class Adviser:

@@ -17,8 +17,8 @@ __all__ = ["Supervisor"]
 class Supervisor:
     """All that ``crablb serve`` and :class:`crablb.LoadBalancer` run.
 
-    Made, started and closed as an :class:`Engine` is.  ``listeners`` are called with each :class:`Event` of the engine and
-    of the tasks.
+    Made, started and closed as an :class:`Engine` is.  ``listeners`` are called with each :class:`Event` of the engine
+    and of the tasks.
     """
 
     def __init__(self, config: Config, seed: bytes, *, threads: bool = True) -> None:
@@ -29,7 +29,7 @@ class Supervisor:
         self._reports: Reports | None = None
 
     async def start(self) -> None:
-        """See :meth:`Engine.start`.  Raises :class:`KernelError` too if reports cannot be taken where they should be."""
+        """See :meth:`Engine.start`.  Raises :class:`KernelError` also if reports cannot be taken where they should."""
         try:
             await self._start()
         except BaseException:

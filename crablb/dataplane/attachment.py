@@ -50,7 +50,7 @@ class Attachment:
         return self._left is not None
 
     def find(self) -> None:
-        """Look for what a daemon that died has left.  Raises :class:`BpfBusyError` if the program is somebody else's."""
+        """Look for what a daemon that died left.  Raises :class:`BpfBusyError` if the program is somebody else's."""
         try:
             link = bpf.Link.from_pin(self.pins / "link")
         except bpf.BpfNotFoundError:

@@ -30,8 +30,8 @@ def no_path(backend: Address) -> bytes:
 
 
 class Paths:
-    """What the map holds.  The XDP program goes by it, with the daemon alive or dead, and the next daemon learns from it
-    whose the ids are that its flows name."""
+    """What the map holds.  The XDP program goes by it, with the daemon alive or dead; the next daemon learns from it
+    whose the ids are that flows name."""
 
     def __init__(self, held: Map) -> None:
         self._map = held

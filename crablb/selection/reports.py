@@ -19,19 +19,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self
 
-from crablb.errors import ConfigError
 from crablb.model import Address, Vip, mapped, unmapped
+from crablb.values import PORT, read_key
 
 __all__ = ["PORT", "Judge", "Message", "Refused", "VipReport", "derive", "read_key"]
 
-PORT = 7171
 REPORT, CHALLENGE = 1, 2
 NO_CHALLENGE = bytes(24)
 HEAD = struct.Struct("!4sBBH16s8s24sQI")
@@ -52,17 +49,6 @@ class Refused(Exception):
 def derive(master: bytes, backend: Address) -> bytes:
     """The key of one backend: 32 bytes, from a master key of 32."""
     return hmac.digest(master, b"crablb report key" + mapped(backend), hashlib.sha256)
-
-
-def read_key(path: Path | str) -> bytes:
-    """A key of 32 bytes from a file of 64 hexadecimal digits.  Raises :class:`ConfigError`."""
-    try:
-        text = Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; make a key: crablb key new") from None
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
-        raise ConfigError(f"{path}: does not hold 64 hexadecimal digits; make a key: crablb key new")
-    return bytes.fromhex(text)
 
 
 @dataclass(frozen=True, slots=True)

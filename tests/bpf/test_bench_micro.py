@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from bench import micro
-from crablb.policy import BUILTIN, CONSISTENT
+from crablb.model import CONSISTENT
+from crablb.model import POLICIES as BUILTIN
 from tests.helpers.bench import quiet, written
 
 #: Instructions of a SYN, for each address family, as gcc 12 compiles it.

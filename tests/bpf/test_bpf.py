@@ -26,10 +26,11 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6, IPv6
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from crablb import flowmap, statistics
-from crablb.agent.base import counter_names
 from crablb.config import parse_vip
+from crablb.dataplane import flows as flowmap
+from crablb.dataplane import paths, statistics
 from crablb.kernel import bpf, pins
+from crablb.kernel.counters import counter_names
 from crablb.kernel.xsk import XskSocket
 from crablb.model import mapped
 from tests.helpers.frames import ether
@@ -514,7 +515,7 @@ def know(lb: Counted, family: int, backend: str, *, tunnel: bool = False, mtu: i
     flags = lib.CRAB_FLOW_TUNNEL if tunnel else 0
     assert lb.table.add(hash_, 7, family, age=age, flags=flags)
     source = ip_address(TUNNEL_SRC[address.version])
-    lb.maps["paths"].update(7, flowmap.path(address, MACS, mtu, source, ifindex, tx=tx, redirect=redirect))
+    lb.maps["paths"].update(7, paths.path(address, MACS, mtu, source, ifindex, tx=tx, redirect=redirect))
     return hash_
 
 
@@ -559,7 +560,7 @@ def test_flow_is_found_by_its_hash(flows, client, port, seed, v6):
     address = ip_address(f"fd00::{client >> 16:x}:{client & 0xFFFF:x}") if v6 else ip_address(client)
     flows.maps["hashing"].update(0, flowmap.hashing(key, 64))
     flows.table.places["hash"] = 0
-    flows.maps["paths"].update(7, flowmap.path(ip_address(DIP[4]), MACS, 1500, None, LO, tx=True, redirect=False))
+    flows.maps["paths"].update(7, paths.path(ip_address(DIP[4]), MACS, 1500, None, LO, tx=True, redirect=False))
     message = address.packed + ip_address(VIP[family]).packed + port.to_bytes(2, "big") + (80).to_bytes(2, "big")
     place = (siphash(key, message) & 63) * lib.CRAB_BUCKET + port % lib.CRAB_BUCKET
     flows.table.places[place] = (siphash(key, message), 7, family, flowmap.now() & 0xFFFF, lib.CRAB_FLOW_OPEN, 0)
@@ -663,7 +664,7 @@ def test_flow_ends(flows):
 
 def test_flow_without_a_path(flows):
     know(flows, 4, DIP[4])
-    flows.maps["paths"].update(7, flowmap.no_path(ip_address(DIP[4])))
+    flows.maps["paths"].update(7, paths.no_path(ip_address(DIP[4])))
     assert flows.programs["crab_lb"].test_run(bytes(ether() / to_vip(4, flags="A"))).retval == XDP_REDIRECT
 
 

@@ -13,7 +13,8 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q
 from scapy.packet import Raw
 
-from crablb import Frames, LoadBalancer, Match, statistics
+from crablb import Frames, LoadBalancer, Match
+from crablb.dataplane import statistics
 from crablb.kernel import bpf
 from crablb.kernel.xsk import XskSocket
 from tests.helpers.frames import ether

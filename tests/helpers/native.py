@@ -7,8 +7,9 @@ from typing import Any
 
 from crablb._native import ffi, lib
 
-from crablb import Match, statistics
-from crablb.handler import Handlers
+from crablb import Match
+from crablb.dataplane import statistics
+from crablb.dataplane.handlers import Handlers
 from tests.reference import packets
 
 MODES = {"negotiated": lib.CRAB_MODE_NEGOTIATED, "always": lib.CRAB_MODE_ALWAYS, "never": lib.CRAB_MODE_NEVER}
@@ -76,7 +77,7 @@ class Core:
         self.publish()
 
     def set_custom(self, service: int, index: int, custom: Any) -> None:
-        """Ask a :class:`crablb.policy.Custom` about a service, whose index is ``index``."""
+        """Ask a :class:`crablb.selection.custom.Custom` about a service, whose index is ``index``."""
         self.services[service].custom, self.services[service].index = 1, index
         self.custom = custom
         lib.crab_core_ask(self.core, lib.crab_python_choose, custom.handle)

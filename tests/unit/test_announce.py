@@ -15,7 +15,7 @@ from scapy.layers.inet6 import (
 )
 from scapy.layers.l2 import ARP, Ether
 
-from crablb.announce import Question, announcement, answer, parse, probe
+from crablb.control.announce import Question, announcement, answer, parse, probe
 from crablb.lab import VIP4, VIP6
 
 MAC, OTHER = "02:00:00:00:00:02", "02:00:00:00:00:01"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from crablb.model import Vip, mapped
-from crablb.policy import CHOICE, Balance
+from crablb.selection.custom import CHOICE
+from crablb.selection.loads import Balance
 from tests.helpers.processes import ROOT
 
 EXAMPLES = ROOT / "examples"

@@ -22,8 +22,12 @@ from scapy.layers.l2 import Ether
 
 from crablb.config import parse_policy
 from crablb.errors import ConfigError
-from crablb.model import Backend, Service, State, Vip
-from crablb.policy import BUILTIN, CONSISTENT, Balance, Custom, Pool, resolve
+from crablb.model import CONSISTENT, Backend, Service, State, Vip
+from crablb.model import POLICIES as BUILTIN
+from crablb.selection.custom import Asked, Custom
+from crablb.selection.loads import Balance
+from crablb.selection.pool import Pool
+from crablb.values import resolve
 from tests.helpers.frames import SEED, reference, syn
 from tests.helpers.native import Core
 from tests.reference.round_robin import interleaved, smooth
@@ -313,7 +317,7 @@ class Asked:
         addresses = [ip_address(f"10.0.0.{11 + i}") for i in (0, 1, 3)]
         self.backends = self.balance.backends(vip, dict.fromkeys(addresses, 1))
         self.custom = Custom(self.fail)
-        self.custom.publish({5: (vip, choose, self.backends, np.array([0, 1, 3], np.uint16))})
+        self.custom.publish({5: Asked(vip, choose, self.backends, np.array([0, 1, 3], np.uint16))})
         self.core.set_custom(0, 5, self.custom)
 
     def fail(self, vip: Vip, reason: str) -> None:

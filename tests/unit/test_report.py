@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crablb import report
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import crablb
 from crablb.model import Vip
+from crablb.selection import reports as report
 
 A, B = ip_address("10.0.0.11"), ip_address("fd00::12")
 

@@ -1,0 +1,421 @@
+"""The options: everything that may be said to ``crablb serve``, in a file or by an argument, in one table.
+
+From :data:`OPTIONS` come the parser of TOML files and of arguments (:mod:`crablb.config`), the flags of ``crablb
+serve`` with their help, what cannot be changed by a reload, the reference (docs/reference.md) and the example of a file
+(:mod:`crablb.reference`).  The defaults are those of :mod:`crablb.model`.
+
+A new option is a field there and a row here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from crablb import values
+from crablb.model import (
+    POLICIES,
+    Announce,
+    Backend,
+    Bypass,
+    Config,
+    Fallback,
+    Mode,
+    OnDead,
+    OptionForm,
+    Service,
+    State,
+    XdpMode,
+)
+
+__all__ = ["OPTIONS", "Kind", "Option", "Scope", "fixed_fields", "of", "toml"]
+
+#: What an option is a field of: the load balancer, a service, or a backend of one.
+Scope = type[Config] | type[Service] | type[Backend]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What the values of an option look like."""
+
+    says: str  # for the reference
+    metavar: str
+    parse: Callable[[object], Any]  # what a file holds -> the field; raises ConfigError
+    read: Callable[[str], object] = str  # an argument -> what a file would hold; raises ConfigError
+    words: tuple[str, ...] = ()  # those there are, or the usual ones
+    each: bool = False  # a list; ``parse`` is for one of its elements
+    nested: Scope | None = None  # a list of tables, whose keys are the options of this scope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One row of the table."""
+
+    scope: Scope
+    name: str  # key in a file
+    kind: Kind
+    help: str
+    field: str = ""  # of ``scope``; ``name`` if empty
+    flags: tuple[str, ...] = ()  # of ``crablb serve``; by the name if empty.  A service's is for all given there
+    no_flag: str = ""  # why there is none
+    repeatable: bool = False  # the flag; a file has a list
+    unset: str = ""  # what is done by default, where the default value does not tell
+    missing: str = ""  # what to say where it must be there and is not
+    example: object = None  # as in a file
+    reload: bool = False  # may be changed while serving
+
+    def __post_init__(self) -> None:
+        if not self.field:
+            object.__setattr__(self, "field", self.name)
+        if not self.flags and not self.no_flag:
+            object.__setattr__(self, "flags", (f"--{self.name.replace('_', '-')}",))
+
+    @property
+    def default(self) -> object:
+        """:data:`dataclasses.MISSING` if there is none."""
+        return next(f.default for f in fields(self.scope) if f.name == self.field)
+
+    @property
+    def default_words(self) -> str:
+        """For people; empty if there is no default."""
+        if self.unset or self.default is MISSING:
+            return self.unset
+        return ",".join(map(_plain, self.default)) if isinstance(self.default, tuple) else _plain(self.default)
+
+    @property
+    def limits(self) -> str:
+        """Which values there are, if the metavar does not tell; for people."""
+        told = not self.kind.words and self.kind.read is not _number
+        return "" if told or self.kind.metavar.startswith("{") else self.kind.says.replace("`", "")
+
+    @property
+    def explained(self) -> str:
+        """Its help, with the values there are and the default."""
+        default = f"default: {self.default_words}" if self.default_words else ""
+        notes = [note for note in ("repeatable" if self.repeatable else "", self.limits, default) if note]
+        return f"{self.help} ({'; '.join(notes)})" if notes else self.help
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def toml(value: object) -> str:
+    """A value as a TOML file has it."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    return _plain(value)
+
+
+# ---- kinds ----
+
+
+def _number(text: str) -> object:
+    """A number, or the text as it is, which is refused as none later."""
+    if re.fullmatch(r"-?[0-9]{1,18}", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,18}", text) else text
+
+
+def _commas(read: Callable[[str], object]) -> Callable[[str], object]:
+    return lambda text: [read(part.strip()) for part in text.split(",")]
+
+
+def _choice(kind: type[Enum]) -> Kind:
+    words = tuple(member.value for member in kind)
+    return Kind(
+        says=", ".join(f"`{word}`" for word in words),
+        metavar=f"{{{','.join(words)}}}",
+        parse=lambda value: values.member(kind, value),
+        words=words,
+    )
+
+
+def _whole(low: int, high: int, metavar: str = "N") -> Kind:
+    return Kind(
+        says=f"{low:,} to {high:,}",
+        metavar=metavar,
+        parse=lambda value: values.whole(low, high, value),
+        read=_number,
+    )
+
+
+# ---- the table ----
+
+_OF_SERVICE = "a part of `--service VIP=BACKEND,...`"
+_OF_BACKEND = "one backend's, for which `--service` has no notation"
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        scope=Config,
+        name="interface",
+        field="interfaces",
+        flags=("--iface", "--interface"),
+        repeatable=True,
+        kind=Kind(says="a name, or a list of them", metavar="IF", parse=values.parse_interfaces),
+        help="where clients' packets come in; backends may be behind any interface. With --config the argument"
+        " overrides the file",
+        missing="interface is missing; add interface = 'eth0', or pass --iface",
+        example="eth0",
+    ),
+    Option(
+        scope=Config,
+        name="service",
+        field="services",
+        repeatable=True,
+        kind=Kind(says="tables: see below", metavar="VIP=BACKEND,...", parse=values.listed, each=True, nested=Service),
+        help="a VIP and the backends behind it: tcp://10.0.0.100:80=10.0.0.11,10.0.0.12*3 (weights by *; IPv6 in"
+        " brackets)",
+        missing="no [[service]]; add one with address and backends",
+        reload=True,
+    ),
+    Option(
+        scope=Config,
+        name="option",
+        kind=_choice(OptionForm),
+        help="the form of the CR option: crab (kind 42) or experimental (RFC 6994, kind 253)",
+        example="crab",
+        reload=True,
+    ),
+    Option(
+        scope=Config,
+        name="seed",
+        flags=("--seed-file",),
+        kind=Kind(says="32 hexadecimal digits", metavar="FILE", parse=values.parse_seed, read=values.read_seed),
+        help="key of the hash; load balancers that share a VIP share it. The argument names a file that holds it, as"
+        " ps shows arguments to everybody",
+        unset="made once, and kept in /var/lib/crablb/seed",
+        example="00112233445566778899aabbccddeeff",
+    ),
+    Option(
+        scope=Config,
+        name="xdp_mode",
+        kind=_choice(XdpMode),
+        help="where the XDP program runs: native, generic, or auto: native where the driver can",
+        example="native",
+    ),
+    Option(
+        scope=Config,
+        name="queues",
+        kind=_whole(1, 64),
+        help="RX queues to serve of each interface",
+        unset="all",
+        example=4,
+    ),
+    Option(
+        scope=Config,
+        name="busy_poll",
+        kind=_whole(0, 1_000_000, "MICROSECONDS"),
+        help="microseconds that a worker turns at most before it sleeps, and only when the last packets came that soon"
+        " one after the other: it then needs no wake-up. 0: it sleeps at once, which leaves the CPU to others",
+        example=20,
+    ),
+    Option(
+        scope=Config,
+        name="table_size",
+        kind=Kind(says="a prime, 7 to 5,000,011", metavar="PRIME", parse=values.parse_table_size, read=_number),
+        help="slots of a Maglev table: 100 times the backends of a service, or more",
+        example=65537,
+    ),
+    Option(
+        scope=Config,
+        name="flows",
+        kind=_whole(64, 1 << 26),
+        help="connections by fallback that are remembered: by each queue's cache (16 bytes each) and by the XDP"
+        " program (64 bytes each)",
+        example=262144,
+    ),
+    Option(
+        scope=Config,
+        name="ack_bypass",
+        kind=_choice(Bypass),
+        help="the XDP program forwards known fallback flows by itself: off; auto: where the interface that leads to"
+        " the backend takes what XDP programs send, as the kernel says; on: also where it does not say so (before"
+        " Linux 6.3)",
+        example="auto",
+    ),
+    Option(
+        scope=Config,
+        name="announce",
+        kind=_choice(Announce),
+        help="who answers ARP and neighbour discovery for the VIPs: arp: the load balancer; none: nobody has to (a"
+        " router leads to it), or somebody else does (keepalived)",
+        example="none",
+    ),
+    Option(
+        scope=Config,
+        name="report_listen",
+        kind=Kind(
+            says=f"`address:port` or an address (port {values.PORT})",
+            metavar="ADDRESS[:PORT]",
+            parse=values.parse_endpoint,
+        ),
+        help="where servers report their load to (crablb agent server --report)",
+        unset="nowhere",
+        example="10.0.0.2:7171",
+    ),
+    Option(
+        scope=Config,
+        name="report_key_file",
+        field="report_key",
+        flags=("--report-key",),
+        kind=Kind(says="path of a file", metavar="FILE", parse=values.parse_key),
+        help="the master key of the servers' reports (crablb key new); goes with the address that they are sent to",
+        unset="none",
+        example="/etc/crablb/master.key",
+    ),
+    # ---- a service ----
+    Option(
+        scope=Service,
+        name="address",
+        field="vip",
+        no_flag=_OF_SERVICE,
+        kind=Kind(says="`tcp://address:port`", metavar="VIP", parse=values.parse_vip),
+        help="the VIP: where clients connect to; IPv6 in brackets",
+        missing="address is missing; add address = 'tcp://10.0.0.100:80', the VIP",
+        example="tcp://10.0.0.100:80",
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="backends",
+        no_flag=_OF_SERVICE,
+        kind=Kind(
+            says="a list of addresses and tables: see below",
+            metavar="BACKEND",
+            parse=values.parse_backend,
+            each=True,
+            nested=Backend,
+        ),
+        help="the servers behind it, each as an address, as an address with its weight (10.0.0.12*3), or as a table",
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="mode",
+        kind=_choice(Mode),
+        help="who is redirected: negotiated: clients that offer it; always: all clients, for endpoints that never"
+        " offer; never: none",
+        example="negotiated",
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="redirect_clients",
+        kind=Kind(
+            says="a list of prefixes", metavar="PREFIX,...", parse=values.parse_prefix, read=_commas(str), each=True
+        ),
+        help="only these clients are redirected, and learn a backend's address",
+        unset="all",
+        example=["10.0.0.0/8"],
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="fallback",
+        kind=_choice(Fallback),
+        help="how clients that are not redirected are served: dsr-l2: by MAC address, on the same segment; dsr-ipip:"
+        " IP in IP; auto: the first where it is possible, else the second",
+        example="auto",
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="on_dead",
+        kind=_choice(OnDead),
+        help="what becomes of a dead backend's connections by fallback: reassign: their packets go to another; reset:"
+        " the client gets a RST",
+        example="reassign",
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="policy",
+        kind=Kind(
+            says=f"{', '.join(f'`{name}`' for name in POLICIES)}, or `module:function`",
+            metavar="NAME",
+            parse=values.parse_policy,
+            words=POLICIES,
+        ),
+        help="which backend a connection is redirected to",
+        example="source-hash",
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="source_prefix",
+        kind=Kind(
+            says="a pair of lengths", metavar="BITS,BITS", parse=values.parse_source_prefix, read=_commas(_number)
+        ),
+        help="with policy source-hash: bits of an IPv4, an IPv6 client's address that count",
+        example=[24, 56],
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="slow_start",
+        kind=Kind(says="0 to 86,400", metavar="SECONDS", parse=values.seconds, read=_number),
+        help="seconds in which the weight of a new backend rises to its own",
+        example=30,
+        reload=True,
+    ),
+    # ---- a backend ----
+    Option(
+        scope=Backend,
+        name="address",
+        no_flag=_OF_SERVICE,
+        kind=Kind(says="an address", metavar="ADDRESS", parse=values.parse_address),
+        help="the server's own address (DIP)",
+        missing="address is missing; add address = '10.0.0.11'",
+        example="10.0.0.11",
+        reload=True,
+    ),
+    Option(
+        scope=Backend,
+        name="weight",
+        no_flag=f"{_OF_SERVICE}, behind `*`",
+        kind=Kind(says=f"0 to {values.MAX_WEIGHT:,}", metavar="N", parse=values.parse_weight, read=_number),
+        help="its share of new connections; 0: it gets none",
+        example=2,
+        reload=True,
+    ),
+    Option(
+        scope=Backend,
+        name="cr",
+        no_flag=_OF_BACKEND,
+        kind=Kind(says="`true`, `false`", metavar="BOOL", parse=values.boolean),
+        help="whether it speaks connection redirection",
+        example=False,
+        reload=True,
+    ),
+    Option(
+        scope=Backend,
+        name="state",
+        no_flag=_OF_BACKEND,
+        kind=_choice(State),
+        help="up; drain: no new connections, those that it has go on; dead: its connections are lost",
+        example="drain",
+        reload=True,
+    ),
+)
+
+
+@cache
+def of(scope: type) -> tuple[Option, ...]:
+    """The options of a scope, in the order of the table."""
+    return tuple(option for option in OPTIONS if option.scope is scope)
+
+
+def fixed_fields() -> tuple[str, ...]:
+    """The fields of :class:`crablb.model.Config` that cannot be changed while serving."""
+    return tuple(option.field for option in of(Config) if not option.reload)

@@ -1,0 +1,300 @@
+"""From what a person writes, in a file or as an argument, to values: one function for each kind of them.
+
+A function takes what stands in a file (a string, a number, a list), checks it, and returns the value of
+:mod:`crablb.model`; such a value itself it takes as well, so the library's callers are checked by the same functions.
+They raise :class:`crablb.errors.ConfigError` and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import ipaddress
+import re
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from crablb.errors import ConfigError
+from crablb.model import POLICIES, Address, Backend, Network, Vip, host_port
+
+__all__ = [
+    "PORT",
+    "parse_backend",
+    "parse_endpoint",
+    "parse_policy",
+    "parse_prefix",
+    "parse_vip",
+    "read_key",
+    "read_seed",
+    "resolve",
+]
+
+PORT = 7171  # of reports
+MAX_WEIGHT = 65535
+E = TypeVar("E", bound=Enum)
+
+
+# ---- plain ones ----
+
+
+def string(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise ConfigError(f"{value!r} is not a string")
+
+
+def boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(f"{value!r} is not true or false")
+
+
+def listed(value: object) -> list[object]:
+    if isinstance(value, list | tuple):
+        return list(value)
+    raise ConfigError(f"{value!r} is not a list")
+
+
+def whole(low: int, high: int, value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    raise ConfigError(f"{value!r} is not a whole number from {low} to {high}")
+
+
+def seconds(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 86400:
+        return float(value)
+    raise ConfigError(f"{value!r} is not a number of seconds from 0 to 86400")
+
+
+def member(kind: type[E], value: object) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        names = ", ".join(m.value for m in kind)
+        raise ConfigError(f"{value!r} is not one of {names}") from None
+
+
+def near(wrong: str, known: tuple[str, ...], otherwise: str) -> str:
+    """``did you mean ...?``, or ``otherwise``."""
+    close = difflib.get_close_matches(wrong, known, 1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+# ---- addresses ----
+
+
+def _address(text: str, what: str) -> Address:
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        raise ConfigError(f"{text!r} is not an IP address ({what} is written 10.0.0.1 or [fd00::1])") from None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id:
+            raise ConfigError(f"{text} has a zone; give an address that is unique without one")
+        if address.ipv4_mapped:
+            raise ConfigError(f"{text} is an IPv4-mapped address; write {address.ipv4_mapped}")
+    for name in ("unspecified", "loopback", "multicast", "link_local"):
+        if getattr(address, f"is_{name}"):
+            article = "an" if name == "unspecified" else "a"
+            raise ConfigError(f"{text} is {article} {name.replace('_', '-')} address and cannot be {what}")
+    if str(address) == "255.255.255.255":
+        raise ConfigError(f"{text} is the broadcast address and cannot be {what}")
+    return address
+
+
+def parse_vip(value: object) -> Vip:
+    """``tcp://10.0.0.100:80`` or ``tcp://[fd00::100]:80``.  Raises :class:`ConfigError`."""
+    text = str(value) if isinstance(value, Vip) else string(value)
+    protocol, separator, rest = text.partition("://")
+    if not separator:
+        raise ConfigError(f"{text!r} has no protocol; write tcp://{text or '10.0.0.100:80'}")
+    if protocol != "tcp":
+        raise ConfigError(f"protocol {protocol!r} is not supported; connection redirection is made for tcp")
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*):([^:]*)", rest)
+    if not match:
+        hint = " (an IPv6 address stands in brackets: tcp://[fd00::100]:80)" if rest.count(":") > 1 else ""
+        raise ConfigError(f"{text!r} is not tcp://ADDRESS:PORT{hint}")
+    port = match[2]
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ConfigError(f"{port!r} is not a port (1 to 65535)")
+    return Vip(_address(match[1], "a VIP"), int(port))
+
+
+def parse_backend(value: object) -> Backend:
+    """``10.0.0.11``, ``[fd00::11]``, or with a weight ``10.0.0.11*3``.  Raises :class:`ConfigError`."""
+    text = string(value)
+    bare, star, weight = text.partition("*")
+    if re.fullmatch(r"[^:\[\]]+:\d+|\[.*\]:\d+", bare):
+        raise ConfigError(
+            f"{text!r} has a port; redirection and direct server return keep the VIP's port, so leave it out"
+        )
+    address = _address(bare, "a backend")
+    if star and not re.fullmatch(r"[0-9]{1,9}", weight):
+        raise ConfigError(f"{weight!r} is not a weight (0 to {MAX_WEIGHT})")
+    return Backend(address, parse_weight(int(weight)) if star else 1)
+
+
+def parse_address(value: object) -> Address:
+    """A backend's address.  Raises :class:`ConfigError`."""
+    return value if isinstance(value, Address) else parse_backend(value).address
+
+
+def parse_weight(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_WEIGHT:
+        raise ConfigError(f"{value!r} is not a weight (0 to {MAX_WEIGHT})")
+    return value
+
+
+def parse_prefix(value: object) -> Network:
+    """``10.0.0.0/8`` or ``fd00::/8``.  Raises :class:`ConfigError`."""
+    if isinstance(value, Network):
+        return value
+    text = string(value)
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        pass
+    try:
+        loose = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a prefix (10.0.0.0/8 or fd00::/8)") from None
+    raise ConfigError(f"{text} has bits set behind the prefix; write {loose}")
+
+
+def parse_source_prefix(value: object) -> tuple[int, int]:
+    lengths = listed(value)
+    if len(lengths) != 2:
+        raise ConfigError(f"{value!r} is not a pair of prefix lengths, for IPv4 and IPv6: [24, 56]")
+    return whole(1, 32, lengths[0]), whole(1, 128, lengths[1])
+
+
+def parse_endpoint(value: object) -> tuple[Address, int]:
+    """``10.0.0.2``, ``10.0.0.2:7171``, ``[fd00::2]:7171``.  Raises :class:`ConfigError`."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Address):
+        return parse_endpoint(host_port(*value))
+    text = string(value)
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
+    if not match or not 0 < int(match[2] or PORT) < 65536:
+        raise ConfigError(f"{text!r} is not ADDRESS or ADDRESS:PORT (an IPv6 address stands in brackets)")
+    bare = match[1].strip("[]")
+    if bare in ("0.0.0.0", "::"):
+        return ipaddress.ip_address(bare), int(match[2] or PORT)
+    return _address(bare, "an endpoint of reports"), int(match[2] or PORT)
+
+
+# ---- the rest ----
+
+
+def parse_interface(value: object) -> str:
+    """The name of an interface; whether there is one, the kernel says later.  Raises :class:`ConfigError`."""
+    name = string(value)
+    if not re.fullmatch(r"[^\s/\x00-\x1f\x7f]+", name):
+        raise ConfigError(f"{name!r} is not the name of an interface (see ip link)")
+    return name
+
+
+def parse_interfaces(value: object) -> tuple[str, ...]:
+    """Names of interfaces, each once, or one of them.  Raises :class:`ConfigError`."""
+    names = [parse_interface(name) for name in (listed(value) if isinstance(value, list | tuple) else [value])]
+    if not names:
+        raise ConfigError("names no interface")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} is named twice")
+    return tuple(names)
+
+
+def parse_table_size(value: object) -> int:
+    size = whole(7, 5_000_011, value)
+    if not all(size % d for d in range(2, int(size**0.5) + 1)):
+        raise ConfigError(f"{size} is not prime, as a Maglev table must be (65537 and 655373 are usual)")
+    return size
+
+
+def parse_policy(value: object) -> str | Callable[..., Any]:
+    """The name of a policy, ``module:function``, or a function.  Raises :class:`ConfigError`."""
+    if callable(value):
+        return value
+    name = string(value)
+    if name in POLICIES:
+        return name
+    if re.fullmatch(r"[\w.]+:[\w.]+", name):
+        resolve(name)
+        return name
+    hint = near(name, POLICIES, f"there are {', '.join(POLICIES)}, or module:function")
+    raise ConfigError(f"{name!r} is no policy; {hint}")
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """The function of ``module:function``.  Raises :class:`ConfigError`."""
+    module, _, function = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever a module does while it is imported
+        raise ConfigError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from None
+    for part in function.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise ConfigError(f"module {module!r} has no function {function!r}")
+    return found  # type: ignore[no-any-return]
+
+
+# ---- secrets, and the files that hold them ----
+
+
+def read_text(path: Path | str) -> str:
+    """A file's text.  Raises :class:`ConfigError`."""
+    if not str(path):
+        raise ConfigError("'' names no file")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    except ValueError as error:  # a NUL in the name
+        raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from None
+
+
+def _read_digits(path: Path | str, count: int, remedy: str) -> bytes:
+    try:
+        text = read_text(path).strip()
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {remedy}") from None
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{count}}}", text):
+        raise ConfigError(f"{path}: does not hold {count} hexadecimal digits; {remedy}")
+    return bytes.fromhex(text)
+
+
+def read_key(path: Path | str) -> bytes:
+    """A key of 32 bytes from a file of 64 hexadecimal digits.  Raises :class:`ConfigError`."""
+    return _read_digits(path, 64, "make a key: crablb key new")
+
+
+def parse_key(value: object) -> bytes:
+    """A key, or the path of its file.  Raises :class:`ConfigError`."""
+    if isinstance(value, bytes):
+        if len(value) != 32:
+            raise ConfigError(f"a key has 32 bytes, not {len(value)}")
+        return value
+    return read_key(value if isinstance(value, Path) else string(value))
+
+
+def read_seed(path: Path | str) -> bytes:
+    """A seed of 16 bytes from a file of 32 hexadecimal digits.  Raises :class:`ConfigError`."""
+    return _read_digits(path, 32, "make a seed: openssl rand -hex 16")
+
+
+def parse_seed(value: object) -> bytes:
+    """A seed, or its 32 hexadecimal digits.  Raises :class:`ConfigError`."""
+    if isinstance(value, bytes):
+        if len(value) != 16:
+            raise ConfigError(f"a seed has 16 bytes, not {len(value)}")
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-fA-F]{32}", value):
+        return bytes.fromhex(value)
+    raise ConfigError("must be 32 hexadecimal digits (make one: openssl rand -hex 16)")
