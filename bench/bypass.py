@@ -101,7 +101,7 @@ class Programs:
         with bpf.Object(bpf.object_path("lb"), max_entries={"flows": buckets}) as program:
             program.map("services").update(VIP.key(), 0)
             program.map("hashing").update(0, flowmap.hashing(SEED, buckets))
-            path = path(BACKEND, bytes(12), 1500, IPv4Address("10.0.0.2"), LO, tx=True, redirect=False)
-            program.map("paths").update(0, path)
+            there = path(BACKEND, bytes(12), 1500, IPv4Address("10.0.0.2"), LO, tx=True, redirect=False)
+            program.map("paths").update(0, there)
             numbers = fill(flowmap.FlowTable(program.map("flows")), count, tunnel)
             yield Loaded(program.program("crab_lb"), self._mac, numbers)

@@ -165,14 +165,14 @@ def instructions(context: Context) -> Table:
     )  # fmt: skip
 
 
-def callgrind(context: Context, family: int) -> dict[str, float]:
-    """Instructions for each SYN: ``all``, and by source file."""
+def callgrind(context: Context, family: int, way: str = "redirect") -> dict[str, float]:
+    """Instructions for each packet (``way``: as hotloop.c's batches has it): ``all``, and by source file."""
     valgrind, annotate = context.tool("valgrind"), context.tool("callgrind_annotate")
     with TemporaryDirectory() as folder:
         out = Path(folder) / "callgrind.out"
         context.output(
             valgrind, "--tool=callgrind", f"--callgrind-out-file={out}", "--toggle-collect=crab_core_batch",
-            context.make("hotloop"), "batches", str(family), str(CALLGRIND_BATCHES),
+            context.make("hotloop"), "batches", str(family), str(CALLGRIND_BATCHES), way,
         )  # fmt: skip
         return by_file(context.output(annotate, "--threshold=100", out), CALLGRIND_BATCHES * lib.CRAB_BATCH)
 

@@ -1,8 +1,17 @@
 /* SPDX-License-Identifier: MIT */
-/* The C API of the hot loop.  Python's cffi declarations are read from this file: plain declarations and integer
- * #defines only; inline code lives in the modules' own headers.
+/* The C API of the hot loop, by parts, each a module of that name.  Python's cffi declarations are read from this file: plain
+ * declarations and integer #defines only; inline code lives in the modules' own headers.
  *
- * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d.  Fields named *_be are in network order. */
+ * Units.  Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d.  Names that end in _be are in network order, all
+ * else in the machine's.  Lengths and sizes are bytes, unless it says slots, entries or frames.  `now` is whole seconds of
+ * one monotonic clock.  A backend's id is its index into the snapshot's backends.  `form` is CRAB_FORM_*.
+ *
+ * Threads.  Functions that are given no object work on their arguments alone: from any thread, at the same time.  An object
+ * is used by one thread at a time, unless it says otherwise.
+ *
+ * Ownership.  What *_new returns is the caller's, who gives it to *_free (which takes NULL too) when no thread is inside a
+ * function that uses it.  Arrays are copied or only looked at during the call; what is kept by reference, and so must outlive
+ * the object, is named. */
 #ifndef CRABLB_H
 #define CRABLB_H
 
@@ -12,7 +21,7 @@
 
 #include "maps.h"
 
-/* ---- hash: SipHash-1-3 ---- */
+/* ---- hash: SipHash-1-3.  key16: 16 bytes, which only load balancers of one configuration know ---- */
 
 uint64_t crab_siphash13(const uint8_t *key16, const uint8_t *data, size_t len);
 
@@ -23,16 +32,8 @@ uint64_t crab_flow_hash(const uint8_t *key16, const uint8_t *saddr16, const uint
 
 /* ---- checksum: RFC 1071, RFC 1624 ---- */
 
-#define CRAB_CSUM_OK 0
-#define CRAB_CSUM_PARTIAL 1 /* the field holds the folded pseudo-header sum: the sender left it to its network card */
-#define CRAB_CSUM_BAD 2
-
 /* One's-complement sum of len bytes, folded to 16 bits, not complemented, in memory (network) byte order. */
 uint16_t crab_csum(const uint8_t *data, size_t len);
-
-/* State of the TCP checksum of an IPv4 or IPv6 datagram without options or extension headers, and, unless it is bad,
- * the checksum that it should carry (in memory order) in *right. */
-int crab_csum_state(const uint8_t *ip, size_t ip_len, uint16_t *right);
 
 /* ---- option: the CR option in a TCP option list ---- */
 
@@ -41,7 +42,7 @@ int crab_csum_state(const uint8_t *ip, size_t ip_len, uint16_t *right);
 #define CRAB_OPTION_OTHER 4  /* an offer of the other form */
 #define CRAB_MAX_OPTIONS 40
 
-/* Flags (CRAB_OPTION_*) of the CR options among len <= 40 bytes of TCP options.  The search ends at EOL, at a length
+/* Flags (CRAB_OPTION_*) of the CR options among len bytes of TCP options, at most 40.  The search ends at EOL, at a length
  * under 2 and at a length past the end. */
 int crab_option_find(const uint8_t *options, size_t len, int form);
 
@@ -81,6 +82,14 @@ struct crab_packet {
  * TCP.  Returns a crab_verdict; *out is valid only with CRAB_V_OK. */
 int crab_packet_parse(const uint8_t *frame, size_t len, struct crab_packet *out);
 
+#define CRAB_CSUM_OK 0
+#define CRAB_CSUM_PARTIAL 1 /* the field holds the folded pseudo-header sum: the sender left it to its network card */
+#define CRAB_CSUM_BAD 2
+
+/* State (CRAB_CSUM_*) of the TCP checksum of an IPv4 or IPv6 datagram without options or extension headers, as
+ * crab_packet_parse finds it right, and, unless it is bad, the checksum that it should carry (in memory order) in *right. */
+int crab_csum_state(const uint8_t *ip, size_t ip_len, uint16_t *right);
+
 /* ---- maglev: Eisenbud et al., NSDI 2016, 3.4 ---- */
 
 struct crab_maglev_member {
@@ -91,16 +100,18 @@ struct crab_maglev_member {
     uint16_t pad;
 };
 
-/* Fill table[size] (size prime) with backend ids.  The table depends on the set of (addr, weight, full), never on the order
- * of members.  Where a member has less than its full weight, the slots that it lacks are the only ones that differ from the
- * table of full weights.  Slots hold CRAB_NO_BACKEND when no member has a weight.  Returns 0, or -1 without memory. */
+/* Fill table[size] (slots; size is prime) with backend ids.  The table depends on the set of (addr, weight, full), never on
+ * the order of members.  Where a member has less than its full weight, the slots that it lacks are the only ones that differ
+ * from the table of full weights.  Slots hold CRAB_NO_BACKEND when no member has a weight.  Returns 0, or -1 without memory.
+ * Nobody writes a table that a snapshot has. */
 #define CRAB_NO_BACKEND 65535
 int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_member *members, uint32_t count,
                       const uint8_t *key16);
 
-/* ---- policies: which backend a connection is redirected to (native/select.h) ---- */
+/* ---- select: policies, which backend a connection is redirected to (native/select.h) ---- */
 
-/* What is known of one backend of one service.  Shared by all workers and snapshots; user space writes all but `assigned`. */
+/* What is known of one backend of one service.  Shared by all workers and snapshots, which write `assigned` alone, by atomic
+ * additions; who has the reports writes the others, word by word, at any time. */
 struct crab_load {
     uint32_t assigned; /* connections given to it, modulo 2^32 */
     uint32_t base;     /* `assigned` as of the last report */
@@ -108,7 +119,7 @@ struct crab_load {
     uint32_t figure;   /* load that its server reported, thousandths */
 };
 
-/* A position in a sequence, which outlives the pool; on a cache line of its own. */
+/* A position in a sequence, which outlives the pool; on a cache line of its own.  0 at first; policies alone write it. */
 struct crab_turn {
     uint64_t next;
     uint64_t pad[7];
@@ -118,19 +129,21 @@ struct crab_member {
     uint16_t backend;
     uint16_t pad;
     uint32_t weight; /* at least 1 */
-    struct crab_load *load;
+    struct crab_load *load; /* must outlive the pool */
 };
 
 struct crab_pool;
 
 /* Names of the policies, by number from 0; NULL: there is no such number. */
 const char *crab_policy_name(uint32_t i);
-/* Copies the members; at most 65,535.  NULL without memory, or if there is no such policy. */
+/* Copies the members; at most 65,535.  `turn` must outlive the pool.  NULL without memory, or if there is no such policy. */
 struct crab_pool *crab_pool_new(const char *policy, const struct crab_member *members, uint32_t count,
                                 struct crab_turn *turn);
+/* When every snapshot that has it was freed. */
 void crab_pool_free(struct crab_pool *pool);
 /* Choose n backends (at most CRAB_BATCH), one after the other, and count them as assigned.  random: the state of the
- * caller's random numbers.  From any thread.  Returns n, or 0 if there are no members. */
+ * caller's random numbers, any number at first.  From any thread, at the same time as any other.  Returns n, or 0 if there
+ * are no members. */
 uint32_t crab_pool_pick(struct crab_pool *pool, uint64_t *random, uint16_t *backends, uint32_t n);
 /* Take the loads as they are now into account.  One thread at a time, while others pick. */
 void crab_pool_refresh(struct crab_pool *pool);
@@ -193,21 +206,38 @@ struct crab_service {
 
 struct crab_snapshot;
 
-/* Copies everything but the tables.  backends is indexed by backend id.  NULL without memory. */
+/* Copies everything but the services' tables and pools, which must outlive the snapshot; several services and snapshots may
+ * have the same.  backends is indexed by backend id, table_size is the length of all tables, in slots.  NULL without memory. */
 struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uint32_t service_count,
                                         const struct crab_backend *backends, uint32_t backend_count,
                                         const struct crab_prefix *prefixes, uint32_t prefix_count,
                                         uint32_t table_size, int form, const uint8_t *key16);
-/* Which frames, of those that are no service's, are for crab_core_handle's function.  Before the snapshot is published. */
+/* Which frames, of those that are no service's, are for crab_core_handle's function.  Copied.  Before the snapshot is
+ * published: from then on it does not change, and any number of threads read it. */
 void crab_snapshot_match(struct crab_snapshot *snapshot, const struct crab_matches *matches);
+/* When crab_core_uses says no of every core that it was published to. */
 void crab_snapshot_free(struct crab_snapshot *snapshot);
 
-/* The handler of the first match that holds for a frame, or -1. */
-int crab_match_find(const struct crab_matches *matches, const uint8_t *frame, size_t len);
+/* ---- table: the XDP program's flows, in memory shared with it ---- */
+
+struct crab_table;
+
+/* Map `flows`, mapped at buckets, count (a power of two) of them; the mapping must outlive the table.  Several cores may share
+ * one.  NULL without memory. */
+struct crab_table *crab_table_new(struct crab_bucket *buckets, uint32_t count);
+/* When every core that learns into it was freed. */
+void crab_table_free(struct crab_table *table);
+/* Write a flow down.  Returns whether there was room, and nobody else was writing: it never waits.  From any thread, at the
+ * same time as cores that learn, and as the XDP program. */
+bool crab_table_write(struct crab_table *table, const struct crab_flow *flow);
 
 /* ---- core: one worker's state, and its work on a batch ---- */
 
-/* What became of packets.  A worker's counters are CRAB_COUNTERS of uint64_t, in this order. */
+/* A core has a thread: the one that is in crab_core_batch.  Others may meanwhile call what is marked "any thread"; what is
+ * marked "before batches" is for the time before its first. */
+
+/* What became of packets.  A worker's counters are CRAB_COUNTERS of uint64_t, in this order; only the thread that runs the
+ * core or the worker writes them, any thread may read them meanwhile, one by one. */
 enum crab_counter {
     CRAB_C_RECEIVED,
     CRAB_C_SENT,
@@ -260,29 +290,32 @@ struct crab_frame {
 struct crab_core;
 
 /* flows: capacity of the flow cache in entries (16 bytes each), rounded up to a power of two, at least 64.
- * counters: CRAB_COUNTERS of uint64_t, written by this core alone.  NULL without memory. */
+ * counters: CRAB_COUNTERS of uint64_t, which must outlive the core.  NULL without memory. */
 struct crab_core *crab_core_new(uint32_t flows, uint64_t *counters);
+/* The snapshot, the table and the counters stay their owners'. */
 void crab_core_free(struct crab_core *core);
 
-/* Give the core another snapshot (or NULL: drop everything), from any thread.  The one before may be freed when
- * crab_core_uses says no. */
+/* Give the core another snapshot, or NULL: drop everything, as at first.  Any thread, but one at a time; it does not wait for
+ * the batch under way.  The one before may be freed when crab_core_uses says no. */
 void crab_core_publish(struct crab_core *core, struct crab_snapshot *snapshot);
+/* Whether it is published, or a batch under way works with it.  Any thread. */
 bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *snapshot);
 
-struct crab_table;
-
-/* The XDP program's flows: map `flows`, mapped at buckets, count (a power of two) of them.  NULL without memory. */
-struct crab_table *crab_table_new(struct crab_bucket *buckets, uint32_t count);
-void crab_table_free(struct crab_table *table);
-/* Write a flow down, if there is room and nobody else is writing.  From any thread. */
-bool crab_table_write(struct crab_table *table, const struct crab_flow *flow);
-
-/* Write the flows that this core decides into a table, which several may share (or NULL: nowhere). */
+/* Write the flows that this core decides into a table (or NULL: nowhere), which must outlive the core.  Before batches. */
 void crab_core_learn(struct crab_core *core, struct crab_table *table);
 
-/* Remember n flows of map `flows`, so that a SYN of the same four-tuple does not move them.  Before the core works on
- * batches. */
+/* Remember n flows of map `flows`, so that a SYN of the same four-tuple does not move them.  Before batches. */
 void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now);
+
+/* Add to counts[backend] how many flows each backend below n has in the core's cache.  Any
+ * thread; what the core writes meanwhile may be counted or not. */
+void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now);
+
+/* Work on at most CRAB_BATCH frames where they lie: they stay the caller's, and each has CRAB_HEADROOM bytes in front of it.
+ * By the core's thread; it neither waits nor allocates.  Returns how many are to be sent. */
+uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now);
+
+/* ---- ask: the question to a function, which backend a connection is redirected to ---- */
 
 /* A connection that is to be redirected, for which a function chooses. */
 struct crab_choice {
@@ -299,14 +332,17 @@ struct crab_choice {
 };
 
 /* Have a function choose for the services whose `custom` is 1: it is called at most once a batch, with all connections that
- * need a choice.  Before the core works on batches. */
+ * need a choice, by the core's thread; they are its own for the time of the call.  `context` must outlive the core.  Before
+ * batches. */
 void crab_core_ask(struct crab_core *core, void (*choose)(void *context, struct crab_choice *choices, uint32_t n),
                    void *context);
+
+/* ---- handle: frames of one's own ---- */
 
 /* A frame that is no service's, but a handler's. */
 struct crab_handled {
     uint8_t *data;    /* first byte; stays where it is, what it points to may be rewritten */
-    uint32_t len;     /* bytes; may be changed */
+    uint32_t len;     /* bytes; may be changed, to what fits in the memory that the frame lies in */
     uint32_t ifindex; /* as in struct crab_frame; may be changed */
     uint16_t handler; /* of the first match that holds */
     uint16_t verdict; /* CRAB_HANDLED_*, to be filled in */
@@ -316,18 +352,18 @@ struct crab_handled {
 #define CRAB_HANDLED_SEND 1
 #define CRAB_HANDLED_FAILED 2
 
-/* Have a function handle the frames that a snapshot's matches name: it is called at most once a batch.  Before the core
- * works on batches. */
+/* Have a function handle the frames that a snapshot's matches name: it is called at most once a batch, by the core's thread;
+ * they are its own for the time of the call.  `context` must outlive the core.  Before batches. */
 void crab_core_handle(struct crab_core *core, void (*handle)(void *context, struct crab_handled *frames, uint32_t n),
                       void *context);
 
-/* Add to counts[backend] how many flows each backend below n has in the core's cache.  From any thread. */
-void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now);
-
-/* Work on at most CRAB_BATCH frames where they lie.  now: seconds, monotonic.  Returns how many are to be sent. */
-uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now);
+/* The handler of the first match that holds for a frame, or -1. */
+int crab_match_find(const struct crab_matches *matches, const uint8_t *frame, size_t len);
 
 /* ---- xsk: an AF_XDP socket with a UMEM of its own ---- */
+
+/* By one thread at a time, but for what does not change (fd, umem, zero_copy) and what asks the kernel alone (statistics,
+ * error): any thread. */
 
 /* A frame: its address in the UMEM, and its length in bytes. */
 struct crab_desc {
@@ -336,7 +372,7 @@ struct crab_desc {
     uint32_t pad;
 };
 
-struct crab_xsk_stats { /* linux/if_xdp.h, struct xdp_statistics */
+struct crab_xsk_stats { /* frames since the socket was made; linux/if_xdp.h, struct xdp_statistics */
     uint64_t rx_dropped;
     uint64_t rx_invalid_descs;
     uint64_t tx_invalid_descs;
@@ -345,7 +381,7 @@ struct crab_xsk_stats { /* linux/if_xdp.h, struct xdp_statistics */
     uint64_t tx_ring_empty_descs;
 };
 
-/* Where the frames are; all = the sum of the others. */
+/* Where the frames are, and how many; all = the sum of the others. */
 struct crab_xsk_places {
     uint32_t all, free, receiving, held, sending;
 };
@@ -356,57 +392,66 @@ struct crab_xsk_places {
 
 struct crab_xsk;
 
-/* frame_count and ring_size are powers of two; frame_size is 2048 or 4096.  bind_flags: CRAB_BIND_*; with neither COPY
- * nor ZEROCOPY, zero-copy is tried first.  On failure: NULL, *error an errno, *stage what was being done. */
+/* frame_count and ring_size (entries) are powers of two; frame_size is 2048 or 4096.  bind_flags: CRAB_BIND_*; with neither
+ * COPY nor ZEROCOPY, zero-copy is tried first.  On failure: NULL, *error an errno, *stage what was being done (a constant). */
 struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_count, uint32_t frame_size,
                               uint32_t ring_size, uint32_t bind_flags, int *error, const char **stage);
+/* Closes the socket, and unmaps the UMEM. */
 void crab_xsk_free(struct crab_xsk *xsk);
+/* The socket's, which closes it. */
 int crab_xsk_fd(const struct crab_xsk *xsk);
+/* frame_count * frame_size bytes, the socket's; a crab_desc's addr is an offset into them. */
 uint8_t *crab_xsk_umem(const struct crab_xsk *xsk);
 bool crab_xsk_zero_copy(const struct crab_xsk *xsk);
 
-/* Give the kernel free frames to receive into, so that it has half of all; the other half is for sending. */
+/* Give the kernel free frames to receive into, so that it has half of all; the other half is for sending.  Returns how
+ * many. */
 uint32_t crab_xsk_refill(struct crab_xsk *xsk);
-/* Take up to n received frames; they are the caller's until released or sent. */
+/* Take up to n received frames, which are the caller's until released or sent.  Returns how many. */
 uint32_t crab_xsk_receive(struct crab_xsk *xsk, struct crab_desc *out, uint32_t n);
-/* Take up to n free frames to write into. */
+/* Take up to n free frames to write into, which are the caller's likewise.  Returns how many. */
 uint32_t crab_xsk_take(struct crab_xsk *xsk, struct crab_desc *out, uint32_t n);
+/* Give frames of the caller's back unsent. */
 void crab_xsk_release(struct crab_xsk *xsk, const struct crab_desc *descs, uint32_t n);
-/* Queue up to n of the caller's frames for sending; the rest stay the caller's. */
+/* Queue up to n of the caller's frames for sending; the rest stay the caller's.  Returns how many. */
 uint32_t crab_xsk_send(struct crab_xsk *xsk, const struct crab_desc *descs, uint32_t n);
 /* Make the kernel send what is queued.  0, or -errno if the interface is gone. */
 int crab_xsk_kick(struct crab_xsk *xsk);
-/* Take back the frames that were sent. */
+/* Take back the frames that were sent: they are free.  Returns how many. */
 uint32_t crab_xsk_reap(struct crab_xsk *xsk);
 /* Tell a driver that asks for it that there are frames to receive into: for who turns instead of sleeping in poll(2). */
 void crab_xsk_wake(struct crab_xsk *xsk);
 /* The socket's pending error (an errno), taken; 0 if there is none.  When its interface is unregistered a socket gets
  * ENETDOWN, but poll(2) does not tell. */
 int crab_xsk_error(const struct crab_xsk *xsk);
+/* Frames that the kernel took for sending and dropped. */
 uint64_t crab_xsk_dropped(const struct crab_xsk *xsk);
+/* 0, or -errno. */
 int crab_xsk_statistics(const struct crab_xsk *xsk, struct crab_xsk_stats *out);
 void crab_xsk_frames(const struct crab_xsk *xsk, struct crab_xsk_places *out);
+/* Whether every frame is in one place.  Always, unless there is a bug. */
 bool crab_xsk_conserved(const struct crab_xsk *xsk);
 
 /* ---- worker: one queue, one thread ---- */
 
 struct crab_worker;
 
-/* The worker uses the socket and the core, and frees neither.  Frames for other interfaces than the socket's go out by a
- * packet socket.  NULL with errno set: no memory or descriptor, or no right to a packet socket. */
+/* The worker uses the socket, the core and its counters, which must outlive it, and frees none of them.  Frames for other
+ * interfaces than the socket's go out by a packet socket.  NULL with errno set: no memory or descriptor, or no right to a
+ * packet socket. */
 struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters);
 void crab_worker_free(struct crab_worker *worker);
 
 /* Before it runs: turn for so long before a sleep, when frames came soon after the last one.  At first: 0, never. */
 void crab_worker_spin(struct crab_worker *worker, uint32_t microseconds);
 
-/* Receive, work, send; sleep while there is nothing to do.  Returns 0 after crab_worker_stop, or -errno when the
- * socket fails (the interface is gone). */
+/* Receive, work, send; sleep while there is nothing to do.  The calling thread is the core's, and the socket's.  Returns 0
+ * after crab_worker_stop, or -errno when the socket fails (the interface is gone). */
 int crab_worker_run(struct crab_worker *worker);
-/* One round: wait at most timeout_ms (and at most a second) for frames, and work on them.  Returns how many were
+/* One round, likewise: wait at most timeout_ms (and at most a second) for frames, and work on them.  Returns how many were
  * received, or -errno. */
 int crab_worker_once(struct crab_worker *worker, int timeout_ms);
-/* From any thread: make crab_worker_run return. */
+/* From any thread: make crab_worker_run return, now or when it is called. */
 void crab_worker_stop(struct crab_worker *worker);
 
 #endif

@@ -2,7 +2,6 @@
 #include "snapshot.h"
 
 #include "checksum.h"
-#include "match.h"
 
 #include <stdlib.h>
 
@@ -80,15 +79,6 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
 void crab_snapshot_match(struct crab_snapshot *s, const struct crab_matches *matches)
 {
     s->matches = *matches;
-}
-
-int crab_match_find(const struct crab_matches *matches, const uint8_t *frame, size_t len)
-{
-    struct crab_match has = crab_match_of(frame, frame + len);
-    for (uint32_t i = 0; i < matches->count && i < CRAB_MAX_MATCHES; i++)
-        if (crab_match_holds(&matches->list[i], &has))
-            return matches->list[i].handler;
-    return -1;
 }
 
 void crab_snapshot_free(struct crab_snapshot *s)

@@ -7,6 +7,7 @@
 #define CRAB_TABLE_H
 
 #include <stdatomic.h>
+#include <string.h>
 
 #include "crablb.h"
 

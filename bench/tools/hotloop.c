@@ -8,7 +8,8 @@
  *   hotloop checksum BYTES                  crab_sum
  *   hotloop maglev SIZE BACKENDS            a table, and what changes when a backend goes
  *   hotloop threads N                       SYNs a second, by N threads on CPUs of their own
- *   hotloop batches FAMILY N                nothing timed: for callgrind
+ *   hotloop batches FAMILY N WAY            nothing timed: for callgrind.  redirect: SYNs; fallback: SYNs without an offer,
+ *                                           and as many packets of their connections, in turn
  *
  * Every SYN is a new connection.  Frames lie in a ring as they do in a UMEM, 2048 bytes apart; the ring's length says how much
  * of it the caches hold.  Frames are written before a pass, which is not timed; `flush` takes frames and tables out of all
@@ -66,12 +67,14 @@ static uint32_t length(int family)
     return family == 4 ? 78 : 98;
 }
 
-/* The SYN that Linux sends, with an offer, to a service: n says from where. */
-static void make_syn(uint8_t *f, int family, uint32_t n, uint32_t service)
+/* A packet with the options of the SYN that Linux sends, with an offer or without, to a service: n says from where. */
+static void make_packet(uint8_t *f, int family, uint32_t n, uint32_t service, uint8_t flags, bool offers)
 {
-    static const uint8_t options[24] = {2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7, 42, 2, 1, 1};
+    uint8_t options[24] = {2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7, 42, 2, 1, 1};
     uint32_t l4 = family == 4 ? 34 : 54, len = length(family);
     uint8_t *ip = f + 14, *tcp = f + l4;
+    if (!offers)
+        memset(options + 20, 1, 4); /* NOPs */
     memset(f, 0, len);
     store16(f + 12, htons(family == 4 ? 0x0800 : 0x86dd));
     const uint8_t *addrs;
@@ -101,9 +104,14 @@ static void make_syn(uint8_t *f, int family, uint32_t n, uint32_t service)
     store16(tcp + 2, htons(80));
     store32(tcp + CRAB_TCP_SEQ, n);
     tcp[CRAB_TCP_DOFF] = (uint8_t)((20 + sizeof options) / 4 << 4);
-    tcp[CRAB_TCP_FLAGS] = CRAB_SYN;
+    tcp[CRAB_TCP_FLAGS] = flags;
     memcpy(tcp + 20, options, sizeof options);
     store16(tcp + CRAB_TCP_CSUM, crab_tcp_right(crab_tcp_sum(tcp, len - l4, addrs, addrs_len)));
+}
+
+static void make_syn(uint8_t *f, int family, uint32_t n, uint32_t service)
+{
+    make_packet(f, family, n, service, CRAB_SYN, true);
 }
 
 /* ---- what is looked up ---- */
@@ -536,19 +544,25 @@ static int threads(uint32_t count)
     return printf("{\"rate\": %.3f}\n", rate) < 0;
 }
 
-static int batches(int family, uint32_t count)
+static int batches(int family, uint32_t count, bool fallback)
 {
     struct world *w = make_world(family, 1000, 1, 4096);
     struct ring r = make_ring(CRAB_BATCH);
     struct crab_frame batch[CRAB_BATCH];
     for (uint32_t n = 0; n < count; n++) {
+        bool first = !fallback || n % 2 == 0; /* else of the connections of the batch before */
         for (uint32_t i = 0; i < CRAB_BATCH; i++) {
             batch[i] = (struct crab_frame){.data = r.memory + (size_t)i * STRIDE + FRONT, .len = length(family)};
-            make_syn(batch[i].data, family, r.made++, 0);
+            make_packet(batch[i].data, family, r.made + i, 0, first ? CRAB_SYN : CRAB_ACK, !fallback);
         }
+        r.made += first && fallback ? 0 : CRAB_BATCH;
         core_batch(w, batch, CRAB_BATCH, 1000);
     }
-    check(w);
+    if (!fallback)
+        check(w);
+    else if (w->counters[CRAB_C_FALLBACK_NO_OFFER] != (count + 1) / 2 * CRAB_BATCH ||
+             w->counters[CRAB_C_FALLBACK_ESTABLISHED] != count / 2 * CRAB_BATCH)
+        die("not every packet went by fallback");
     return 0;
 }
 
@@ -590,8 +604,11 @@ int main(int argc, char **argv)
         return maglev(number(argv[2]), number(argv[3]));
     if (!strcmp(what, "threads") && argc == 3)
         return threads(number(argv[2]));
-    if (!strcmp(what, "batches") && argc == 4)
-        return batches(family_of(argv[2]), number(argv[3]));
+    if (!strcmp(what, "batches") && argc == 5) {
+        if (strcmp(argv[4], "redirect") && strcmp(argv[4], "fallback"))
+            die("WAY is redirect or fallback");
+        return batches(family_of(argv[2]), number(argv[3]), !strcmp(argv[4], "fallback"));
+    }
     fprintf(stderr, "hotloop: see the top of hotloop.c for what it can measure\n");
     return 2;
 }

@@ -1,4 +1,4 @@
-"""Servers' reports: receive them, and tell the engine.  Their format, and who is believed: :mod:`.selection.reports`."""
+"""Receives servers' reports, and tells the engine.  What they say, and who is believed: :mod:`.selection.reports`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Sockets and workers: one AF_XDP socket, one C core and one thread for each queue of each interface served.
 
-The packet path is C (native/) and never enters Python.  What the workers see is a snapshot, given to each by one pointer
-store; one that was replaced is freed when no worker uses it any more.
+The packet path is C (native/) and never enters Python.  What the workers see is a snapshot, given to each by one
+pointer store; one that was replaced is freed when no worker uses it any more.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from crablb.config import parse_policy
 from crablb.errors import ConfigError
 from crablb.model import CONSISTENT, Backend, Service, State, Vip
 from crablb.model import POLICIES as BUILTIN
-from crablb.selection.custom import Asked, Custom
+from crablb.selection import custom
+from crablb.selection.custom import Custom
 from crablb.selection.loads import Balance
 from crablb.selection.pool import Pool
 from crablb.values import resolve
@@ -317,7 +318,7 @@ class Asked:
         addresses = [ip_address(f"10.0.0.{11 + i}") for i in (0, 1, 3)]
         self.backends = self.balance.backends(vip, dict.fromkeys(addresses, 1))
         self.custom = Custom(self.fail)
-        self.custom.publish({5: Asked(vip, choose, self.backends, np.array([0, 1, 3], np.uint16))})
+        self.custom.publish({5: custom.Asked(vip, choose, self.backends, np.array([0, 1, 3], np.uint16))})
         self.core.set_custom(0, 5, self.custom)
 
     def fail(self, vip: Vip, reason: str) -> None:
@@ -439,7 +440,9 @@ def test_who_does_not_report_is_taken_for_average():
     a, b, c = (balance.load(VIP, x) for x in (A, B, C))
     a.open, b.open, c.assigned = 10, 30, 77
     a.figure, b.figure = 400, 600
-    balance.age(service, {A, B})
+    assert balance.heard(A, at=10.0) and balance.heard(B, at=11.0)
+    assert not balance.heard(A, at=10.5)  # it was known
+    balance.age(service)
     assert (c.open, c.base, c.figure) == (20, 77, 500)
     assert (a.open, b.open) == (10, 30)
     balance.age(service)

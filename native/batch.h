@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: MIT */
+/* A batch under way, and what lies between its passes.
+ *
+ * The first pass (examine.c) parses and looks up all frames; then policies are asked (ask.c); the second pass (forward.c)
+ * decides about each frame and rewrites it; what is a handler's goes there in the end (handle.c).  So the cache lines that the
+ * second pass needs (flow bucket, Maglev slot) are on their way while the first still parses.  core.c calls each of them once
+ * a batch. */
+#ifndef CRAB_BATCH_H
+#define CRAB_BATCH_H
+
+#include <stdatomic.h>
+
+#include "flows.h"
+#include "option.h"
+#include "packet.h"
+#include "select.h"
+#include "snapshot.h"
+#include "table.h"
+
+struct crab_core {
+    _Atomic(struct crab_snapshot *) published;
+    _Atomic(struct crab_snapshot *) hazard;
+    uint64_t *counters;
+    struct crab_table *table;
+    void (*choose)(void *context, struct crab_choice *choices, uint32_t n);
+    void *context;
+    void (*handle)(void *context, struct crab_handled *frames, uint32_t n);
+    void *handle_context;
+    uint64_t random; /* state of the policies' random numbers */
+    uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
+    struct crab_flows flows;
+    struct crab_seen_lists seen; /* of TCP options */
+};
+
+/* What the second pass has to do with a frame.  Those that there are most of have code of their own. */
+enum crab_kind { CRAB_KIND_NONE, CRAB_KIND_SYN4, CRAB_KIND_SYN6, CRAB_KIND_TAGGED_SYN, CRAB_KIND_ICMP, CRAB_KIND_OTHER };
+
+struct crab_item {
+    const struct crab_service *service;
+    uint8_t kind;
+    uint8_t found;      /* of a SYN: CRAB_OPTION_* among its options */
+    int8_t word;        /* as crab_option_scan has it */
+    uint8_t outcome;    /* of a SYN: as decide has it */
+    bool room;          /* of a SYN: it is to be redirected, and the redirect has room in it */
+    bool straight;      /* of a SYN with room: the redirect takes the place of its offer's word */
+    uint16_t chosen;    /* backend, by the service's policy; then slot leads here */
+    uint16_t member;    /* the same as a member of the service's pool */
+    uint64_t hash;      /* of the connection */
+    struct crab_entry *bucket; /* of the flow cache */
+    const struct crab_redirect *redirect; /* of a SYN: its service's */
+    const uint16_t *slot; /* where its backend is: in the service's table, by the connection's hash or the client's, or above */
+    struct crab_tcp_sum sum;
+    struct crab_packet packet;
+};
+
+/* Frames of a batch that are for handlers. */
+struct crab_handed {
+    uint32_t count;
+    uint8_t of[CRAB_BATCH]; /* which of the batch they are */
+    struct crab_handled frames[CRAB_BATCH];
+};
+
+_Static_assert(CRAB_BATCH <= UINT8_MAX, "a frame's place fits");
+
+struct crab_batch {
+    struct crab_core *core;
+    const struct crab_snapshot *s;
+    struct crab_frame *frames;
+    struct crab_item *items;
+    uint32_t count, now, kept;
+    struct crab_handed handed;
+};
+
+void crab_batch_examine(struct crab_batch *b);
+void crab_batch_ask(const struct crab_batch *b);
+void crab_batch_forward(struct crab_batch *b);
+/* After the passes: have the handlers' frames handled, all at once. */
+void crab_batch_handle(struct crab_batch *b);
+/* Keep a frame that no service wants for a handler.  Returns whether one wants it. */
+bool crab_batch_hand(struct crab_batch *b, uint32_t place, enum crab_counter why);
+
+static inline bool crab_usable(const struct crab_snapshot *s, uint16_t backend)
+{
+    return backend < s->backend_count &&
+           (s->backends[backend].flags & (CRAB_BACKEND_USABLE | CRAB_BACKEND_DEAD)) == CRAB_BACKEND_USABLE;
+}
+
+/* Does a SYN go where its flow, if there is one, went?  It is that flow's SYN again, or the flow is established. */
+static inline bool crab_keeps(const struct crab_snapshot *s, const struct crab_entry *f, uint32_t isn)
+{
+    return crab_unlikely(f != NULL) && crab_usable(s, f->backend) && (f->isn == isn || f->state == CRAB_ENTRY_ESTABLISHED);
+}
+
+#endif

@@ -1,0 +1,315 @@
+/* SPDX-License-Identifier: MIT */
+/* Second pass: decide about each frame, and rewrite it. */
+#include "batch.h"
+#include "rewrite.h"
+
+#define BACKENDS_AHEAD 8
+
+/* Flows learned in a second without having seen their SYN (it went to another load balancer, or to the daemon before us).
+ * A flood of other packets pushes no more than so many flows out of the map; what is beyond goes by the hash alone. */
+#define UNKNOWN_A_SECOND 10000
+
+/* Where an item's slot leads.  By the table it is the same for any worker, daemon and load balancer of one configuration; by
+ * a policy: see ask.c. */
+static inline uint16_t backend_of(const struct crab_snapshot *s, const struct crab_item *it)
+{
+    uint16_t backend = *it->slot;
+    return crab_usable(s, backend) ? backend : CRAB_NO_BACKEND;
+}
+
+/* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
+ * goes where its first copy went. */
+static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, const struct crab_item *it,
+                              uint32_t isn, uint32_t now, unsigned *copies)
+{
+    *copies = 0;
+    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
+    if (crab_unlikely(crab_keeps(s, f, isn))) {
+        /* A SYN with another sequence number on an established flow: its server knows whether the old connection
+         * lives, and answers accordingly; whoever forged it must not move the flow. */
+        if (f->isn == isn) {
+            *copies = f->copies;
+            f->copies += f->copies < 255;
+            core->counters[CRAB_C_RETRANSMITTED_SYN]++;
+        }
+        f->seen = (uint16_t)now;
+        if (it->slot == &it->chosen && it->service->pool) /* both copies are in this batch */
+            crab_unassign(it->service->pool, it->member);
+        return f->backend;
+    }
+    uint16_t backend = backend_of(s, it);
+    if (crab_unlikely(backend == CRAB_NO_BACKEND))
+        return backend;
+    if (crab_likely(!f))
+        f = crab_flows_place(it->bucket, now);
+    if (crab_likely(f != NULL))
+        *f = (struct crab_entry){.tag = it->hash >> 16, .state = CRAB_ENTRY_SYN, .copies = 1, .isn = isn,
+                                .backend = backend, .seen = (uint16_t)now};
+    else
+        core->counters[CRAB_C_FLOWS_FULL]++;
+    return backend;
+}
+
+/* Write the link-layer addresses for a backend, and say by which interface it goes there. */
+static inline void send_to(struct crab_frame *frame, const struct crab_packet *p, const struct crab_backend *backend)
+{
+    if (crab_unlikely(frame->ifindex != backend->ifindex)) {
+        /* VLANs are those of the interface that it came in by; the kernel's route leads there without any. */
+        uint32_t tags = p->l3 - 14u;
+        frame->data += tags;
+        frame->len -= tags;
+        frame->ifindex = backend->ifindex;
+    }
+    crab_set_macs(frame->data, backend);
+}
+
+static inline bool same_family(const struct crab_packet *p, const struct crab_backend *backend)
+{
+    return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
+}
+
+/* Forward a frame, whose headers are right otherwise, by direct server return.  Returns `outcome`, or the counter of
+ * what became of it instead. */
+CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_frame *frame, const struct crab_item *it,
+                                         const struct crab_backend *backend, enum crab_counter outcome)
+{
+    const struct crab_packet *p = &it->packet;
+    bool on_link = backend->flags & CRAB_BACKEND_ON_LINK;
+    uint32_t how = it->service->fallback;
+    bool by_mac = on_link && how != CRAB_FALLBACK_IPIP && same_family(p, backend);
+    if (crab_unlikely(!by_mac && how == CRAB_FALLBACK_L2))
+        return CRAB_C_DROP_NO_PATH;
+    uint32_t outer = by_mac ? 0 : crab_outer_header(backend);
+    /* On the segment that it came from it fits: there no router would say so either. */
+    bool must_fit = !by_mac || frame->ifindex != backend->ifindex;
+    if (crab_unlikely(must_fit && frame->len - p->l3 + outer > backend->mtu)) {
+        if (it->kind == CRAB_KIND_ICMP) /* no error about an error (RFC 1122, 3.2.2) */
+            return CRAB_C_DROP_TOO_BIG;
+        if (p->family == 4 && !(frame->data[p->l3 + 6] & 0x40))
+            return CRAB_C_DROP_TOO_BIG;
+        frame->data = crab_answer_too_big(frame->data, &frame->len, p, backend->mtu - outer);
+        return CRAB_C_TOO_BIG;
+    }
+    if (!by_mac) {
+        frame->data = crab_encapsulate(frame->data, &frame->len, p, backend, it->hash);
+        core->counters[CRAB_C_ENCAPSULATED]++;
+    }
+    send_to(frame, p, backend);
+    return outcome;
+}
+
+/* A SYN that has its backend but goes another way than the usual. */
+CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const struct crab_snapshot *s,
+                                                   struct crab_frame *frame, struct crab_item *it,
+                                                   const struct crab_backend *backend, unsigned copies)
+{
+    struct crab_packet *p = &it->packet;
+    const uint8_t *options = frame->data + p->l4 + CRAB_TCP_MIN;
+    uint32_t options_len = p->tcp_header - CRAB_TCP_MIN;
+    enum crab_counter outcome = it->outcome;
+    uint8_t list[CRAB_MAX_OPTIONS];
+    int n;
+    if (copies >= 2 && (outcome == CRAB_C_REDIRECTED || outcome == CRAB_C_FALLBACK_PREFIX))
+        outcome = CRAB_C_FALLBACK_RETRANSMIT;
+    if (outcome == CRAB_C_REDIRECTED) {
+        if (!(backend->flags & CRAB_BACKEND_CR) || !same_family(p, backend))
+            outcome = CRAB_C_FALLBACK_NO_CR_BACKEND;
+        else if (!it->room)
+            outcome = CRAB_C_FALLBACK_NO_ROOM;
+    }
+    if (outcome == CRAB_C_REDIRECTED) {
+        n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list);
+        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n,
+                                   p->family == 4 ? backend->addr + 12 : backend->addr);
+        send_to(frame, p, backend);
+        return outcome;
+    }
+    /* Without CR options the list stays, to the byte. */
+    if (it->found)
+        n = crab_option_rewrite(options, options_len, s->form, NULL, list);
+    else
+        memcpy(list, options, (size_t)(n = (int)options_len));
+    frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, NULL);
+    return send_by_dsr(core, frame, it, backend, outcome);
+}
+
+/* A SYN.  Returns the counter of what became of it. */
+CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const struct crab_snapshot *s,
+                                               struct crab_frame *frame, struct crab_item *it, uint32_t now, uint32_t l3,
+                                               int family)
+{
+    struct crab_packet p = it->packet;
+    p.l3 = (uint16_t)l3;
+    p.l4 = (uint16_t)(l3 + (family == 4 ? 20 : 40));
+    p.family = (uint8_t)family;
+    unsigned copies;
+    uint16_t id = assign(core, s, it, load32(frame->data + p.l4 + CRAB_TCP_SEQ), now, &copies);
+    if (crab_unlikely(id == CRAB_NO_BACKEND))
+        return CRAB_C_DROP_NO_BACKEND;
+    const struct crab_backend *backend = &s->backends[id];
+    const uint32_t mask = CRAB_BACKEND_CR | CRAB_BACKEND_V6, right = CRAB_BACKEND_CR | (family == 6 ? CRAB_BACKEND_V6 : 0);
+    if (crab_unlikely(!it->straight || copies >= 2 || (backend->flags & mask) != right))
+        return forward_syn_otherwise(core, s, frame, it, backend, copies);
+    frame->data = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    send_to(frame, &p, backend);
+    return CRAB_C_REDIRECTED;
+}
+
+static inline bool is_drop(enum crab_counter c)
+{
+    return c >= CRAB_C_DROP_NOT_SERVICE && c <= CRAB_C_DROP_TX;
+}
+
+static inline void count_one(struct crab_batch *b, uint32_t i, enum crab_counter what)
+{
+    b->core->counters[what]++;
+    if (crab_unlikely(is_drop(what)))
+        b->frames[i].len = 0;
+    else
+        b->kept++;
+}
+
+static inline void prefetch_backend(const struct crab_snapshot *s, const struct crab_item *items, uint32_t i, uint32_t count)
+{
+    if (crab_likely(i < count && items[i].kind))
+        __builtin_prefetch(&s->backends[*items[i].slot]);
+}
+
+/* A run of SYNs of a family without tags, in code of their own (see examine_run). */
+CRAB_TEMPLATE uint32_t forward_syns(struct crab_batch *b, uint32_t i, enum crab_kind kind)
+{
+    struct crab_frame *frames = b->frames;
+    struct crab_item *items = b->items;
+    struct crab_core *core = b->core;
+    const struct crab_snapshot *s = b->s;
+    uint32_t count = b->count, now = b->now, redirected = 0;
+    do {
+        prefetch_backend(s, items, i + BACKENDS_AHEAD, count);
+        enum crab_counter what =
+            forward_syn_at(core, s, &frames[i], &items[i], now, CRAB_ETH_LEN, kind == CRAB_KIND_SYN4 ? 4 : 6);
+        if (crab_likely(what == CRAB_C_REDIRECTED))
+            redirected++;
+        else
+            count_one(b, i, what);
+        i++;
+    } while (i < count && items[i].kind == kind);
+    core->counters[CRAB_C_REDIRECTED] += redirected;
+    b->kept += redirected;
+    return i;
+}
+
+CRAB_APART uint32_t forward_syns_ip4(struct crab_batch *b, uint32_t i)
+{
+    return forward_syns(b, i, CRAB_KIND_SYN4);
+}
+
+CRAB_APART uint32_t forward_syns_ip6(struct crab_batch *b, uint32_t i)
+{
+    return forward_syns(b, i, CRAB_KIND_SYN6);
+}
+
+CRAB_APART enum crab_counter forward_tagged_syn(struct crab_core *core, const struct crab_snapshot *s,
+                                                struct crab_frame *frame, struct crab_item *it, uint32_t now)
+{
+    uint32_t l3 = it->packet.l3;
+    return it->packet.family == 4 ? forward_syn_at(core, s, frame, it, now, l3, 4)
+                                  : forward_syn_at(core, s, frame, it, now, l3, 6);
+}
+
+static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
+{
+    if (core->unknown_second != now) {
+        core->unknown_second = now;
+        core->unknown_count = 0;
+    }
+    return core->unknown_count < UNKNOWN_A_SECOND && ++core->unknown_count;
+}
+
+/* Any other packet of a VIP: it belongs to a connection that goes by fallback. */
+CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct crab_snapshot *s,
+                                           struct crab_frame *frame, struct crab_item *it, uint32_t now)
+{
+    struct crab_packet *p = &it->packet;
+    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
+    uint16_t id;
+    if (f) {
+        id = f->backend;
+        if (crab_unlikely(!crab_usable(s, id))) {
+            /* Without a next hop for the moment, the backend still has its connections. */
+            if (id >= s->backend_count || !(s->backends[id].flags & CRAB_BACKEND_DEAD))
+                return CRAB_C_DROP_NO_BACKEND;
+            if (it->service->on_dead == CRAB_ON_DEAD_RESET) {
+                frame->data = crab_answer_by_reset(frame->data, &frame->len, p);
+                return CRAB_C_RESET;
+            }
+            id = backend_of(s, it);
+            if (id == CRAB_NO_BACKEND)
+                return CRAB_C_DROP_NO_BACKEND;
+            f->backend = id;
+            core->counters[CRAB_C_REASSIGNED]++;
+        }
+        if (p->tcp_flags & (CRAB_FIN | CRAB_RST))
+            f->state = CRAB_ENTRY_CLOSING;
+        else if (f->state == CRAB_ENTRY_SYN)
+            f->state = CRAB_ENTRY_ESTABLISHED;
+        f->seen = (uint16_t)now;
+    } else {
+        id = backend_of(s, it);
+        if (id == CRAB_NO_BACKEND)
+            return CRAB_C_DROP_NO_BACKEND;
+    }
+    const struct crab_backend *backend = &s->backends[id];
+    /* The XDP program leaves frames with VLAN tags, and backends out of its reach, to us: they are not worth a flow. */
+    bool learn = core->table && backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
+                 (f || may_learn_unknown(core, now));
+    uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
+    frame->len = p->end;
+    store16(frame->data + p->l4 + CRAB_TCP_CSUM, crab_tcp_right(it->sum));
+    enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);
+    if (learn && outcome == CRAB_C_FALLBACK_ESTABLISHED) {
+        struct crab_flow flow = {
+            .hash = it->hash, .backend = id, .service = (uint16_t)it->service->index, .seen = (uint16_t)now,
+            .state = p->tcp_flags & CRAB_FIN ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN,
+            .flags = core->counters[CRAB_C_ENCAPSULATED] != tunnelled ? CRAB_FLOW_TUNNEL : 0};
+        core->counters[CRAB_C_LEARNED] += crab_table_put(core->table, flow);
+    }
+    return outcome;
+}
+
+/* An ICMP error. */
+CRAB_APART enum crab_counter forward_icmp(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
+                                          struct crab_item *it, uint32_t now)
+{
+    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
+    uint16_t id = f && crab_usable(s, f->backend) ? f->backend : backend_of(s, it);
+    if (id == CRAB_NO_BACKEND)
+        return CRAB_C_DROP_NO_BACKEND;
+    frame->len = it->packet.end;
+    return send_by_dsr(core, frame, it, &s->backends[id], CRAB_C_FALLBACK_ICMP);
+}
+
+void crab_batch_forward(struct crab_batch *b)
+{
+    for (uint32_t i = 0; i < b->count;) {
+        struct crab_item *it = &b->items[i];
+        struct crab_frame *frame = &b->frames[i];
+        switch (it->kind) {
+        case CRAB_KIND_SYN4:
+            i = forward_syns_ip4(b, i);
+            continue;
+        case CRAB_KIND_SYN6:
+            i = forward_syns_ip6(b, i);
+            continue;
+        case CRAB_KIND_TAGGED_SYN:
+            count_one(b, i, forward_tagged_syn(b->core, b->s, frame, it, b->now));
+            break;
+        case CRAB_KIND_ICMP:
+            count_one(b, i, forward_icmp(b->core, b->s, frame, it, b->now));
+            break;
+        case CRAB_KIND_OTHER:
+            count_one(b, i, forward_other(b->core, b->s, frame, it, b->now));
+            break;
+        }
+        i++;
+    }
+}
