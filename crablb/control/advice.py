@@ -9,16 +9,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 
+from crablb.dataplane.engine import Engine
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started, Swept
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Address, Config, Fallback
-
-if TYPE_CHECKING:
-    from crablb.dataplane.engine import Engine
 
 __all__ = ["Advice", "Adviser"]
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import structlog
 
+from crablb.dataplane.engine import Engine
 from crablb.errors import KernelError
 from crablb.model import Address, Service, host_port
 from crablb.selection.reports import Judge, Message, Refused
-
-if TYPE_CHECKING:
-    from crablb.dataplane.engine import Engine
 
 __all__ = ["Reports"]
 

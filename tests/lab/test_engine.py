@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 from crablb._native import lib
 
-from crablb import engine, flowmap
 from crablb.config import config_from_args
+from crablb.control import advice
+from crablb.control.supervisor import Supervisor
+from crablb.dataplane import engine
+from crablb.dataplane.flows import FlowTable, flow_hash
 from crablb.errors import ConfigError
 from crablb.model import Bypass, mapped
 from tests.helpers.namespaces import inside
@@ -34,12 +38,17 @@ async def until(condition) -> None:
 CLIENT, VIP = ip_address("10.0.0.1"), ip_address("10.0.0.100")
 
 
+def table(load_balancer: engine.Engine) -> FlowTable:
+    assert load_balancer._program and load_balancer._program.flows
+    return load_balancer._program.flows
+
+
 def know(load_balancer: engine.Engine, age: int, port: int = 4242) -> None:
     """A flow to the second backend."""
-    hash_ = flowmap.flow_hash(SEED, CLIENT, port, VIP, 80)
-    assert load_balancer._flows
-    load_balancer._flows.places["hash"][load_balancer._flows.places["hash"] == hash_] = 0
-    assert load_balancer._flows.add(hash_, load_balancer._ids[SECOND], 0, age=age)
+    hash_ = flow_hash(SEED, CLIENT, port, VIP, 80)
+    flows = table(load_balancer)
+    flows.places["hash"][flows.places["hash"] == hash_] = 0
+    assert flows.add(hash_, load_balancer._registry.backends[SECOND], 0, age=age)
 
 
 def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
@@ -54,10 +63,10 @@ def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
         await load_balancer.start()
         try:
             know(load_balancer, age=0)
-            first, second = (load_balancer._ids[a] for a in (FIRST, SECOND))
+            first, second = (load_balancer._registry.backends[a] for a in (FIRST, SECOND))
 
             def path(backend_id: int) -> bytes:
-                return load_balancer._maps["paths"].lookup(backend_id) or b""
+                return load_balancer._program.maps["paths"].lookup(backend_id) or b""
 
             load_balancer.apply(config(FIRST))
             for _ in range(5):  # sweeps
@@ -66,13 +75,12 @@ def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
             assert path(second).startswith(mapped(SECOND))
             know(load_balancer, age=lib.CRAB_AGE_OPEN + 1)
             await until(lambda: not managed())
-            assert load_balancer._flows.count() == 0
+            assert table(load_balancer).count() == 0
             assert not any(path(second))
             assert path(first).startswith(mapped(FIRST))
             # and it may come back
             load_balancer.apply(config(FIRST, SECOND))
-            await until(lambda: path(load_balancer._ids[SECOND]).startswith(mapped(SECOND)))
-            assert load_balancer._ids[SECOND] > second
+            await until(lambda: path(load_balancer._registry.backends[SECOND]).startswith(mapped(SECOND)))
         finally:
             await load_balancer.close()
 
@@ -83,24 +91,25 @@ def test_a_removed_backend_stays_while_it_has_flows(make_lab, monkeypatch):
 def test_tables_that_are_full_are_named(make_lab, monkeypatch):
     lab = make_lab("bridge")
     monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
-    monkeypatch.setattr(engine, "NEARLY_FULL", 0.25)
+    monkeypatch.setattr(advice, "NEARLY_FULL", 0.25)
 
     async def main() -> None:
-        load_balancer = engine.Engine(config(FIRST, SECOND, flows=256), SEED)
-        await load_balancer.start()
+        supervisor = Supervisor(config(FIRST, SECOND, flows=256), SEED)
+        load_balancer = supervisor.engine
+        await supervisor.start()
         try:
             assert not any(load_balancer.statistics()["daemon"].values())
             for port in range(80):
                 know(load_balancer, 0, port)
             await until(lambda: load_balancer.statistics()["daemon"]["flows_nearly_full"])
-            counters = load_balancer._workers[0].counters
+            counters = load_balancer._queues._workers[0].counters
             counters[lib.CRAB_C_FLOWS_FULL] += 3
             await until(lambda: load_balancer.statistics()["daemon"]["cache_full"])
             for _ in range(3):  # sweeps
                 await asyncio.sleep(0.06)
             assert load_balancer.statistics()["daemon"]["cache_full"] == 1  # nothing new
         finally:
-            await load_balancer.close()
+            await supervisor.close()
 
     with inside(lab.lb.netns):
         asyncio.run(main())
@@ -128,11 +137,11 @@ def test_the_end_waits_for_a_sweep(make_lab):
         ending = asyncio.create_task(load_balancer.close())
         for _ in range(100):  # as far as it comes
             await asyncio.sleep(0)
-        assert load_balancer._workers
+        assert load_balancer._queues._workers
         assert not ending.done()
         go_on.set()
         await ending
-        assert not load_balancer._workers
+        assert not load_balancer._queues._workers
 
     with inside(lab.lb.netns):
         asyncio.run(main())
@@ -155,6 +164,58 @@ def test_what_is_fixed_at_the_start(make_lab):
         finally:
             await load_balancer.close()
             await load_balancer.close()  # once more does no harm
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_ids_and_indices_are_given_again(make_lab, monkeypatch):
+    """What was removed, and has no flow, does not use up numbers; a service begins to count from zero."""
+    lab = make_lab("bridge", servers=2)
+    monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST), SEED)
+        await load_balancer.start()
+        try:
+            registry = load_balancer._registry
+            counters = load_balancer._program.maps["service_counters"]
+            first = config(FIRST)
+            for i in range(20):
+                (service,) = config_from_args(["eth0"], [f"tcp://10.0.0.100:{1000 + i}=10.0.1.{i}"]).services
+                load_balancer.apply(replace(first, services=(*first.services, service)))
+                index = registry.services[service.vip]
+                assert not any(b"".join(counters.lookup_percpu(index)))
+                counters.update(index, b"\1" * 16)  # as if the XDP program had counted
+                load_balancer.apply(first)
+                await until(lambda gone=service: gone.vip not in registry.services)
+                await until(lambda: registry.backends.keys() == {FIRST})
+            assert registry.backends[FIRST] == 0
+            assert (registry.backends.end, registry.services.end) == (1, 1)
+            # A snapshot may hold a number a moment longer; a third is never needed.
+            assert registry.backends._fresh <= 3 and registry.services._fresh <= 3
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_the_first_service_comes_later(make_lab):
+    """An engine that begins with nothing to serve learns of its first backends like of any other."""
+    lab = make_lab("bridge")
+
+    async def main() -> None:
+        load_balancer = engine.Engine(replace(config(FIRST), services=()), SEED)
+        await load_balancer.start()
+        try:
+            assert not load_balancer.hops
+            load_balancer.apply(config(FIRST))
+            await until(lambda: FIRST in load_balancer.hops and load_balancer.hops[FIRST].dst_mac)
+            snapshot = load_balancer._queues.snapshot
+            assert snapshot and any(slot != lib.CRAB_NO_BACKEND for t in snapshot.tables.values() for slot in t)
+        finally:
+            await load_balancer.close()
 
     with inside(lab.lb.netns):
         asyncio.run(main())

@@ -1,0 +1,284 @@
+"""Snapshots from configuration and state, also from states that are hard to make in a lab, seen by what a core does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from ipaddress import ip_address
+
+import numpy as np
+import pytest
+from crablb._native import ffi, lib
+from hypothesis import given
+from hypothesis import strategies as st
+from scapy.layers.inet import IP, TCP
+from scapy.layers.l2 import Ether
+
+from crablb.dataplane.snapshot import Sight, Snapshot, build
+from crablb.kernel.netlink import HopState, NextHop
+from crablb.model import (
+    Address,
+    Backend,
+    Config,
+    Mode,
+    OnDead,
+    Service,
+    State,
+    Vip,
+)
+from crablb.selection.loads import Balance
+from tests.helpers.frames import SEED
+
+A, B, C = (ip_address(f"10.0.0.1{i}") for i in (1, 2, 3))
+WEB, MAIL = Vip(ip_address("10.0.0.100"), 80), Vip(ip_address("10.0.0.100"), 25)
+CLIENT = "10.0.0.1"
+OFFER = [("MSS", 1460), (42, b""), ("NOP", None), ("NOP", None)]
+
+
+def hop(address: Address, **fields: object) -> NextHop:
+    mac = b"\2\0\0\0\0" + address.packed[-1:]
+    found = NextHop(HopState.RESOLVED, "", 3, None, mac, b"\2\0\0\0\0\xfe", ip_address("10.0.0.2"), 1500)
+    return replace(found, **fields)
+
+
+def sight(config: Config, hops: Iterable[NextHop | None] = (), **fields: object) -> Sight:
+    """A state in which every backend is reachable, but for what is said."""
+    backends = {b.address: None for s in config.services for b in s.backends}
+    known = {address: hop(address) for address in backends}
+    return replace(
+        Sight(
+            SEED,
+            {address: i for i, address in enumerate(backends)},
+            {service.vip: i for i, service in enumerate(config.services)},
+            known,
+            Balance(),
+        ),
+        **fields,
+    )
+
+
+def config(*services: Service, **settings: object) -> Config:
+    return replace(Config(("eth0",), services, table_size=61), **settings)
+
+
+class Core:
+    """A core that looks into a snapshot."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.counters = ffi.new("uint64_t[]", lib.CRAB_COUNTERS)
+        self.core = ffi.gc(lib.crab_core_new(4096, self.counters), lib.crab_core_free)
+        self.look(snapshot)
+
+    def look(self, snapshot: Snapshot) -> None:
+        lib.crab_core_publish(self.core, snapshot.c)
+        self.snapshot = snapshot
+
+    def send(self, vip: Vip, port: int, flags: str = "S", options: object = OFFER, seq: int = 1) -> tuple[str, object]:
+        """What became of a client's packet: ("redirect", DIP), ("fallback", last byte of the MAC), ("reset", None) or
+        ("dropped", None)."""
+        tcp = TCP(sport=port, dport=vip.port, flags=flags, seq=seq, options=options if "S" in flags else [])
+        frame = bytes(
+            Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:fe") / IP(src=CLIENT, dst=str(vip.address)) / tcp
+        )
+        memory = ffi.new("uint8_t[]", bytes(64) + frame + bytes(16))
+        one = ffi.new("struct crab_frame[1]")
+        one[0].data, one[0].len, one[0].ifindex = memory + 64, len(frame), 3
+        lib.crab_core_batch(self.core, one, 1, 1000)
+        if not one[0].len:
+            return "dropped", None
+        sent = Ether(bytes(ffi.buffer(one[0].data, one[0].len)))
+        if sent[IP].dst == CLIENT:
+            assert "R" in sent[TCP].flags
+            return "reset", None
+        if sent[IP].dst == str(vip.address):
+            return "fallback", int(sent.dst[-2:], 16)
+        return "redirect", ip_address(sent[IP].dst)
+
+
+def all_of(core: Core, vip: Vip, ports: Iterable[int] = range(2000, 2100)) -> Counter[object]:
+    return Counter(core.send(vip, port) for port in ports)
+
+
+def redirected(*addresses: Address) -> set[object]:
+    return {("redirect", address) for address in addresses}
+
+
+def made(wanted: Config, state: Sight | None = None, before: Snapshot | None = None) -> Core:
+    return Core(build(wanted, state or sight(wanted), before))
+
+
+@pytest.fixture(params=[False, True], ids=["in this order", "in the other order"])
+def order(request):
+    """Which of two services is named first must not matter."""
+    return (lambda *services: services[::-1]) if request.param else (lambda *services: services)
+
+
+def test_each_service_goes_by_its_own_entry(order):
+    """Dead, drained, weightless or without CR in one service is nothing to another."""
+    for odd, kinds in (
+        (Backend(A, state=State.DEAD), redirected(B)),
+        (Backend(A, state=State.DRAIN), redirected(B)),
+        (Backend(A, weight=0), redirected(B)),
+        (Backend(A, cr=False), {*redirected(B), ("fallback", A.packed[-1])}),
+    ):
+        web = Service(WEB, (Backend(A), Backend(B)))
+        mail = Service(MAIL, (odd, Backend(B)))
+        core = made(config(*order(web, mail)))
+        assert all_of(core, WEB).keys() == redirected(A, B)
+        assert all_of(core, MAIL).keys() == kinds
+
+
+def test_the_same_under_a_policy(order):
+    for policy in ("round-robin", lambda batch, backends: np.zeros(len(batch), np.intp)):
+        web = Service(WEB, (Backend(A), Backend(B)), policy=policy)
+        mail = Service(MAIL, (Backend(A, cr=False), Backend(B)), policy=policy)
+        snapshot = build(config(*order(web, mail)), sight(config(*order(web, mail))))
+        if policy == "round-robin":
+            core = Core(snapshot)
+            assert all_of(core, WEB).keys() == redirected(A, B)
+            assert all_of(core, MAIL).keys() == redirected(B)
+        else:
+            asked = {a.vip: a.backends.addresses for a in snapshot.custom.values()}
+            assert asked == {WEB: (A, B), MAIL: (B,)}
+
+
+@pytest.mark.parametrize("on_dead", OnDead)
+def test_what_a_dead_backend_had(order, on_dead):
+    """Only the service that calls it dead ends its connections."""
+    first = config(*order(Service(WEB, (Backend(A),), Mode.NEVER), Service(MAIL, (Backend(A),), Mode.NEVER)))
+    core = made(first)
+    for vip in (WEB, MAIL):
+        assert core.send(vip, 4000) == ("fallback", 11)
+    second = config(
+        *order(
+            Service(WEB, (Backend(A), Backend(B)), Mode.NEVER),
+            Service(MAIL, (Backend(A, state=State.DEAD), Backend(B)), Mode.NEVER, on_dead=on_dead),
+        )
+    )
+    core.look(build(second, sight(second)))
+    assert core.send(WEB, 4000, "A") == ("fallback", 11)
+    assert core.send(MAIL, 4000, "A") == (("fallback", 12) if on_dead is OnDead.REASSIGN else ("reset", None))
+
+
+def test_removed_here_and_dead_there(order):
+    """A service from which a backend was removed keeps what it has there, whatever another one says of it."""
+    web, mail = Service(WEB, (Backend(A),), Mode.NEVER), Service(MAIL, (Backend(A),), Mode.NEVER)
+    core = made(config(*order(web, mail)))
+    core.send(WEB, 4000)
+    after = config(
+        *order(replace(web, backends=(Backend(B),)), replace(mail, backends=(Backend(A, state=State.DEAD),)))
+    )
+    state = sight(after)
+    ids = {A: 0, B: 1}
+    core.look(build(after, replace(state, backends=ids)))
+    assert core.send(WEB, 4000, "A") == ("fallback", 11)
+    assert core.send(WEB, 4001) == ("fallback", 12)
+
+
+def test_a_removed_backend_keeps_its_flows():
+    core = made(config(Service(WEB, (Backend(A),), Mode.NEVER)))
+    core.send(WEB, 4000)
+    after = config(Service(WEB, (Backend(B),), Mode.NEVER))
+    state = sight(after)
+    hops = {**state.hops, A: hop(A)}
+    core.look(build(after, replace(state, backends={A: 0, B: 1}, hops=hops)))
+    assert core.send(WEB, 4000, "A") == ("fallback", 11)
+    assert core.send(WEB, 4001) == ("fallback", 12)
+    # and when its id has been given to another backend, with no flow left, that one gets its own packets only
+    core.look(build(after, replace(state, backends={B: 1, C: 0}, hops=hops)))
+    assert core.send(WEB, 4001, "A") == ("fallback", 12)
+
+
+def test_states_of_next_hops():
+    wanted = config(Service(WEB, (Backend(A), Backend(B), Backend(C))))
+    state = sight(wanted)
+    for lost in (NextHop(HopState.UNRESOLVED, "it does not answer"), NextHop(HopState.NO_ROUTE), None):
+        hops = {a: h for a, h in {**state.hops, B: lost}.items() if h}
+        assert all_of(made(wanted, replace(state, hops=hops)), WEB).keys() == redirected(A, C)
+    # Who is back has its slots again, and nobody else's connections moved.
+    whole, part = (
+        {port: made(wanted, replace(state, hops=hops)).send(WEB, port) for port in range(2000, 2100)}
+        for hops in (state.hops, {a: h for a, h in state.hops.items() if a != B})
+    )
+    assert all(part[port] == found for port, found in whole.items() if found != ("redirect", B))
+    nobody = replace(state, hops={})
+    assert all_of(made(wanted, nobody), WEB).keys() == {("dropped", None)}
+    assert all_of(made(config()), WEB).keys() == {("dropped", None)}
+
+
+def test_behind_a_gateway():
+    """The fallback's way is a tunnel there, and none by MAC address."""
+    wanted = config(Service(WEB, (Backend(A),), Mode.NEVER))
+    state = replace(sight(wanted), hops={A: hop(A, gateway=ip_address("10.0.0.254"))})
+    assert made(wanted, state).send(WEB, 4000) == ("redirect", A)  # the outer header names the backend
+    assert made(
+        config(
+            Service(WEB, (Backend(A),)),
+        ),
+        state,
+    ).send(WEB, 4000) == ("redirect", A)
+
+
+def test_warming_up():
+    """``at`` alone says how far a weight has risen."""
+    service = Service(WEB, (Backend(A), Backend(B)), slow_start=100.0)
+    wanted = config(service, table_size=6151)
+    state = sight(wanted)
+    state.balance.begin(service, B, 1000.0)
+    shares = []
+    for at in (1000.0, 1050.0, 1099.0, 1100.0):
+        snapshot = build(wanted, replace(state, at=at))
+        (table,) = snapshot.tables.values()
+        shares.append(float(np.mean(table == 1)))
+        snapshot.free()
+    assert shares == sorted(shares)
+    assert shares[0] < 0.12 and 0.3 < shares[1] < 0.37 and 0.45 < shares[2] < shares[3] == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_the_next_one_shares():
+    """Tables and pools of the same members are the same objects, so that schedules go on; others are not."""
+    services = (Service(WEB, (Backend(A), Backend(B)), policy="round-robin"), Service(MAIL, (Backend(A), Backend(B))))
+    wanted = config(*services)
+    state = sight(wanted)
+    one = build(wanted, state)
+    assert len(one.tables) == 1  # two services of the same backends
+    two = build(wanted, state, one)
+    assert two.pools[WEB][1] is one.pools[WEB][1]
+    assert [id(t) for t in two.tables.values()] == [id(t) for t in one.tables.values()]
+    heavier = config(replace(services[0], backends=(Backend(A, 2), Backend(B))), services[1])
+    three = build(heavier, state, two)
+    assert three.pools[WEB][1] is not one.pools[WEB][1]
+    # An id that has become another's makes another pool, though the addresses are the same.
+    four = build(wanted, replace(state, backends={A: 1, B: 0}), two)
+    assert four.pools[WEB][1] is not one.pools[WEB][1]
+    for snapshot in (one, two, three, four):
+        snapshot.free()
+        snapshot.free()  # once more does no harm
+
+
+STATES = st.sampled_from(State)
+MEMBERS = st.dictionaries(
+    st.integers(1, 5), st.tuples(st.integers(0, 3), st.booleans(), STATES), min_size=1, max_size=5
+)
+
+
+@given(members=st.lists(MEMBERS, min_size=1, max_size=3), lost=st.sets(st.integers(1, 5)))
+def test_any_state(members, lost):
+    """Who gets new connections, and how, by the words of the configuration alone."""
+    services = tuple(
+        Service(
+            Vip(WEB.address, 80 + i),
+            tuple(Backend(ip_address(f"10.0.0.{n}"), w, cr, s) for n, (w, cr, s) in sorted(own.items())),
+        )
+        for i, own in enumerate(members)
+    )
+    wanted = config(*services)
+    state = sight(wanted)
+    state = replace(state, hops={a: h for a, h in state.hops.items() if a.packed[-1] not in lost})
+    core = made(wanted, state)
+    for service in services:
+        serving = [b for b in service.backends if b.weight and b.state is State.UP and b.address.packed[-1] not in lost]
+        expected = {("redirect", b.address) if b.cr else ("fallback", b.address.packed[-1]) for b in serving}
+        assert all_of(core, service.vip, range(3000, 3100)).keys() <= (expected or {("dropped", None)})
