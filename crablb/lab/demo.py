@@ -140,15 +140,24 @@ def start_serve(
     what: list[str] | None = None,
     config: Path | None = None,
     node: Node | None = None,
+    program: list[str] | None = None,
 ) -> subprocess.Popen[str]:
-    """``crablb serve`` in the load balancer's node, or another; on return it serves ``what``, or what the file says."""
+    """``crablb serve`` in the load balancer's node, or another; on return it serves ``what``, or what the file says.
+
+    ``program``: what stands for ``crablb``.
+    """
     arguments = [part for s in (what or services(lab)) for part in ("--service", s)]
     if config:
         arguments = ["--config", str(config)]
     log = folder / "serve.log"
     with notify_socket(folder) as (path, wait), open(log, "a") as stderr:
         child = (node or lab.lb).popen(
-            *crablb("serve", "--iface", "eth0", *arguments, *more),
+            *(program or crablb()),
+            "serve",
+            "--iface",
+            "eth0",
+            *arguments,
+            *more,
             stderr=stderr,
             env={**os.environ, "NOTIFY_SOCKET": path},
         )

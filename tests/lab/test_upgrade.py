@@ -1,0 +1,78 @@
+"""Daemons of before: what one leaves behind when it is killed, the one of today takes over."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from crablb.kernel import bpf
+from crablb.lab import VIP4
+from tests.helpers.namespaces import inside
+from tests.helpers.processes import ROOT, exchange
+from tests.helpers.world import World, status
+
+#: The first revision whose pins, maps and numbers mean what they mean today.
+OLD = "98157ce405a8f6c225595363775366e3dcd4096d"
+SERVICE = f"tcp://{VIP4}:80=10.0.0.11,10.0.0.12,10.0.0.13"
+
+
+@pytest.fixture(scope="session")
+def old(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """``crablb`` of then, compiled here."""
+    if subprocess.run(["git", "cat-file", "-e", OLD], cwd=ROOT, capture_output=True, check=False).returncode:
+        pytest.skip(f"the history is not here (a shallow clone?): git fetch --unshallow brings revision {OLD}")
+    source = tmp_path_factory.mktemp("old")
+    archive = subprocess.run(["git", "archive", OLD], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "x", "-C", source], input=archive, check=True)
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    # From its own folder, so that today's is not found first.
+    return ["env", "-C", str(source), sys.executable, "-m", "crablb"]
+
+
+def attached(world: World) -> int:
+    """The id of the XDP program on the load balancer's interface."""
+    with inside(world.lab.lb.netns):
+        return bpf.xdp_program(socket.if_nametoindex("eth0"))[0]
+
+
+def test_a_daemon_of_before_is_taken_over(make_world: Callable[..., World], old: list[str]):
+    """Its flows go on while it is dead and when it has been replaced, also those to a backend that is no more."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    first = world.serve("--ack-bypass", "on", what=[SERVICE], program=old)
+    assert f"process {first.pid}" in world.lab.lb.run(*old, "status", "--iface", "eth0").stdout
+    held = world.python(world.lab.client, "hold_many", str(VIP4), "80", "60", ready=True)
+    assert exchange(held, "one") == "60"
+    first.kill()
+    first.wait()
+    assert exchange(held, "two") == "60"
+    before = attached(world)
+    world.serve("--ack-bypass", "on", what=[SERVICE.replace("10.0.0.11,", "")])
+    log = (world.folder / "serve.log").read_text()
+    assert "took over from a load balancer that had died" in log
+    assert '"flows": 60' in log
+    assert attached(world) not in (0, before)
+    assert exchange(held, "three") == "60"
+    now = status(world.lab)
+    assert now["flows"] == 60
+    assert {world.echo(VIP4, "10")["server"] for _ in range(6)} <= {"server2", "server3"}
+
+
+def test_and_takes_over_in_its_turn(make_world: Callable[..., World], old: list[str]):
+    """Who goes back to the version before loses nothing either."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    first = world.serve("--ack-bypass", "on", what=[SERVICE])
+    held = world.python(world.lab.client, "hold_many", str(VIP4), "80", "30", ready=True)
+    assert exchange(held, "one") == "30"
+    first.kill()
+    first.wait()
+    world.serve("--ack-bypass", "on", what=[SERVICE], program=old)
+    assert '"flows": 30' in (world.folder / "serve.log").read_text()
+    assert exchange(held, "two") == "30"

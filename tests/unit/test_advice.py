@@ -1,0 +1,109 @@
+"""What an operator is told, from states alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from crablb.control import advice
+from crablb.control.advice import Advice, Adviser
+from crablb.dataplane.events import Event, HopsChanged, Started, Swept
+from crablb.dataplane.statistics import DAEMON_COUNTERS
+from crablb.kernel.netlink import HopState, NextHop
+from crablb.model import Backend, Config, Fallback, Service, Vip
+
+A, B = ip_address("10.0.0.11"), ip_address("fd00::11")
+UP = NextHop(HopState.RESOLVED, "", 1, None, b"\2\0\0\0\0\1", b"\2\0\0\0\0\2", None, 1500)
+SILENT = NextHop(HopState.UNRESOLVED, "10.0.0.11 does not answer on eth0")
+WEB6 = Vip(ip_address("fd00::100"), 80)
+
+
+def texts(found) -> list[tuple[str, str | None]]:
+    return [(a.text, a.counter) for a in found]
+
+
+def test_backends_that_come_and_go():
+    assert texts(advice.unusable({A: UP, B: SILENT})) == [("backend not usable yet", None)]
+    assert texts(advice.moved({}, {A: UP})) == [("backend reachable", None)]
+    assert texts(advice.moved({A: UP}, {A: SILENT})) == [("backend unreachable", "backends_lost")]
+    assert texts(advice.moved({}, {A: SILENT})) == [("backend not usable yet", None)]
+    assert texts(advice.moved({A: SILENT}, {A: NextHop(HopState.NO_ROUTE)})) == []  # it was said already
+    (reachable,) = advice.moved({}, {A: UP})
+    assert reachable == Advice("info", "backend reachable", {"backend": "10.0.0.11", "mac": "02:00:00:00:00:01"})
+
+
+@pytest.mark.parametrize(
+    ("backend", "fallback", "gateway", "mtu", "told"),
+    [
+        (B, Fallback.DSR_IPIP, None, 1500, False),
+        (B, Fallback.DSR_IPIP, None, 1320, False),  # 1,280 and an IPv6 header
+        (B, Fallback.DSR_IPIP, None, 1319, True),
+        (A, Fallback.DSR_IPIP, None, 1300, False),  # 1,280 and an IPv4 header
+        (A, Fallback.DSR_IPIP, None, 1299, True),
+        (B, Fallback.AUTO, None, 1300, False),  # by MAC address: no tunnel
+        (B, Fallback.AUTO, ip_address("fd00::1"), 1300, True),
+        (B, Fallback.DSR_L2, ip_address("fd00::1"), 1300, False),
+    ],
+)
+def test_narrow_tunnels(backend, fallback, gateway, mtu, told):
+    config = Config(("eth0",), (Service(WEB6, (Backend(backend),), fallback=fallback),))
+    hops = {backend: replace(UP, gateway=gateway, mtu=mtu)}
+    assert texts(advice.narrow_tunnels(config, hops)) == told * [
+        ("clients that are not redirected may stall", "narrow_tunnels")
+    ]
+    assert not list(advice.narrow_tunnels(config, {backend: SILENT}))
+    assert not list(advice.narrow_tunnels(config, {}))
+
+
+def test_who_is_not_reached():
+    hops = {A: UP, B: UP, ip_address("10.0.0.12"): SILENT}
+    (told,) = advice.unreached(hops, {B})
+    assert told.facts["backend"] == "10.0.0.11"
+    assert "interface lo takes no packets" in told.facts["reason"]
+    gone = replace(UP, ifindex=2**31 - 1)
+    assert not list(advice.unreached({A: gone}, set()))
+
+
+def test_full_tables():
+    assert not list(advice.full(flows=900, refused=0, room=1000))
+    assert texts(advice.full(flows=901, refused=3, room=1000)) == [
+        ("as many flows as `flows` allows, nearly; some may be left to user space", "flows_nearly_full"),
+        ("a worker's flow cache had no room for connections; they are decided by the hash alone", "cache_full"),
+    ]
+
+
+class Engine:
+    """What an adviser sees of one."""
+
+    bypass = True
+    reached = frozenset()
+    config = Config(("eth0",), (Service(WEB6, (Backend(B),), fallback=Fallback.DSR_IPIP),), flows=100)
+
+    def __init__(self) -> None:
+        self.hops = {B: replace(UP, mtu=1280)}
+        self.counted: list[str] = []
+
+    def count(self, what: str) -> None:
+        assert what in DAEMON_COUNTERS
+        self.counted.append(what)
+
+
+def test_when_what_is_told():
+    engine = Engine()
+    adviser = Adviser(engine)  # type: ignore[arg-type]
+
+    def told(notice) -> list[str]:
+        engine.counted.clear()
+        adviser.hear(notice)
+        return engine.counted
+
+    assert told(Started()) == ["narrow_tunnels"]
+    assert told(HopsChanged({B: UP}, {B: SILENT})) == ["backends_lost", "narrow_tunnels"]  # what is known of its MTU
+    same = engine.hops[B]
+    assert told(HopsChanged({B: same}, {B: replace(same, dst_mac=b"\2\0\0\0\0\3")})) == []
+    assert told(Swept(flows=99, refused=1)) == ["flows_nearly_full", "cache_full"]
+    assert told(Swept(flows=1, refused=0)) == []
+    assert told(Event("server-silent", B)) == ["reports_silent"]
+    assert told(Event("changed")) == []
