@@ -2,6 +2,7 @@
 #   make demo    real connections through the load balancer, in a network of namespaces
 #   make test    every test
 # And
+#   make man     manual pages, into build/man
 #   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
 
@@ -20,7 +21,7 @@ BENCH_PACKAGES := haproxy libnginx-mod-stream wrk valgrind
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo test bench lint c-test clean help
+.PHONY: demo test bench man lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -32,6 +33,9 @@ test: $(STAMPS)/tested-tools c-test lint
 
 bench: $(STAMPS)/bench-tools
 	@$(SUDO) $(VENV)/bin/crablb bench $(ARGS)
+
+man: $(STAMPS)/man-tools
+	@$(VENV)/bin/python docs/manpages.py build/man
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages
@@ -77,6 +81,11 @@ $(STAMPS)/built: $(SOURCES) $(STAMPS)/packages $(VENV)/bin/python
 $(STAMPS)/bench-tools: $(STAMPS)/built $(STAMPS)/bench-packages
 	@echo "==> installing the benchmarks' tools into $(VENV)"
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
+$(STAMPS)/man-tools: $(STAMPS)/built
+	@echo "==> installing what makes manual pages into $(VENV)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[man]'
 	@touch $@
 
 $(STAMPS)/tested-tools: $(STAMPS)/bench-tools

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
-from functools import cache
 from typing import Any
 
 from crablb import values
@@ -410,10 +409,14 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 
-@cache
+_OF: dict[type, tuple[Option, ...]] = {
+    scope: tuple(option for option in OPTIONS if option.scope is scope) for scope in (Config, Service, Backend)
+}
+
+
 def of(scope: type) -> tuple[Option, ...]:
     """The options of a scope, in the order of the table."""
-    return tuple(option for option in OPTIONS if option.scope is scope)
+    return _OF[scope]
 
 
 def fixed_fields() -> tuple[str, ...]:

@@ -11,10 +11,72 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import NoReturn
 
-from crablb.errors import CrablbError
+from crablb.errors import ConfigError, CrablbError
+from crablb.values import near
 
-COMMANDS = ("serve", "status", "agent", "key", "lab", "demo", "bench")
+COMMANDS = ("serve", "status", "agent", "config", "key", "lab", "demo", "bench", "completion")
+
+
+class Parser(argparse.ArgumentParser):
+    """What is wrong with arguments is told as everything else is: in a line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"crablb {version('crablb')}")
+        except PackageNotFoundError:
+            raise CrablbError(
+                "crablb is not installed, so its version is not known; install it: pip install ."
+            ) from None
+        parser.exit()
+
+
+def make_parser(names: Sequence[str] = COMMANDS) -> Parser:
+    """The parser of these commands."""
+    parser = Parser(prog="crablb", description="Layer-4 load balancing by connection redirection, over AF_XDP.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show crablb's version and exit")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name in names:
+        import_module(f"crablb.cli.{name}").add_parser(commands)
+    for each in parsers(parser):
+        for action in each._actions:
+            # ArgumentDefaultsHelpFormatter would show None and False as well, and be of no use to manual pages.
+            shown = action.default not in (None, False, [], argparse.SUPPRESS)
+            if shown and action.help and "default:" not in action.help:
+                action.help += " (default: %(default)s)"
+    return parser
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """It, and those of its commands, and of theirs."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from parsers(each)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises :class:`ConfigError`."""
+    names = argv[:1] if argv and argv[0] in COMMANDS else [] if list(argv) == ["--version"] else COMMANDS
+    parser = make_parser(names)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = tuple(flag for each in parsers(parser) for action in each._actions for flag in action.option_strings)
+        flags = [word for word in unknown if word.startswith("-")] or unknown
+        see = f"see {' '.join(['crablb', *names])} --help"
+        raise ConfigError([f"unknown argument {word!r}; {near(word, known, see)}" for word in flags])
+    return args
 
 
 @contextmanager
@@ -33,15 +95,8 @@ def _terminable() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 for anything that the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="crablb", description="Layer-4 load balancing by connection redirection, over AF_XDP."
-    )
-    argv = sys.argv[1:] if argv is None else argv
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in argv[:1] if argv and argv[0] in COMMANDS else COMMANDS:
-        import_module(f"crablb.cli.{command}").add_parser(commands)
-    args = parser.parse_args(argv)
     try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
         with _terminable():
             return int(args.run(args))
     except CrablbError as error:

@@ -20,14 +20,14 @@ from crablb.control.notify import notify
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf
 from crablb.model import OptionForm
-from crablb.selection.reports import read_key
+from crablb.values import parse_interface, read_key
 
 ROLES: dict[str, type[Agent]] = {"client": ClientAgent, "server": ServerAgent}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("agent", help="the endpoints: on servers and on clients")
-    roles = parser.add_subparsers(required=True, metavar="ROLE")
+    roles = parser.add_subparsers(title="roles", required=True, metavar="ROLE")
 
     server = roles.add_parser("server", help="answer redirected connections")
     client = roles.add_parser("client", help="offer redirection, and take it up")
@@ -53,7 +53,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="PREFIX",
         help="where backends may be; repeatable",
     )
-    client.add_argument("--option", default="crab", choices=[f.value for f in OptionForm])
+    client.add_argument(
+        "--option", default="crab", choices=[f.value for f in OptionForm], help="the form of the CR option"
+    )
     server.add_argument(
         "--dsr",
         action="store_true",
@@ -89,17 +91,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     client.set_defaults(run=run_client)
 
     status = roles.add_parser("status", help="what runs in this network namespace")
-    status.add_argument("--json", action="store_true")
+    status.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     status.set_defaults(run=run_status)
     remove = roles.add_parser("remove", help="take agents out of the kernel")
-    remove.add_argument("role", nargs="?", choices=sorted(ROLES), help="default: both")
+    remove.add_argument("role", nargs="?", choices=sorted(ROLES), help="which (default: both)")
     remove.set_defaults(run=run_remove)
 
 
 def _parse_all(args: argparse.Namespace) -> tuple[list[object], list[object]]:
     problems: list[str] = []
-    parsed: dict[str, list[object]] = {"vip": [], "backends": []}
-    for name, parse in (("vip", parse_vip), ("backends", parse_prefix)):
+    parsed: dict[str, list[object]] = {"vip": [], "backends": [], "interface": []}
+    for name, parse in (("vip", parse_vip), ("backends", parse_prefix), ("interface", parse_interface)):
         for text in getattr(args, name, []):
             try:
                 parsed[name].append(parse(text))
@@ -124,8 +126,8 @@ def run_server(args: argparse.Namespace) -> int:
 
 def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[None]]:
     """A context in which reports are sent.  Raises :class:`ConfigError`."""
-    if not args.report:
-        extra = [name for name in ("report_key", "report_as", "report_figure") if getattr(args, name)]
+    if args.report is None:
+        extra = [name for name in ("report_key", "report_as", "report_figure") if getattr(args, name) is not None]
         if extra:
             flags = ", ".join("--" + name.replace("_", "-") for name in extra)
             raise ConfigError(f"{flags}: of use with --report only")
@@ -133,13 +135,13 @@ def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[
     problems = []
     if args.detach:
         problems.append("--report needs a process; leave out --detach")
-    if not args.report_key:
+    if args.report_key is None:
         problems.append("--report needs --report-key FILE (made where the master key is: crablb key backend ADDRESS)")
     if problems:
         raise ConfigError(problems)
     targets = [parse_endpoint(text.strip()) for text in args.report.split(",")]
     key = read_key(args.report_key)
-    backend = parse_backend(args.report_as).address if args.report_as else None
+    backend = parse_backend(args.report_as).address if args.report_as is not None else None
     figure = Path(args.report_figure) if args.report_figure else None
 
     @contextmanager

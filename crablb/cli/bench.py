@@ -25,15 +25,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         const="tiny",
         help="only to see that all of it runs: figures mean nothing",
     )
-    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument(
+        "--suite", action="append", default=[], metavar="NAME", help="only this one; repeatable (default: all)"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the report goes (default: a new one in bench/results)"
     )
     parser.set_defaults(run=run, size="full")
-    more = parser.add_subparsers(metavar="compare A B")
+    more = parser.add_subparsers(title="commands", metavar="compare A B")
     compare = more.add_parser("compare", help="two runs side by side")
     compare.add_argument("a", type=Path, metavar="A", help="a results.json, or its folder")
-    compare.add_argument("b", type=Path, metavar="B")
+    compare.add_argument("b", type=Path, metavar="B", help="another")
     compare.set_defaults(run=run_compare)
 
 

@@ -12,7 +12,7 @@ from crablb.lab.demo import Demo, Report
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("demo", help="real connections through the load balancer, in a lab")
-    parser.add_argument("--topology", default="bridge", choices=["bridge", "routed"])
+    parser.add_argument("--topology", default="bridge", choices=["bridge", "routed"], help="of the lab")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
     parser.add_argument("--keep", action="store_true", help="leave the lab (crablb lab down --name demo)")
     parser.set_defaults(run=run)

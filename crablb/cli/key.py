@@ -11,11 +11,11 @@ from crablb.selection.reports import derive, read_key
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("key", help="keys for the servers' reports")
-    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    kinds = parser.add_subparsers(title="keys", required=True, metavar="WHAT")
     new = kinds.add_parser("new", help="print a new master key, for the load balancers")
     new.set_defaults(run=run_new)
     backend = kinds.add_parser("backend", help="print the key of one backend, for its agent")
-    backend.add_argument("address", help="the backend's address")
+    backend.add_argument("address", metavar="ADDRESS", help="the backend's address")
     backend.add_argument("--master", metavar="FILE", required=True, help="the load balancers' key")
     backend.set_defaults(run=run_backend)
 

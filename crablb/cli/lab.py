@@ -11,28 +11,32 @@ from crablb.lab import VIP4, VIP6, Lab, existing
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("lab", help="networks of namespaces to try crablb in")
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
 
     up = actions.add_parser("up", help="make a lab")
-    up.add_argument("--topology", default="bridge", choices=["bridge", "routed"])
-    up.add_argument("--servers", type=int, default=3)
+    up.add_argument(
+        "--topology", default="bridge", choices=["bridge", "routed"], help="one segment, or three subnets and a router"
+    )
+    up.add_argument("--servers", type=int, default=3, metavar="N", help="how many")
     up.add_argument("--no-offload", action="store_true", help="no checksum or segmentation offload")
     up.set_defaults(run=run_up)
 
     down = actions.add_parser("down", help="remove a lab and end what runs in it")
-    down.add_argument("--all", action="store_true")
+    down.add_argument("--all", action="store_true", help="every lab")
     down.set_defaults(run=run_down)
 
     status = actions.add_parser("status", help="the labs there are, their nodes and processes")
     status.set_defaults(run=run_status)
 
     execute = actions.add_parser("exec", help="run a command in a node: exec client -- curl ...")
-    execute.add_argument("node")
-    execute.add_argument("command", nargs=argparse.REMAINDER)
+    execute.add_argument("node", metavar="NODE", help="client, lb, server1, ...")
+    execute.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="with its arguments (default: a shell)"
+    )
     execute.set_defaults(run=run_exec)
 
     for action in (up, down, execute):
-        action.add_argument("--name", default="lab", help="default: lab")
+        action.add_argument("--name", default="lab", help="of the lab")
 
 
 def _require_root() -> None:

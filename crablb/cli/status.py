@@ -9,17 +9,20 @@ from crablb.dataplane import statistics
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.interface import interface_info
+from crablb.values import parse_interface
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("status", help="counters of the load balancer on an interface")
-    parser.add_argument("--iface", "--interface", dest="interface", metavar="IF", required=True)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--iface", "--interface", dest="interface", metavar="IF", required=True, help="one that is served"
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    interface = interface_info(args.interface)
+    interface = interface_info(parse_interface(args.interface))
     folder = pins.folder(f"lb-{args.interface}")
     try:
         counters = statistics.read_pinned(folder)

@@ -1,0 +1,84 @@
+"""What the table of options says to people: the reference, and an example of a configuration file."""
+
+from __future__ import annotations
+
+import textwrap
+
+from crablb.model import Backend, Config, Service
+from crablb.options import Option, Scope, of, toml
+
+__all__ = ["example", "reference"]
+
+_HEADINGS: dict[Scope, tuple[str, str]] = {
+    Config: ("The load balancer", "In front of the first `[[service]]`; as arguments, beside `--service`."),
+    Service: ("A service", "In each `[[service]]`; as arguments, for all services that are given by `--service`."),
+    Backend: (
+        "A backend",
+        'In `backends`, as a string, `"10.0.0.12"` or with a weight `"10.0.0.12*3"`, or as a table,'
+        ' `{ address = "10.0.0.13", weight = 2, cr = false }`.',
+    ),
+}
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _row(option: Option) -> str:
+    value = "" if option.kind.metavar.startswith("{") else f" {option.kind.metavar}"
+    flags = ", ".join(f"`{flag}{value}`" for flag in option.flags) or f"none: {option.no_flag}"
+    default = f"`{option.default_words}`" if option.default_words and not option.unset else option.unset or "required"
+    cells = [f"`{option.name}`", flags, option.kind.says, default, "yes" if option.reload else "no", option.help]
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def reference() -> str:
+    """docs/reference.md."""
+    parts = [
+        "# Reference of the options",
+        "Every option of `crablb serve`: its key in a configuration file ([configuration.md](configuration.md)), its"
+        " argument on the command line, and whether SIGHUP can change it. This page is printed by `crablb config"
+        " reference`, a file with all of them by `crablb config example`.",
+    ]
+    for scope, (heading, where) in _HEADINGS.items():
+        rows = ["| key | argument | values | default | reload | |", "|---|---|---|---|---|---|", *map(_row, of(scope))]
+        parts += [f"## {heading}", where, "\n".join(rows)]
+    return "\n\n".join("\n".join(textwrap.wrap(p, 120)) if p[0] not in "|#" else p for p in parts) + "\n"
+
+
+def _explained(option: Option) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(option.explained, 100, break_on_hyphens=False)]
+
+
+def example() -> str:
+    """A configuration file that is accepted as it is: what must be there, and all else with a # in front of it."""
+    lines = [
+        "# A configuration of crablb serve.  What has a # straight in front of it is an example: remove the #.",
+        "",
+    ]
+    for option in of(Config):
+        if not option.kind.nested:
+            lines += [*_explained(option), f"{'' if option.missing else '#'}{option.name} = {toml(option.example)}", ""]
+    lines.append("[[service]]")
+    for option in of(Service):
+        lines += _explained(option)
+        if option.kind.nested:
+            lines += _backends()
+        else:
+            lines.append(f"{'' if option.missing else '#'}{option.name} = {toml(option.example)}")
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _backends() -> list[str]:
+    keys = [option for option in of(Backend) if option.name != "address"]
+    notes = [f"    # {option.name}: {option.explained}" for option in keys]
+    table = ", ".join(f"{o.name} = {toml(o.example)}" for o in keys)
+    return [
+        "backends = [",
+        '    "10.0.0.11",',
+        '    "10.0.0.12*3",',
+        *notes,
+        f'    {{ address = "10.0.0.13", {table} }},',
+        "]",
+    ]

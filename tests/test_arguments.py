@@ -1,0 +1,248 @@
+"""The commands' arguments: help, completions and manual pages of all of them, and what is typed wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crablb.cli import COMMANDS, main, make_parser, parsers
+from crablb.options import OPTIONS
+from docs.manpages import write
+from tests.conftest import ROOT
+
+ALL = list(parsers(make_parser()))
+
+
+def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a command that is given wrong arguments says."""
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [a for a in parser._actions if not isinstance(a, argparse._HelpAction | argparse._SubParsersAction)]
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("parser", ALL, ids=lambda parser: parser.prog.replace(" ", "-"))
+@pytest.mark.parametrize("columns", ["30", "80", "1000"])
+def test_help(parser, columns, monkeypatch):
+    """Of any width; every argument is explained, and every default is told."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = " ".join(parser.format_help().split())
+    assert shown.startswith(f"usage: {parser.prog}")
+    for action in actions(parser):
+        assert action.help, action.dest
+        assert all(flag in shown for flag in action.option_strings)
+        if columns == "1000" and action.default not in (None, False, [], argparse.SUPPRESS):
+            assert f"default: {action.default}" in shown
+
+
+def test_the_help_of_serve_tells_every_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in OPTIONS:
+        if option.flags and option.default_words:
+            assert f"default: {option.default_words})" in option.explained
+            assert option.explained in shown
+
+
+def test_version():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from crablb.cli import main; main(['--version'])"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout == f"crablb {importlib.metadata.version('crablb')}\n"
+
+
+def test_the_version_needs_nothing_compiled():
+    """It is what somebody whose crablb does not start is asked for."""
+    code = "import sys; sys.modules['crablb._native'] = None; from crablb.cli import main; main(['--version'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("crablb ")
+
+
+# ---- typed wrong ----
+
+WRONG = [
+    ([], "the following arguments are required: COMMAND (see crablb --help)"),
+    (["serve", "--polcy", "random"], "unknown argument '--polcy'; did you mean --policy?"),
+    (["serve", "--frobnicate"], "unknown argument '--frobnicate'; see crablb serve --help"),
+    (["key", "new", "more"], "unknown argument 'more'; see crablb key --help"),
+    (["serve", "--iface"], "argument --iface/--interface: expected one argument (see crablb serve --help)"),
+    (["serve", "--config", ""], "'' names no file"),
+    (["status"], "the following arguments are required: --iface/--interface (see crablb status --help)"),
+    (["status", "--iface", ""], "'' is not the name of an interface (see ip link)"),
+    (["agent", "server"], "the following arguments are required: --vip (see crablb agent server --help)"),
+    (
+        ["agent", "server", "--vip", "tcp://10.0.0.100:80", "--dsr", "--interface", ""],
+        "--interface : '' is not the name of an interface (see ip link)",
+    ),
+    (
+        ["agent", "server", "--vip", "tcp://10.0.0.100:80", "--report", ""],
+        "--report needs --report-key FILE (made where the master key is: crablb key backend ADDRESS)",
+    ),
+    (
+        ["agent", "server", "--vip", "tcp://10.0.0.100:80", "--report-as", ""],
+        "--report-as: of use with --report only",
+    ),
+    (
+        ["agent", "client", "--vip", "", "--backends", "x"],
+        "--vip : '' has no protocol; write tcp://10.0.0.100:80\n"
+        "crablb: --backends x: 'x' is not a prefix (10.0.0.0/8 or fd00::/8)",
+    ),
+    (
+        ["key", "backend", "10.0.0.11", "--master", "/nowhere/key"],
+        "/nowhere/key: cannot be read: No such file or directory; make a key: crablb key new",
+    ),
+    (["config", "check", "/nowhere.toml"], "/nowhere.toml: cannot be read: No such file or directory"),
+    (["config", "check", "/proc"], "/proc: cannot be read: Is a directory"),
+    (["config", "check", "/proc/self/mem"], "/proc/self/mem: cannot be read: Input/output error"),
+    (["config", "check", "a\0b"], "'a\\x00b': cannot be read: embedded null byte"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), WRONG, ids=lambda value: "-".join(value) if isinstance(value, list) else "")
+def test_typed_wrong(args, words, capsys):
+    assert said(capsys, *args) == f"crablb: {words}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "wrong"),
+    [
+        (["srve"], "'srve'"),
+        (["serve", "--log-level", "loud"], "--log-level"),
+        (["lab", "up", "--servers", "many"], "--servers"),
+        (["demo", "--topology", "star"], "--topology"),
+        (["agent", "client", "--option", "42"], "--option"),
+        (["agent", "remove", "both"], "'both'"),
+        (["completion", "sh"], "'sh'"),
+        (["bench", "--quick", "--tiny"], "--tiny"),
+    ],
+)
+def test_what_argparse_finds_is_told_in_a_line(args, wrong, capsys):
+    """In words that differ from one Python to the next."""
+    line = said(capsys, *args)
+    assert line.startswith("crablb: ")
+    assert line.endswith(" --help)\n")
+    assert line.count("\n") == 1
+    assert wrong in line
+
+
+# ---- crablb config ----
+
+
+def test_check(tmp_path, capsys):
+    path = tmp_path / "lb.toml"
+    path.write_text('[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = ["10.0.0.11"]\n')
+    assert main(["config", "check", str(path), "--iface", "eth0"]) == 0
+    assert capsys.readouterr() == ("ok\n", "")
+    path.write_text('queues = 0\n[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = ["x"]\n')
+    assert sorted(said(capsys, "config", "check", str(path)).splitlines()) == [
+        f"crablb: {path}: interface is missing; add interface = 'eth0', or pass --iface",
+        f"crablb: {path}: queues: 0 is not a whole number from 1 to 64",
+        f"crablb: {path}: service 1 (line 2): backends[0]: 'x' is not an IP address"
+        " (a backend is written 10.0.0.1 or [fd00::1])",
+    ]
+    path.write_bytes(b"\xff\xfe")
+    assert said(capsys, "config", "check", str(path)) == f"crablb: {path}: is not UTF-8 text\n"
+
+
+# ---- completions ----
+
+COMPLETE = """
+set -eu
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+complete=$(complete -p crablb)
+function=${complete##*-F }
+"${function% crablb}" crablb "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def completed(script: Path, *words: str) -> set[str]:
+    """What bash offers for the last of these words."""
+    done = subprocess.run(["bash", "-c", COMPLETE, "bash", script, *words], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.fixture
+def completion(tmp_path, capsys):
+    """The completion script of a shell, in a file."""
+
+    def script(shell: str):
+        assert main(["completion", shell]) == 0
+        path = tmp_path / shell
+        path.write_text(capsys.readouterr().out)
+        return path
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["crablb", ""], set(COMMANDS)),
+        (["crablb", "config", ""], {"check", "example", "reference"}),
+        (["crablb", "serve", "--xdp-mode", ""], {"auto", "native", "generic"}),
+        (["crablb", "serve", "--policy", "least"], {"least-connections", "least-loaded"}),
+        (["crablb", "serve", "--iface", "lo", "--sour"], {"--source-prefix"}),
+        (["crablb", "agent", "client", "--option", ""], {"crab", "experimental"}),
+        (["crablb", "config", "check", "/proc/sel"], {"/proc/self"}),
+    ],
+)
+def test_bash_completes(completion, words, expected):
+    assert completed(completion("bash"), *words) == expected
+
+
+def test_bash_completes_interfaces(completion):
+    names = completed(completion("bash"), "crablb", "status", "--iface", "l")
+    assert "lo" in names
+    assert all(name.startswith("l") for name in names)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completions_know_every_argument(completion, shell):
+    text = completion(shell).read_text()
+    for parser in ALL:
+        for action in actions(parser):
+            # tcsh is told a flag by its name alone.
+            assert all(flag.lstrip("-") in text for flag in action.option_strings)
+
+
+def test_without_shtab(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert said(capsys, "completion", "bash") == (
+        "crablb: completions are made by shtab, which is not installed: pip install shtab\n"
+    )
+
+
+# ---- manual pages ----
+
+
+def test_manual_pages(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    pages = {path.name: path.read_text().replace("\\", "") for path in write(tmp_path)}
+    assert set(pages) == {"crablb.1", *(f"crablb-{command}.1" for command in COMMANDS)}
+    assert all(f"crablb-{command} (1)" in pages["crablb.1"] for command in COMMANDS)
+    for parser in ALL:
+        name = "-".join(parser.prog.split()[:2])
+        for action in actions(parser):
+            assert all(f"fB{flag}fR" in pages[f"{name}.1"] for flag in action.option_strings), action
+    done = subprocess.run([sys.executable, "docs/manpages.py"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (1, "usage: python docs/manpages.py FOLDER\n")
