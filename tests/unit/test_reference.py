@@ -13,7 +13,7 @@ from crablb import reference
 from crablb.config import load_config
 from crablb.model import Config, Service, State
 from crablb.options import OPTIONS, of
-from tests.conftest import ROOT
+from tests.helpers.processes import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [

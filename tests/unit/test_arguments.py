@@ -13,7 +13,7 @@ import pytest
 from crablb.cli import COMMANDS, main, make_parser, parsers
 from crablb.options import OPTIONS
 from docs.manpages import write
-from tests.conftest import ROOT
+from tests.helpers.processes import ROOT
 
 ALL = list(parsers(make_parser()))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.processes import ROOT
 
 FOLDERS = (ROOT / "native", ROOT / "bpf")
 HEADERS = sorted((ROOT / "native").glob("*.h"))

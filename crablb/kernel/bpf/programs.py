@@ -1,0 +1,175 @@
+"""BPF programs, loaded; to attach and to run them."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from crablb.kernel._libbpf import ffi, lib
+from crablb.kernel.bpf.descriptor import Descriptor, open_pin
+from crablb.kernel.bpf.errors import BpfBusyError, BpfError, check
+
+__all__ = ["Link", "Program", "TestRun", "programs", "xdp_program"]
+
+XDP_FLAGS_SKB_MODE = 1 << 1
+XDP_FLAGS_DRV_MODE = 1 << 2
+BPF_F_TEST_XDP_LIVE_FRAMES = 1 << 1  # linux/bpf.h
+
+
+@dataclass(frozen=True, slots=True)
+class TestRun:
+    """Outcome of BPF_PROG_TEST_RUN; ``duration_ns`` is the mean of one repetition."""
+
+    __test__ = False  # not a test class, whatever pytest makes of its name
+
+    retval: int
+    data: bytes
+    context: bytes
+    duration_ns: int
+
+
+class Program(Descriptor):
+    """A loaded BPF program."""
+
+    def __init__(self, fd: int, name: str = "") -> None:
+        super().__init__(fd)
+        info = self._info("bpf_prog_info")
+        self.id = int(info.id)
+        self.type = int(info.type)
+        self.name = name or bytes(ffi.string(info.name)).decode()
+
+    @classmethod
+    def from_pin(cls, path: Path | str) -> Program:
+        return cls(open_pin(path))
+
+    def run_time(self) -> tuple[int, int]:
+        """Nanoseconds that it has run, and how often, while the sysctl ``kernel.bpf_stats_enabled`` was 1."""
+        info = self._info("bpf_prog_info")
+        return int(info.run_time_ns), int(info.run_cnt)
+
+    def _link(self, target: int, attach_type: int, what: str, flags: int = 0) -> Link:
+        opts = ffi.new("struct bpf_link_create_opts *")
+        opts.sz = ffi.sizeof("struct bpf_link_create_opts")
+        opts.flags = flags
+        return Link(check(lib.bpf_link_create(self.fd, target, attach_type, opts), what))
+
+    def attach_xdp(self, ifindex: int, mode: Literal["auto", "native", "generic"] = "auto") -> Link:
+        """Attach to an interface by bpf_link; ``link.mode`` says how: "native" (in the driver) or "generic".
+
+        ``auto`` tries native first.  Raises :class:`BpfBusyError` if the interface has an XDP program.
+        """
+        modes = {"native": XDP_FLAGS_DRV_MODE, "generic": XDP_FLAGS_SKB_MODE}
+        wanted = ["native", "generic"] if mode == "auto" else [mode]
+        for name in wanted:
+            try:
+                link = self._link(ifindex, lib.BPF_XDP, f"cannot attach XDP program ({name} mode)", modes[name])
+            except BpfBusyError:
+                raise
+            except BpfError:
+                if name == wanted[-1]:
+                    raise
+                continue
+            link.mode = name
+            return link
+        raise AssertionError("unreachable")
+
+    def attach_cgroup_sockops(self, cgroup: Path | str) -> Link:
+        """Attach a sock_ops program to a cgroup v2 directory."""
+        fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return self._link(fd, lib.BPF_CGROUP_SOCK_OPS, f"cannot attach to cgroup {cgroup}")
+        finally:
+            os.close(fd)
+
+    def run_iterator(self) -> bytes:
+        """Run a BPF iterator once, to its end; returns what it printed."""
+        with self._link(0, lib.BPF_TRACE_ITER, f"cannot make iterator {self.name}") as link:
+            fd = check(lib.bpf_iter_create(link.fd), f"cannot run iterator {self.name}")
+            with os.fdopen(fd, "rb") as stream:
+                return stream.read()
+
+    def test_run(self, data: bytes = b"", *, context: bytes = b"", repeat: int = 0, room: int = 512) -> TestRun:
+        """Run the program on a packet (BPF_PROG_TEST_RUN); the result may be ``room`` bytes longer.
+
+        ``repeat`` 0 is once, and the only number that a syscall program takes.
+        """
+        out = ffi.new("uint8_t[]", len(data) + room)
+        ctx_out = ffi.new("uint8_t[]", max(len(context), 1))
+        opts = ffi.new("struct bpf_test_run_opts *")
+        opts.sz = ffi.sizeof("struct bpf_test_run_opts")
+        data_in, ctx_in = ffi.from_buffer(data), ffi.from_buffer(context)
+        opts.repeat = repeat
+        if data:
+            opts.data_in, opts.data_size_in = data_in, len(data)
+            opts.data_out, opts.data_size_out = out, len(out)
+        if context:
+            opts.ctx_in, opts.ctx_size_in = ctx_in, len(context)
+            opts.ctx_out, opts.ctx_size_out = ctx_out, len(context)
+        check(lib.bpf_prog_test_run_opts(self.fd, opts), f"cannot test-run program {self.name}")
+        return TestRun(
+            int(opts.retval),
+            bytes(ffi.buffer(out, opts.data_size_out)) if data else b"",
+            bytes(ffi.buffer(ctx_out, opts.ctx_size_out)) if context else b"",
+            int(opts.duration),
+        )
+
+    def run_live(self, data: bytes, ifindex: int, repeat: int) -> None:
+        """Run an XDP program ``repeat`` times on a packet as if it came in by an interface, and do what it returns.
+
+        Source: Documentation/bpf/bpf_prog_run.rst, "Running XDP programs in live frame mode".
+        """
+        context = struct.pack("=6I", 0, len(data), 0, ifindex, 0, 0)  # struct xdp_md
+        data_in, ctx_in = ffi.from_buffer(data), ffi.from_buffer(context)
+        opts = ffi.new("struct bpf_test_run_opts *")
+        opts.sz = ffi.sizeof("struct bpf_test_run_opts")
+        opts.repeat, opts.flags = repeat, BPF_F_TEST_XDP_LIVE_FRAMES
+        opts.data_in, opts.data_size_in = data_in, len(data)
+        opts.ctx_in, opts.ctx_size_in = ctx_in, len(context)
+        check(lib.bpf_prog_test_run_opts(self.fd, opts), f"cannot run program {self.name} on live frames")
+
+
+def programs() -> Iterator[Program]:
+    """Every program that is loaded on this machine, whoever loaded it; close them."""
+    found = ffi.new("uint32_t *")
+    while lib.bpf_prog_get_next_id(found[0], found) == 0:
+        fd = lib.bpf_prog_get_fd_by_id(found[0])
+        if fd >= 0:  # else it has been unloaded meanwhile
+            yield Program(fd)
+
+
+class Link(Descriptor):
+    """An attachment.  It ends when its last descriptor is closed, unless it is pinned."""
+
+    def __init__(self, fd: int, mode: str = "") -> None:
+        super().__init__(fd)
+        self.mode = mode
+
+    @classmethod
+    def from_pin(cls, path: Path | str) -> Link:
+        return cls(open_pin(path))
+
+    @property
+    def program_id(self) -> int:
+        return int(self._info("bpf_link_info").prog_id)
+
+    def update(self, program: Program) -> None:
+        """Replace the attached program, without a moment between the two."""
+        opts = ffi.new("struct bpf_link_update_opts *")
+        opts.sz = ffi.sizeof("struct bpf_link_update_opts")
+        check(lib.bpf_link_update(self.fd, program.fd, opts), "cannot replace the attached program")
+
+    def detach(self) -> None:
+        check(lib.bpf_link_detach(self.fd), "cannot detach")
+
+
+def xdp_program(ifindex: int) -> tuple[int, str]:
+    """Id of the XDP program on an interface (0 if there is none) and its mode, "native" or "generic"."""
+    opts = ffi.new("struct bpf_xdp_query_opts *")
+    opts.sz = ffi.sizeof("struct bpf_xdp_query_opts")
+    check(lib.bpf_xdp_query(ifindex, 0, opts), f"cannot ask interface {ifindex} for its XDP program")
+    program = int(opts.prog_id or opts.drv_prog_id or opts.skb_prog_id or opts.hw_prog_id)
+    return program, "generic" if opts.attach_mode == lib.XDP_ATTACHED_SKB else "native"
