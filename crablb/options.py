@@ -314,7 +314,8 @@ OPTIONS: tuple[Option, ...] = (
         kind=Kind(
             says="a list of prefixes", metavar="PREFIX,...", parse=values.parse_prefix, read=_commas(str), each=True
         ),
-        help="only these clients are redirected, and learn a backend's address",
+        help="only these clients are redirected, and learn a backend's address. Of the argument's prefixes a service"
+        " takes those of its address family",
         unset="all",
         example=["10.0.0.0/8"],
         reload=True,
