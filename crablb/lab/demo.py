@@ -242,10 +242,11 @@ class Demo:
     def _set_up(self) -> None:
         big = self.folder / "big"
         self.digest = make_big(big)
-        self.say("starting nginx and a server agent on each server, a client agent on the client")
+        self.say("starting a server agent and nginx on each server, a client agent on the client")
         for server in self.lab.servers:
-            start_nginx(server, self.folder / server.name, big)
+            # Before nginx: kernels older than 6.12 cannot prepare who listens already.
             start_agent(server, "server", "--dsr")
+            start_nginx(server, self.folder / server.name, big)
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
         start_agent(self.lab.client, "client", *prefixes)
         self.serve = start_serve(self.lab, self.folder)
