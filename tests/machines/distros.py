@@ -55,7 +55,7 @@ def base(distro: str, log: Path) -> Path:
     shutil.rmtree(made, ignore_errors=True)
     made.parent.mkdir(exist_ok=True)
     print(f"==> {distro}: debootstrap", flush=True)
-    arguments = ["--variant=minbase", f"--include={BASE}", f"--keyring={KEYRING}", distro, made, mirror()]
+    arguments = ["--variant=minbase", f"--include={BASE}", f"--keyring={KEYRING}", distro, str(made), mirror()]
     # Its mounts end with it.
     must(["unshare", "--mount", "--pid", "--fork", "--kill-child", "debootstrap", *filter(None, arguments)], log,
          f"make a root of {distro} by debootstrap")  # fmt: skip
@@ -134,7 +134,7 @@ def check(distro: str, commands: list[str], args: str, verdict: Verdict) -> None
             started = time.monotonic()
             log = LOGS / f"{distro}-{name}.log"
             log.unlink(missing_ok=True)
-            make = ["make", "-C", Path("/") / CLONE, name, *([f"ARGS={args}"] if args else [])]
+            make = ["make", "-C", f"/{CLONE}", name, *([f"ARGS={args}"] if args else [])]
             with own_cgroup(distro) as cgroup:
                 status = command(
                     ["unshare", "--mount", "--pid", "--cgroup", "--fork", "--kill-child", "sh", HERE / "enter.sh", root,

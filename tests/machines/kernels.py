@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -115,7 +116,7 @@ def initramfs(folder: Path, version: str, log: Path) -> Path:
     order: list[str] = []
     for module in BOOT_MODULES:
         shown = output("modprobe", "-d", tree, "-S", version, "--show-depends", module)
-        for path in (Path(line.split()[1]) for line in shown.splitlines() if line.startswith("insmod")):
+        for path in map(Path, re.findall(r"^insmod (.+?) *$", shown, re.M)):
             plain = path.name.partition(".ko")[0] + ".ko"
             if plain not in order:
                 order.append(plain)
@@ -151,8 +152,8 @@ def run(folder: Path, version: str, log: Path) -> dict[str, int]:
          "-kernel", kernel, "-initrd", archive, "-append", "console=ttyS0 quiet panic=-1 mitigations=off"],
         log,
     )  # fmt: skip
-    lines = statuses.read_text().splitlines() if statuses.exists() else []
-    return {name: int(status) for status, _, name in (line.strip().partition(" ") for line in lines)}
+    told = statuses.read_text() if statuses.exists() else ""
+    return {name: int(status) for status, name in re.findall(r"^(\d+) (.+?)\r?$", told, re.M)}
 
 
 def check(name: str, verdict: Verdict) -> None:
