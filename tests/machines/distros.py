@@ -164,7 +164,7 @@ def main() -> int:
     if output(*GIT, "-C", PROJECT, "status", "--porcelain", "--untracked-files=no"):
         print("    what is not committed is not tested")
     verdict = Verdict()
-    with alone():
+    with alone("test-distros"):
         for distro in given.distros or DISTROS:
             check(distro, given.commands.split(), given.args, verdict)
     return verdict.end()

@@ -191,7 +191,7 @@ def main() -> int:
     if os.uname().machine != "x86_64":
         raise Failed(f"these are kernels for x86_64, and this machine is {os.uname().machine}")
     verdict = Verdict()
-    with alone():
+    with alone("test-kernels"):
         for name in given:
             check(name, verdict)
     return verdict.end()

@@ -94,16 +94,16 @@ def pip_settings() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """The folder, for one run at a time; on SIGTERM and SIGHUP everything is cleaned up as on Ctrl-C."""
+def alone(what: str) -> Iterator[None]:
+    """One run of this at a time; on SIGTERM and SIGHUP everything is cleaned up as on Ctrl-C."""
     LOGS.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit("terminated"))
-    with open(FOLDER / "lock", "w") as lock:
+    with open(FOLDER / f"{what}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"{FOLDER} is in use by another run of this")
+            sys.exit(f"{what} runs already in {FOLDER}")
         try:
             yield
         except KeyboardInterrupt:
