@@ -4,6 +4,8 @@
 # And
 #   make man     manual pages, into build/man
 #   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
+#   make test-distros   those two on fresh Debian systems (DISTROS='bookworm trixie sid' COMMANDS='demo test')
+#   make test-kernels   every BPF program and the demo in Debian's kernels (KERNELS='6.1 6.12 newest'), by qemu
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
 
 SHELL := /bin/sh
@@ -13,15 +15,22 @@ STAMPS := .stamps
 # Namespaces, BPF and AF_XDP belong to root.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 ARGS ?=
+# Of test-distros and test-kernels; none: all.
+DISTROS ?=
+COMMANDS ?= demo test
+KERNELS ?=
 
 PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make pkg-config python3-dev python3-venv \
             iproute2 ethtool procps nftables nginx-light curl iperf3 tcpdump
 # What the benchmarks measure beside crablb, and with.
 BENCH_PACKAGES := haproxy libnginx-mod-stream wrk valgrind
+# What other machines are made with (tests/machines).
+DISTRO_PACKAGES := debootstrap debian-archive-keyring git
+KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zstd
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo test bench man lint c-test clean help
+.PHONY: demo test bench man test-distros test-kernels lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -36,6 +45,12 @@ bench: $(STAMPS)/bench-tools
 
 man: $(STAMPS)/man-tools
 	@$(VENV)/bin/python docs/manpages.py build/man
+
+test-distros: $(STAMPS)/distro-packages $(VENV)/bin/python
+	@$(SUDO) $(VENV)/bin/python tests/machines/distros.py --commands='$(COMMANDS)' --args='$(ARGS)' $(DISTROS)
+
+test-kernels: $(STAMPS)/built $(STAMPS)/kernel-packages
+	@$(SUDO) $(VENV)/bin/python tests/machines/kernels.py $(KERNELS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages
@@ -67,6 +82,12 @@ $(STAMPS)/packages: Makefile
 $(STAMPS)/bench-packages: Makefile
 	$(call install,$(BENCH_PACKAGES))
 
+$(STAMPS)/distro-packages: Makefile
+	$(call install,$(DISTRO_PACKAGES))
+
+$(STAMPS)/kernel-packages: Makefile
+	$(call install,$(KERNEL_PACKAGES))
+
 $(VENV)/bin/python: | $(STAMPS)/packages
 	@echo "==> making the virtual environment $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -96,3 +117,4 @@ $(STAMPS)/tested-tools: $(STAMPS)/bench-tools
 clean:
 	rm -rf $(VENV) $(STAMPS) build dist *.egg-info crablb/kernel/objects native/build bench/build
 	find crablb -name '*.so' -delete
+	[ ! -d .machines ] || $(SUDO) rm -rf .machines

@@ -220,14 +220,22 @@ struct sock_common {
     __u16 skc_num;
 } __attribute__((preserve_access_index));
 
+struct seq_file;
+
+struct bpf_iter_meta {
+    struct seq_file *seq;
+} __attribute__((preserve_access_index));
+
 struct bpf_iter__tcp {
+    struct bpf_iter_meta *meta;
     struct sock_common *sk_common;
 } __attribute__((preserve_access_index));
 
 #define TCP_LISTEN 10
-/* include/uapi/linux/bpf.h has it since Linux 6.12; older kernels answer EINVAL and old listeners stay as they are. */
+/* include/uapi/linux/bpf.h has it since Linux 6.12; older kernels answer EINVAL. */
 #define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
 
+/* What it prints: the ports (__u32, host order) of listeners that could not be prepared. */
 SEC("iter/tcp")
 int crab_arm(struct bpf_iter__tcp *ctx)
 {
@@ -244,6 +252,8 @@ int crab_arm(struct bpf_iter__tcp *ctx)
     if (!bpf_setsockopt(tp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof flags) &&
         !bpf_setsockopt(tp, SOL_TCP, TCP_SAVE_SYN, &on, sizeof on))
         count(CRAB_SERVER_ARMED);
+    else
+        bpf_seq_write(ctx->meta->seq, &port, sizeof port);
     return 0;
 }
 

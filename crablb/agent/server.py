@@ -62,9 +62,13 @@ class ServerAgent(Agent):
         with program.program("crab_server").attach_cgroup_sockops(self.cgroup) as link:
             link.pin(self.folder() / "link")
         try:
-            program.program("crab_arm").run_iterator()
+            refused = program.program("crab_arm").run_iterator()
+            ports = sorted({port for (port,) in struct.iter_unpack("=I", refused)})
+            reason = "the kernel is older than 6.12"
         except bpf.BpfError as error:
-            log.warning("servers that listen already must be restarted", reason=str(error))
+            ports, reason = sorted({vip.port for vip in self.vips}), str(error)
+        if ports:
+            log.warning("servers that listen already must be restarted", ports=ports, reason=reason)
 
     @classmethod
     def tear_down(cls, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -251,10 +252,11 @@ class Demo:
     def _set_up(self) -> None:
         big = self.folder / "big"
         self.digest = make_big(big)
-        self.say("starting nginx and a server agent on each server, a client agent on the client")
+        self.say("starting a server agent and nginx on each server, a client agent on the client")
         for server in self.lab.servers:
-            start_nginx(server, self.folder / server.name, big)
+            # Before nginx: kernels older than 6.12 cannot prepare who listens already.
             start_agent(server, "server", "--dsr")
+            start_nginx(server, self.folder / server.name, big)
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
         start_agent(self.lab.client, "client", *prefixes)
         self.serve = start_serve(self.lab, self.folder)
@@ -269,11 +271,11 @@ class Demo:
             # One process, one connection a request: the server closes.
             done = self.lab.client.run(
                 "curl", "-s", "-m", "30", "-H", "Connection: close",
-                "-w", "%{http_code} %{num_connects} %{remote_ip}\n", f"http://{host}/whoami?[1-{CONNECTIONS}]",
+                "-w", " %{http_code} %{num_connects} %{remote_ip}\n", f"http://{host}/whoami?[1-{CONNECTIONS}]",
+                check=False,
             )  # fmt: skip
-            lines = done.stdout.split("\n")
-            for name, line in zip(lines[::2], lines[1::2], strict=False):
-                code, count, peer = line.split()
+            # The server's line, and curl's; without an answer only the latter.
+            for name, code, count, peer in re.findall(r"^(\w+)\n (\d+) (\d+) (\S+)$", done.stdout, re.M):
                 if code == "200":
                     backends[name] += 1
                     connects += int(count)

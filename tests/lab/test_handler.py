@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from ipaddress import ip_address
 
 import numpy as np
@@ -70,13 +71,19 @@ def test_answers_and_failures(make_world):
         for port, function in ((8, broken), (9, nonsense), (10, too_long), (11, nothing)):
             lb.handle(Match(protocol=17, port=port), function)
 
+        listening = threading.Event()
+
         async def follow() -> None:
+            asyncio.get_running_loop().call_soon(listening.set)
             async for event in lb.events():
                 if event.kind == "handler-failed":
                     failures.append(event)
+                if len(failures) == 3:
+                    return
 
         assert lb._loop
         following = asyncio.run_coroutine_threadsafe(follow(), lb._loop)
+        assert listening.wait(10)
         sock.sendto(b"hello", (lb_address, 7))
         assert sock.recv(100) == b"hello!"
         for port in (8, 9, 10, 11):
@@ -97,7 +104,7 @@ def test_answers_and_failures(make_world):
         sock.send(b"anybody?")
         with pytest.raises(ConnectionRefusedError):
             sock.recv(100)
-        following.cancel()
+        following.result(10)
         assert lb.statistics().daemon["handler_failed"] == 3
     sock.close()
     assert [event.reason.split(": ", 2)[:2] for event in failures] == [
