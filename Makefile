@@ -38,7 +38,7 @@ demo: $(STAMPS)/built
 	@$(SUDO) $(VENV)/bin/crablb demo $(ARGS)
 
 test: $(STAMPS)/tested-tools c-test lint
-	$(SUDO) $(VENV)/bin/python -m pytest $(ARGS)
+	$(SUDO) $(VENV)/bin/python -m pytest --durations=10 $(ARGS)
 
 bench: $(STAMPS)/bench-tools
 	@$(SUDO) $(VENV)/bin/crablb bench $(ARGS)

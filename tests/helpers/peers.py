@@ -62,8 +62,7 @@ def _connect(host: str, port: str, local_port: str = "0") -> socket.socket:
     return sock
 
 
-def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> None:
-    """Send ``size`` bytes, end the sending direction, read them back, and the server's count."""
+def _echoed(host: str, port: str, size: str, local_port: str = "0") -> dict[str, object]:
     sent = os.urandom(int(size))
     with _connect(host, port, local_port) as conn:
         peer = conn.getpeername()[0]
@@ -80,7 +79,17 @@ def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> 
             got += data
         thread.join()
     tail = f"{len(sent)}\n".encode()
-    print(json.dumps({"peer": peer, "server": name, "accepted_on": address, "intact": bytes(got) == sent + tail}))
+    return {"peer": peer, "server": name, "accepted_on": address, "intact": bytes(got) == sent + tail}
+
+
+def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> None:
+    """Send ``size`` bytes, end the sending direction, read them back, and the server's count."""
+    print(json.dumps(_echoed(host, port, size, local_port)))
+
+
+def echoes(host: str, port: str, count: str) -> None:
+    """``count`` connections, one after the other, each for ten bytes."""
+    print(json.dumps([_echoed(host, port, "10") for _ in range(int(count))]))
 
 
 def hold(host: str, port: str, local_port: str = "0") -> None:

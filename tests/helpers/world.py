@@ -43,6 +43,7 @@ class World:
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.lab, self.folder = lab, folder
+        self._started: list[subprocess.Popen[str]] = []
 
     def servers(self, agents: bool = True, *, port: int = 80, dsr: bool = False) -> None:
         """Echo servers.  With ``dsr`` they have the VIPs from their agents, not from the lab."""
@@ -60,10 +61,10 @@ class World:
 
     def client(self, *more: str) -> subprocess.Popen[str]:
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
-        return start_agent(self.lab.client, "client", *prefixes, *more)
+        return self._kept(start_agent(self.lab.client, "client", *prefixes, *more))
 
     def serve(self, *more: str, **where: object) -> subprocess.Popen[str]:
-        return start_serve(self.lab, self.folder, *more, **where)  # type: ignore[arg-type]
+        return self._kept(start_serve(self.lab, self.folder, *more, **where))  # type: ignore[arg-type]
 
     def python(self, node: Node, *args: str, ready: bool = False, **more: object) -> subprocess.Popen[str]:
         """A program of tests/helpers/peers.py; with ``ready``, on return it has said so."""
@@ -74,17 +75,38 @@ class World:
 
     def program(self, node: Node, *args: str, **more: object) -> subprocess.Popen[str]:
         """Any program, spoken to by pipes."""
-        return node.popen(
+        child = node.popen(
             *args, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
         )
+        return self._kept(child)
+
+    def _kept(self, child: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        self._started.append(child)
+        return child
+
+    def end(self) -> None:
+        """End what was started, the last first."""
+        for child in reversed(self._started):
+            child.terminate()
+            child.wait()
+        self._started.clear()
 
     def echo(self, host: object, *more: str, port: int = 80, node: Node | None = None) -> dict[str, object]:
         """Connect from the client (or another node), send, compare the echo; what it saw."""
-        child = self.python(node or self.lab.client, "echo", str(host), str(port), *more)
+        seen: dict[str, object] = self._told(node or self.lab.client, "echo", str(host), str(port), *more)
+        return seen
+
+    def echoes(self, host: object, count: int) -> list[dict[str, object]]:
+        """``count`` small echoes from the client, one after the other; what each saw."""
+        seen: list[dict[str, object]] = self._told(self.lab.client, "echoes", str(host), "80", str(count))
+        assert all(one["intact"] for one in seen)
+        return seen
+
+    def _told(self, node: Node, *args: str) -> Any:
+        child = self.python(node, *args)
         out, err = child.communicate(timeout=60)
         assert child.returncode == 0, err
-        parsed: dict[str, object] = json.loads(out)
-        return parsed
+        return json.loads(out)
 
     def client_counters(self) -> dict[str, int]:
         counters: dict[str, int] = agent_status(self.lab.client)["client"]["counters"]

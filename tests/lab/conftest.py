@@ -10,6 +10,7 @@ import pytest
 
 from crablb.lab import Lab
 from tests.helpers.namespaces import unique
+from tests.helpers.standing import Standing
 from tests.helpers.world import World
 
 
@@ -34,6 +35,26 @@ def make_world(make_lab: Callable[..., Lab], tmp_path: Path) -> Callable[..., Wo
         return World(make_lab(topology, servers, offload=offload), tmp_path)
 
     return make
+
+
+@pytest.fixture(scope="package")
+def all_standing() -> Iterator[Standing]:
+    standing = Standing()
+    yield standing
+    standing.close()
+
+
+@pytest.fixture
+def standing(all_standing: Standing, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., World]]:
+    """``standing(topology="bridge", servers=1, offload=True, dsr=False)``: a world whose servers serve, and may have
+    served other tests: only for tests that end connections they make, and put back what they change in a node."""
+    failures = request.session.testsfailed
+
+    def world(topology: str = "bridge", servers: int = 1, *, offload: bool = True, dsr: bool = False) -> World:
+        return all_standing.world(tmp_path, topology, servers, offload=offload, dsr=dsr)
+
+    yield world
+    all_standing.put_back(failed=request.session.testsfailed > failures)
 
 
 @pytest.fixture

@@ -107,9 +107,8 @@ def test_serve_beside_another_xdp_program(lab, other_xdp_program):
     assert leftovers(lab) == []
 
 
-def test_serve_twice(make_world):
-    world = make_world()
-    world.servers()
+def test_serve_twice(standing):
+    world = standing()
     child = world.serve()
     done = world.lab.lb.run(*crablb("serve", "--iface", "eth0", "--service", SERVICE), check=False)
     assert done.returncode == 2

@@ -21,20 +21,18 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
 
 
-def test_by_network_in_the_lab(importable, make_world):
-    world = make_world(servers=3)
-    world.servers()
+def test_by_network_in_the_lab(importable, standing):
+    world = standing(servers=3)
     world.client()
     backends = ",".join(s.ip4 for s in world.lab.servers)
     world.serve("--policy", "by_network:choose", what=[f"tcp://{VIP4}:80={backends}"])
-    assert len({world.echo(VIP4, "10")["server"] for _ in range(6)}) <= 2
+    assert len({seen["server"] for seen in world.echoes(VIP4, 6)}) <= 2
     now = status(world.lab)
     assert (now["total"]["redirected"], now["daemon"]["policy_failed"]) == (6, 0)
 
 
-def test_embedded(make_world):
-    world = make_world(servers=2)
-    world.servers()
+def test_embedded(standing):
+    world = standing(servers=2)
     world.client()
     service = f"tcp://{VIP4}:80={world.lab.servers[0].ip4},{world.lab.servers[1].ip4}"
     child = world.program(world.lab.lb, sys.executable, str(EXAMPLES / "embedded.py"), "eth0", service)
@@ -50,7 +48,7 @@ def test_embedded(make_world):
     told(f"serving tcp://{VIP4}:80")
     say(f"drain {world.lab.servers[0].ip4}")
     told("changed")
-    assert {world.echo(VIP4, "10")["server"] for _ in range(4)} == {"server2"}
+    assert {seen["server"] for seen in world.echoes(VIP4, 4)} == {"server2"}
     say("drain 10.0.0.99")
     told("not done: 10.0.0.99 is no backend of .*")
     say("weight 10.0.0.11 many")

@@ -24,14 +24,19 @@ def forwarded(world: World) -> int:
     return sum(n for name, n in now["total"].items() if name.startswith("fallback_")) + now["xdp"]["flow"]
 
 
+def agents(world: World, counter: str) -> int:
+    """A counter of the servers' agents, over all servers."""
+    return sum(agent_status(server)["server"]["counters"][counter] for server in world.lab.servers)
+
+
 @pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
 @pytest.mark.parametrize("topology", ["bridge", "routed"])
 @pytest.mark.parametrize("fallback", ["auto", "dsr-ipip"])
-def test_everybody_is_served(make_world, topology, offload, fallback):
+def test_everybody_is_served(standing, topology, offload, fallback):
     """A prepared and an unprepared client, whole transfers both ways, wherever the servers are."""
-    world = make_world(topology, servers=2, offload=offload)
-    world.servers(dsr=True)
+    world = standing(topology, servers=2, offload=offload, dsr=True)
     world.serve("--fallback", fallback)
+    before = agents(world, "dsr_decapsulated")
     tunnelled = topology == "routed" or fallback == "dsr-ipip"
     for family in (4, 6):
         seen = world.echo(VIP[family], "3000000")
@@ -42,8 +47,7 @@ def test_everybody_is_served(make_world, topology, offload, fallback):
     through = forwarded(world) if tunnelled else 0
     assert bool(total["encapsulated"]) == tunnelled
     assert not [name for name, n in total.items() if n and (name.startswith("drop") or name == "too_big")], total
-    counters = [agent_status(s)["server"]["counters"] for s in world.lab.servers]
-    assert sum(c["dsr_decapsulated"] for c in counters) == through
+    assert agents(world, "dsr_decapsulated") - before == through
     agent = world.client()
     for family in (4, 6):
         seen = world.echo(VIP[family])
@@ -55,9 +59,8 @@ def test_everybody_is_served(make_world, topology, offload, fallback):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_from_one_family_to_the_other(make_world, family):
-    world = make_world("routed")
-    world.servers(dsr=True)
+def test_from_one_family_to_the_other(standing, family):
+    world = standing("routed", dsr=True)
     world.client()
     server = world.lab.servers[0]
     vip = f"tcp://{VIP4}:80" if family == 4 else f"tcp://[{VIP6}]:80"
@@ -70,11 +73,11 @@ def test_from_one_family_to_the_other(make_world, family):
     assert total["too_big"] == 0
 
 
-def test_the_tunnels_packets(make_world):
+def test_the_tunnels_packets(standing):
     """On the wire: the client's segments leave room for the outer header, because the SYN-ACK said so."""
-    world = make_world("routed", offload=False)
-    world.servers(dsr=True)
+    world = standing("routed", offload=False, dsr=True)
     world.serve("--ack-bypass", "off")  # what the XDP program sends, the other end merges (GRO) before it is captured
+    clamped = agents(world, "dsr_clamped")
     capture = world.folder / "lb.pcap"
     with world.lab.middle.capture(capture, "ip or ip6", "lb"):
         for family in (4, 6):
@@ -88,7 +91,7 @@ def test_the_tunnels_packets(make_world):
         assert packet[1].dst in (world.lab.servers[0].ip4, world.lab.servers[0].ip6)
         assert packet.wirelen <= 1514
     assert max(p.wirelen for p in tunnels) > 1400
-    assert agent_status(world.lab.servers[0])["server"]["counters"]["dsr_clamped"] == 2
+    assert agents(world, "dsr_clamped") - clamped == 2
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -128,9 +131,8 @@ def test_path_mtu_discovery_towards_the_client(make_world, family, bypass):
         assert now["total"]["fallback_icmp"] == now["xdp"]["icmp"] >= 1
 
 
-def test_dsr_l2_does_not_pass_a_gateway(make_world):
-    world = make_world("routed")
-    world.servers(dsr=True)
+def test_dsr_l2_does_not_pass_a_gateway(standing):
+    world = standing("routed", dsr=True)
     world.serve("--fallback", "dsr-l2")
     done = world.lab.client.run("curl", "-s", "--connect-timeout", "1", f"http://{VIP4}/", check=False)
     assert done.returncode == 28
@@ -197,9 +199,8 @@ def test_a_tunnel_too_narrow_for_ipv6_is_named(make_world):
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
 @pytest.mark.parametrize("topology", ["bridge", "routed"])
-def test_known_flows_do_not_enter_user_space(make_world, topology, mode):
-    world = make_world(topology, offload=False)
-    world.servers(dsr=True)
+def test_known_flows_do_not_enter_user_space(standing, topology, mode):
+    world = standing(topology, offload=False, dsr=True)
     world.serve("--ack-bypass", "on", "--xdp-mode", mode)
     for family in (4, 6):
         assert world.echo(VIP[family], "3000000")["intact"]
@@ -287,7 +288,7 @@ def test_no_change_breaks_a_connection(make_world, bypass):
         lb.reload()
         assert exchange(held, change) == "200", change
         if change == "remove another":
-            assert {world.echo(VIP4, "10")["server"] for _ in range(5)} == {"server3"}
+            assert {seen["server"] for seen in world.echoes(VIP4, 5)} == {"server3"}
     # A bad configuration changes nothing.
     lb.path.write_text("interface = 3")
     lb.reload('"not reloaded"')
@@ -317,10 +318,9 @@ def test_a_flow_taken_over_outlives_its_backends_place(make_world):
     assert status(world.lab)["flows"] == 60
 
 
-def test_flows_that_cannot_be_taken_over(make_world):
+def test_flows_that_cannot_be_taken_over(standing):
     """A daemon that died before it had pinned its flows does not keep the next one from starting."""
-    world = make_world(offload=False)
-    world.servers(dsr=True)
+    world = standing(offload=False, dsr=True)
     child = world.serve("--ack-bypass", "on")
     child.kill()
     child.wait()
@@ -349,7 +349,7 @@ def test_a_dead_backend(make_world, on_dead, bypass):
     total = status(world.lab)["total"]
     assert bool(total["reset"]) == (on_dead == "reset")
     assert bool(total["reassigned"]) == (on_dead == "reassign")
-    assert {world.echo(VIP4, "10")["server"] for _ in range(10)} == {"server2", "server3"}
+    assert {seen["server"] for seen in world.echoes(VIP4, 10)} == {"server2", "server3"}
 
 
 def test_a_reset_that_we_send_is_right(make_world):

@@ -23,15 +23,14 @@ def served(world: World) -> str:
     return str(world.echo(VIP4, "10")["server"])
 
 
-def prepared(make_world, servers: int = 3) -> World:
-    world = make_world(servers=servers)
-    world.servers()
+def prepared(standing, servers: int = 3) -> World:
+    world = standing(servers=servers)
     world.client()
     return world
 
 
-def test_changes_while_it_runs(make_world):
-    world = prepared(make_world)
+def test_changes_while_it_runs(standing):
+    world = prepared(standing)
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -85,8 +84,8 @@ def test_changes_while_it_runs(make_world):
     assert "xdp" not in world.lab.lb.run("ip", "link").stdout
 
 
-def test_events(make_world):
-    world = prepared(make_world, 2)
+def test_events(standing):
+    world = prepared(standing, 2)
 
     def broken(batch, backends):
         raise RuntimeError("broken")
@@ -119,8 +118,8 @@ def test_events(make_world):
         asyncio.run(main())
 
 
-def test_in_a_thread_of_its_own(make_world):
-    world = prepared(make_world, 2)
+def test_in_a_thread_of_its_own(standing):
+    world = prepared(standing, 2)
     with inside(world.lab.lb.netns), LoadBalancer("eth0", [f"{VIP}=10.0.0.11"], seed=SEED) as lb:
         assert served(world) == "server1"
         threads = [threading.Thread(target=lb.set_weight, args=(VIP, A, w)) for w in (2, 3)]
@@ -139,7 +138,9 @@ def test_in_a_thread_of_its_own(make_world):
 
 def test_without_threads(make_world):
     """Nothing happens but when the program says so."""
-    world = prepared(make_world, 1)
+    world = make_world()
+    world.servers()
+    world.client()
 
     async def main() -> None:
         async with LoadBalancer("eth0", [f"{VIP}=10.0.0.11"], seed=SEED, threads=False) as lb:

@@ -12,23 +12,21 @@ from tests.reference.round_robin import smooth
 VIP = Vip(ip_address("10.0.0.100"), 80)
 
 
-def test_redirected_by_turns(make_world):
+def test_redirected_by_turns(standing):
     """Thirty connections, three servers, two of them twice as heavy: by the smooth round robin to the connection."""
-    world = make_world(servers=3)
-    world.servers()
+    world = standing(servers=3)
     world.client()
     backends = ",".join(f"{s.ip4}*{w}" for s, w in zip(world.lab.servers, (1, 2, 2), strict=True))
     world.serve("--policy", "weighted-round-robin", what=[f"tcp://{VIP.address}:80={backends}"])
-    got = [world.echo(VIP.address, "10")["server"] for _ in range(10)]
+    got = [seen["server"] for seen in world.echoes(VIP.address, 10)]
     expected = [f"server{1 + i}" for i in smooth([1, 2, 2])] * 2
     assert got == expected
     assert status(world.lab)["total"]["redirected"] == 10
 
 
-def test_a_policy_beside_the_configuration(make_world):
+def test_a_policy_beside_the_configuration(standing):
     """The first octets choose; it fails for a while, and nobody notices but the log and the counter."""
-    world = make_world(servers=3)
-    world.servers()
+    world = standing(servers=3)
     world.client()
     (world.folder / "crab_test_policy.py").write_text(
         "from pathlib import Path\n"
@@ -44,11 +42,11 @@ def test_a_policy_beside_the_configuration(make_world):
         f"backends = [{backends}]\n"
     )
     world.serve(config=path)
-    assert {world.echo(VIP.address, "10")["server"] for _ in range(5)} == {"server2"}
+    assert {seen["server"] for seen in world.echoes(VIP.address, 5)} == {"server2"}
     (world.folder / "fail").touch()
-    assert len({world.echo(VIP.address, "10")["server"] for _ in range(12)}) > 1
+    assert len({seen["server"] for seen in world.echoes(VIP.address, 12)}) > 1
     until(lambda: status(world.lab)["daemon"]["policy_failed"] == 12)
     (world.folder / "fail").unlink()
-    assert {world.echo(VIP.address, "10")["server"] for _ in range(5)} == {"server2"}
+    assert {seen["server"] for seen in world.echoes(VIP.address, 5)} == {"server2"}
     assert "policy failed" in (world.folder / "serve.log").read_text()
     assert status(world.lab)["total"]["redirected"] == 22
