@@ -213,7 +213,7 @@ class _Snapshot:
         for entry, (addr, bits) in zip(c_prefixes, prefixes, strict=False):
             entry.addr, entry.bits = addr, bits
         self.c = lib.crab_snapshot_new(
-            services, len(config.services), backends, count, c_prefixes, len(prefixes),
+            services, len(config.services), backends, count, c_prefixes, len(prefixes), ffi.NULL, 0,
             config.table_size, FORMS[config.option], seed,
         )  # fmt: skip
         if not self.c:

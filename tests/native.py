@@ -12,12 +12,17 @@ from tests.reference import packets
 
 MODES = {"negotiated": lib.CRAB_MODE_NEGOTIATED, "always": lib.CRAB_MODE_ALWAYS, "never": lib.CRAB_MODE_NEVER}
 FALLBACKS = {"auto": lib.CRAB_FALLBACK_AUTO, "l2": lib.CRAB_FALLBACK_L2, "ipip": lib.CRAB_FALLBACK_IPIP}
+ON_DEAD = {"reassign": lib.CRAB_ON_DEAD_REASSIGN, "reset": lib.CRAB_ON_DEAD_RESET}
 CANARY = 0xA5
 ELSEWHERE = 1000
 
 
 def mapped(address: bytes) -> bytes:
     return address if len(address) == 16 else bytes(10) + b"\xff\xff" + address
+
+
+def flags(cr: bool, dead: bool) -> int:
+    return cr * lib.CRAB_BACKEND_CR | dead * lib.CRAB_BACKEND_DEAD
 
 
 class Core:
@@ -29,26 +34,24 @@ class Core:
         self.counters = ffi.new("uint64_t[]", lib.CRAB_COUNTERS)
         self.core = ffi.gc(lib.crab_core_new(flows, self.counters), lib.crab_core_free)
         backends = ffi.new("struct crab_backend[]", max(1, len(reference.backends)))
+        self.reference = reference
         for entry, b in zip(backends, reference.backends, strict=False):
             entry.addr, entry.dst_mac, entry.src_mac = mapped(b.address), b.mac, b.source_mac
             entry.tunnel_src, entry.mtu = mapped(b.source), b.mtu
             entry.ifindex = ifindex + ELSEWHERE * b.elsewhere
             entry.flags = (
                 b.usable * lib.CRAB_BACKEND_USABLE
-                | b.cr * lib.CRAB_BACKEND_CR
+                | flags(b.cr, b.dead)
                 | b.on_link * lib.CRAB_BACKEND_ON_LINK
                 | (len(b.address) == 16) * lib.CRAB_BACKEND_V6
             )
         services = ffi.new("struct crab_service[]", max(1, len(reference.services)))
         prefixes: list[Any] = []
-        self.tables = []
         size = 7
         for entry, s in zip(services, reference.services, strict=False):
             size = len(s.table)
-            table = ffi.new("uint16_t[]", s.table)
-            self.tables.append(table)
-            entry.addr, entry.protocol, entry.mode, entry.table = mapped(s.vip), 6, MODES[s.mode], table
-            entry.fallback = FALLBACKS[s.fallback]
+            entry.addr, entry.protocol, entry.mode = mapped(s.vip), 6, MODES[s.mode]
+            entry.fallback, entry.on_dead = FALLBACKS[s.fallback], ON_DEAD[s.on_dead]
             entry.port_be = int.from_bytes(s.port.to_bytes(2, "big"), "little")
             entry.first_prefix, entry.prefix_count = len(prefixes), len(s.prefixes)
             prefixes += s.prefixes
@@ -58,17 +61,23 @@ class Core:
             entry.bits = p.prefixlen + (96 if isinstance(p, ipaddress.IPv4Network) else 0)
         form = lib.CRAB_FORM_EXPERIMENTAL if reference.experimental else lib.CRAB_FORM_CRAB
         self.services = services
-        self._publish = lambda: lib.crab_snapshot_new(
+        self._snapshot = lambda exceptions, count: lib.crab_snapshot_new(
             services, len(reference.services), backends, len(reference.backends), c_prefixes, len(prefixes),
-            size, form, reference.seed,
+            exceptions, count, size, form, reference.seed,
         )  # fmt: skip
         self.publish()
 
     def publish(self) -> None:
-        """Publish ``services`` as they are now."""
-        new = ffi.gc(self._publish(), lib.crab_snapshot_free)
+        """Publish ``services`` as they are now, with the reference's tables and what its services say of backends."""
+        said: list[tuple[int, int]] = []
+        tables = [ffi.new("uint16_t[]", s.table) for s in self.reference.services]
+        for entry, s, table in zip(self.services, self.reference.services, tables, strict=False):
+            entry.table = table
+            entry.first_exception, entry.exception_count = len(said), len(s.said)
+            said += [(backend, flags(cr, dead)) for backend, (cr, dead) in sorted(s.said.items())]
+        new = ffi.gc(self._snapshot(ffi.new("struct crab_exception[]", said), len(said)), lib.crab_snapshot_free)
         lib.crab_core_publish(self.core, new)
-        self.snapshot = new
+        self.snapshot, self.tables = new, tables
 
     def set_pool(self, service: int, pool: Any) -> None:
         self.services[service].pool = pool
@@ -110,7 +119,7 @@ class Core:
         """What became of one frame, as the reference tells it."""
         before = self.counts()
         (sent,) = self.handle(frame)
-        aside = {"received", "retransmitted_syn", "forged_option", "flows_full", "encapsulated"}
+        aside = {"received", "reassigned", "retransmitted_syn", "forged_option", "flows_full", "encapsulated"}
         changed = [n for n, v in self.counts().items() if v != before.get(n, 0) and n not in aside]
         assert len(changed) == 1, changed
         return changed[0], sent
