@@ -200,6 +200,8 @@ class LoadBalancer:
                     chosen = flow.backend
                 elif not self.is_dead(service, flow.backend):
                     chosen = -1
+                elif service.on_dead == "reset" and flags & RST:
+                    chosen = -1
                 elif service.on_dead == "reset":
                     return "reset", reset(frame[:l3], ip, header, data_offset)
                 if chosen >= 0:
