@@ -26,7 +26,7 @@ static void ask_pool(const struct crab_batch *b, struct crab_pool *pool, struct 
         struct crab_item *it = asking->of[i];
         it->member = members[i];
         it->chosen = pool->members[members[i]].backend;
-        if (crab_likely(crab_usable(b->s, it->chosen)))
+        if (crab_likely(crab_usable(b->s, it->service, it->chosen)))
             it->slot = &it->chosen;
         else
             crab_unassign(pool, members[i]);
@@ -60,7 +60,7 @@ static void ask_function(const struct crab_batch *b, const struct asking *asking
     b->core->choose(b->core->context, choices, asking->count);
     for (uint32_t i = 0; i < asking->count; i++) {
         struct crab_item *it = asking->of[i];
-        if (!crab_usable(b->s, choices[i].backend))
+        if (!crab_usable(b->s, it->service, choices[i].backend))
             continue;
         it->chosen = choices[i].backend;
         it->slot = &it->chosen;
@@ -87,7 +87,8 @@ void crab_batch_ask(const struct crab_batch *b)
         if (!whom || crab_unlikely(!it->room))
             continue;
         const struct crab_entry *f = crab_flows_find(it->bucket, it->hash, b->now);
-        if (crab_unlikely(f != NULL) && crab_keeps(b->s, f, load32(b->frames[i].data + it->packet.l4 + CRAB_TCP_SEQ)))
+        if (crab_unlikely(f != NULL) &&
+            crab_keeps(b->s, service, f, load32(b->frames[i].data + it->packet.l4 + CRAB_TCP_SEQ)))
             continue;
         whom->of[whom->count++] = it;
     }

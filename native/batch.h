@@ -79,16 +79,19 @@ void crab_batch_handle(struct crab_batch *b);
 /* Keep a frame that no service wants for a handler.  Returns whether one wants it. */
 bool crab_batch_hand(struct crab_batch *b, uint32_t place, enum crab_counter why);
 
-static inline bool crab_usable(const struct crab_snapshot *s, uint16_t backend)
+/* May a service's frames be sent to a backend? */
+static inline bool crab_usable(const struct crab_snapshot *s, const struct crab_service *service, uint16_t backend)
 {
-    return backend < s->backend_count &&
-           (s->backends[backend].flags & (CRAB_BACKEND_USABLE | CRAB_BACKEND_DEAD)) == CRAB_BACKEND_USABLE;
+    return backend < s->backend_count && (crab_backend_flags(s, service, backend) &
+                                          (CRAB_BACKEND_USABLE | CRAB_BACKEND_DEAD)) == CRAB_BACKEND_USABLE;
 }
 
 /* Does a SYN go where its flow, if there is one, went?  It is that flow's SYN again, or the flow is established. */
-static inline bool crab_keeps(const struct crab_snapshot *s, const struct crab_entry *f, uint32_t isn)
+static inline bool crab_keeps(const struct crab_snapshot *s, const struct crab_service *service,
+                              const struct crab_entry *f, uint32_t isn)
 {
-    return crab_unlikely(f != NULL) && crab_usable(s, f->backend) && (f->isn == isn || f->state == CRAB_ENTRY_ESTABLISHED);
+    return crab_unlikely(f != NULL) && crab_usable(s, service, f->backend) &&
+           (f->isn == isn || f->state == CRAB_ENTRY_ESTABLISHED);
 }
 
 #endif

@@ -164,10 +164,10 @@ void crab_pool_refresh(struct crab_pool *pool);
 #define CRAB_BACKEND_USABLE 1  /* its next hop is known: frames may be sent to it */
 #define CRAB_BACKEND_CR 2      /* speaks connection redirection */
 #define CRAB_BACKEND_ON_LINK 4 /* on the served segment, so that DSR by MAC address reaches it */
-
 #define CRAB_BACKEND_V6 8      /* its address is an IPv6 one */
 #define CRAB_BACKEND_DEAD 16   /* its connections are lost: never usable */
 #define CRAB_BACKEND_BYPASS 32 /* the XDP program reaches it: flows to it are worth learning */
+#define CRAB_BACKEND_EXCEPTED 64 /* some service has an exception for it; filled in by crab_snapshot_new */
 
 struct crab_backend {
     uint8_t addr[16];
@@ -186,6 +186,12 @@ struct crab_prefix {
     uint32_t bits; /* 0 to 128; an IPv4 prefix counts its 96 mapped bits too */
 };
 
+/* A backend that is otherwise for one service than its flags say. */
+struct crab_exception {
+    uint16_t backend;
+    uint16_t flags; /* CRAB_BACKEND_CR, CRAB_BACKEND_DEAD: count for the service in place of these two of its own */
+};
+
 struct crab_service {
     uint8_t addr[16];
     uint16_t port_be;
@@ -193,24 +199,30 @@ struct crab_service {
     uint8_t mode;
     uint32_t first_prefix; /* clients that may be redirected: prefixes [first, first + count); count 0: all */
     uint32_t prefix_count;
-    uint32_t fallback;     /* CRAB_FALLBACK_* */
-    uint32_t on_dead;      /* CRAB_ON_DEAD_* */
+    uint32_t first_exception; /* likewise; in the order of backends' ids, each once */
+    uint32_t exception_count;
+    uint8_t fallback; /* CRAB_FALLBACK_* */
+    uint8_t on_dead;  /* CRAB_ON_DEAD_* */
+    uint8_t source4;  /* the table is asked by this many bits of the client's address alone; 0: by the four-tuple */
+    uint8_t source6;
     const uint16_t *table; /* Maglev table, table_size slots; must outlive the snapshot */
     struct crab_pool *pool; /* chooses whom to redirect to; NULL: the table.  Must outlive the snapshot */
-    uint32_t index;        /* into map `service_counters` */
-    uint8_t source4;       /* the table is asked by this many bits of the client's address alone; 0: by the four-tuple */
-    uint8_t source6;
+    uint32_t index; /* into map `service_counters` */
     uint8_t custom; /* 1: crab_core_ask's function chooses whom to redirect to */
-    uint8_t pad;
+    uint8_t pad[3];
 };
 
 struct crab_snapshot;
 
 /* Copies everything but the services' tables and pools, which must outlive the snapshot; several services and snapshots may
- * have the same.  backends is indexed by backend id, table_size is the length of all tables, in slots.  NULL without memory. */
+ * have the same.  backends is indexed by backend id, table_size is the length of all tables, in slots.
+ *
+ * NULL with errno set.  ENOMEM: no memory.  EINVAL: a service's prefixes or exceptions are not all in their array, or its
+ * exceptions are not in order, or name a backend that there is not. */
 struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uint32_t service_count,
                                         const struct crab_backend *backends, uint32_t backend_count,
                                         const struct crab_prefix *prefixes, uint32_t prefix_count,
+                                        const struct crab_exception *exceptions, uint32_t exception_count,
                                         uint32_t table_size, int form, const uint8_t *key16);
 /* Which frames, of those that are no service's, are for crab_core_handle's function.  Copied.  Before the snapshot is
  * published: from then on it does not change, and any number of threads read it. */

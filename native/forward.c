@@ -14,7 +14,7 @@
 static inline uint16_t backend_of(const struct crab_snapshot *s, const struct crab_item *it)
 {
     uint16_t backend = *it->slot;
-    return crab_usable(s, backend) ? backend : CRAB_NO_BACKEND;
+    return crab_usable(s, it->service, backend) ? backend : CRAB_NO_BACKEND;
 }
 
 /* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
@@ -24,7 +24,7 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
 {
     *copies = 0;
     struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
-    if (crab_unlikely(crab_keeps(s, f, isn))) {
+    if (crab_unlikely(crab_keeps(s, it->service, f, isn))) {
         /* A SYN with another sequence number on an established flow: its server knows whether the old connection
          * lives, and answers accordingly; whoever forged it must not move the flow. */
         if (f->isn == isn) {
@@ -98,39 +98,58 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
     return outcome;
 }
 
-/* A SYN that has its backend but goes another way than the usual. */
-CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const struct crab_snapshot *s,
-                                                   struct crab_frame *frame, struct crab_item *it,
-                                                   const struct crab_backend *backend, unsigned copies)
+/* A SYN, by fallback.  Returns `why`, or as send_by_dsr does. */
+CRAB_APART enum crab_counter fall_back(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
+                                       struct crab_item *it, const struct crab_backend *backend, enum crab_counter why)
 {
     struct crab_packet *p = &it->packet;
     const uint8_t *options = frame->data + p->l4 + CRAB_TCP_MIN;
     uint32_t options_len = p->tcp_header - CRAB_TCP_MIN;
-    enum crab_counter outcome = it->outcome;
     uint8_t list[CRAB_MAX_OPTIONS];
     int n;
-    if (copies >= 2 && (outcome == CRAB_C_REDIRECTED || outcome == CRAB_C_FALLBACK_PREFIX))
-        outcome = CRAB_C_FALLBACK_RETRANSMIT;
-    if (outcome == CRAB_C_REDIRECTED) {
-        if (!(backend->flags & CRAB_BACKEND_CR) || !same_family(p, backend))
-            outcome = CRAB_C_FALLBACK_NO_CR_BACKEND;
-        else if (!it->room)
-            outcome = CRAB_C_FALLBACK_NO_ROOM;
-    }
-    if (outcome == CRAB_C_REDIRECTED) {
-        n = crab_option_rewrite(options, options_len, s->form, it->service->addr, list);
-        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n,
-                                   p->family == 4 ? backend->addr + 12 : backend->addr);
-        send_to(frame, p, backend);
-        return outcome;
-    }
     /* Without CR options the list stays, to the byte. */
     if (it->found)
         n = crab_option_rewrite(options, options_len, s->form, NULL, list);
     else
         memcpy(list, options, (size_t)(n = (int)options_len));
     frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, NULL);
-    return send_by_dsr(core, frame, it, backend, outcome);
+    return send_by_dsr(core, frame, it, backend, why);
+}
+
+/* A SYN that is to be redirected, if its backend and its options allow. */
+CRAB_APART enum crab_counter redirect(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
+                                      struct crab_item *it, const struct crab_backend *backend)
+{
+    struct crab_packet *p = &it->packet;
+    uint8_t list[CRAB_MAX_OPTIONS];
+    uint32_t flags = crab_backend_flags(s, it->service, (uint16_t)(backend - s->backends));
+    if (!(flags & CRAB_BACKEND_CR) || !same_family(p, backend))
+        return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_CR_BACKEND);
+    if (!it->room)
+        return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_ROOM);
+    if (it->straight) {
+        frame->data = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    } else {
+        int n = crab_option_rewrite(frame->data + p->l4 + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN, s->form,
+                                    it->service->addr, list);
+        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n,
+                                   p->family == 4 ? backend->addr + 12 : backend->addr);
+    }
+    send_to(frame, p, backend);
+    return CRAB_C_REDIRECTED;
+}
+
+/* A SYN that has its backend but goes another way than the usual. */
+CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const struct crab_snapshot *s,
+                                                   struct crab_frame *frame, struct crab_item *it,
+                                                   const struct crab_backend *backend, unsigned copies)
+{
+    enum crab_counter outcome = it->outcome;
+    if (copies >= 2 && (outcome == CRAB_C_REDIRECTED || outcome == CRAB_C_FALLBACK_PREFIX))
+        outcome = CRAB_C_FALLBACK_RETRANSMIT;
+    if (outcome == CRAB_C_REDIRECTED)
+        return redirect(core, s, frame, it, backend);
+    return fall_back(core, s, frame, it, backend, outcome);
 }
 
 /* A SYN.  Returns the counter of what became of it. */
@@ -147,7 +166,9 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     if (crab_unlikely(id == CRAB_NO_BACKEND))
         return CRAB_C_DROP_NO_BACKEND;
     const struct crab_backend *backend = &s->backends[id];
-    const uint32_t mask = CRAB_BACKEND_CR | CRAB_BACKEND_V6, right = CRAB_BACKEND_CR | (family == 6 ? CRAB_BACKEND_V6 : 0);
+    /* Whoever has exceptions is looked at more closely. */
+    const uint32_t mask = CRAB_BACKEND_CR | CRAB_BACKEND_V6 | CRAB_BACKEND_EXCEPTED;
+    const uint32_t right = CRAB_BACKEND_CR | (family == 6 ? CRAB_BACKEND_V6 : 0);
     if (crab_unlikely(!it->straight || copies >= 2 || (backend->flags & mask) != right))
         return forward_syn_otherwise(core, s, frame, it, backend, copies);
     frame->data = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
@@ -234,11 +255,13 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
     uint16_t id;
     if (f) {
         id = f->backend;
-        if (crab_unlikely(!crab_usable(s, id))) {
+        if (crab_unlikely(!crab_usable(s, it->service, id))) {
             /* Without a next hop for the moment, the backend still has its connections. */
-            if (id >= s->backend_count || !(s->backends[id].flags & CRAB_BACKEND_DEAD))
+            if (id >= s->backend_count || !(crab_backend_flags(s, it->service, id) & CRAB_BACKEND_DEAD))
                 return CRAB_C_DROP_NO_BACKEND;
             if (it->service->on_dead == CRAB_ON_DEAD_RESET) {
+                if (p->tcp_flags & CRAB_RST) /* which is never answered by another (RFC 9293, 3.10.7.1) */
+                    return CRAB_C_DROP_NO_BACKEND;
                 frame->data = crab_answer_by_reset(frame->data, &frame->len, p);
                 return CRAB_C_RESET;
             }
@@ -281,7 +304,7 @@ CRAB_APART enum crab_counter forward_icmp(struct crab_core *core, const struct c
                                           struct crab_item *it, uint32_t now)
 {
     struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
-    uint16_t id = f && crab_usable(s, f->backend) ? f->backend : backend_of(s, it);
+    uint16_t id = f && crab_usable(s, it->service, f->backend) ? f->backend : backend_of(s, it);
     if (id == CRAB_NO_BACKEND)
         return CRAB_C_DROP_NO_BACKEND;
     frame->len = it->packet.end;

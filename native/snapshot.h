@@ -36,6 +36,7 @@ struct crab_snapshot {
     struct crab_service *services;
     struct crab_backend *backends;
     struct crab_prefix *prefixes;
+    struct crab_exception *exceptions;
     struct crab_redirect *redirects; /* one a service */
     struct crab_matches matches;     /* of frames that are no service's */
 };
@@ -58,6 +59,17 @@ static inline const struct crab_service *crab_service_find(const struct crab_sna
         if (crab_likely(p->addr[0] == a && p->addr[1] == b && p->port_be == port_be))
             return &s->services[p->service - 1];
     }
+}
+
+/* Of a backend that has exceptions, see below. */
+uint32_t crab_backend_flags_excepted(const struct crab_snapshot *s, const struct crab_service *service, uint16_t backend);
+
+/* A backend's flags (CRAB_BACKEND_*) as they are for a service.  backend: below backend_count. */
+static inline uint32_t crab_backend_flags(const struct crab_snapshot *s, const struct crab_service *service,
+                                          uint16_t backend)
+{
+    uint32_t flags = s->backends[backend].flags;
+    return crab_likely(!(flags & CRAB_BACKEND_EXCEPTED)) ? flags : crab_backend_flags_excepted(s, service, backend);
 }
 
 /* The slot of a hash: multiply-shift by its upper half, so no division. */

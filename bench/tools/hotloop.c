@@ -131,7 +131,7 @@ struct world {
 static struct crab_snapshot *snapshot(const struct world *w)
 {
     struct crab_snapshot *s = crab_snapshot_new(w->services, w->service_count, w->backends, w->backend_count, NULL, 0,
-                                                TABLE, CRAB_FORM_CRAB, key);
+                                                NULL, 0, TABLE, CRAB_FORM_CRAB, key);
     if (!s)
         die("no memory");
     return s;

@@ -10,6 +10,7 @@
 static uint16_t table[SIZE];
 static const uint8_t key[16] = {7};
 static uint64_t counters[CRAB_COUNTERS];
+static uint16_t to_port = 80;
 
 static struct crab_service services[2] = {
     {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .protocol = 6, .fallback = CRAB_FALLBACK_L2, .table = table},
@@ -31,7 +32,7 @@ static struct crab_snapshot *snapshot(uint32_t flags)
     }
     CHECK(crab_maglev_build(table, SIZE, m, 2, key) == 0);
     services[0].port_be = services[1].port_be = htons(80);
-    return crab_snapshot_new(services, 2, backends, 2, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
+    return crab_snapshot_new(services, 2, backends, 2, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
 }
 
 /* A TCP frame with headroom in front of it, in an allocation of exactly that size. */
@@ -63,7 +64,7 @@ static struct crab_frame make(uint8_t **memory, int family, uint16_t sport, uint
         ip[39] = 0x64;
     }
     store16_be(tcp, sport);
-    store16_be(tcp + 2, 80);
+    store16_be(tcp + 2, to_port);
     memcpy(tcp + 4, &isn, 4);
     tcp[12] = (uint8_t)((20 + n) << 2);
     tcp[13] = flags;
@@ -165,7 +166,7 @@ int main(void)
     uint16_t held = to - 11;
     for (int i = 0; i < SIZE; i++)
         table[i] = !held;
-    crab_core_publish(core, s = crab_snapshot_new(services, 2, backends, 2, NULL, 0, SIZE, CRAB_FORM_CRAB, key));
+    crab_core_publish(core, s = crab_snapshot_new(services, 2, backends, 2, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key));
     CHECK(!crab_core_uses(core, old) && crab_core_uses(core, s));
     crab_snapshot_free(old);
     CHECK(send_one(core, 4, 50001, CRAB_ACK, 6, 0, 7000) == to);
@@ -248,7 +249,7 @@ int main(void)
         struct crab_prefix prefix = {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, (uint8_t)(2 * outside)}, .bits = 127};
         crab_snapshot_free(snapshot(all)); /* for the table and the flags that it sets */
         old = s;
-        s = crab_snapshot_new(services, 2, backends, 2, &prefix, 1, SIZE, CRAB_FORM_CRAB, key);
+        s = crab_snapshot_new(services, 2, backends, 2, &prefix, 1, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
         crab_core_publish(core, s);
         crab_snapshot_free(old);
         memset(counters, 0, sizeof counters);
@@ -256,6 +257,44 @@ int main(void)
         CHECK(counters[outside ? CRAB_C_FALLBACK_PREFIX : CRAB_C_REDIRECTED] == 1);
     }
     services[0].prefix_count = 0;
+
+    /* A backend that is dead to one of two services, then without CR to it: the other's connections do not notice. */
+    const struct crab_service kept = services[1];
+    for (uint16_t ours = 0; ours < 2; ours++) {
+        struct crab_exception exception = {.backend = 1, .flags = CRAB_BACKEND_CR | CRAB_BACKEND_DEAD};
+        uint16_t port = 4000 + 10 * ours;
+        crab_snapshot_free(snapshot(all)); /* for the flags that it sets */
+        services[1] = services[0];
+        services[1].port_be = htons(81);
+        for (int step = 0; step < 5; step++) {
+            for (int i = 0; i < SIZE; i++)
+                table[i] = step == 0 || step > 2;
+            services[ours].exception_count = step > 0;
+            services[ours].on_dead = step == 1 ? CRAB_ON_DEAD_RESET : CRAB_ON_DEAD_REASSIGN;
+            exception.flags = step < 4 ? CRAB_BACKEND_CR | CRAB_BACKEND_DEAD : 0;
+            old = s;
+            s = crab_snapshot_new(services, 2, backends, 2, NULL, 0, &exception, 1, SIZE, CRAB_FORM_CRAB, key);
+            crab_core_publish(core, s);
+            crab_snapshot_free(old);
+            memset(counters, 0, sizeof counters);
+            for (uint16_t n = 0; n < 2; n++) {
+                bool mine = n == ours;
+                to_port = 80 + n;
+                if (!step)
+                    CHECK(send_one(core, 4, port, CRAB_SYN, 1, 20, 9000) == 12);
+                if (step < 3) /* by reset, then to another */
+                    CHECK(send_one(core, 4, port, CRAB_ACK, 2, 0, 9000) == (!mine || !step ? 12 : step == 1 ? 1 : 11));
+                else
+                    CHECK(send_one(core, 4, port + (uint16_t)step, CRAB_SYN, 1, 24, 9000) == (mine && step == 3 ? 0 : 12));
+            }
+            CHECK(counters[CRAB_C_RESET] == (step == 1) && counters[CRAB_C_REASSIGNED] == (step == 2));
+            CHECK(counters[CRAB_C_DROP_NO_BACKEND] == (step == 3) && counters[CRAB_C_REDIRECTED] == (step > 2));
+            CHECK(counters[CRAB_C_FALLBACK_NO_CR_BACKEND] == (step == 4));
+        }
+        services[ours].exception_count = 0;
+    }
+    services[1] = kept;
+    to_port = 80;
 
     /* A flood of SYNs does not push out an established flow. */
     old = s;
@@ -278,7 +317,7 @@ int main(void)
     CHECK(pthread_create(&thread, NULL, storm, &st) == 0);
     for (int i = 0; i < 2000; i++) {
         old = s;
-        crab_core_publish(core, s = crab_snapshot_new(services, 2, backends, 2, NULL, 0, SIZE, CRAB_FORM_CRAB, key));
+        crab_core_publish(core, s = crab_snapshot_new(services, 2, backends, 2, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key));
         while (crab_core_uses(core, old))
             ;
         crab_snapshot_free(old);

@@ -86,6 +86,7 @@ class Backend:
     mac: bytes
     source_mac: bytes
     cr: bool = True
+    dead: bool = False
     on_link: bool = True
     usable: bool = True
     source: bytes = b"\x0a\0\0\2"  # of tunnels, 4 or 16 bytes as the address
@@ -101,17 +102,38 @@ class Service:
     prefixes: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
     fallback: str = "auto"
+    on_dead: str = "reassign"
+    said: dict[int, tuple[bool, bool]] = field(default_factory=dict)  # of backends, otherwise than they are: cr, dead
+
+
+@dataclass
+class Flow:
+    """What is remembered of a connection: its SYN, and how far it has come."""
+
+    backend: int
+    isn: bytes
+    copies: int = 1
+    established: bool = False
+    closing: bool = False
 
 
 class LoadBalancer:
-    """Decides frame by frame; remembers which SYNs it saw."""
+    """Decides frame by frame; remembers the connections whose SYN it saw."""
 
     def __init__(self, services: list[Service], backends: list[Backend], seed: bytes, experimental: bool) -> None:
         self.services, self.backends = services, backends
         self.seed, self.experimental = seed, experimental
-        self.syns: dict[tuple[bytes, bytes], tuple[int, int]] = {}  # four-tuple, ISN -> backend, copies
-        self.flows: dict[bytes, int] = {}
+        self.flows: dict[bytes, Flow] = {}  # by four-tuple
         self.elsewhere = False  # whether the last frame left by another interface than it came by
+
+    def speaks_cr(self, service: Service, backend: int) -> bool:
+        return service.said[backend][0] if backend in service.said else self.backends[backend].cr
+
+    def is_dead(self, service: Service, backend: int) -> bool:
+        return service.said[backend][1] if backend in service.said else self.backends[backend].dead
+
+    def is_usable(self, service: Service, backend: int) -> bool:
+        return self.backends[backend].usable and not self.is_dead(service, backend)
 
     def handle(self, frame: bytes) -> tuple[str, bytes | None]:
         """What becomes of a frame: the counter's name, and the frame that is sent (None: none is)."""
@@ -169,22 +191,39 @@ class LoadBalancer:
 
         four_tuple = source + destination + tcp[:4]
         chosen = service.table[slot(siphash(self.seed, four_tuple), len(service.table))]
-        if chosen == 65535 or not self.backends[chosen].usable:
+        if chosen == 65535 or not self.is_usable(service, chosen):
             chosen = -1
+        flow = self.flows.get(four_tuple)
         if not flags & SYN:
-            chosen = self.flows.get(four_tuple, chosen)
+            if flow:
+                if self.is_usable(service, flow.backend):
+                    chosen = flow.backend
+                elif not self.is_dead(service, flow.backend):
+                    chosen = -1
+                elif service.on_dead == "reset" and flags & RST:
+                    chosen = -1
+                elif service.on_dead == "reset":
+                    return "reset", reset(frame[:l3], ip, header, data_offset)
+                if chosen >= 0:
+                    flow.backend = chosen
+                    flow.closing |= bool(flags & (FIN | RST))
+                    flow.established = not flow.closing
             if chosen < 0:
                 return "drop_no_backend", None
             packet = ip[:header] + bare[:16] + struct.pack("!H", right) + bare[18:]
             return self.fall_back("fallback_established", frame[:l3], packet, service, four_tuple, chosen)
 
         options, payload = tcp[20:data_offset], tcp[data_offset:]
-        key = (four_tuple, tcp[4:8])
-        chosen, copies = self.syns.get(key, (chosen, 0))
-        if chosen < 0:
+        copies = 0
+        if flow and self.is_usable(service, flow.backend) and (flow.isn == tcp[4:8] or flow.established):
+            chosen = flow.backend
+            if flow.isn == tcp[4:8]:
+                copies = flow.copies
+                flow.copies += 1
+        elif chosen >= 0:
+            self.flows[four_tuple] = Flow(chosen, tcp[4:8])
+        else:
             return "drop_no_backend", None
-        self.syns[key] = chosen, copies + 1
-        self.flows[four_tuple] = chosen
         backend = self.backends[chosen]
         offers = any(is_offer(o, self.experimental) for o in split(options)[0])
         client = ipaddress.ip_address(source)
@@ -196,7 +235,7 @@ class LoadBalancer:
             outcome = "fallback_retransmit"
         elif service.prefixes and not any(client in p for p in service.prefixes):
             outcome = "fallback_prefix"
-        elif not backend.cr or len(backend.address) != len(service.vip):
+        elif not self.speaks_cr(service, chosen) or len(backend.address) != len(service.vip):
             outcome = "fallback_no_cr_backend"
         elif rewrite(options, self.experimental, service.vip) is None:
             outcome = "fallback_no_room"
@@ -255,6 +294,26 @@ class LoadBalancer:
             outer += backend.source + backend.address
             kind = b"\x86\xdd"
         return outcome, self.ethernet(ethernet[:-2] + kind, backend) + outer + ip
+
+
+def reset(ethernet: bytes, ip: bytes, header: int, data_offset: int) -> bytes:
+    """The frame that answers one by RST (RFC 9293, 3.10.7.1)."""
+    tcp = ip[header:]
+    sport, dport, seq, ack = struct.unpack("!HHII", tcp[:12])
+    if tcp[13] & ACK:
+        numbers = ack, 0, RST
+    else:
+        numbers = 0, (seq + len(tcp) - data_offset + bool(tcp[13] & FIN)) % 2**32, RST | ACK
+    answer = struct.pack("!HHIIBBHHH", dport, sport, numbers[0], numbers[1], 5 << 4, numbers[2], 0, 0, 0)
+    if header == 20:
+        source, destination = ip[16:20], ip[12:16]
+        head = ip[:2] + struct.pack("!H", 40) + ip[4:8] + b"\x40" + ip[9:10] + b"\0\0" + source + destination
+        head = head[:10] + struct.pack("!H", checksum(head)) + head[12:]
+    else:
+        source, destination = ip[24:40], ip[8:24]
+        head = ip[:4] + struct.pack("!H", 20) + ip[6:7] + b"\x40" + source + destination
+    answer = answer[:16] + struct.pack("!H", checksum(pseudo(source, destination, 20) + answer)) + answer[18:]
+    return ethernet[6:12] + ethernet[:6] + ethernet[12:] + head + answer
 
 
 def too_big(ip: bytes, mtu: int) -> bytes:
