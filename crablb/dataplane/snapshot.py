@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,7 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
         config.table_size, FORMS[config.option], sight.seed,
     )  # fmt: skip
     if not made.c:
+        assert ffi.errno != errno.EINVAL, "what is said of prefixes or exceptions is wrong"
         raise MemoryError("no memory for a snapshot")
     if sight.matches:
         lib.crab_snapshot_match(made.c, sight.matches)

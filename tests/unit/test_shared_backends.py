@@ -14,10 +14,13 @@ from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Ether
 
 from crablb.model import Vip
-from crablb.policy import Balance, Custom, Pool
+from crablb.selection.custom import Asked, Custom
+from crablb.selection.loads import Balance
+from crablb.selection.pool import Pool
+from tests.helpers.frames import VIP4, VIP6, reference
 from tests.helpers.native import Core
 from tests.reference import packets
-from tests.unit.test_differential import OFFER, VIP4, VIP6, frames, reference
+from tests.unit.test_differential import OFFER, frames
 
 HEAD = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
 SHARED = 1  # of each family's four backends, the one that services do not agree on
@@ -259,7 +262,8 @@ def test_policies_in_python(ours_first):
     for i, service in enumerate(world.expected.services):
         vip = Vip(ipaddress.ip_address(VIP4), service.port)
         backends = balance.backends(vip, {ipaddress.ip_address(world.backend.address): 1})
-        known[i] = (vip, lambda batch, backends: [0] * len(batch), backends, np.array([world.shared], np.uint16))
+        ids = np.array([world.shared], np.uint16)
+        known[i] = Asked(vip, lambda batch, backends: [0] * len(batch), backends, ids)
     custom.publish(known)
     for i in known:
         world.core.set_custom(i, i, custom)
