@@ -260,6 +260,8 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
             if (id >= s->backend_count || !(crab_backend_flags(s, it->service, id) & CRAB_BACKEND_DEAD))
                 return CRAB_C_DROP_NO_BACKEND;
             if (it->service->on_dead == CRAB_ON_DEAD_RESET) {
+                if (p->tcp_flags & CRAB_RST) /* which is never answered by another (RFC 9293, 3.10.7.1) */
+                    return CRAB_C_DROP_NO_BACKEND;
                 frame->data = crab_answer_by_reset(frame->data, &frame->len, p);
                 return CRAB_C_RESET;
             }

@@ -160,8 +160,10 @@ def test_established_connections(v6, ours_first, on_dead):
     elsewhere = world.shared + 1
     world.ours.table = [elsewhere] * len(world.ours.table)
     world.say(cr=True, dead=True)
-    for flags in ("A", "PA", "FA"):
-        expected = ("reset", None) if on_dead == "reset" else ("fallback_established", elsewhere)
+    for flags in ("A", "PA", "FA", "R", "RA"):
+        expected = "fallback_established", elsewhere
+        if on_dead == "reset":
+            expected = "drop_no_backend" if "R" in flags else "reset", None
         assert world.send(ours, OURS, flags) == expected
         assert world.send(theirs, THEIRS, flags) == ("fallback_established", world.shared)
     counts = world.core.counts()

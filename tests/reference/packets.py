@@ -198,7 +198,7 @@ class LoadBalancer:
             if flow:
                 if self.is_usable(service, flow.backend):
                     chosen = flow.backend
-                elif not self.is_dead(service, flow.backend):
+                elif not self.is_dead(service, flow.backend) or (service.on_dead == "reset" and flags & RST):
                     chosen = -1
                 elif service.on_dead == "reset":
                     return "reset", reset(frame[:l3], ip, header, data_offset)
