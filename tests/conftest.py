@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-UNIT = Path(__file__).parent / "unit"
+#: By what tests need, and in the order that they run in: what fails soonest first.
+ROOMS = ("unit", "bpf", "lab")
+
+
+def room(item: pytest.Item) -> int:
+    name = item.path.relative_to(Path(__file__).parent).parts[0]
+    if name not in ROOMS:
+        raise pytest.UsageError(f"{item.nodeid}: put it into one of the rooms {', '.join(ROOMS)}")
+    return ROOMS.index(name)
 
 
 def pytest_configure() -> None:
@@ -22,7 +30,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=room)
     if os.geteuid() != 0:
         for item in items:
-            if UNIT not in item.path.parents:
+            if room(item):
                 item.add_marker(pytest.mark.skip(reason="network namespaces and BPF need root"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,9 @@ class Standing:
         self._used.clear()
 
     def close(self) -> None:
-        for key in list(self._kept):
-            self._remove(key)
+        with ExitStack() as labs:
+            for key in list(self._kept):
+                labs.callback(self._remove, key)
 
     def _remove(self, key: tuple[object, ...]) -> None:
         lab, _ = self._kept.pop(key)

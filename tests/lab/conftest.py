@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,12 @@ from tests.helpers.world import World
 @pytest.fixture
 def make_lab() -> Iterator[Callable[..., Lab]]:
     """``make_lab(topology="bridge", servers=1, offload=True)``: a lab of its own."""
-    labs = []
+    with ExitStack() as labs:
 
-    def make(topology: str = "bridge", servers: int = 1, *, offload: bool = True) -> Lab:
-        lab = Lab.create(unique(), topology, servers, offload=offload)  # type: ignore[arg-type]
-        labs.append(lab)
-        return lab
+        def make(topology: str = "bridge", servers: int = 1, *, offload: bool = True) -> Lab:
+            return labs.enter_context(Lab.create(unique(), topology, servers, offload=offload))  # type: ignore[arg-type]
 
-    yield make
-    for lab in labs:
-        lab.destroy()
+        yield make
 
 
 @pytest.fixture

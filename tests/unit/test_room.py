@@ -13,5 +13,4 @@ from crablb.kernel import bpf
 def test_nothing_of_root():
     with pytest.raises(CrablbError, match="CAP_BPF"):
         bpf.Object(bpf.object_path("lb"))
-    done = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, check=False)
-    assert (done.returncode, "Operation not permitted" in done.stderr) == (1, True)
+    assert subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode == 1
