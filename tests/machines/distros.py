@@ -145,7 +145,7 @@ def check(distro: str, commands: list[str], args: str, verdict: Verdict) -> None
             if status:
                 verdict.fail(f"{distro}: make {name}", f"exit status {status} after {seconds:.0f} s", log)
             else:
-                verdict.ok(f"{distro}: make {name}", seconds)
+                verdict.ok(f"{distro}: make {name} ({seconds:.0f} s)")
         print(f"      {distro}: {have(root)}", flush=True)
     except Failed as e:
         verdict.fail(distro, str(e), log)

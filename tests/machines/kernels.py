@@ -177,11 +177,12 @@ def check(name: str, verdict: Verdict) -> None:
     for step in STEPS:
         what = f"Linux {version}: {step}"
         if ended.get(step) == 0:
-            verdict.ok(what, seconds)
+            verdict.ok(what)
         elif step in ended:
             verdict.fail(what, f"exit status {ended[step]}", log)
         else:
             verdict.fail(what, f"did not end in {seconds:.0f} s", log)
+    print(f"      in {seconds:.0f} s", flush=True)
 
 
 def main() -> int:
