@@ -71,8 +71,8 @@ def output(*args: str | Path) -> str:
 
 def mirror() -> str:
     """Where the host gets Debian's packages from, or ``$MIRROR``.  Empty if neither says it."""
-    if "MIRROR" in os.environ:
-        return os.environ["MIRROR"]
+    if given := os.environ.get("MIRROR"):
+        return given
     wanted = ["Created-By: Packages", "Origin: Debian", "Label: Debian"]
     return next(iter(output("apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted).split()), "")
 
