@@ -50,11 +50,15 @@ class Apt:
             raise Failed("this host's apt has no Debian mirror; say which to use: make test-kernels MIRROR=http://...")
         for name in ("lists/partial", "cache/archives/partial", "debs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / "sources.list").write_text(f"deb [signed-by={KEYRING}] {uri} {suite} main\n")
+        # Backports have only what is newer.
+        suites = sorted({suite, suite.removesuffix("-backports")})
+        sources = [f"deb [signed-by={KEYRING}] {uri} {name} main\n" for name in suites]
+        (folder / "sources.list").write_text("".join(sources))
         self.debs = folder / "debs"
         self.options = [
             f"-oDir::Etc::SourceList={folder}/sources.list", "-oDir::Etc::SourceParts=/dev/null",
             f"-oDir::State::Lists={folder}/lists", f"-oDir::Cache={folder}/cache", "-oAPT::Sandbox::User=root",
+            f"-oAPT::Default-Release={suite}", "-oDir::State::status=/dev/null",
         ]  # fmt: skip
         output("apt-get", *self.options, "-qq", "update")
 
@@ -114,7 +118,11 @@ def initramfs(folder: Path, version: str, log: Path) -> Path:
     (root / "tree").write_text(str(tree))
     (root / "job").write_text(job())
     order: list[str] = []
+    modules = tree / "lib/modules" / version
     for module in BOOT_MODULES:
+        # Not every kernel's packages list what is built in.
+        if not list(modules.rglob(f"{module}.ko*")):
+            continue
         shown = output("modprobe", "-d", tree, "-S", version, "--show-depends", module)
         for path in map(Path, re.findall(r"^insmod (.+?) *$", shown, re.M)):
             plain = path.name.partition(".ko")[0] + ".ko"
