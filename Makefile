@@ -15,7 +15,7 @@ STAMPS := .stamps
 # Namespaces, BPF and AF_XDP belong to root.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 ARGS ?=
-# Of test-distros and test-kernels; none: all.
+# Of test-distros and test-kernels, which get ARGS, MIRROR, ACCEL and proxies by the environment; none: all.
 DISTROS ?=
 COMMANDS ?= demo test
 KERNELS ?=
@@ -47,10 +47,10 @@ man: $(STAMPS)/man-tools
 	@$(VENV)/bin/python docs/manpages.py build/man
 
 test-distros: $(STAMPS)/distro-packages $(VENV)/bin/python
-	@$(SUDO) $(VENV)/bin/python tests/machines/distros.py --commands='$(COMMANDS)' --args='$(ARGS)' $(DISTROS)
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/distros.py --commands='$(COMMANDS)' $(DISTROS)
 
 test-kernels: $(STAMPS)/built $(STAMPS)/kernel-packages
-	@$(SUDO) $(VENV)/bin/python tests/machines/kernels.py $(KERNELS)
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/kernels.py $(KERNELS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages

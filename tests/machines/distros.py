@@ -121,7 +121,7 @@ def have(root: Path) -> str:
 
 
 def check(distro: str, commands: list[str], args: str, verdict: Verdict) -> None:
-    """Run the commands on one distro."""
+    """Run the commands on one distro, with ``ARGS``."""
     log = LOGS / f"{distro}.log"
     log.unlink(missing_ok=True)
     root = FOLDER / "roots" / f"{distro}.run"
@@ -145,7 +145,7 @@ def check(distro: str, commands: list[str], args: str, verdict: Verdict) -> None
             if status:
                 verdict.fail(f"{distro}: make {name}", f"exit status {status} after {seconds:.0f} s", log)
             else:
-                verdict.ok(f"{distro}: make {name}", seconds)
+                verdict.ok(f"{distro}: make {name} ({seconds:.0f} s)")
         print(f"      {distro}: {have(root)}", flush=True)
     except Failed as e:
         verdict.fail(distro, str(e), log)
@@ -157,7 +157,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("distros", nargs="*", metavar="DISTRO", help=f"of Debian (default: {' '.join(DISTROS)})")
     parser.add_argument("--commands", default=" ".join(COMMANDS), help="make targets (default: %(default)s)")
-    parser.add_argument("--args", default="", help="what they get as ARGS")
     given = parser.parse_args()
     commit = output(*GIT, "-C", PROJECT, "log", "-1", "--format=%h %s").strip()
     print(f"==> of {commit}")
@@ -166,7 +165,7 @@ def main() -> int:
     verdict = Verdict()
     with alone("test-distros"):
         for distro in given.distros or DISTROS:
-            check(distro, given.commands.split(), given.args, verdict)
+            check(distro, given.commands.split(), os.environ.get("ARGS", ""), verdict)
     return verdict.end()
 
 
