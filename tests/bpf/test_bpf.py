@@ -690,7 +690,7 @@ def test_what_is_inherited(flows, tmp_path):
             flows.maps[name].pin(folder / name)
         inherited = flowmap.Inherited.open(folder, SEED)
         assert inherited.backends == {ip_address(DIP[4]): 7}
-        assert inherited.services == {parse_vip(url(VIP[f], 80)).key(): f for f in (4, 6)}
+        assert inherited.services == {parse_vip(url(VIP[f], 80)): f for f in (4, 6)}
         inherited.close()
         with pytest.raises(ValueError, match="another seed"):
             flowmap.Inherited.open(folder, bytes(16))
