@@ -118,6 +118,11 @@ class Engine:
         return MappingProxyType(self._hops)
 
     @property
+    def _configured(self) -> set[Address]:
+        """The backends of all services."""
+        return {b.address for service in self.config.services for b in service.backends}
+
+    @property
     def reached(self) -> frozenset[Address]:
         """The backends whose known fallback flows the XDP program forwards by itself."""
         return self._program.paths.reached if self._program else frozenset()
@@ -360,7 +365,7 @@ class Engine:
             pools = self._queues.snapshot.pools if self._queues.snapshot else {}
             if now - aged >= AGE_INTERVAL:
                 aged = now
-                for backend in self._balance.silent(now):
+                for backend in self._balance.silent(now) & self._configured:
                     self._tell(Event("server-silent", backend))
                 for service in self.config.services:
                     if service.vip in pools:
@@ -418,12 +423,11 @@ class Engine:
         """Release what neither the configuration nor a flow (``left``, by backend id) holds any more."""
         self._registry.settle()
         vips = {service.vip for service in self.config.services}
-        backends = {b.address for service in self.config.services for b in service.backends}
         for vip in self._registry.services.keys() - vips:
             self._registry.services.release(vip)
         self._balance.forget(self.config.services)
         numbers = self._registry.backends
-        gone = [address for address, i in numbers.items() if address not in backends and not left[i]]
+        gone = [address for address in numbers.keys() - self._configured if not left[numbers[address]]]
         for address in gone:
             self._running.paths.forget(address, numbers.release(address))
             self._hops.pop(address, None)

@@ -126,9 +126,9 @@ class Balance:
         self._heard[backend] = at
         return new
 
-    def silent(self, at: float) -> list[Address]:
+    def silent(self, at: float) -> set[Address]:
         """The servers that have fallen silent since the last call: their loads are not known any more."""
-        gone = [address for address, heard in self._heard.items() if at - heard > SILENT]
+        gone = {address for address, heard in self._heard.items() if at - heard > SILENT}
         for address in gone:
             del self._heard[address]
         return gone

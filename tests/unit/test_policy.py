@@ -445,6 +445,6 @@ def test_who_does_not_report_is_taken_for_average():
     balance.age(service)
     assert (c.open, c.base, c.figure) == (20, 77, 500)
     assert (a.open, b.open) == (10, 30)
-    assert [balance.silent(at) for at in (13.4, 13.6, 13.7, 14.1)] == [[], [A], [], [B]]
+    assert [balance.silent(at) for at in (13.4, 13.6, 13.7, 14.1)] == [set(), {A}, set(), {B}]
     balance.age(service)
     assert (a.open, b.open, c.open) == (0, 0, 0)
