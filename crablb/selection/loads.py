@@ -74,7 +74,9 @@ class _Block:
         slot = self._slots.setdefault(backend, len(self._slots))
         while slot >= len(self._parts) * self.SIZE:
             self._parts.append(ffi.new(f"struct crab_load[{self.SIZE}]"))
-        return ffi.addressof(self._parts[slot // self.SIZE], slot % self.SIZE)
+        part = self._parts[slot // self.SIZE]
+        # A pool writes there as long as it lives, also when the service is gone: its pointer keeps the part alive.
+        return ffi.gc(ffi.addressof(part, slot % self.SIZE), lambda _, part=part: None)
 
     def backends(self, weights: Mapping[Address, int]) -> Backends:
         for address in weights:

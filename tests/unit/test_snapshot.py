@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -259,6 +261,23 @@ def test_what_the_next_one_shares():
     for snapshot in (one, two, three, four):
         snapshot.free()
         snapshot.free()  # once more does no harm
+
+
+def test_a_pool_keeps_the_loads_that_it_writes():
+    """A service may be forgotten, and all that is known of it, while a worker looks into an older snapshot."""
+    wanted = config(Service(WEB, (Backend(A), Backend(B)), policy="round-robin"))
+    state = sight(wanted)
+    load = state.balance.load(WEB, A)
+    held = weakref.ref(state.balance._blocks[WEB]._parts[0])
+    core = made(wanted, state)
+    del load
+    state.balance.forget([])
+    gc.collect()
+    assert held() is not None
+    assert all_of(core, WEB, range(2000, 2010)).total() == 10
+    core.snapshot.pools.clear()
+    gc.collect()
+    assert held() is None
 
 
 STATES = st.sampled_from(State)
