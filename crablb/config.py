@@ -43,7 +43,7 @@ __all__ = [
     "parse_vip",
 ]
 
-MAX_BACKENDS = 65534  # backend ids are 16 bits, one of which says "none"
+MAX_BACKENDS = 65535  # backend ids are 16 bits, one of which says "none"
 T = TypeVar("T")
 M = TypeVar("M", bound=Config | Service | Backend)
 

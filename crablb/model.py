@@ -176,3 +176,8 @@ class Config:
     announce: Announce = Announce.NONE
     report_listen: tuple[Address, int] | None = None  # where servers report to; None: nowhere
     report_key: bytes | None = None  # 32 bytes: the master key of their reports
+
+    @property
+    def backends(self) -> set[Address]:
+        """The addresses of all services' backends."""
+        return {backend.address for service in self.services for backend in service.backends}

@@ -61,6 +61,7 @@ class Option:
     field: str = ""  # of ``scope``; ``name`` if empty
     flags: tuple[str, ...] = ()  # of ``crablb serve``; by the name if empty.  A service's is for all given there
     no_flag: str = ""  # why there is none
+    flag_help: str = ""  # what is to say of the flag beside
     repeatable: bool = False  # the flag; a file has a list
     unset: str = ""  # what is done by default, where the default value does not tell
     missing: str = ""  # what to say where it must be there and is not
@@ -68,8 +69,13 @@ class Option:
     reload: bool = False  # may be changed while serving
 
     def __post_init__(self) -> None:
+        """Raises :class:`TypeError` if there is no such field."""
         if not self.field:
             object.__setattr__(self, "field", self.name)
+        if self.field not in self.scope.__dataclass_fields__:
+            raise TypeError(
+                f"option {self.name}: crablb.model.{self.scope.__name__} has no field {self.field}; add it there"
+            )
         if not self.flags and not self.no_flag:
             object.__setattr__(self, "flags", (f"--{self.name.replace('_', '-')}",))
 
@@ -80,7 +86,7 @@ class Option:
 
     @property
     def default_words(self) -> str:
-        """For people; empty if there is no default."""
+        """For people, as an argument; empty if there is no default."""
         if self.unset or self.default is MISSING:
             return self.unset
         return ",".join(map(_plain, self.default)) if isinstance(self.default, tuple) else _plain(self.default)
@@ -96,7 +102,11 @@ class Option:
         """Its help, with the values there are and the default."""
         default = f"default: {self.default_words}" if self.default_words else ""
         notes = [note for note in ("repeatable" if self.repeatable else "", self.limits, default) if note]
-        return f"{self.help} ({'; '.join(notes)})" if notes else self.help
+        return f"{self.whole_help} ({'; '.join(notes)})" if notes else self.whole_help
+
+    @property
+    def whole_help(self) -> str:
+        return f"{self.help}. {self.flag_help}" if self.flag_help else self.help
 
 
 def _plain(value: object) -> str:
@@ -191,8 +201,8 @@ OPTIONS: tuple[Option, ...] = (
         name="seed",
         flags=("--seed-file",),
         kind=Kind(says="32 hexadecimal digits", metavar="FILE", parse=values.parse_seed, read=values.read_seed),
-        help="key of the hash; load balancers that share a VIP share it. The argument names a file that holds it, as"
-        " ps shows arguments to everybody",
+        help="key of the hash; load balancers that share a VIP share it",
+        flag_help="The argument names a file that holds it, as ps shows arguments to everybody",
         unset="made once, and kept in /var/lib/crablb/seed",
         example="00112233445566778899aabbccddeeff",
     ),
@@ -314,8 +324,8 @@ OPTIONS: tuple[Option, ...] = (
         kind=Kind(
             says="a list of prefixes", metavar="PREFIX,...", parse=values.parse_prefix, read=_commas(str), each=True
         ),
-        help="only these clients are redirected, and learn a backend's address. Of the argument's prefixes a service"
-        " takes those of its address family",
+        help="only these clients are redirected, and learn a backend's address",
+        flag_help="Of the argument's prefixes a service takes those of its address family",
         unset="all",
         example=["10.0.0.0/8"],
         reload=True,
@@ -410,9 +420,20 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 
-_OF: dict[type, tuple[Option, ...]] = {
-    scope: tuple(option for option in OPTIONS if option.scope is scope) for scope in (Config, Service, Backend)
-}
+def complete(options: tuple[Option, ...], scope: Scope) -> tuple[Option, ...]:
+    """The options of a scope, one for each of its fields.  Raises :class:`TypeError` if there are more or fewer."""
+    found = tuple(option for option in options if option.scope is scope)
+    names = [option.field for option in found]
+    for name in scope.__dataclass_fields__:
+        if names.count(name) != 1:
+            raise TypeError(
+                f"crablb.model.{scope.__name__}.{name} has {names.count(name)} rows in crablb.options.OPTIONS, not one:"
+                " no file and no argument could set it"
+            )
+    return found
+
+
+_OF: dict[type, tuple[Option, ...]] = {scope: complete(OPTIONS, scope) for scope in (Config, Service, Backend)}
 
 
 def of(scope: type) -> tuple[Option, ...]:

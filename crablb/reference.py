@@ -28,7 +28,7 @@ def _row(option: Option) -> str:
     value = "" if option.kind.metavar.startswith("{") else f" {option.kind.metavar}"
     flags = ", ".join(f"`{flag}{value}`" for flag in option.flags) or f"none: {option.no_flag}"
     default = f"`{option.default_words}`" if option.default_words and not option.unset else option.unset or "required"
-    cells = [f"`{option.name}`", flags, option.kind.says, default, "yes" if option.reload else "no", option.help]
+    cells = [f"`{option.name}`", flags, option.kind.says, default, "yes" if option.reload else "no", option.whole_help]
     return f"| {' | '.join(map(_cell, cells))} |"
 
 
@@ -47,13 +47,20 @@ def reference() -> str:
 
 
 def _explained(option: Option) -> list[str]:
-    return [f"# {line}" for line in textwrap.wrap(option.explained, 100, break_on_hyphens=False)]
+    default = option.default_words
+    if not option.unset and isinstance(option.default, tuple):
+        default = toml(list(option.default))
+    notes = [option.limits, f"default: {default}" if default else "", "" if option.reload else "not by a reload"]
+    text = f"{option.help} ({'; '.join(filter(None, notes))})" if any(notes) else option.help
+    return [f"# {line}" for line in textwrap.wrap(text, 100, break_on_hyphens=False)]
 
 
 def example() -> str:
     """A configuration file that is accepted as it is: what must be there, and all else with a # in front of it."""
     lines = [
         "# A configuration of crablb serve.  What has a # straight in front of it is an example: remove the #.",
+        "# Some belong together (report_listen and report_key_file, source_prefix and its policy): crablb config",
+        "# check FILE says what is amiss.",
         "",
     ]
     for option in of(Config):
@@ -72,7 +79,7 @@ def example() -> str:
 
 def _backends() -> list[str]:
     keys = [option for option in of(Backend) if option.name != "address"]
-    notes = [f"    # {option.name}: {option.explained}" for option in keys]
+    notes = [f"    {_explained(option)[0].replace('# ', f'# {option.name}: ', 1)}" for option in keys]
     table = ", ".join(f"{o.name} = {toml(o.example)}" for o in keys)
     return [
         "backends = [",

@@ -73,8 +73,9 @@ def member(kind: type[E], value: object) -> E:
     try:
         return kind(value)
     except ValueError:
-        names = ", ".join(m.value for m in kind)
-        raise ConfigError(f"{value!r} is not one of {names}") from None
+        names = tuple(m.value for m in kind)
+        hint = near(value, names, "") if isinstance(value, str) else ""
+        raise ConfigError(f"{value!r} is not one of {', '.join(names)}" + (f"; {hint}" if hint else "")) from None
 
 
 def near(wrong: str, known: tuple[str, ...], otherwise: str) -> str:

@@ -44,7 +44,8 @@ def declarations(header: Path) -> str:
 DEBUG = ["-DCRAB_DEBUG", "-UNDEBUG"] if os.environ.get("CRABLB_DEBUG") else []
 
 native = FFI()
-# Called by workers for services with a policy in Python (crablb/policy.py), and for handlers (crablb/handler.py).
+# Called by workers for services with a policy in Python (crablb/selection/custom.py), and for handlers
+# (crablb/dataplane/handlers.py).
 CALLBACKS = """
 extern "Python" void crab_python_choose(void *, struct crab_choice *, uint32_t);
 extern "Python" void crab_python_handle(void *, struct crab_handled *, uint32_t);

@@ -25,6 +25,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = "/".join(action.option_strings) or action.metavar or action.dest
+            known = tuple(map(str, action.choices))
+            hint = near(str(value), known, f"there are {', '.join(known)}")
+            self.error(f"{what}: there is no {value!r}; {hint}")
+
 
 class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
@@ -72,7 +79,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(names)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = tuple(flag for each in parsers(parser) for action in each._actions for flag in action.option_strings)
+        # Those of the commands: what stands before a command, behind it is unknown.
+        commands = [each for each in parsers(parser) if each is not parser] or [parser]
+        known = tuple(flag for each in commands for action in each._actions for flag in action.option_strings)
         flags = [word for word in unknown if word.startswith("-")] or unknown
         see = f"see {' '.join(['crablb', *names])} --help"
         raise ConfigError([f"unknown argument {word!r}; {near(word, known, see)}" for word in flags])

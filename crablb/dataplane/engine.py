@@ -82,7 +82,6 @@ class Engine:
         self._attached = False
         self._sweep_soon = asyncio.Event()
         self._stepped = time.monotonic()  # when weights were last looked at
-        self._serving: set[tuple[Vip, Address]] = set()  # backends that get connections
         self._refused = 0  # connections that the flow caches had no room for, when last looked at
 
     # ---- what there is to know ----
@@ -116,11 +115,6 @@ class Engine:
     def hops(self) -> Mapping[Address, NextHop]:
         """The ways to the backends, as they are now."""
         return MappingProxyType(self._hops)
-
-    @property
-    def _configured(self) -> set[Address]:
-        """The backends of all services."""
-        return {b.address for service in self.config.services for b in service.backends}
 
     @property
     def reached(self) -> frozenset[Address]:
@@ -318,7 +312,8 @@ class Engine:
         if self._attached:  # until then the map may be in use still, by the program of a daemon that died
             dead = {b.address for s in self.config.services for b in s.backends if b.state is State.DEAD}
             self._running.paths.publish(self._registry.backends, self._hops, self._ways, dead)
-        self._begin_slowly(at)
+        usable = {address for address, hop in self._hops.items() if hop.state is HopState.RESOLVED}
+        self._balance.follow(self.config.services, usable, at if self._attached else None)
         sight = Sight(
             self.seed,
             self._registry.backends,
@@ -338,21 +333,6 @@ class Engine:
     def _ways(self, hop: NextHop) -> tuple[bool, bool]:
         return ways(self._attachments, hop, forced=self.config.ack_bypass is Bypass.ON)
 
-    def _begin_slowly(self, at: float) -> None:
-        """Note the backends that get connections now and did not before."""
-        usable = {a for a, hop in self._hops.items() if hop.state is HopState.RESOLVED}
-        services = {service.vip: service for service in self.config.services}
-        serving = {
-            (vip, b.address)
-            for vip, service in services.items()
-            for b in service.backends
-            if b.share and b.address in usable
-        }
-        if self._attached:  # those that are there at the start are not new
-            for vip, address in serving - self._serving:
-                self._balance.begin(services[vip], address, at)
-        self._serving = serving
-
     # ---- now and then ----
 
     async def _keep_balance(self) -> None:
@@ -365,7 +345,7 @@ class Engine:
             pools = self._queues.snapshot.pools if self._queues.snapshot else {}
             if now - aged >= AGE_INTERVAL:
                 aged = now
-                for backend in self._balance.silent(now) & self._configured:
+                for backend in self._balance.silent(now) & self.config.backends:
                     self._tell(Event("server-silent", backend))
                 for service in self.config.services:
                     if service.vip in pools:
@@ -419,17 +399,12 @@ class Engine:
         left[: len(swept)] += swept.astype(np.uint32)
         return int(swept.sum()), left
 
-    def _forget(self, left: npt.NDArray[np.uint32]) -> None:
-        """Release what neither the configuration nor a flow (``left``, by backend id) holds any more."""
-        self._registry.settle()
-        vips = {service.vip for service in self.config.services}
-        for vip in self._registry.services.keys() - vips:
-            self._registry.services.release(vip)
+    def _forget(self, flows: npt.NDArray[np.uint32]) -> None:
+        """Release what neither the configuration nor a flow (by backend id) holds any more."""
         self._balance.forget(self.config.services)
-        numbers = self._registry.backends
-        gone = [address for address in numbers.keys() - self._configured if not left[numbers[address]]]
-        for address in gone:
-            self._running.paths.forget(address, numbers.release(address))
+        gone = self._registry.collect(self.config, flows)
+        for address, backend_id in gone.items():
+            self._running.paths.forget(address, backend_id)
             self._hops.pop(address, None)
         if gone:
             self._publish()

@@ -11,6 +11,9 @@ import heapq
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from crablb._native import lib
 from crablb.errors import ConfigError
 from crablb.model import Address, Config, Vip, mapped
@@ -99,7 +102,7 @@ class Registry:
 
         Raises :class:`ConfigError`, and changes nothing, if they are used up.
         """
-        backends = sorted({b.address for s in config.services for b in s.backends}, key=mapped)
+        backends = sorted(config.backends, key=mapped)
         services = [service.vip for service in config.services]
         problems = [
             f"{numbers.limit:,} {what} at most can be known at a time, those removed whose connections last included;"
@@ -115,7 +118,16 @@ class Registry:
         self.backends.give(backends)
         return self.services.give(services)
 
-    def settle(self) -> None:
-        """See :meth:`Numbers.settle`."""
-        self.backends.settle()
-        self.services.settle()
+    def collect(self, config: Config, flows: npt.NDArray[np.uint32]) -> dict[Address, int]:
+        """Let go of what nothing holds any more; returns the backends whose ids were released.
+
+        ``config``: the one that is served since before the count; ``flows``: how many flows there are by backend id,
+        shape (n,), n above every id, counted when no worker looked into a snapshot from before the current one.  (A
+        worker that does may still give a flow to a backend that was removed; one that does not can only lose some.)
+        """
+        for numbers in (self.backends, self.services):
+            numbers.settle()
+        for vip in self.services.keys() - {service.vip for service in config.services}:
+            self.services.release(vip)
+        gone = [address for address in self.backends.keys() - config.backends if not flows[self.backends[address]]]
+        return {address: self.backends.release(address) for address in gone}

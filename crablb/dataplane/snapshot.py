@@ -130,7 +130,7 @@ def _backends(config: Config, sight: Sight) -> tuple[Any, int]:
     count = max(sight.backends.values(), default=-1) + 1
     backends = ffi.new("struct crab_backend[]", max(count, 1))
     without_cr = {b.address for service in config.services for b in service.backends if not b.cr}
-    configured = {b.address for service in config.services for b in service.backends}
+    configured = config.backends
     for address, backend_id in sight.backends.items():
         entry, hop = backends[backend_id], sight.hops.get(address)
         entry.addr = mapped(address)

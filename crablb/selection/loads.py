@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,7 @@ class Balance:
         self._blocks: dict[Vip, _Block] = {}
         self._turns: dict[Vip, Any] = {}
         self._since: dict[tuple[Vip, Address], float] = {}  # when a backend that is starting slowly began
+        self._serving: set[tuple[Vip, Address]] = set()  # who gets connections
         self._heard: dict[Address, float] = {}  # when a server that reports did so last
 
     def _block(self, vip: Vip) -> _Block:
@@ -134,6 +135,22 @@ class Balance:
         for address in gone:
             del self._heard[address]
         return gone
+
+    def follow(self, services: Iterable[Service], usable: Container[Address], at: float | None) -> None:
+        """Note which backends get connections now: those that did not before begin slowly, ``at`` this time.
+
+        ``at``: None at the start, where none is new.
+        """
+        serving = {
+            (service.vip, b.address): service
+            for service in services
+            for b in service.backends
+            if b.share and b.address in usable
+        }
+        if at is not None:
+            for vip, address in serving.keys() - self._serving:
+                self.begin(serving[vip, address], address, at)
+        self._serving = set(serving)
 
     def begin(self, service: Service, backend: Address, at: float) -> None:
         """The backend gets connections from now on, and did not before: it starts slowly, if the service says so."""
