@@ -159,7 +159,8 @@ def test_least_loaded_sees_a_figure(make_world):
     reporting.servers(figures)
     until(lambda: reporting.log().count("server reports its load") == 2)
     reporting.settle()
-    assert Counter(reporting.names(5)) == {"server2": 5}
+    # A server that a starved machine keeps from reporting for three seconds is taken for average meanwhile.
+    until(lambda: Counter(reporting.names(5)) == {"server2": 5}, 60)
     figures[1].write_text("nonsense")  # named, and the load is taken for none
     figures[0].write_text("0.0")
     reporting.settle()
