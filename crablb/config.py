@@ -28,6 +28,7 @@ from crablb.values import (
     parse_prefix,
     parse_vip,
     read_text,
+    shown,
 )
 
 __all__ = [
@@ -106,7 +107,7 @@ def _read(
     for key in table:
         if key not in known:
             hint = near(key, known, f"known are {', '.join(sorted(known))}")
-            problems.add("", f"unknown key {key!r}; {hint}")
+            problems.add("", f"unknown key {shown(key)}; {hint}")
     found: dict[str, Any] = {}
     for option in options:
         if option.name in table:
@@ -123,7 +124,7 @@ def _backend(entry: object) -> Backend:
         return parse_backend(entry)
     if not isinstance(entry, dict):
         keys = ", ".join(f"{option.name}=..." for option in of(Backend))
-        raise ConfigError(f"{entry!r} is neither an address nor a table {{{keys}}}")
+        raise ConfigError(f"{shown(entry)} is neither an address nor a table {{{keys}}}")
     problems = _Problems()
     found = _read(problems, Backend, entry)
     problems.finish()
@@ -202,7 +203,7 @@ def parse_service(text: str) -> Service:
     """``tcp://10.0.0.100:80=10.0.0.11,10.0.0.12*3``.  Raises :class:`ConfigError` with every fault."""
     vip_text, equals, backends_text = text.partition("=")
     if not equals:
-        raise ConfigError(f"{text!r} is not VIP=BACKEND,BACKEND,... (tcp://10.0.0.100:80=10.0.0.11,10.0.0.12)")
+        raise ConfigError(f"{shown(text)} is not VIP=BACKEND,BACKEND,... (tcp://10.0.0.100:80=10.0.0.11,10.0.0.12)")
     problems = _Problems()
     vip = problems.attempt("VIP", parse_vip, vip_text.strip())
     backends = [
@@ -335,5 +336,5 @@ def checked(value: M) -> M:
 
 def _checked_as(scope: Scope, value: object) -> object:
     if not isinstance(value, scope):
-        raise ConfigError(f"{value!r} is no crablb.{scope.__name__}")
+        raise ConfigError(f"{shown(value)} is no crablb.{scope.__name__}")
     return checked(value)

@@ -36,37 +36,46 @@ MAX_WEIGHT = 65535
 E = TypeVar("E", bound=Enum)
 
 
+def shown(value: object) -> str:
+    """A value as it is quoted to a person; Python has no words for a whole number of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number, or what holds one, of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 # ---- plain ones ----
 
 
 def string(value: object) -> str:
     if isinstance(value, str):
         return value
-    raise ConfigError(f"{value!r} is not a string")
+    raise ConfigError(f"{shown(value)} is not a string")
 
 
 def boolean(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    raise ConfigError(f"{value!r} is not true or false")
+    raise ConfigError(f"{shown(value)} is not true or false")
 
 
 def listed(value: object) -> list[object]:
     if isinstance(value, list | tuple):
         return list(value)
-    raise ConfigError(f"{value!r} is not a list")
+    raise ConfigError(f"{shown(value)} is not a list")
 
 
 def whole(low: int, high: int, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return value
-    raise ConfigError(f"{value!r} is not a whole number from {low} to {high}")
+    raise ConfigError(f"{shown(value)} is not a whole number from {low} to {high}")
 
 
 def seconds(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 86400:
         return float(value)
-    raise ConfigError(f"{value!r} is not a number of seconds from 0 to 86400")
+    raise ConfigError(f"{shown(value)} is not a number of seconds from 0 to 86400")
 
 
 def member(kind: type[E], value: object) -> E:
@@ -75,7 +84,7 @@ def member(kind: type[E], value: object) -> E:
     except ValueError:
         names = tuple(m.value for m in kind)
         hint = near(value, names, "") if isinstance(value, str) else ""
-        raise ConfigError(f"{value!r} is not one of {', '.join(names)}" + (f"; {hint}" if hint else "")) from None
+        raise ConfigError(f"{shown(value)} is not one of {', '.join(names)}" + (f"; {hint}" if hint else "")) from None
 
 
 def near(wrong: str, known: tuple[str, ...], otherwise: str) -> str:
@@ -92,7 +101,7 @@ def _address(text: str, what: str) -> Address:
     try:
         address = ipaddress.ip_address(bare)
     except ValueError:
-        raise ConfigError(f"{text!r} is not an IP address ({what} is written 10.0.0.1 or [fd00::1])") from None
+        raise ConfigError(f"{shown(text)} is not an IP address ({what} is written 10.0.0.1 or [fd00::1])") from None
     if isinstance(address, ipaddress.IPv6Address):
         if address.scope_id:
             raise ConfigError(f"{text} has a zone; give an address that is unique without one")
@@ -112,13 +121,13 @@ def parse_vip(value: object) -> Vip:
     text = str(value) if isinstance(value, Vip) else string(value)
     protocol, separator, rest = text.partition("://")
     if not separator:
-        raise ConfigError(f"{text!r} has no protocol; write tcp://{text or '10.0.0.100:80'}")
+        raise ConfigError(f"{shown(text)} has no protocol; write tcp://{text or '10.0.0.100:80'}")
     if protocol != "tcp":
         raise ConfigError(f"protocol {protocol!r} is not supported; connection redirection is made for tcp")
     match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*):([^:]*)", rest)
     if not match:
         hint = " (an IPv6 address stands in brackets: tcp://[fd00::100]:80)" if rest.count(":") > 1 else ""
-        raise ConfigError(f"{text!r} is not tcp://ADDRESS:PORT{hint}")
+        raise ConfigError(f"{shown(text)} is not tcp://ADDRESS:PORT{hint}")
     port = match[2]
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ConfigError(f"{port!r} is not a port (1 to 65535)")
@@ -131,7 +140,7 @@ def parse_backend(value: object) -> Backend:
     bare, star, weight = text.partition("*")
     if re.fullmatch(r"[^:\[\]]+:\d+|\[.*\]:\d+", bare):
         raise ConfigError(
-            f"{text!r} has a port; redirection and direct server return keep the VIP's port, so leave it out"
+            f"{shown(text)} has a port; redirection and direct server return keep the VIP's port, so leave it out"
         )
     address = _address(bare, "a backend")
     if star and not re.fullmatch(r"[0-9]{1,9}", weight):
@@ -146,7 +155,7 @@ def parse_address(value: object) -> Address:
 
 def parse_weight(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_WEIGHT:
-        raise ConfigError(f"{value!r} is not a weight (0 to {MAX_WEIGHT})")
+        raise ConfigError(f"{shown(value)} is not a weight (0 to {MAX_WEIGHT})")
     return value
 
 
@@ -162,14 +171,14 @@ def parse_prefix(value: object) -> Network:
     try:
         loose = ipaddress.ip_network(text, strict=False)
     except ValueError:
-        raise ConfigError(f"{text!r} is not a prefix (10.0.0.0/8 or fd00::/8)") from None
+        raise ConfigError(f"{shown(text)} is not a prefix (10.0.0.0/8 or fd00::/8)") from None
     raise ConfigError(f"{text} has bits set behind the prefix; write {loose}")
 
 
 def parse_source_prefix(value: object) -> tuple[int, int]:
     lengths = listed(value)
     if len(lengths) != 2:
-        raise ConfigError(f"{value!r} is not a pair of prefix lengths, for IPv4 and IPv6: [24, 56]")
+        raise ConfigError(f"{shown(value)} is not a pair of prefix lengths, for IPv4 and IPv6: [24, 56]")
     return whole(1, 32, lengths[0]), whole(1, 128, lengths[1])
 
 
@@ -180,7 +189,7 @@ def parse_endpoint(value: object) -> tuple[Address, int]:
     text = string(value)
     match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
     if not match or not 0 < int(match[2] or PORT) < 65536:
-        raise ConfigError(f"{text!r} is not ADDRESS or ADDRESS:PORT (an IPv6 address stands in brackets)")
+        raise ConfigError(f"{shown(text)} is not ADDRESS or ADDRESS:PORT (an IPv6 address stands in brackets)")
     bare = match[1].strip("[]")
     if bare in ("0.0.0.0", "::"):
         return ipaddress.ip_address(bare), int(match[2] or PORT)
@@ -194,7 +203,7 @@ def parse_interface(value: object) -> str:
     """The name of an interface; whether there is one, the kernel says later.  Raises :class:`ConfigError`."""
     name = string(value)
     if not re.fullmatch(r"[^\s/\x00-\x1f\x7f]+", name):
-        raise ConfigError(f"{name!r} is not the name of an interface (see ip link)")
+        raise ConfigError(f"{shown(name)} is not the name of an interface (see ip link)")
     return name
 
 
@@ -227,7 +236,7 @@ def parse_policy(value: object) -> str | Callable[..., Any]:
         resolve(name)
         return name
     hint = near(name, POLICIES, f"there are {', '.join(POLICIES)}, or module:function")
-    raise ConfigError(f"{name!r} is no policy; {hint}")
+    raise ConfigError(f"{shown(name)} is no policy; {hint}")
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -235,10 +244,10 @@ def resolve(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # whatever a module does while it is imported
+        for part in function.split("."):
+            found = getattr(found, part, None)
+    except BaseException as error:  # whatever a module does while it is imported, and asked
         raise ConfigError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from None
-    for part in function.split("."):
-        found = getattr(found, part, None)
     if not callable(found):
         raise ConfigError(f"module {module!r} has no function {function!r}")
     return found  # type: ignore[no-any-return]
@@ -252,6 +261,8 @@ def read_text(path: Path | str) -> str:
     if not str(path):
         raise ConfigError("'' names no file")
     try:
+        if not Path(path).is_file() and Path(path).exists() and not Path(path).is_dir():
+            raise ConfigError(f"{path}: is no regular file; reading it could take for ever")
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

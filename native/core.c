@@ -51,6 +51,7 @@ void crab_core_learn(struct crab_core *core, struct crab_table *table)
 
 void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now)
 {
+    core->flows.tidied = now;
     for (uint32_t i = 0; i < n; i++) {
         struct crab_entry *e = crab_flows_place(crab_flows_bucket(&core->flows, flows[i].hash), now);
         if (e)
@@ -97,6 +98,8 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
     b.now = now;
     b.kept = b.handed.count = 0;
 
+    if (crab_unlikely(now != core->flows.tidied))
+        crab_flows_tidy(&core->flows, now);
     core->counters[CRAB_C_RECEIVED] += count;
     if (crab_unlikely(!b.s)) {
         core->counters[CRAB_C_DROP_NOT_SERVICE] += count;

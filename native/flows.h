@@ -1,15 +1,19 @@
 /* SPDX-License-Identifier: MIT */
 /* The flow cache of a worker: which backend a connection's packets go to.  One a worker, so nothing here is atomic.
  *
+ * An entry's clock has 16 bits: 18.2 hours after its last packet a dead one would look alive, and name a backend that is
+ * another by then.  So dead ones are cleared, a part of the cache at a time (crab_flows_tidy).
+ *
  * A bucket is one cache line of four entries.  An entry is known by 48 bits of the connection's keyed hash beside the
  * bits that chose its bucket; who does not know the key cannot make two connections meet.
  *
- * Bounded and aged without a sweep: a new entry comes in at the front of its bucket, and the last one goes; if that is an
+ * Bounded without a sweep: a new entry comes in at the front of its bucket, and the last one goes; if that is an
  * established connection's, an expired one goes instead, else the oldest that is still a SYN's, never one of an
  * established connection that lives.  So a flood of SYNs pushes out SYNs only. */
 #ifndef CRAB_FLOWS_H
 #define CRAB_FLOWS_H
 
+#include <stdbool.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -33,6 +37,8 @@ _Static_assert(sizeof(struct crab_entry) * CRAB_BUCKET == 64, "a bucket is a cac
 struct crab_flows {
     struct crab_entry *entries;
     uint64_t mask; /* buckets - 1 */
+    uint64_t next; /* bucket to be tidied */
+    uint32_t tidied; /* when that was done last, seconds; 0: never */
 };
 
 /* Seconds after the last packet, by state (see CRAB_AGE_SYN); a free entry's is 0.  In one word: no load. */
@@ -64,6 +70,32 @@ static inline int crab_flows_init(struct crab_flows *t, uint32_t capacity)
     memset(t->entries, 0, buckets * 64);
     t->mask = buckets - 1;
     return 0;
+}
+
+/* Seconds in which every bucket is looked at. */
+#define CRAB_TIDY_SECONDS 4096
+_Static_assert(CRAB_TIDY_SECONDS + CRAB_AGE_OPEN < 65536, "what is dead is cleared before its clock goes round");
+
+/* Clear the dead entries of as many buckets as the seconds since the last call are worth. */
+static inline void crab_flows_tidy(struct crab_flows *t, uint32_t now)
+{
+    uint32_t passed = now - t->tidied;
+    uint64_t buckets = t->mask + 1;
+    bool first = !t->tidied;
+    t->tidied = now;
+    if (first)
+        return;
+    if (passed >= CRAB_AGE_OPEN) { /* there was no packet since: none lives, whatever its clock says */
+        memset(t->entries, 0, buckets * CRAB_BUCKET * sizeof *t->entries);
+        return;
+    }
+    uint64_t n = passed >= CRAB_TIDY_SECONDS ? buckets : buckets * passed / CRAB_TIDY_SECONDS + 1;
+    for (; n; n--, t->next = (t->next + 1) & t->mask)
+        for (int i = 0; i < CRAB_BUCKET; i++) {
+            struct crab_entry *e = &t->entries[t->next * CRAB_BUCKET + (uint64_t)i];
+            if (e->state && crab_entry_dead(e, now))
+                *e = (struct crab_entry){0};
+        }
 }
 
 static inline struct crab_entry *crab_flows_bucket(const struct crab_flows *t, uint64_t hash)

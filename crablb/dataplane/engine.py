@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
@@ -77,10 +77,10 @@ class Engine:
         self._tasks: list[asyncio.Task[None]] = []
         self._stack = ExitStack()
         # What has happened:
-        self._hops: dict[Address, NextHop] = {}
         self._resolved = asyncio.Event()
         self._attached = False
         self._sweep_soon = asyncio.Event()
+        self._applied: list[Config] = []  # the configurations since the last sweep began
         self._stepped = time.monotonic()  # when weights were last looked at
         self._refused = 0  # connections that the flow caches had no room for, when last looked at
 
@@ -114,7 +114,7 @@ class Engine:
     @property
     def hops(self) -> Mapping[Address, NextHop]:
         """The ways to the backends, as they are now."""
-        return MappingProxyType(self._hops)
+        return MappingProxyType(self._nexthops.current) if self._nexthops else {}
 
     @property
     def reached(self) -> frozenset[Address]:
@@ -190,7 +190,6 @@ class Engine:
 
         self._nexthops = NextHops(self._hops_changed)
         await self._nexthops.start(self._registry.backends)
-        self._hops = dict(self._nexthops.current)
         self._publish()
         await self._resolve()
         if left and program.flows:
@@ -198,7 +197,7 @@ class Engine:
             self._queues.adopt(flows)
             log.info("took over fallback flows", flows=len(flows))
         program.serve((service.vip for service in self.config.services), self._registry.services)
-        self._tasks = [asyncio.create_task(self._sweep()), asyncio.create_task(self._keep_balance())]
+        self._tasks = [self._task("sweep", self._sweep()), self._task("balance", self._keep_balance())]
         if self.threads:
             self._queues.start(
                 sorted(os.sched_getaffinity(0)), lambda reason: self._from_thread(lambda: self._failed(reason))
@@ -211,7 +210,7 @@ class Engine:
 
     async def _resolve(self) -> None:
         """Wait for all next hops that can still resolve, for a moment."""
-        if any(hop.state is HopState.UNRESOLVED for hop in self._hops.values()):
+        if any(hop.state is HopState.UNRESOLVED for hop in self.hops.values()):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RESOLVE_TIMEOUT):
                     await self._resolved.wait()
@@ -239,13 +238,28 @@ class Engine:
         return self._program
 
     def _tell(self, notice: Notice) -> None:
-        for listener in self.listeners:
-            listener(notice)
+        for listener in list(self.listeners):
+            try:
+                listener(notice)
+            except Exception:  # whatever somebody's listener does is no matter of ours
+                log.exception("a listener failed", notice=str(notice))
 
     def _from_thread(self, do: Callable[[], None]) -> None:
         """Run in the event loop what a worker's thread has to say."""
         if self.failure:
             self.failure.get_loop().call_soon_threadsafe(do)
+
+    def _task(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that is never done.  If it fails, so does the engine: nobody would notice what is not done any more."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()):
+                log.error("a task of the engine failed", task=name, exc_info=error)
+                self._failed(f"task {name} failed: {error!r}")
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(ended)
+        return task
 
     def _failed(self, reason: str) -> None:
         if self.failure and not self.failure.done():
@@ -286,6 +300,7 @@ class Engine:
         # A VIP's packets come only while the workers know it.
         self._running.serve((s.vip for s in self.config.services if s.vip in served), self._registry.services)
         self.config = config
+        self._applied.append(config)
         self._nexthops.follow(self._registry.backends)
         self._publish()
         self._running.serve(served, self._registry.services)
@@ -293,14 +308,17 @@ class Engine:
         self._sweep_soon.set()  # services that were removed lose their flows
         self.count("reloads")
 
-    def _hops_changed(self, changes: Mapping[Address, NextHop]) -> None:
+    def _hops_changed(self, before: Mapping[Address, NextHop], now: Mapping[Address, NextHop]) -> None:
         if not self._queues.snapshot:
             return  # the first resolution: start() publishes it
-        before = {address: self._hops[address] for address in changes if address in self._hops}
-        self._hops.update(changes)
-        self._publish()
-        self._tell(HopsChanged(before, changes))
-        for address, hop in changes.items():
+        try:
+            self._publish()
+        except Exception as error:  # the follower of next hops would end, and nobody notice
+            log.exception("cannot publish new ways to backends")
+            self._failed(f"cannot publish new ways to backends: {error!r}")
+            return
+        self._tell(HopsChanged(before, now))
+        for address, hop in now.items():
             if hop.state is HopState.RESOLVED:
                 self._tell(Event("backend-up", address))
             elif address in before and before[address].state is HopState.RESOLVED:
@@ -308,17 +326,17 @@ class Engine:
 
     def _publish(self) -> None:
         """Have the XDP program and the workers see what is there now."""
-        at = time.monotonic()
+        at, hops = time.monotonic(), self.hops
         if self._attached:  # until then the map may be in use still, by the program of a daemon that died
             dead = {b.address for s in self.config.services for b in s.backends if b.state is State.DEAD}
-            self._running.paths.publish(self._registry.backends, self._hops, self._ways, dead)
-        usable = {address for address, hop in self._hops.items() if hop.state is HopState.RESOLVED}
+            self._running.paths.publish(self._registry.backends, hops, self._ways, dead)
+        usable = {address for address, hop in hops.items() if hop.state is HopState.RESOLVED}
         self._balance.follow(self.config.services, usable, at if self._attached else None)
         sight = Sight(
             self.seed,
             self._registry.backends,
             self._registry.services,
-            self._hops,
+            hops,
             self._balance,
             at,
             self.reached,
@@ -327,7 +345,7 @@ class Engine:
         snapshot = build(self.config, sight, self._queues.snapshot)
         self._custom.publish(snapshot.custom)
         self._queues.publish(snapshot)
-        if all(hop.state is HopState.RESOLVED for hop in self._hops.values()):
+        if all(hop.state is HopState.RESOLVED for hop in hops.values()):
             self._resolved.set()
 
     def _ways(self, hop: NextHop) -> tuple[bool, bool]:
@@ -368,9 +386,9 @@ class Engine:
             self._sweep_soon.clear()
             # Only when no worker looks into a snapshot from before can it be known who gets no new flows.
             quiet = self._queues.settle()
-            before = self.config
+            self._applied = [self.config]
             services = np.zeros(1 << 16, np.bool_)
-            services[[self._registry.services[service.vip] for service in before.services]] = True
+            services[[self._registry.services[service.vip] for service in self.config.services]] = True
             counting = loop.run_in_executor(None, self._count_flows, services)
             try:
                 flows, left = await asyncio.shield(counting)
@@ -380,7 +398,7 @@ class Engine:
             refused = self.statistics()["total"]["flows_full"]
             self._tell(Swept(flows, refused - self._refused))
             self._refused = refused
-            if quiet and self.config is before:  # else what came and went meanwhile was not counted
+            if quiet:
                 self._forget(left)
             if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets
                 self._nexthops.follow(self._registry.backends)
@@ -402,9 +420,9 @@ class Engine:
     def _forget(self, flows: npt.NDArray[np.uint32]) -> None:
         """Release what neither the configuration nor a flow (by backend id) holds any more."""
         self._balance.forget(self.config.services)
-        gone = self._registry.collect(self.config, flows)
+        # What came during the count, and perhaps went, was not counted.
+        gone = self._registry.collect(self._applied, flows)
         for address, backend_id in gone.items():
             self._running.paths.forget(address, backend_id)
-            self._hops.pop(address, None)
         if gone:
             self._publish()

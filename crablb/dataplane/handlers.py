@@ -112,7 +112,9 @@ Handle = Callable[[Frames], npt.ArrayLike | None]
 
 
 def check(match: Match, there: Collection[Match]) -> None:
-    """Raises :class:`ConfigError` if there is a handler for ``match`` already, or no room for one."""
+    """Raises :class:`ConfigError` if it is no match, there is a handler for it already, or no room for one."""
+    if not isinstance(match, Match):
+        raise ConfigError(f"{match!r} is no Match: write Match(protocol=17, port=53), for example")
     if match in there:
         raise ConfigError(f"there is a handler for {match} already")
     if len(there) == lib.CRAB_MAX_MATCHES:

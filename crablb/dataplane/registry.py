@@ -8,7 +8,7 @@ when the first two have let go, it cools until no snapshot from before is in use
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -118,16 +118,17 @@ class Registry:
         self.backends.give(backends)
         return self.services.give(services)
 
-    def collect(self, config: Config, flows: npt.NDArray[np.uint32]) -> dict[Address, int]:
+    def collect(self, configs: Sequence[Config], flows: npt.NDArray[np.uint32]) -> dict[Address, int]:
         """Let go of what nothing holds any more; returns the backends whose ids were released.
 
-        ``config``: the one that is served since before the count; ``flows``: how many flows there are by backend id,
+        ``configs``: those that were served since the count began; ``flows``: how many flows there are by backend id,
         shape (n,), n above every id, counted when no worker looked into a snapshot from before the current one.  (A
         worker that does may still give a flow to a backend that was removed; one that does not can only lose some.)
         """
         for numbers in (self.backends, self.services):
             numbers.settle()
-        for vip in self.services.keys() - {service.vip for service in config.services}:
+        for vip in self.services.keys() - {service.vip for config in configs for service in config.services}:
             self.services.release(vip)
-        gone = [address for address in self.backends.keys() - config.backends if not flows[self.backends[address]]]
+        named: set[Address] = set().union(*(config.backends for config in configs))
+        gone = [address for address in self.backends.keys() - named if not flows[self.backends[address]]]
         return {address: self.backends.release(address) for address in gone}

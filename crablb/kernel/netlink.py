@@ -142,11 +142,12 @@ def _route(netlink: Netlink, address: Address, links: Mapping[int, _Link]) -> _R
 class NextHops:
     """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current.
 
-    ``on_change`` is called in the event loop with those that changed.  To be used in the network namespace of the load
-    balancer: :meth:`start`, then :meth:`close`.
+    ``on_change`` is called in the event loop with those that changed, as they were (those that were known) and as they
+    are.  :attr:`current` is what is known now, of those that are followed.  To be used in the network namespace of the
+    load balancer: :meth:`start`, then :meth:`close`.
     """
 
-    def __init__(self, on_change: Callable[[Mapping[Address, NextHop]], None]) -> None:
+    def __init__(self, on_change: Callable[[Mapping[Address, NextHop], Mapping[Address, NextHop]], None]) -> None:
         self.current: dict[Address, NextHop] = {}
         self._on_change = on_change
         self._wanted: frozenset[Address] = frozenset()
@@ -247,9 +248,10 @@ class NextHops:
             await loop.run_in_executor(self._thread, self._manage, missing)
         hops = {address: self._hop(address) for address in routes}
         changed = {a: hop for a, hop in hops.items() if self.current.get(a) != hop}
+        before = {a: self.current[a] for a in changed if a in self.current}
         self.current = hops
         if changed:
-            self._on_change(changed)
+            self._on_change(before, changed)
 
     def _hop(self, address: Address) -> NextHop:
         route = self._tables.routes[address]

@@ -182,9 +182,10 @@ class Balance:
         steps = {service.vip: service.slow_start / STEPS for service in services}
         return min(
             (
-                began + (int((at - began) / step) + 1) * step
+                began + (int(max(0.0, at - began) / step) + 1) * step
                 for (vip, _), began in self._since.items()
-                if at - began < STEPS * (step := steps.get(vip, 0.0))  # else it has risen, or is not there to rise
+                # else it has risen, or is not there to rise
+                if (step := steps.get(vip, 0.0)) and at - began < STEPS * step
             ),
             default=None,
         )

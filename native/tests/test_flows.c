@@ -105,8 +105,32 @@ static void test_other_buckets(void)
             CHECK(!!find(hash_of(b, n), 100) == (b != 7));
 }
 
+/* What is dead does not live again when its clock of 16 bits has gone round, however seldom packets come. */
+static void test_the_clock_goes_round(void)
+{
+    static const uint32_t steps[] = {1, 60, 1000, CRAB_TIDY_SECONDS, CRAB_AGE_OPEN - 1, CRAB_AGE_OPEN, 65536, 65636, 200000};
+    for (uint32_t s = 0; s < sizeof steps / sizeof *steps; s++) {
+        start();
+        flows.tidied = 100;
+        for (uint32_t b = 0; b < BUCKETS; b++) {
+            CHECK(put(hash_of(b, 0), CRAB_ENTRY_ESTABLISHED, 100));
+            CHECK(put(hash_of(b, 1), CRAB_ENTRY_SYN, 100));
+            CHECK(put(hash_of(b, 2), CRAB_ENTRY_CLOSING, 100));
+        }
+        for (uint32_t now = 100; now < 100 + 140000 + steps[s]; now += steps[s]) {
+            crab_flows_tidy(&flows, now);
+            for (uint32_t b = 0; b < BUCKETS; b++) {
+                CHECK(!!find(hash_of(b, 0), now) == (now - 100 < CRAB_AGE_OPEN));
+                CHECK(!!find(hash_of(b, 1), now) == (now - 100 < CRAB_AGE_SYN));
+                CHECK(!!find(hash_of(b, 2), now) == (now - 100 < CRAB_AGE_ENDING));
+            }
+        }
+    }
+}
+
 int main(void)
 {
+    test_the_clock_goes_round();
     test_syns();
     test_established();
     test_oldest();

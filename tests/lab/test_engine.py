@@ -14,6 +14,7 @@ from crablb.config import config_from_args
 from crablb.control import advice
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane import engine
+from crablb.dataplane.events import Swept
 from crablb.dataplane.flows import FlowTable, flow_hash
 from crablb.errors import ConfigError
 from crablb.model import Bypass, mapped
@@ -214,6 +215,109 @@ def test_the_first_service_comes_later(make_lab):
             await until(lambda: FIRST in load_balancer.hops and load_balancer.hops[FIRST].dst_mac)
             snapshot = load_balancer._queues.snapshot
             assert snapshot and any(slot != lib.CRAB_NO_BACKEND for t in snapshot.tables.values() for slot in t)
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_removed_and_put_back(make_lab, monkeypatch):
+    """A backend that comes back at any moment of its forgetting is used again."""
+    lab = make_lab("bridge", servers=2)
+    monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST, SECOND), SEED)
+        await load_balancer.start()
+        try:
+            for turns in range(60):
+                load_balancer.apply(config(FIRST))
+                if turns % 2:  # else before it is forgotten, or while it is
+                    await until(lambda: SECOND not in load_balancer._registry.backends)
+                for _ in range(turns // 2):
+                    await asyncio.sleep(0)
+                load_balancer.apply(config(FIRST, SECOND))
+                await until(lambda: SECOND in load_balancer.hops and load_balancer.hops[SECOND].dst_mac)
+                snapshot = load_balancer._queues.snapshot
+                (table,) = snapshot.tables.values()
+                assert load_balancer._registry.backends[SECOND] in table
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_changes_during_every_sweep(make_lab, monkeypatch):
+    """What is removed is forgotten, also where a change falls into every count."""
+    lab = make_lab("bridge")
+    monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.01)
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST), SEED)
+        await load_balancer.start()
+        try:
+            count = load_balancer._count_flows
+            number = iter(range(2, 60))
+
+            def changing(services):
+                address = f"10.0.1.{next(number)}"
+                loop.call_soon_threadsafe(lambda: load_balancer.apply(config(FIRST, address)))
+                return count(services)
+
+            loop = asyncio.get_running_loop()
+            load_balancer._count_flows = changing
+            load_balancer._sweep_soon.set()
+            await until(lambda: "10.0.1.50" in map(str, load_balancer._registry.backends))
+            assert len(load_balancer._registry.backends) < 10
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_a_listener_that_fails_is_its_own_matter(make_lab, monkeypatch):
+    lab = make_lab("bridge")
+    monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST), SEED)
+        heard: list[object] = []
+
+        def broken(notice) -> None:
+            raise RuntimeError("broken")
+
+        load_balancer.listeners += [broken, heard.append]
+        await load_balancer.start()
+        try:
+            load_balancer.apply(config(FIRST, SECOND))
+            await until(lambda: sum(isinstance(notice, Swept) for notice in heard) > 2)
+            assert load_balancer.statistics()["daemon"]["reloads"] == 1
+            assert not load_balancer.failure.done()
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_a_task_that_dies_is_the_engines_end(make_lab, monkeypatch):
+    lab = make_lab("bridge")
+    monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST), SEED)
+        await load_balancer.start()
+        try:
+
+            def fail(services):
+                raise MemoryError("none left")
+
+            load_balancer._count_flows = fail
+            async with asyncio.timeout(20):
+                assert await asyncio.shield(load_balancer.failure) == "task sweep failed: MemoryError('none left')"
         finally:
             await load_balancer.close()
 

@@ -36,7 +36,7 @@ class Followed:
 def follow(lab: Lab, check: Callable[[Followed], Coroutine[None, None, None]]) -> None:
     async def main() -> None:
         changed = asyncio.Event()
-        hops = NextHops(lambda _: changed.set())
+        hops = NextHops(lambda *_: changed.set())
         await hops.start([FIRST, SECOND, BEHIND, ABSENT])
         try:
             await check(Followed(hops, changed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -267,3 +268,24 @@ def test_garbage_files_are_config_errors(tmp_path_factory, table, entries):
         load_config(path)
     except ConfigError as error:
         assert all(problem.startswith(str(path)) for problem in error.problems)
+
+
+@pytest.mark.parametrize("digits", [6000, 300])
+@pytest.mark.parametrize(
+    "line", ["flows = {}", "table_size = {}", "queues = {}", "report_listen = {}", "option = {}", "interface = [{}]"]
+)
+def test_numbers_that_python_has_no_words_for(tmp_path, line, digits):
+    path = tmp_path / "lb.toml"
+    path.write_text(
+        line.format("0x" + "f" * digits) + "\n[[service]]\naddress = 'tcp://10.0.0.100:80'\nbackends = []\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["eth0"])
+    assert any(line.split()[0] in problem for problem in caught.value.problems)
+    assert all(len(problem) < 1000 for problem in caught.value.problems)
+
+
+def test_a_file_that_never_ends(tmp_path):
+    os.mkfifo(tmp_path / "lb.toml")
+    with pytest.raises(ConfigError, match="is no regular file"):
+        load_config(tmp_path / "lb.toml", ["eth0"])

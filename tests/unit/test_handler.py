@@ -173,3 +173,8 @@ def test_services_come_first():
     counts = core.counts()
     wanted = {"handler_kept": 1, "handler_sent": 1, "drop_handler": 1, "drop_not_service": 1}
     assert {name: counts[name] for name in wanted} == wanted
+
+
+def test_what_is_no_match():
+    with pytest.raises(ConfigError, match=r"'udp' is no Match: write Match\("):
+        LoadBalancer("eth0").handle("udp", lambda frames: None)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from ipaddress import ip_address
 from math import gcd
@@ -427,6 +428,19 @@ def test_slow_start():
     balance.begin(service, B, 200)
     balance.forget([Service(VIP, (Backend(A),))])
     assert balance.next_step([service], 200) is None
+
+
+def test_a_step_of_a_service_that_is_gone_or_steps_no_more():
+    """Whatever began after the moment that is asked about."""
+    slow = Service(VIP, (Backend(A), Backend(B)), slow_start=10.0)
+    for services in ([], [replace(slow, slow_start=0.0)]):
+        balance = Balance()
+        balance.begin(slow, B, 100)
+        assert balance.next_step(services, 99) is None
+        assert balance.next_step(services, 101) is None
+    balance = Balance()
+    balance.begin(replace(slow, slow_start=1e-310), B, 100)
+    assert balance.next_step([replace(slow, slow_start=1e-310)], 99) == pytest.approx(100)
 
 
 def test_who_gets_no_connections_has_no_weight():

@@ -124,7 +124,7 @@ class Holding(RuleBasedStateMachine):
         if self.snapshot is not self.newest:
             return  # not quiet: the engine waits for the next one
         left = np.bincount([number for number, _ in self.flows], minlength=1 << 16).astype(np.uint32)
-        if self.registry.collect(self.config, left):
+        if self.registry.collect([self.config], left):
             self.published()
 
     @invariant()
@@ -150,9 +150,9 @@ def test_more_backends_than_ids_in_a_life():
     registry, nothing, none = Registry(16), Config(("eth0",), ()), np.zeros(1 << 16, np.uint32)
     for round_ in range(4):
         registry.admit(config(30_000, 30_000 * round_))
-        registry.collect(nothing, none)
+        registry.collect([nothing], none)
     assert not registry.backends
-    registry.collect(nothing, none)
+    registry.collect([nothing], none)
     registry.admit(config(1))
     assert list(registry.backends.values()) == [0]
 
