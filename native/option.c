@@ -14,8 +14,7 @@
 #define MD5 19 /* RFC 2385 */
 #define AUTHENTICATION 29 /* TCP-AO, RFC 5925 */
 #define MULTIPATH 30 /* RFC 8684; the subtype is in the upper half of the third byte */
-#define MP_CAPABLE 0
-#define MP_JOIN 1
+#define MP_JOIN 1 /* 0 is MP_CAPABLE */
 #define FAST_OPEN 34 /* RFC 7413 */
 #define EXPERIMENT_2 254 /* RFC 6994: an ExID follows */
 #define FAST_OPEN_EXID 0xf989

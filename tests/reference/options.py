@@ -6,7 +6,8 @@ know how the hot loop lays lists out, or :mod:`tests.reference.packets`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 EOL, NOP, WINDOW_SCALE, SACK_PERMITTED, TIMESTAMPS = 0, 1, 3, 4, 8
 MD5, AUTHENTICATION, MULTIPATH, FAST_OPEN, CRAB, EXPERIMENT_1, EXPERIMENT_2 = 19, 29, 30, 34, 42, 253, 254
@@ -14,8 +15,7 @@ EXID, FAST_OPEN_EXID = b"\x43\x52", b"\xf9\x89"
 ROOM = 40  # bytes of options that a TCP header has
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     kind: int
     data: bytes | None = None  # without kind and length; None: it is one byte long
 
@@ -60,6 +60,7 @@ def redirect(vip: bytes, experimental: bool) -> Option:
     return Option(EXPERIMENT_1, EXID + vip) if experimental else Option(CRAB, vip)
 
 
+@lru_cache(1024)
 def parse(options: bytes) -> tuple[list[Option], bytes]:
     """A list's options, and what is behind the last: nothing, or from EOL or a length that cannot be on."""
     found = []

@@ -15,6 +15,12 @@ from tests.reference.siphash import siphash
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 
 
+def split(options: bytes) -> tuple[list[bytes], bytes]:
+    """An option list as single options, and the rest that cannot be read (or begins with EOL)."""
+    found, rest = parse(options)
+    return [o.raw for o in found], rest
+
+
 def rewrite(options: bytes, experimental: bool, vip: bytes | None) -> bytes | None:
     """The list that goes on, None if it does not fit.
 
