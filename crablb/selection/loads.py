@@ -71,10 +71,12 @@ class _Block:
         self._parts: list[Any] = []
 
     def load(self, backend: Address) -> Any:
+        """``struct crab_load *``, which keeps what it points into: pools outlive configurations too."""
         slot = self._slots.setdefault(backend, len(self._slots))
         while slot >= len(self._parts) * self.SIZE:
             self._parts.append(ffi.new(f"struct crab_load[{self.SIZE}]"))
-        return ffi.addressof(self._parts[slot // self.SIZE], slot % self.SIZE)
+        part, at = ffi.buffer(self._parts[slot // self.SIZE]), slot % self.SIZE * ffi.sizeof("struct crab_load")
+        return ffi.from_buffer("struct crab_load *", memoryview(part)[at:], require_writable=True)
 
     def backends(self, weights: Mapping[Address, int]) -> Backends:
         for address in weights:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -145,6 +147,23 @@ def test_the_same_under_a_policy(order):
         else:
             asked = {a.vip: a.backends.addresses for a in snapshot.custom.values()}
             assert asked == {WEB: (A, B), MAIL: (B,)}
+
+
+def test_a_policys_loads_live_as_long_as_its_snapshot():
+    """A service that is forgotten is still in the snapshot that workers look into."""
+    web = Service(WEB, (Backend(A), Backend(B)), policy="round-robin")
+    state = sight(config(web))
+    snapshot = build(config(web), state)
+    (part,) = state.balance._block(WEB)._parts
+    gone = weakref.ref(part)
+    del part
+    state.balance.forget([])
+    gc.collect()
+    assert gone() is not None
+    assert all_of(Core(snapshot), WEB).keys() == redirected(A, B)
+    del snapshot
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("on_dead", OnDead)
