@@ -41,7 +41,7 @@ struct crab_item {
     uint8_t found;      /* of a SYN: CRAB_OPTION_* among its options */
     int8_t word;        /* as crab_option_scan has it */
     uint8_t outcome;    /* of a SYN: as decide has it */
-    bool room;          /* of a SYN: it is to be redirected, and the redirect has room in it */
+    bool room;          /* of a SYN: it is to be redirected, and the redirect has room in it and in its answer */
     bool straight;      /* of a SYN with room: the redirect takes the place of its offer's word */
     uint16_t chosen;    /* backend, by the service's policy; then slot leads here */
     uint16_t member;    /* the same as a member of the service's pool */

@@ -35,28 +35,38 @@ uint64_t crab_flow_hash(const uint8_t *key16, const uint8_t *saddr16, const uint
 /* One's-complement sum of len bytes, folded to 16 bits, not complemented, in memory (network) byte order. */
 uint16_t crab_csum(const uint8_t *data, size_t len);
 
-/* ---- option: the CR option in a TCP option list ---- */
+/* ---- option: the CR option in a TCP option list, and what the others say about redirecting ---- */
 
 #define CRAB_OPTION_OFFER 1  /* an offer of the form asked for */
 #define CRAB_OPTION_FORGED 2 /* a CR option of either form that only a load balancer may send, or of an unknown length */
 #define CRAB_OPTION_OTHER 4  /* an offer of the other form */
+#define CRAB_OPTION_UNSAFE 8 /* a Fast Open option, a signature or MP_JOIN: never to be redirected */
+#define CRAB_OPTION_SIGNED 16 /* a signature (TCP-MD5, TCP-AO) is among the unsafe ones */
+#define CRAB_OPTION_MPTCP 32 /* MP_CAPABLE */
 #define CRAB_MAX_OPTIONS 40
 
-/* Flags (CRAB_OPTION_*) of the CR options among len bytes of TCP options, at most 40.  The search ends at EOL, at a length
- * under 2 and at a length past the end. */
+/* Flags (CRAB_OPTION_*) of len bytes of TCP options, at most 40.  The search ends at EOL, at a length under 2 and at a length
+ * past the end. */
 int crab_option_find(const uint8_t *options, size_t len, int form);
 
-/* The same, and in *word which word of the list is one offer and NOPs, if there is no other CR option; else -1. */
+/* The same, and in *word which word of the list is an offer and NOPs, all of those that adjoin, where crab_option_rewrite
+ * changes this word alone and the flags are CRAB_OPTION_OFFER alone; else -1. */
 int crab_option_scan(const uint8_t *options, size_t len, int form, int *word);
 
 /* Write the redirect to a VIP, padded by NOPs.  Returns its length, 8 or 20. */
 size_t crab_option_redirect(uint8_t out[20], int form, const uint8_t vip16[16]);
 
-/* Write the list to send on: every CR option overwritten by NOPs, the words that consist of nothing else removed, and,
- * if vip16 is not NULL, a redirect to that VIP put in the place of the first removed word (in front of the list where
- * none was removed).  len is a multiple of 4.  Returns the new length (a multiple of 4, at most 40) or -1 if it does
- * not fit; out has room for 40 bytes and does not overlap. */
+/* Write the list to send on.  Each run of CR options and NOPs (with at least one CR option in it) shrinks to so few NOPs, none
+ * to three, that what is behind keeps its alignment; if vip16 is not NULL, the first run begins with a redirect to that VIP,
+ * or without any run, the list does.  All else stays as it is, in its order.  len is a multiple of 4.  Returns the new length (a
+ * multiple of 4, at most 40) or -1 if it does not fit; out has room for 40 bytes and does not overlap. */
 int crab_option_rewrite(const uint8_t *options, size_t len, int form, const uint8_t *vip16, uint8_t *out);
+
+/* Overwrite the CR options that only a load balancer may send by NOPs.  Offers stay. */
+void crab_option_blank(uint8_t *options, size_t len);
+
+/* Bytes of options in Linux' answer to a SYN, without a redirect. */
+size_t crab_option_answer(const uint8_t *options, size_t len);
 
 /* ---- packet ---- */
 
@@ -259,8 +269,9 @@ enum crab_counter {
     CRAB_C_FALLBACK_MODE,          /* the service's mode is `never` */
     CRAB_C_FALLBACK_PREFIX,        /* client outside the service's redirect_clients */
     CRAB_C_FALLBACK_NO_CR_BACKEND, /* the chosen backend does not speak CR */
-    CRAB_C_FALLBACK_NO_ROOM,       /* the redirect does not fit into the TCP header */
-    CRAB_C_FALLBACK_RETRANSMIT,    /* it offers, but twice its SYN got no answer by redirect */
+    CRAB_C_FALLBACK_UNSAFE,        /* carries data, a Fast Open option, a signature or MP_JOIN */
+    CRAB_C_FALLBACK_NO_ROOM,       /* the redirect does not fit into the TCP header, or not into that of the SYN-ACK */
+    CRAB_C_FALLBACK_RETRANSMIT,    /* twice its SYN got no answer by redirect, or once by fallback_unsafe */
     CRAB_C_FALLBACK_ESTABLISHED,   /* any packet but a SYN */
     CRAB_C_FALLBACK_ICMP,          /* an ICMP error, to the backend whose packet it quotes */
     /* answered to the client instead */
@@ -284,7 +295,7 @@ enum crab_counter {
     CRAB_C_LEARNED,      /* flows given to the XDP program */
     CRAB_C_ENCAPSULATED, /* fallback packets sent as IP in IP */
     CRAB_C_RETRANSMITTED_SYN,
-    CRAB_C_FORGED_OPTION, /* a client sent a redirect; it was removed */
+    CRAB_C_FORGED_OPTION, /* a client sent a redirect; it was removed or overwritten */
     CRAB_C_FLOWS_FULL,    /* no room to remember a SYN */
     CRAB_COUNTERS
 };

@@ -71,11 +71,15 @@ CRAB_APART bool may_be_redirected(const struct crab_snapshot *s, const struct cr
 }
 
 /* Why this SYN goes by fallback, whichever its backend, or CRAB_C_REDIRECTED. */
-static inline enum crab_counter decide(const struct crab_snapshot *s, const struct crab_item *it, const uint8_t *ip)
+static inline enum crab_counter decide(const struct crab_snapshot *s, const struct crab_item *it, const uint8_t *ip,
+                                       bool data)
 {
     const struct crab_service *service = it->service;
     if (crab_unlikely(service->mode == CRAB_MODE_NEVER))
         return CRAB_C_FALLBACK_MODE;
+    /* A server may act on data at once; what a signature signs, and what a cookie or a token is good for, is the VIP. */
+    if (crab_unlikely(data || it->found & CRAB_OPTION_UNSAFE))
+        return CRAB_C_FALLBACK_UNSAFE;
     if (service->mode == CRAB_MODE_NEGOTIATED && !(it->found & CRAB_OPTION_OFFER))
         return CRAB_C_FALLBACK_NO_OFFER;
     if (crab_unlikely(service->prefix_count) && !may_be_redirected(s, service, ip, it->packet.family))
@@ -83,12 +87,16 @@ static inline enum crab_counter decide(const struct crab_snapshot *s, const stru
     return CRAB_C_REDIRECTED;
 }
 
-/* Can the redirect be written into the TCP header? */
+/* Can the redirect be written into the TCP header, and be echoed in the SYN-ACK's?  There only an MPTCP server's options are
+ * many enough to leave no room. */
 CRAB_APART bool fits(const struct crab_snapshot *s, const struct crab_item *it, const uint8_t *tcp)
 {
     uint8_t list[CRAB_MAX_OPTIONS];
-    return crab_option_rewrite(tcp + CRAB_TCP_MIN, it->packet.tcp_header - CRAB_TCP_MIN, s->form, it->service->addr,
-                               list) >= 0;
+    const uint8_t *options = tcp + CRAB_TCP_MIN;
+    size_t len = it->packet.tcp_header - CRAB_TCP_MIN;
+    if (it->found & CRAB_OPTION_MPTCP && crab_option_answer(options, len) + it->redirect->len > CRAB_MAX_OPTIONS)
+        return false;
+    return crab_option_rewrite(options, len, s->form, it->service->addr, list) >= 0;
 }
 
 /* An IP packet of a family at l3. */
@@ -135,11 +143,17 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
         it->found = (uint8_t)crab_option_scan_again(&core->seen, tcp + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN,
                                                     s->form, &word);
         it->word = (int8_t)word;
-        it->outcome = (uint8_t)decide(s, it, ip);
         it->redirect = &s->redirects[it->service - s->services];
-        it->straight = it->outcome == CRAB_C_REDIRECTED && word >= 0 &&
-                       p->tcp_header + it->redirect->len <= CRAB_TCP_MIN + CRAB_MAX_OPTIONS + 4;
-        it->room = crab_likely(it->straight) || (it->outcome == CRAB_C_REDIRECTED && fits(s, it, tcp));
+        bool data = p->end - p->l4 != p->tcp_header;
+        bool in_place = word >= 0 && p->tcp_header + it->redirect->len <= CRAB_TCP_MIN + CRAB_MAX_OPTIONS + 4;
+        if (crab_likely(in_place && !data && it->service->mode != CRAB_MODE_NEVER && !it->service->prefix_count)) {
+            it->outcome = CRAB_C_REDIRECTED;
+            it->straight = it->room = true;
+        } else {
+            it->outcome = (uint8_t)decide(s, it, ip, data);
+            it->straight = it->outcome == CRAB_C_REDIRECTED && in_place;
+            it->room = it->straight || (it->outcome == CRAB_C_REDIRECTED && fits(s, it, tcp));
+        }
         if (crab_unlikely(it->found & CRAB_OPTION_FORGED))
             core->counters[CRAB_C_FORGED_OPTION]++;
     }

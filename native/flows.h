@@ -23,11 +23,13 @@
 enum crab_entry_state { CRAB_ENTRY_FREE, CRAB_ENTRY_SYN, CRAB_ENTRY_ESTABLISHED, CRAB_ENTRY_CLOSING };
 
 #define CRAB_HUGE_PAGE (2u << 20)
+#define CRAB_MANY 127
 
 struct crab_entry {
     uint64_t tag : 48;
     uint64_t state : 8;
-    uint64_t copies : 8; /* of its SYN seen so far; stays at 255 */
+    uint64_t copies : 7; /* of its SYN seen so far; stays at CRAB_MANY */
+    uint64_t plain : 1;  /* the first of them made no offer, and was to be redirected all the same */
     uint32_t isn;        /* initial sequence number, as it lies in the packet */
     uint16_t backend;
     uint16_t seen; /* second of the last packet, modulo 2^16 */

@@ -29,8 +29,12 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
          * lives, and answers accordingly; whoever forged it must not move the flow. */
         if (f->isn == isn) {
             *copies = f->copies;
-            f->copies += f->copies < 255;
+            f->copies += f->copies < CRAB_MANY;
             core->counters[CRAB_C_RETRANSMITTED_SYN]++;
+        } else {
+            f->isn = isn;
+            f->copies = 1;
+            f->plain = false;
         }
         f->seen = (uint16_t)now;
         if (it->slot == &it->chosen && it->service->pool) /* both copies are in this batch */
@@ -98,21 +102,39 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
     return outcome;
 }
 
+/* A TCP packet that stays as it is: without Ethernet's padding, and with its checksum where the sender left that to its card. */
+static inline void finish(struct crab_frame *frame, const struct crab_item *it)
+{
+    frame->len = it->packet.end;
+    store16(frame->data + it->packet.l4 + CRAB_TCP_CSUM, crab_tcp_right(it->sum));
+}
+
+/* The options of a SYN that goes by fallback.  Returns their length.
+ *
+ * Signed ones stay: TCP-MD5 signs their length, TCP-AO all of them.  An offer among them tells a server nothing; a forged
+ * redirect would, and is overwritten: then a TCP-AO server finds the signature wrong, as it should. */
+CRAB_APART uint32_t fallback_options(const struct crab_item *it, const uint8_t *options, uint32_t len, int form,
+                                     uint8_t list[CRAB_MAX_OPTIONS])
+{
+    if (!(it->found & CRAB_OPTION_SIGNED))
+        return (uint32_t)crab_option_rewrite(options, len, form, NULL, list);
+    memcpy(list, options, len);
+    crab_option_blank(list, len);
+    return len;
+}
+
 /* A SYN, by fallback.  Returns `why`, or as send_by_dsr does. */
 CRAB_APART enum crab_counter fall_back(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
                                        struct crab_item *it, const struct crab_backend *backend, enum crab_counter why)
 {
     struct crab_packet *p = &it->packet;
-    const uint8_t *options = frame->data + p->l4 + CRAB_TCP_MIN;
-    uint32_t options_len = p->tcp_header - CRAB_TCP_MIN;
-    uint8_t list[CRAB_MAX_OPTIONS];
-    int n;
-    /* Without CR options the list stays, to the byte. */
-    if (it->found)
-        n = crab_option_rewrite(options, options_len, s->form, NULL, list);
-    else
-        memcpy(list, options, (size_t)(n = (int)options_len));
-    frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n, NULL);
+    if (crab_likely(!it->found)) {
+        finish(frame, it);
+    } else {
+        uint8_t list[CRAB_MAX_OPTIONS], *options = frame->data + p->l4 + CRAB_TCP_MIN;
+        uint32_t n = fallback_options(it, options, p->tcp_header - CRAB_TCP_MIN, s->form, list);
+        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, n, NULL);
+    }
     return send_by_dsr(core, frame, it, backend, why);
 }
 
@@ -139,17 +161,35 @@ CRAB_APART enum crab_counter redirect(struct crab_core *core, const struct crab_
     return CRAB_C_REDIRECTED;
 }
 
+/* Why a SYN, of which there were so many copies before, goes by fallback, or CRAB_C_REDIRECTED: what was decided for it alone,
+ * and what is remembered. */
+CRAB_APART enum crab_counter decide_by_copies(const struct crab_item *it, unsigned copies, uint32_t now)
+{
+    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
+    enum crab_counter outcome = it->outcome;
+    if (outcome == CRAB_C_FALLBACK_UNSAFE) {
+        /* Its server may have acted on the data: a copy without, redirected, would be another connection that sends them. */
+        if (f)
+            f->copies = CRAB_MANY;
+    } else if (copies >= 2 && (outcome == CRAB_C_REDIRECTED || outcome == CRAB_C_FALLBACK_PREFIX)) {
+        return CRAB_C_FALLBACK_RETRANSMIT;
+    } else if (outcome == CRAB_C_REDIRECTED && !(it->found & CRAB_OPTION_OFFER) && f) {
+        if (!copies)
+            f->plain = true;
+        else if (!f->plain) /* an offer withdrawn asks for the fallback, whatever the mode */
+            return CRAB_C_FALLBACK_NO_OFFER;
+    }
+    return outcome;
+}
+
 /* A SYN that has its backend but goes another way than the usual. */
 CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const struct crab_snapshot *s,
                                                    struct crab_frame *frame, struct crab_item *it,
-                                                   const struct crab_backend *backend, unsigned copies)
+                                                   const struct crab_backend *backend)
 {
-    enum crab_counter outcome = it->outcome;
-    if (copies >= 2 && (outcome == CRAB_C_REDIRECTED || outcome == CRAB_C_FALLBACK_PREFIX))
-        outcome = CRAB_C_FALLBACK_RETRANSMIT;
-    if (outcome == CRAB_C_REDIRECTED)
+    if (it->outcome == CRAB_C_REDIRECTED)
         return redirect(core, s, frame, it, backend);
-    return fall_back(core, s, frame, it, backend, outcome);
+    return fall_back(core, s, frame, it, backend, it->outcome);
 }
 
 /* A SYN.  Returns the counter of what became of it. */
@@ -169,8 +209,11 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     /* Whoever has exceptions is looked at more closely. */
     const uint32_t mask = CRAB_BACKEND_CR | CRAB_BACKEND_V6 | CRAB_BACKEND_EXCEPTED;
     const uint32_t right = CRAB_BACKEND_CR | (family == 6 ? CRAB_BACKEND_V6 : 0);
-    if (crab_unlikely(!it->straight || copies >= 2 || (backend->flags & mask) != right))
-        return forward_syn_otherwise(core, s, frame, it, backend, copies);
+    if (crab_unlikely(!it->straight || copies >= 2 || (backend->flags & mask) != right)) {
+        if (it->outcome != CRAB_C_FALLBACK_NO_OFFER)
+            it->outcome = (uint8_t)decide_by_copies(it, copies, now);
+        return forward_syn_otherwise(core, s, frame, it, backend);
+    }
     frame->data = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
     send_to(frame, &p, backend);
     return CRAB_C_REDIRECTED;
@@ -286,8 +329,7 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
     bool learn = core->table && backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
                  (f || may_learn_unknown(core, now));
     uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
-    frame->len = p->end;
-    store16(frame->data + p->l4 + CRAB_TCP_CSUM, crab_tcp_right(it->sum));
+    finish(frame, it);
     enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);
     if (learn && outcome == CRAB_C_FALLBACK_ESTABLISHED) {
         struct crab_flow flow = {

@@ -1,23 +1,59 @@
 /* SPDX-License-Identifier: MIT */
 /* The CR option in a TCP option list.
  *
- * Senders differ in where they put it (first, last, NOPs before or after), so the whole list is searched, and what is
- * sent on keeps every other option at its alignment: a CR option becomes NOPs, and words that then are nothing but NOPs
- * go.  So the usual forms, two bytes and two NOPs in one word, come and go without a trace. */
+ * Senders differ in where they put it (first, last, NOPs before or after, or at no alignment at all), so the whole list is
+ * searched, option by option: what looks like a NOP in another option's data is none.  What is sent on keeps every other
+ * option at its alignment, and gives back the NOPs that an offer came with. */
 #include "option.h"
 
 #define EOL 0
 #define NOP 1
+#define SACK_PERMITTED 4
+#define WINDOW_SCALE 3
+#define TIMESTAMPS 8
+#define MD5 19 /* RFC 2385 */
+#define AUTHENTICATION 29 /* TCP-AO, RFC 5925 */
+#define MULTIPATH 30 /* RFC 8684; the subtype is in the upper half of the third byte */
+#define MP_JOIN 1 /* 0 is MP_CAPABLE */
+#define FAST_OPEN 34 /* RFC 7413 */
+#define EXPERIMENT_2 254 /* RFC 6994: an ExID follows */
+#define FAST_OPEN_EXID 0xf989
 
-enum { NOT_CR, OFFER_CRAB, OFFER_EXPERIMENTAL, NOT_AN_OFFER };
+#define CR_OPTIONS (CRAB_OPTION_OFFER | CRAB_OPTION_FORGED | CRAB_OPTION_OTHER)
 
-static int classify(const uint8_t *o, size_t len)
+static inline bool has_exid(const uint8_t *o, size_t len, uint16_t exid)
 {
-    if (o[0] == CRAB_OPT_KIND)
-        return len == 2 ? OFFER_CRAB : NOT_AN_OFFER;
-    if (o[0] == CRAB_OPT_KIND_EXPERIMENTAL && len >= 4 && (o[2] << 8 | o[3]) == CRAB_OPT_EXID)
-        return len == 4 ? OFFER_EXPERIMENTAL : NOT_AN_OFFER;
-    return NOT_CR;
+    return len >= 4 && load16_be(o + 2) == exid;
+}
+
+/* Flags of the option at o, which is len bytes long. */
+static int flags_of(const uint8_t *o, size_t len, int form)
+{
+    switch (o[0]) {
+    case CRAB_OPT_KIND:
+        if (len != 2)
+            return CRAB_OPTION_FORGED;
+        return form == CRAB_FORM_CRAB ? CRAB_OPTION_OFFER : CRAB_OPTION_OTHER;
+    case CRAB_OPT_KIND_EXPERIMENTAL:
+        if (!has_exid(o, len, CRAB_OPT_EXID))
+            return 0;
+        if (len != 4)
+            return CRAB_OPTION_FORGED;
+        return form == CRAB_FORM_EXPERIMENTAL ? CRAB_OPTION_OFFER : CRAB_OPTION_OTHER;
+    case MD5:
+    case AUTHENTICATION:
+        return CRAB_OPTION_UNSAFE | CRAB_OPTION_SIGNED;
+    case FAST_OPEN: /* a request for a cookie too: the server that gives one is the one that it is good for */
+        return CRAB_OPTION_UNSAFE;
+    case EXPERIMENT_2:
+        return has_exid(o, len, FAST_OPEN_EXID) ? CRAB_OPTION_UNSAFE : 0;
+    case MULTIPATH:
+        if (len < 3 || o[2] >> 4 > MP_JOIN)
+            return 0;
+        return o[2] >> 4 == MP_JOIN ? CRAB_OPTION_UNSAFE : CRAB_OPTION_MPTCP;
+    default:
+        return 0;
+    }
 }
 
 /* Length of the option at o, which has room bytes to the end of the list; 0: the search ends here. */
@@ -30,35 +66,41 @@ static inline size_t option_len(const uint8_t *o, size_t room)
     return o[1];
 }
 
-static int flag_of(int kind, int form)
+/* A run of CR options and NOPs with at least one CR option in it. */
+struct run {
+    size_t start, end;
+};
+
+/* The first run from an option on. */
+static bool next_run(const uint8_t *options, size_t len, size_t from, struct run *run)
 {
-    if (kind == NOT_AN_OFFER)
-        return CRAB_OPTION_FORGED;
-    return (kind == OFFER_EXPERIMENTAL) == (form == CRAB_FORM_EXPERIMENTAL) ? CRAB_OPTION_OFFER : CRAB_OPTION_OTHER;
+    bool ours = false;
+    run->start = run->end = from;
+    while (run->end < len) {
+        const uint8_t *o = options + run->end;
+        size_t n = option_len(o, len - run->end);
+        bool cr = n && flags_of(o, n, CRAB_FORM_CRAB) & CR_OPTIONS;
+        if (!cr && *o != NOP) {
+            if (ours || !n)
+                break;
+            run->start = run->end + n;
+        }
+        ours |= cr;
+        run->end += n;
+    }
+    return ours;
 }
 
 int crab_option_scan(const uint8_t *options, size_t len, int form, int *word)
 {
     int flags = 0;
-    unsigned found = 0;
-    size_t at = 0, size = 0;
-    for (size_t i = 0, n; i < len && (n = option_len(options + i, len - i)); i += n) {
-        int kind = classify(options + i, n);
-        if (crab_likely(kind == NOT_CR))
-            continue;
-        flags |= flag_of(kind, form);
-        found++;
-        at = i;
-        size = n;
-    }
+    struct run run, other;
+    for (size_t i = 0, n; i < len && (n = option_len(options + i, len - i)); i += n)
+        flags |= flags_of(options + i, n, form);
     *word = -1;
-    if (found == 1 && size <= 4 && at / 4 == (at + size - 1) / 4) {
-        uint8_t rest[4];
-        memcpy(rest, options + at / 4 * 4, 4);
-        memset(rest + at % 4, NOP, size);
-        if (load32(rest) == 0x01010101u * NOP)
-            *word = (int)(at / 4);
-    }
+    if (flags == CRAB_OPTION_OFFER && next_run(options, len, 0, &run) && run.start % 4 == 0 &&
+        run.end == run.start + 4 && !next_run(options, len, run.end, &other))
+        *word = (int)(run.start / 4);
     return flags;
 }
 
@@ -78,10 +120,10 @@ void crab_seen_learn(struct crab_seen_list *seen, const uint8_t *options, size_t
     seen->form = (int8_t)form;
     memset(seen->mask, 0, sizeof seen->mask);
     for (; i < len && (n = option_len(options + i, len - i)); i += n) {
-        /* Kind and length; of one that may be ours, all of it and what shares its words. */
-        bool ours = options[i] == CRAB_OPT_KIND || options[i] == CRAB_OPT_KIND_EXPERIMENTAL;
-        size_t first = ours ? i / 4 * 4 : i, last = ours ? (i + n + 3) / 4 * 4 : i + (n > 1 ? 2 : 1);
-        memset(seen->mask + first, 0xff, last - first);
+        /* Kind and length; and what an experiment it is, or what of MPTCP. */
+        bool experiment = options[i] == CRAB_OPT_KIND_EXPERIMENTAL || options[i] == EXPERIMENT_2;
+        size_t looked_at = experiment ? 4 : options[i] == MULTIPATH ? 3 : 2;
+        memset(seen->mask + i, 0xff, n < looked_at ? n : looked_at);
     }
     /* Where it ended: an EOL, or a length that cannot be. */
     for (size_t end = i + 2; i < len && i < end; i++)
@@ -122,38 +164,49 @@ size_t crab_option_redirect(uint8_t out[20], int form, const uint8_t vip16[16])
 
 int crab_option_rewrite(const uint8_t *options, size_t len, int form, const uint8_t *vip16, uint8_t *out)
 {
-    uint8_t list[CRAB_MAX_OPTIONS];
-    uint32_t touched = 0; /* words in which a CR option lay */
-    memcpy(list, options, len);
-    for (size_t i = 0, n; i < len && (n = option_len(options + i, len - i)); i += n) {
-        if (classify(options + i, n) == NOT_CR)
-            continue;
-        memset(list + i, NOP, n);
-        for (size_t w = i / 4; w <= (i + n - 1) / 4; w++)
-            touched |= 1u << w;
+    uint8_t list[CRAB_MAX_OPTIONS + 20], redirect[20];
+    size_t n = 0, from = 0, padded = vip16 ? crab_option_redirect(redirect, form, vip16) : 0;
+    struct run run;
+    if (padded && !next_run(options, len, 0, &run)) {
+        memcpy(list, redirect, n = padded);
+        padded = 0;
     }
-    uint32_t gone = 0; /* words to leave out */
-    for (uint32_t w = 0; w < len / 4; w++)
-        if (touched >> w & 1 && load32(list + 4 * w) == 0x01010101u * NOP)
-            gone |= 1u << w;
-
-    size_t place = gone ? (size_t)__builtin_ctz(gone) : 0;
-    size_t redirect = 0;
-    uint8_t option[20];
-    if (vip16)
-        redirect = crab_option_redirect(option, form, vip16);
-    if (len - 4u * (size_t)__builtin_popcount(gone) + redirect > CRAB_MAX_OPTIONS)
+    while (next_run(options, len, from, &run)) {
+        memcpy(list + n, options + from, run.start - from);
+        n += run.start - from;
+        if (padded) {
+            memcpy(list + n, redirect, redirect[1]);
+            n += redirect[1];
+            padded = 0;
+        }
+        while ((n - run.end) % 4) /* the list's end is at a multiple of 4 as well, so that what is behind fits to it */
+            list[n++] = NOP;
+        from = run.end;
+    }
+    memcpy(list + n, options + from, len - from);
+    n += len - from;
+    if (n > CRAB_MAX_OPTIONS)
         return -1;
-    size_t n = 0;
-    for (size_t w = 0; w <= len / 4; w++) {
-        if (w == place) {
-            memcpy(out + n, option, redirect);
-            n += redirect;
-        }
-        if (w < len / 4 && !(gone >> w & 1)) {
-            memcpy(out + n, list + 4 * w, 4);
-            n += 4;
-        }
-    }
+    memcpy(out, list, n);
     return (int)n;
+}
+
+void crab_option_blank(uint8_t *options, size_t len)
+{
+    for (size_t i = 0, n; i < len && (n = option_len(options + i, len - i)); i += n)
+        if (flags_of(options + i, n, CRAB_FORM_CRAB) & CRAB_OPTION_FORGED)
+            memset(options + i, NOP, n);
+}
+
+size_t crab_option_answer(const uint8_t *options, size_t len)
+{
+    bool timestamps = false, sack = false, scale = false, multipath = false;
+    for (size_t i = 0, n; i < len && (n = option_len(options + i, len - i)); i += n) {
+        timestamps |= options[i] == TIMESTAMPS;
+        sack |= options[i] == SACK_PERMITTED;
+        scale |= options[i] == WINDOW_SCALE;
+        multipath |= (flags_of(options + i, n, CRAB_FORM_CRAB) & CRAB_OPTION_MPTCP) != 0;
+    }
+    /* MSS; SACK-permitted takes two of the bytes that align timestamps; MP_CAPABLE with the server's key. */
+    return 4u + (timestamps ? 12u : sack ? 4u : 0u) + (scale ? 4u : 0u) + (multipath ? 12u : 0u);
 }

@@ -71,6 +71,7 @@ class _Block:
         self._parts: list[Any] = []
 
     def load(self, backend: Address) -> Any:
+        """``struct crab_load *``, which keeps what it points into: pools outlive configurations too."""
         slot = self._slots.setdefault(backend, len(self._slots))
         while slot >= len(self._parts) * self.SIZE:
             self._parts.append(ffi.new(f"struct crab_load[{self.SIZE}]"))

@@ -120,18 +120,16 @@ int main(void)
     CHECK(send_one(core, 4, 1, CRAB_SYN, 1, 24, 0) == 0 && counters[CRAB_C_DROP_NOT_SERVICE] == 1);
     crab_core_publish(core, s);
 
-    /* The redirect, byte for byte, with a payload that must stay where it is. */
+    /* The redirect, byte for byte. */
     for (int family = 4; family <= 6; family += 2) {
         uint8_t *memory;
-        struct crab_frame f = make(&memory, family, 40000, CRAB_SYN, 9, offer, 24, 5);
+        struct crab_frame f = make(&memory, family, 40000, CRAB_SYN, 9, offer, 24, 0);
         size_t l4 = family == 4 ? 34 : 54, growth = family == 4 ? 4 : 16;
-        uint8_t *payload = f.data + f.len - 5;
         old = s;
         crab_core_publish(core, s = snapshot(family == 6 ? all | CRAB_BACKEND_V6 : all));
         crab_snapshot_free(old);
         CHECK(crab_core_batch(core, &f, 1, 100) == 1);
-        CHECK(f.len == l4 + 20 + 24 + growth + 5);
-        CHECK(f.data + f.len - 5 == payload && payload[0] == 1 && payload[4] == 29);
+        CHECK(f.len == l4 + 20 + 24 + growth);
         CHECK(!memcmp(f.data, backends[f.data[5] - 11].dst_mac, 12));
         uint8_t *ip = f.data + 14;
         CHECK(!memcmp(family == 4 ? ip + 16 : ip + 24, backends[f.data[5] - 11].addr + (family == 4 ? 12 : 0),
@@ -156,6 +154,15 @@ int main(void)
     CHECK(send_one(core, 4, 50000, CRAB_SYN, 5, 24, 103) == to && counters[CRAB_C_FALLBACK_RETRANSMIT] == 1);
     CHECK(send_one(core, 4, 50000, CRAB_SYN, 5, 24, 107) == to && counters[CRAB_C_FALLBACK_RETRANSMIT] == 2);
     CHECK(counters[CRAB_C_RETRANSMITTED_SYN] == 3);
+    /* An established flow's port, taken by a new connection: its copies are counted as any other's. */
+    to = send_one(core, 4, 50003, CRAB_SYN, 6, 20, 100);
+    CHECK(to >= 11 && send_one(core, 4, 50003, CRAB_ACK, 7, 0, 100) == to);
+    for (uint32_t copy = 0; copy < 4; copy++)
+        CHECK(send_one(core, 4, 50003, CRAB_SYN, 7, 24, 101 + copy) == to);
+    CHECK(counters[CRAB_C_REDIRECTED] == 6 && counters[CRAB_C_FALLBACK_RETRANSMIT] == 4);
+    CHECK(counters[CRAB_C_RETRANSMITTED_SYN] == 6);
+    memset(counters, 0, sizeof counters);
+
     /* without the offer: by fallback at once; its packets follow it */
     CHECK(send_one(core, 4, 50001, CRAB_SYN, 5, 20, 100) >= 11 && counters[CRAB_C_FALLBACK_NO_OFFER] == 1);
     to = send_one(core, 4, 50001, CRAB_ACK, 6, 0, 100);
@@ -210,6 +217,66 @@ int main(void)
         CHECK(counters[modes[i].offered] == 1);
         send_one(core, 4, 2001 + 2 * i, CRAB_SYN, 1, 20, 9000);
         CHECK(counters[modes[i].plain] == (modes[i].plain == modes[i].offered ? 2 : 1));
+    }
+
+    /* A SYN's copies, in every mode: with an offer, without one, and with the offer withdrawn (as our client does). */
+    const struct {
+        uint8_t mode, options[4];
+        enum crab_counter what[4];
+    } copies[] = {
+#define FOUR(a) {a, a, a, a}
+        {CRAB_MODE_NEGOTIATED, FOUR(24),
+         {CRAB_C_REDIRECTED, CRAB_C_REDIRECTED, CRAB_C_FALLBACK_RETRANSMIT, CRAB_C_FALLBACK_RETRANSMIT}},
+        {CRAB_MODE_NEGOTIATED, {24, 20, 20, 20},
+         {CRAB_C_REDIRECTED, CRAB_C_FALLBACK_NO_OFFER, CRAB_C_FALLBACK_NO_OFFER, CRAB_C_FALLBACK_NO_OFFER}},
+        {CRAB_MODE_NEGOTIATED, FOUR(20), FOUR(CRAB_C_FALLBACK_NO_OFFER)},
+        {CRAB_MODE_ALWAYS, FOUR(24),
+         {CRAB_C_REDIRECTED, CRAB_C_REDIRECTED, CRAB_C_FALLBACK_RETRANSMIT, CRAB_C_FALLBACK_RETRANSMIT}},
+        {CRAB_MODE_ALWAYS, {24, 20, 20, 20},
+         {CRAB_C_REDIRECTED, CRAB_C_FALLBACK_NO_OFFER, CRAB_C_FALLBACK_RETRANSMIT, CRAB_C_FALLBACK_RETRANSMIT}},
+        {CRAB_MODE_ALWAYS, FOUR(20),
+         {CRAB_C_REDIRECTED, CRAB_C_REDIRECTED, CRAB_C_FALLBACK_RETRANSMIT, CRAB_C_FALLBACK_RETRANSMIT}},
+        {CRAB_MODE_NEVER, FOUR(24), FOUR(CRAB_C_FALLBACK_MODE)},
+    };
+    old = s;
+    crab_core_publish(core, s = snapshot(all));
+    crab_snapshot_free(old);
+    for (uint16_t i = 0; i < sizeof copies / sizeof *copies; i++) {
+        services[0].mode = copies[i].mode;
+        old = s;
+        crab_core_publish(core, s = snapshot(all));
+        crab_snapshot_free(old);
+        uint8_t first = 0;
+        for (uint16_t copy = 0; copy < 4; copy++) {
+            memset(counters, 0, sizeof counters);
+            uint8_t now_to = send_one(core, 4, 5000 + i, CRAB_SYN, 1, copies[i].options[copy], 9000 + (1u << copy));
+            CHECK(counters[copies[i].what[copy]] == 1 && counters[CRAB_C_RETRANSMITTED_SYN] == (copy > 0));
+            CHECK(now_to >= 11 && (!copy || now_to == first));
+            first = now_to;
+            for (int slot = 0; slot < SIZE; slot++) /* another table: its backend stays */
+                table[slot] = first == 11;
+        }
+    }
+
+    /* Data in a SYN: by fallback, byte for byte, and so are its copies without data: the server may have had them. */
+    for (uint16_t mode = CRAB_MODE_NEGOTIATED; mode <= CRAB_MODE_NEVER; mode++) {
+        uint8_t *memory, to_first;
+        services[0].mode = (uint8_t)mode;
+        old = s;
+        crab_core_publish(core, s = snapshot(all));
+        crab_snapshot_free(old);
+        memset(counters, 0, sizeof counters);
+        struct crab_frame f = make(&memory, 4, 6000 + mode, CRAB_SYN, 1, offer, 24, 5);
+        CHECK(crab_core_batch(core, &f, 1, 9000) == 1);
+        CHECK(counters[mode == CRAB_MODE_NEVER ? CRAB_C_FALLBACK_MODE : CRAB_C_FALLBACK_UNSAFE] == 1);
+        CHECK(f.len == 34 + 40 + 5 && !memcmp(f.data + 30, "\x0a\0\0\x64", 4));
+        CHECK_BYTES(f.data + 54, offer, 20);
+        CHECK(f.data[74] == 1 && f.data[78] == 29);
+        to_first = f.data[5];
+        free(memory);
+        CHECK(send_one(core, 4, 6000 + mode, CRAB_SYN, 1, 24, 9001) == to_first);
+        CHECK(send_one(core, 4, 6000 + mode, CRAB_SYN, 1, 20, 9002) == to_first);
+        CHECK(counters[CRAB_C_REDIRECTED] == 0 && counters[CRAB_C_RETRANSMITTED_SYN] == 2);
     }
 
     /* Encapsulation: to the largest packet that fits, and no byte outside of the headroom. */

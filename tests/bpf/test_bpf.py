@@ -117,6 +117,7 @@ def test_lb_leaves_alone(lb, name):
 def test_lb_takes_a_vips_packets(lb, namespace, family, tags):
     head = [ether(), ether() / Dot1Q(vlan=7), ether() / Dot1AD(vlan=9) / Dot1Q(vlan=7)][tags]
     syn, ack = bytes(head / to_vip(family)), bytes(head / to_vip(family, flags="A"))
+    fast_open = bytes(head / to_vip(family, options=[("TFO", (1, 2)), ("NOP", None), ("NOP", None)]) / Raw(bytes(900)))
     # Without a daemon: dropped, because the kernel would answer with a RST.
     assert lb.programs["crab_lb"].test_run(syn).retval == XDP_DROP
     assert lb.programs["crab_lb"].test_run(ack).retval == XDP_DROP
@@ -125,13 +126,13 @@ def test_lb_takes_a_vips_packets(lb, namespace, family, tags):
     with XskSocket("veth0", load_program=False) as xsk:
         xsk.register(lb.maps["sockets"], 5)
         lb.maps["interfaces"].update(LO, struct.pack("=II", 5, 1))
-        for frame in (syn, ack):
+        for frame in (syn, fast_open, ack):
             run = lb.programs["crab_lb"].test_run(frame)
             assert run.retval == XDP_REDIRECT
             assert run.data == frame
     # A socket that is closed leaves the map by itself.
     assert lb.programs["crab_lb"].test_run(syn).retval == XDP_DROP
-    assert lb.counts() == {"syn": 1, "other": 1, "drop_no_socket": 4}
+    assert lb.counts() == {"syn": 2, "other": 1, "drop_no_socket": 4}
 
 
 @pytest.mark.parametrize("family", [4, 6])

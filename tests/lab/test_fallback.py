@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
+import select
+import socket
+import struct
 
 import pytest
 from scapy.layers.inet import IP
@@ -12,10 +17,13 @@ from scapy.utils import rdpcap
 from crablb.kernel import pins
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb, start_agent
+from tests.helpers.namespaces import inside
 from tests.helpers.processes import exchange, until
 from tests.helpers.world import World, agent_status, status
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
+PORT = 7000
+TCP_MD5SIG = 14
 
 
 def forwarded(world: World) -> int:
@@ -517,3 +525,95 @@ def memory(pid: int) -> int:
     """Resident bytes."""
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+@pytest.fixture
+def listening(make_world):
+    """``listening(family, prepare)``: a load balancer that always redirects, the client's socket and two servers',
+    where what arrives waits."""
+    opened = []
+
+    def make(family, prepare=lambda listener, client: None):
+        world = make_world(servers=2)
+        world.serve(
+            "--mode", "always", what=[f"{url(family)}={','.join(address(s, family) for s in world.lab.servers)}"]
+        )
+        kind = socket.AF_INET if family == 4 else socket.AF_INET6
+        for server in world.lab.servers:
+            server.set({"net.ipv4.tcp_fastopen": 0x603})  # for any listener, without a cookie
+            with inside(server.netns):
+                opened.append(socket.create_server(("", PORT), family=kind))
+            prepare(opened[-1], world.lab.client)
+            opened[-1].setblocking(False)
+        world.lab.client.set({"net.ipv4.tcp_fastopen": 5})
+        with inside(world.lab.client.netns):
+            opened.append(socket.socket(kind))
+        opened[-1].settimeout(10)
+        return world, opened[-1], opened[:-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def address(node: Node, family: int) -> str:
+    return node.ip4 if family == 4 else f"[{node.ip6}]"
+
+
+def url(family: int) -> str:
+    return f"tcp://{VIP4}:{PORT}" if family == 4 else f"tcp://[{VIP6}]:{PORT}"
+
+
+def accepted(listeners: list[socket.socket]) -> list[socket.socket]:
+    """What has arrived at any of them."""
+    ready, _, _ = select.select(listeners, [], [], 10)
+    connections = []
+    for listener in ready:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connections.append(listener.accept()[0])
+    return connections
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_fast_open_is_not_redirected(listening, family):
+    """The server has the request before it is connected: it must be the one that the client goes on with."""
+    world, client, servers = listening(family)
+    client.sendto(b"request", socket.MSG_FASTOPEN, (VIP[family], PORT))
+    (connection,) = accepted(servers)
+    with connection:
+        connection.settimeout(10)
+        assert connection.getsockname()[0] == VIP[family]
+        assert connection.recv(100) == b"request"
+        connection.sendall(b"answer")
+        assert client.recv(100) == b"answer"
+        client.close()
+        assert connection.recv(100) == b""
+    total = status(world.lab)["total"]
+    assert (total["fallback_unsafe"], total["redirected"]) == (1, 0)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_signed_connection_is_not_redirected(listening, family):
+    """TCP-MD5 signs the addresses, and how long the options are: the servers' kernel drops what has another."""
+
+    def sign(one: socket.socket, peer: str) -> None:
+        packed = ipaddress.ip_address(peer).packed
+        name = (
+            struct.pack("=HH4s", socket.AF_INET, 0, packed)
+            if family == 4
+            else struct.pack("=HHI16s", socket.AF_INET6, 0, 0, packed)
+        )
+        one.setsockopt(socket.IPPROTO_TCP, TCP_MD5SIG, struct.pack("=128sBBHi80s", name, 0, 0, 6, 0, b"secret"))
+
+    world, client, servers = listening(family, lambda one, node: sign(one, node.ip4 if family == 4 else node.ip6))
+    sign(client, VIP[family])
+    client.connect((VIP[family], PORT))
+    (connection,) = accepted(servers)
+    with connection:
+        connection.settimeout(10)
+        assert connection.getsockname()[0] == VIP[family]
+        client.sendall(b"request")
+        assert connection.recv(100) == b"request"
+    total = status(world.lab)["total"]
+    assert (total["fallback_unsafe"], total["redirected"]) == (1, 0)

@@ -3,65 +3,56 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import struct
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from tests.reference.maglev import slot
+from tests.reference.options import NOP, answer, offer, parse, redirect
 from tests.reference.siphash import siphash
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
-EXID = b"\x43\x52"
 
 
 def split(options: bytes) -> tuple[list[bytes], bytes]:
     """An option list as single options, and the rest that cannot be read (or begins with EOL)."""
-    found = []
-    while options:
-        if options[0] == 1:
-            found.append(options[:1])
-            options = options[1:]
-            continue
-        if options[0] == 0 or len(options) < 2 or not 2 <= options[1] <= len(options):
-            break
-        found.append(options[: options[1]])
-        options = options[options[1] :]
-    return found, options
-
-
-def is_cr(option: bytes) -> bool:
-    return option[:1] == b"\x2a" or (option[:1] == b"\xfd" and option[2:4] == EXID)
-
-
-def is_offer(option: bytes, experimental: bool) -> bool:
-    return option == (b"\xfd\x04" + EXID if experimental else b"\x2a\x02")
-
-
-def redirect_option(vip: bytes, experimental: bool) -> bytes:
-    """The redirect, padded to whole words; ``vip`` is 4 or 16 bytes."""
-    head = b"\xfd" + bytes([4 + len(vip)]) + EXID if experimental else b"\x2a" + bytes([2 + len(vip)])
-    option = head + vip
-    return option + b"\x01" * (-len(option) % 4)
+    found, rest = parse(options)
+    return [o.raw for o in found], rest
 
 
 def rewrite(options: bytes, experimental: bool, vip: bytes | None) -> bytes | None:
-    """The list that goes on: CR options out, a redirect to ``vip`` in their place; None if it does not fit."""
-    found, rest = split(options)
-    cleared, touched = b"", set()
-    for option in found:
-        if is_cr(option):
-            touched |= set(range(len(cleared) // 4, (len(cleared) + len(option) - 1) // 4 + 1))
-            cleared += b"\x01" * len(option)
+    """The list that goes on, None if it does not fit.
+
+    Each run of NOPs and CR options becomes a redirect to ``vip`` (the first), or nothing, and NOPs, under four, which
+    keep what is behind at its alignment.  Without such a run the redirect is in front."""
+    found, rest = parse(options)
+    option = redirect(vip, experimental).raw if vip else b""
+    out = b""
+    for ours, run in groupby(found, lambda o: o.kind == NOP or o.is_cr):
+        listed = list(run)
+        before = b"".join(o.raw for o in listed)
+        if ours and any(o.is_cr for o in listed):
+            out += option + b"\x01" * ((len(before) - len(option)) % 4)
+            option = b""
         else:
-            cleared += option
-    cleared += rest
-    words = [cleared[i : i + 4] for i in range(0, len(cleared), 4)]
-    gone = [i for i in sorted(touched) if words[i] == b"\x01\x01\x01\x01"]
-    place = gone[0] if gone else 0
-    redirect = redirect_option(vip, experimental) if vip else b""
-    out = b"".join(w for i, w in enumerate(words[:place]) if i not in gone)
-    out += redirect
-    out += b"".join(w for i, w in enumerate(words) if i >= place and i not in gone)
+            out += before
+    out = option + b"\x01" * (-len(option) % 4) + out + rest
     return out if len(out) <= 40 else None
+
+
+def blank(options: bytes) -> bytes:
+    """The list with NOPs in place of what clients do not send."""
+    found, rest = parse(options)
+    return b"".join(b"\x01" * len(o.raw) if o.is_forged else o.raw for o in found) + rest
+
+
+def fits(options: bytes, experimental: bool, vip: bytes) -> bool:
+    """Has the redirect room, in the SYN and in its answer?"""
+    found = parse(options)[0]
+    if any(o.subtype == 0 for o in found) and answer(found) + (8 if len(vip) == 4 else 20) > 40:
+        return False
+    return rewrite(options, experimental, vip) is not None
 
 
 def checksum(data: bytes) -> int:
@@ -112,7 +103,8 @@ class Flow:
 
     backend: int
     isn: bytes
-    copies: int = 1
+    offered: bool  # by the first copy
+    copies: float = 1
     established: bool = False
     closing: bool = False
 
@@ -212,35 +204,44 @@ class LoadBalancer:
             return self.fall_back("fallback_established", frame[:l3], packet, service, four_tuple, chosen)
 
         options, payload = tcp[20:data_offset], tcp[data_offset:]
-        copies = 0
+        found = parse(options)[0]
+        offers = offer(self.experimental) in found
+        copies: float = 0
         if flow and self.is_usable(service, flow.backend) and (flow.isn == tcp[4:8] or flow.established):
             chosen = flow.backend
             if flow.isn == tcp[4:8]:
                 copies = flow.copies
                 flow.copies += 1
+            else:
+                flow.isn, flow.copies, flow.offered = tcp[4:8], 1, offers
         elif chosen >= 0:
-            self.flows[four_tuple] = Flow(chosen, tcp[4:8])
+            flow = self.flows[four_tuple] = Flow(chosen, tcp[4:8], offers)
         else:
             return "drop_no_backend", None
         backend = self.backends[chosen]
-        offers = any(is_offer(o, self.experimental) for o in split(options)[0])
         client = ipaddress.ip_address(source)
         if service.mode == "never":
             outcome = "fallback_mode"
+        elif payload or any(o.is_unsafe for o in found):
+            outcome = "fallback_unsafe"
+            flow.copies = math.inf  # none of them is redirected
         elif service.mode == "negotiated" and not offers:
             outcome = "fallback_no_offer"
         elif copies >= 2:
             outcome = "fallback_retransmit"
         elif service.prefixes and not any(client in p for p in service.prefixes):
             outcome = "fallback_prefix"
+        elif copies and flow.offered and not offers:
+            outcome = "fallback_no_offer"
         elif not self.speaks_cr(service, chosen) or len(backend.address) != len(service.vip):
             outcome = "fallback_no_cr_backend"
-        elif rewrite(options, self.experimental, service.vip) is None:
+        elif not fits(options, self.experimental, service.vip):
             outcome = "fallback_no_room"
         else:
             outcome = "redirected"
         vip = service.vip if outcome == "redirected" else None
-        listed = rewrite(options, self.experimental, vip)
+        signed = any(o.is_signature for o in found)
+        listed = blank(options) if signed else rewrite(options, self.experimental, vip)
         assert listed is not None
         if vip:
             destination = backend.address

@@ -16,6 +16,7 @@ from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from tests.helpers.frames import SEED, VIP4, VIP6, reference
 from tests.helpers.native import Core, mapped
 from tests.reference import maglev, packets
+from tests.reference.options import offer, parse
 from tests.reference.siphash import siphash
 
 # ---- hash ----
@@ -87,6 +88,8 @@ option = st.one_of(
     st.just(b"\x03\x03\x07"),
     st.just(b"\x04\x02"),
     st.binary(min_size=8, max_size=8).map(lambda t: b"\x08\x0a" + t),
+    st.sampled_from([b"\x22\x02", b"\xfe\x04\xf9\x89", b"\x13\x12" + bytes(16), b"\x1d\x10" + bytes(14)]),
+    st.sampled_from([b"\x1e\x04\x01\x01", b"\x1e\x0c\x10\x01" + bytes(8)]),
     st.binary(max_size=6),
 )
 
@@ -113,14 +116,14 @@ def test_option_rewrite(options, experimental, vip):
 @settings(max_examples=1000)
 @given(option_lists(), st.booleans())
 def test_option_find(options, experimental):
-    found = packets.split(options)[0]
+    found = parse(options)[0]
     flags = lib.crab_option_find(options, len(options), experimental)
-    cr = [o for o in found if packets.is_cr(o)]
-    assert bool(flags & lib.CRAB_OPTION_OFFER) == any(packets.is_offer(o, experimental) for o in cr)
-    assert bool(flags & lib.CRAB_OPTION_OTHER) == any(packets.is_offer(o, not experimental) for o in cr)
-    assert bool(flags & lib.CRAB_OPTION_FORGED) == any(
-        not packets.is_offer(o, True) and not packets.is_offer(o, False) for o in cr
-    )
+    assert bool(flags & lib.CRAB_OPTION_OFFER) == (offer(experimental) in found)
+    assert bool(flags & lib.CRAB_OPTION_OTHER) == (offer(not experimental) in found)
+    assert bool(flags & lib.CRAB_OPTION_FORGED) == any(o.is_forged for o in found)
+    assert bool(flags & lib.CRAB_OPTION_UNSAFE) == any(o.is_unsafe for o in found)
+    assert bool(flags & lib.CRAB_OPTION_SIGNED) == any(o.is_signature for o in found)
+    assert bool(flags & lib.CRAB_OPTION_MPTCP) == any(o.subtype == 0 for o in found)
 
 
 @pytest.mark.parametrize("experimental", [False, True])
@@ -229,22 +232,34 @@ def test_rubbish_is_counted(rubbish):
 LINUX = [("MSS", 1460), ("SAckOK", b""), ("Timestamp", (1, 0)), ("NOP", None), ("WScale", 7)]
 OFFER = [(42, b""), ("NOP", None), ("NOP", None)]
 COOKIE = [("TFO", (1, 2)), ("NOP", None), ("NOP", None)]
+NOPS = [("NOP", None), ("NOP", None)]
+BARE = [*LINUX[:1], ("NOP", None), ("WScale", 7)]  # no SACK, no timestamps
 HARD = {
-    # name: options and payload of the SYN, then what the backend gets: options (None: its own, without the offer)
-    "fast open, data, IPv4": (4, [*LINUX[:1], *COOKIE, *OFFER], b"GET / HTTP/1.0\r\n" * 60, "redirected"),
-    "fast open, all options, IPv6": (6, [*COOKIE, *OFFER], b"x" * 1200, "redirected"),
-    "fast open, no room, IPv6": (6, [*LINUX, *COOKIE, *OFFER], b"", "fallback_no_room"),
-    "MD5, IPv4": (4, [(19, bytes(range(16))), ("NOP", None), ("NOP", None), *OFFER], b"", "redirected"),
-    "MD5, no room, IPv6": (
+    # name: family, options and data of the SYN, and what becomes of it
+    "Fast Open, data, IPv4": (4, [*LINUX[:1], *COOKIE, *OFFER], b"GET / HTTP/1.0\r\n" * 60, "fallback_unsafe"),
+    "Fast Open, data, IPv6": (6, [*COOKIE, *OFFER], b"x" * 1200, "fallback_unsafe"),
+    "Fast Open, no data yet": (4, [*LINUX, *COOKIE, *OFFER], b"", "fallback_unsafe"),
+    "Fast Open, a cookie is asked for": (4, [*LINUX[:1], (34, b""), *NOPS, *OFFER], b"", "fallback_unsafe"),
+    "Fast Open, RFC 6994": (4, [*LINUX[:1], (254, b"\xf9\x89" + bytes(8)), *OFFER], b"", "fallback_unsafe"),
+    "data and nothing else": (4, [*LINUX, *OFFER], b"x", "fallback_unsafe"),
+    "jumbo": (4, [*LINUX, *OFFER], bytes(8900), "fallback_unsafe"),
+    "MD5, IPv4": (4, [(19, bytes(range(16))), *NOPS, *OFFER], b"", "fallback_unsafe"),
+    "MD5, IPv6": (6, [*LINUX[:1], (19, bytes(16)), *NOPS, *OFFER], b"", "fallback_unsafe"),
+    "TCP-AO": (4, [*LINUX[:1], (29, bytes(range(14))), *OFFER], b"", "fallback_unsafe"),
+    "MP_JOIN": (4, [*LINUX, (30, b"\x10\x01" + bytes(8)), *OFFER], b"", "fallback_unsafe"),
+    "MP_CAPABLE": (4, [*LINUX, (30, b"\x01\x01"), *OFFER], b"", "redirected"),
+    "MP_CAPABLE, no room in the SYN": (6, [*LINUX, (30, b"\x01\x01"), *OFFER], b"", "fallback_no_room"),
+    "MP_CAPABLE, no room in the SYN-ACK": (
         6,
-        [*LINUX[:1], (19, bytes(16)), ("NOP", None), ("NOP", None), *OFFER],
+        [*BARE, ("SAckOK", b""), *NOPS, (30, b"\x01\x01"), *OFFER],
         b"",
         "fallback_no_room",
     ),
-    "40 bytes, no offer": (4, [*LINUX, (30, bytes(18))], b"", "fallback_no_offer"),
-    "40 bytes and an offer": (4, [*LINUX, (30, bytes(14)), *OFFER], b"", "fallback_no_room"),
-    "jumbo": (4, [*LINUX, *OFFER], bytes(8900), "redirected"),
+    "MP_CAPABLE, just room in the SYN-ACK": (6, [*BARE, (30, b"\x01\x01"), *OFFER], b"", "redirected"),
+    "40 bytes, no offer": (4, [*LINUX, (31, bytes(18))], b"", "fallback_no_offer"),
+    "40 bytes and an offer": (4, [*LINUX, (31, bytes(14)), *OFFER], b"", "fallback_no_room"),
 }
+SIGNED = {19, 29}
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -265,8 +280,8 @@ def test_hard_syns(name):
     assert told == outcome
     (backend,) = [b for b in expected.backends if b.mac == out[:6]]
     packed = ipaddress.ip_address(vip).packed
-    rest = [o for o in options if o[0] != 42]
-    if (42, b"") in options:
+    rest = options
+    if (42, b"") in options and not SIGNED & {o[0] for o in options}:
         rest = options[: options.index((42, b""))]
         if outcome == "redirected":
             rest = [*rest, (42, packed), ("NOP", None), ("NOP", None)]
