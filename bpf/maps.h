@@ -176,6 +176,7 @@ enum crab_server_counter {
     CRAB_SERVER_UNKNOWN_VIP,  /* SYNs whose redirect names a VIP and port that this server was not told of */
     CRAB_SERVER_NO_ROOM,      /* SYN-ACKs whose options left no room */
     CRAB_SERVER_ARMED,        /* listeners prepared */
+    CRAB_SERVER_FAST_OPEN,    /* redirected SYNs with data or a Fast Open cookie: dropped, or the redirect not echoed */
     CRAB_SERVER_COUNTERS
 };
 
