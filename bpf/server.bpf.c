@@ -3,21 +3,19 @@
  *
  * A sock_ops program on the servers' cgroup.  Listeners are asked to let it write header options; their children are
  * asked to stop as soon as they are established.  TCP_SAVE_SYN is set beside, because only then can the option be found
- * again when the SYN-ACK is retransmitted.  Listeners that are older than the program get no callback; the iterator
- * below finds them.
+ * again when the SYN-ACK is retransmitted.  Listeners that are older than the program get no callback; listeners.bpf.c
+ * finds them.
  *
  * A socket has one set of callback flags for all sock_ops programs: what others asked for stays. */
 #include <linux/bpf.h>
 #include <linux/tcp.h>
-#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
 #include "length.h"
-#include "maps.h"
+#include "server.h"
 #include "syn.h"
 
-#define SOL_TCP 6
 #define SYN 0x02
 #define ACK 0x10
 
@@ -30,24 +28,6 @@ struct {
     __type(key, struct crab_vip);
     __type(value, __u32);
 } server_vips SEC(".maps");
-
-/* The ports of those VIPs (host order): other listeners are let alone. */
-#define ARMED 1
-#define ARMED_BEFORE 2 /* so they are, by an agent that did not note which */
-#define DISARMED 0     /* they were, and are not to be any more */
-struct {
-    __uint(type, BPF_MAP_TYPE_HASH);
-    __uint(max_entries, 4096);
-    __type(key, __u32);
-    __type(value, __u32);
-} server_ports SEC(".maps");
-
-struct {
-    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-    __uint(max_entries, CRAB_SERVER_COUNTERS);
-    __type(key, __u32);
-    __type(value, __u64);
-} server_counters SEC(".maps");
 
 struct {
     __uint(type, BPF_MAP_TYPE_HASH);
@@ -66,29 +46,6 @@ struct {
 
 /* A redirect that is not to be echoed. */
 #define REFUSED (-1)
-
-/* Listeners that were asked by us alone to let header options be written, */
-struct {
-    __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-    __uint(map_flags, BPF_F_NO_PREALLOC);
-    __type(key, int);
-    __type(value, __u32);
-} server_armed SEC(".maps");
-
-/* and those that somebody else had asked before; their children too. */
-struct {
-    __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-    __uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
-    __type(key, int);
-    __type(value, __u32);
-} server_shared SEC(".maps");
-
-static __always_inline void count(__u32 what)
-{
-    __u64 *n = bpf_map_lookup_elem(&server_counters, &what);
-    if (n)
-        (*n)++;
-}
 
 /* Does the packet carry data?  IPv6 extension headers, which no load balancer of ours forwards, are taken for it. */
 static __always_inline int has_data(const __u8 ip[8], const __u8 *tcp)
@@ -309,69 +266,6 @@ int crab_fast_open(struct __sk_buff *skb)
     if (!bpf_map_lookup_elem(&server_vips, &vip))
         return 1;
     count(CRAB_SERVER_FAST_OPEN);
-    return 0;
-}
-
-/* ---- listeners that were there before ---- */
-
-/* The few kernel fields that the iterator reads; CO-RE finds them (libbpf, "BPF CO-RE"). */
-struct sock_common {
-    volatile unsigned char skc_state;
-    __u16 skc_num;
-} __attribute__((preserve_access_index));
-
-struct seq_file;
-
-struct bpf_iter_meta {
-    struct seq_file *seq;
-} __attribute__((preserve_access_index));
-
-struct bpf_iter__tcp {
-    struct bpf_iter_meta *meta;
-    struct sock_common *sk_common;
-} __attribute__((preserve_access_index));
-
-#define TCP_LISTEN 10
-/* include/uapi/linux/bpf.h has it since Linux 6.12; older kernels answer EINVAL. */
-#define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
-
-/* Arm the listeners of `server_ports`, or disarm them, as it says.  What it prints: the ports (__u32, host order) of
- * listeners that could not be armed. */
-SEC("iter/tcp")
-int crab_arm(struct bpf_iter__tcp *ctx)
-{
-    struct sock_common *sk = ctx->sk_common;
-    if (!sk || sk->skc_state != TCP_LISTEN)
-        return 0;
-    __u32 port = sk->skc_num, *state = bpf_map_lookup_elem(&server_ports, &port), one = 1;
-    void *tp = state ? bpf_skc_to_tcp_sock(sk) : NULL;
-    if (!state || !tp)
-        return 0;
-    int on = 1, flags = 0;
-    __u32 *armed = bpf_sk_storage_get(&server_armed, tp, NULL, 0);
-    int unknown = bpf_getsockopt(tp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof flags);
-    if (*state == DISARMED) {
-        flags &= ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
-        if (armed && !unknown && !bpf_setsockopt(tp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof flags))
-            bpf_sk_storage_delete(&server_armed, tp);
-        return 0;
-    }
-    if (!armed && !unknown) {
-        if (!(flags & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)) {
-            flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
-            unknown = bpf_setsockopt(tp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof flags);
-            if (!unknown)
-                bpf_sk_storage_get(&server_armed, tp, &one, BPF_SK_STORAGE_GET_F_CREATE);
-        } else if (*state == ARMED)
-            bpf_sk_storage_get(&server_shared, tp, &one, BPF_SK_STORAGE_GET_F_CREATE);
-        else
-            bpf_sk_storage_get(&server_armed, tp, &one, BPF_SK_STORAGE_GET_F_CREATE);
-    }
-    /* Armed by sock_ops it is also where the kernel is older than the option. */
-    if ((armed || !unknown) && !bpf_setsockopt(tp, SOL_TCP, TCP_SAVE_SYN, &on, sizeof on))
-        count(CRAB_SERVER_ARMED);
-    else
-        bpf_seq_write(ctx->meta->seq, &port, sizeof port);
     return 0;
 }
 

@@ -26,8 +26,9 @@ log = structlog.get_logger()
 DISARMED, ARMED, ARMED_BEFORE = range(3)
 #: Maps in which the program keeps what it did to listeners; the next agent goes on with them.
 NOTES = ("server_armed", "server_shared")
-#: The program that arms listeners that are there, pinned under its name.
+#: The program that arms listeners that are there, pinned under its name, and its maps.
 ITERATOR = "crab_arm"
+SHARED = ("server_ports", "server_counters", *NOTES)
 FAST_OPEN = Path("/proc/sys/net/ipv4/tcp_fastopen")  # for IPv6 too
 FAST_OPEN_SERVER = 2
 #: All states in which a connection can still lose something, a bit for each: all but SYN_SENT, TIME_WAIT, CLOSE, LISTEN
@@ -90,7 +91,6 @@ class ServerAgent(Agent):
         super().__init__(vips, cgroup)
         self.dsr = dsr
         self.interfaces = list(interfaces)
-        self._no_iterator = ""  # why listeners that are there already cannot be prepared
         self._new = ARMED
 
     def differs(self) -> list[str]:
@@ -121,12 +121,7 @@ class ServerAgent(Agent):
         for name in NOTES:
             with suppress(bpf.BpfNotFoundError):
                 reuse[name] = bpf.Map.from_pin(self.folder() / name)
-        try:
-            return super().load(reuse)
-        except bpf.BpfLoadError as error:
-            # As on a kernel without BTF, which iterators need and sock_ops programs do not.
-            self._no_iterator = str(error)
-            return bpf.Object(bpf.object_path(self.role), reuse=reuse, without=[ITERATOR])
+        return super().load(reuse)
 
     def set_up(self, program: bpf.Object) -> None:
         self.remember()
@@ -142,9 +137,13 @@ class ServerAgent(Agent):
                 link.pin(self.folder() / "fast_open")
         with program.program("crab_server").attach_cgroup_sockops(self.cgroup) as link:
             link.pin(self.folder() / "link")
-        if not self._no_iterator:
-            program.program(ITERATOR).pin(self.folder() / ITERATOR)
-        _arm(self.folder(), [vip.port for vip in self.vips], self._no_iterator)
+        missing = ""
+        try:
+            with bpf.Object(bpf.object_path("listeners"), reuse={n: program.map(n) for n in SHARED}) as listeners:
+                listeners.program(ITERATOR).pin(self.folder() / ITERATOR)
+        except bpf.BpfError as error:  # as without BTF
+            missing = str(error)
+        _arm(self.folder(), [vip.port for vip in self.vips], missing)
         for vip in self.vips:  # armed from now on: what is found so is somebody else's doing
             program.map("server_ports").update(vip.port, ARMED)
 
@@ -210,7 +209,7 @@ class ServerAgent(Agent):
                 cls._drop(new, state)
                 raise
             if new:
-                missing = "" if (cls.folder() / ITERATOR).exists() else "it was installed without its iterator"
+                missing = "" if (cls.folder() / ITERATOR).exists() else "the agent was installed without its iterator"
                 _arm(cls.folder(), [vip.port for vip in new], missing)
             return new
 

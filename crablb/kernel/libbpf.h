@@ -95,7 +95,6 @@ struct bpf_map *bpf_object__next_map(const struct bpf_object *obj, const struct 
 const char *bpf_program__name(const struct bpf_program *prog);
 int bpf_program__fd(const struct bpf_program *prog);
 int bpf_program__type(const struct bpf_program *prog);
-int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
 const char *bpf_map__name(const struct bpf_map *map);
 int bpf_map__fd(const struct bpf_map *map);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,8 +39,7 @@ def object_path(name: str) -> Path:
 class Object:
     """A BPF object file, loaded: its programs and maps.
 
-    ``reuse`` gives maps (by name) that exist already, ``max_entries`` other sizes than the object's own, ``without``
-    programs that are not to be loaded.
+    ``reuse`` gives maps (by name) that exist already, ``max_entries`` other sizes than the object's own.
 
     Raises :class:`BpfNotFoundError` (no such file, or a name that it does not have), :class:`BpfLoadError` with
     the verifier's log, :class:`BpfPermissionError`.
@@ -52,7 +51,6 @@ class Object:
         *,
         reuse: Mapping[str, Map] | None = None,
         max_entries: Mapping[str, int] | None = None,
-        without: Collection[str] = (),
     ) -> None:
         self._obj = lib.bpf_object__open_file(str(path).encode(), ffi.NULL)
         if not self._obj:
@@ -72,9 +70,6 @@ class Object:
                     lib.bpf_map__reuse_fd(self._named(found, name), existing.fd),
                     f"cannot reuse map {name}",
                 )
-            programs = dict(self._walk(lib.bpf_object__next_program, lib.bpf_program__name))
-            for name in without:
-                check(lib.bpf_program__set_autoload(programs.pop(name), False), f"cannot leave out program {name}")
             check(
                 lib.bpf_object__load(self._obj),
                 f"cannot load BPF object {self.path.name}",
@@ -82,7 +77,7 @@ class Object:
             )
             for name, entry in found.items():
                 self.maps[name] = Map(os.dup(lib.bpf_map__fd(entry)))
-            for name, entry in programs.items():
+            for name, entry in self._walk(lib.bpf_object__next_program, lib.bpf_program__name):
                 self.programs[name] = Program(os.dup(lib.bpf_program__fd(entry)), name)
         except BaseException:
             self.close()
