@@ -166,6 +166,7 @@ enum crab_daemon_counter {
     CRAB_DAEMON_REPORTS_FORGED,   /* refused: not under the backend's key */
     CRAB_DAEMON_REPORTS_REPLAYED, /* refused: older than the last one */
     CRAB_DAEMON_REPORTS_SILENT,   /* servers that stopped reporting */
+    CRAB_DAEMON_REDIRECTS_STOPPED, /* times that a backend completed no redirects, and got the fallback alone */
     CRAB_DAEMON_COUNTERS
 };
 
@@ -185,6 +186,13 @@ enum crab_server_counter {
 struct crab_connections {
     __u64 opened;
     __u64 closed;
+};
+
+/* Value of map `server_redirects` (key: struct crab_vip): redirected SYNs answered (not by cookies: nobody knows then what
+ * becomes of them), and connections that came of them. */
+struct crab_redirects {
+    __u64 begun;
+    __u64 completed;
 };
 
 /* ---- direct server return on the server (dsr.bpf.c; key of map `dsr_vips`: struct crab_address) ---- */

@@ -18,6 +18,7 @@
 
 #define SYN 0x02
 #define ACK 0x10
+#define ENOENT 2
 
 /* clang 14 merges neighbouring reads of a context into one that the verifier refuses. */
 #define READ(x) (*(volatile typeof(x) *)&(x))
@@ -35,6 +36,13 @@ struct {
     __type(key, struct crab_vip);
     __type(value, struct crab_connections);
 } server_connections SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 4096);
+    __type(key, struct crab_vip);
+    __type(value, struct crab_redirects);
+} server_redirects SEC(".maps");
 
 /* The VIP that a connection is counted for, kept in its socket. */
 struct {
@@ -101,12 +109,29 @@ static __always_inline void vip_of(const __u8 option[CRAB_REDIRECT], int n, __u1
         vip->addr[10] = vip->addr[11] = 0xff;
 }
 
-/* Is it a VIP and port that we were told of? */
-static __always_inline int known(struct bpf_sock_ops *ctx, const __u8 option[CRAB_REDIRECT], int n)
+/* The VIP that a redirect of n bytes names.  Is it one, with this port, that we were told of? */
+static __always_inline int known(struct bpf_sock_ops *ctx, const __u8 option[CRAB_REDIRECT], int n, struct crab_vip *vip)
 {
-    struct crab_vip vip;
-    vip_of(option, n, (__u16)READ(ctx->local_port), &vip);
-    return bpf_map_lookup_elem(&server_vips, &vip) != NULL;
+    vip_of(option, n, (__u16)READ(ctx->local_port), vip);
+    return bpf_map_lookup_elem(&server_vips, vip) != NULL;
+}
+
+/* A SYN-ACK echoes the redirect.  Repeated it does not count: then the SYN's link-layer header is not there, which
+ * TCP_SAVE_SYN 1 does not save.  Nor does a cookie: of a connection that comes of it, nobody knows if it was redirected. */
+static __always_inline void begun(struct bpf_sock_ops *ctx, const struct crab_vip *vip)
+{
+    __u8 mac[8];
+    struct crab_redirects *r = bpf_map_lookup_elem(&server_redirects, vip);
+    if (r && READ(ctx->args[0]) != BPF_WRITE_HDR_TCP_SYNACK_COOKIE &&
+        bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN_MAC, mac, sizeof mac) != -ENOENT)
+        __sync_fetch_and_add(&r->begun, 1);
+}
+
+static __always_inline void completed(const struct crab_vip *vip)
+{
+    struct crab_redirects *r = bpf_map_lookup_elem(&server_redirects, vip);
+    if (r)
+        __sync_fetch_and_add(&r->completed, 1);
 }
 
 /* The VIP and port of a connection that was not redirected: where it was accepted. */
@@ -138,9 +163,10 @@ static __always_inline void opened(struct bpf_sock_ops *ctx)
     if (!bpf_sk_storage_get(&server_shared, sk, NULL, 0))
         flags &= ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
     int n = redirect_of_syn(ctx, option);
-    if (n > 0)
-        vip_of(option, n, (__u16)READ(ctx->local_port), &vip);
-    else
+    if (n > 0) {
+        vip_of(option, n, (__u16)port, &vip);
+        completed(&vip);
+    } else
         accepted_on(ctx, &vip);
     struct crab_connections *c = bpf_map_lookup_elem(&server_connections, &vip);
     if (c && bpf_sk_storage_get(&server_counted, sk, &vip, BPF_SK_STORAGE_GET_F_CREATE)) {
@@ -189,6 +215,7 @@ int crab_server(struct bpf_sock_ops *ctx)
 {
     __u8 option[CRAB_REDIRECT] = {};
     __u32 op = READ(ctx->op);
+    struct crab_vip vip;
     int n;
 
     switch (op) {
@@ -209,12 +236,14 @@ int crab_server(struct bpf_sock_ops *ctx)
         if (!n)
             break;
         if (op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB) {
-            if (n > 0 && known(ctx, option, n) &&
-                !bpf_store_hdr_opt(ctx, option, crab_length_within((__u32)n, sizeof option), 0))
+            if (n > 0 && known(ctx, option, n, &vip) &&
+                !bpf_store_hdr_opt(ctx, option, crab_length_within((__u32)n, sizeof option), 0)) {
                 count(CRAB_SERVER_ECHOED);
+                begun(ctx, &vip);
+            }
         } else if (n == REFUSED)
             count(CRAB_SERVER_FAST_OPEN);
-        else if (!known(ctx, option, n))
+        else if (!known(ctx, option, n, &vip))
             count(CRAB_SERVER_UNKNOWN_VIP);
         else if (bpf_reserve_hdr_opt(ctx, (__u32)n, 0))
             count(CRAB_SERVER_NO_ROOM);

@@ -15,7 +15,16 @@ import structlog
 
 from crablb.kernel.rtnetlink import tcp_sockets
 from crablb.model import Address, Vip
-from crablb.selection.reports import CHALLENGE, MAX_ENTRIES, NO_CHALLENGE, REPORT, Message, Refused, VipReport
+from crablb.selection.reports import (
+    CHALLENGE,
+    MAX_ENTRIES,
+    NO_CHALLENGE,
+    REPORT,
+    VERSION,
+    Message,
+    Refused,
+    VipReport,
+)
 
 __all__ = ["Reporter"]
 
@@ -73,6 +82,7 @@ class _Target:
         self.where = (str(address), port)
         self.backend = backend
         self.challenge = NO_CHALLENGE
+        self.version = VERSION
         self.number = 0
         self.complained = False
 
@@ -80,20 +90,22 @@ class _Target:
 class Reporter:
     """Tells ``load_balancers`` (addresses and ports) from a thread of its own, between :meth:`start` and :meth:`stop`.
 
-    ``connections`` gives the open connections by VIP; ``backend`` is the address that they know this server by (None:
-    the one that packets to them come from); ``figure`` the file that holds the server's load (1.0: full; None: the
-    CPUs').
+    ``connections`` gives the open connections by VIP, ``redirects`` how many redirects were begun and completed;
+    ``backend`` is the address that they know this server by (None: the one that packets to them come from); ``figure``
+    the file that holds the server's load (1.0: full; None: the CPUs').
     """
 
     def __init__(
         self,
         connections: Callable[[], dict[Vip, int]],
+        redirects: Callable[[], dict[Vip, tuple[int, int]]],
         load_balancers: Sequence[tuple[Address, int]],
         key: bytes,
         backend: Address | None = None,
         figure: Path | None = None,
     ) -> None:
         self._connections = connections
+        self._redirects = redirects
         self._targets = [_Target(address, port, backend) for address, port in load_balancers]
         self._key = key
         self._figure = figure
@@ -124,13 +136,24 @@ class Reporter:
                 half_open, queues = waiting()
                 figure = self._load()
                 told_at = now
+                for target in self._targets:
+                    if target.challenge == NO_CHALLENGE and target.number:  # not heard of: it may be of before
+                        target.version = VERSION if target.version != VERSION else 1
             if connections != told:
                 again = REPEATS
             if full or connections != told or again:
                 again -= bool(again)
                 told = connections
+                redirects = self._redirects()
                 vips = [
-                    VipReport(vip, n, half_open.get(vip.port, 0), queues.get(vip.port, 0))
+                    VipReport(
+                        vip,
+                        n,
+                        half_open.get(vip.port, 0),
+                        queues.get(vip.port, 0),
+                        redirects.get(vip),
+                        vip.port in queues,
+                    )
                     for vip, n in connections.items()
                 ]
                 for target in self._targets:
@@ -159,7 +182,9 @@ class Reporter:
             for first in range(0, max(len(vips), 1), MAX_ENTRIES):
                 target.number += 1
                 part = tuple(vips[first : first + MAX_ENTRIES])
-                message = Message(REPORT, target.backend, self._session, target.challenge, target.number, figure, part)
+                message = Message(
+                    REPORT, target.backend, self._session, target.challenge, target.number, figure, part, target.version
+                )
                 target.socket.sendto(message.encode(self._key), target.where)
             target.complained = False
         except OSError as error:
@@ -175,5 +200,9 @@ class Reporter:
             return False
         if message.kind != CHALLENGE or message.session != self._session:
             return False
-        target.challenge = message.challenge
+        if target.challenge != NO_CHALLENGE and message.version != VERSION:
+            # It has started anew, and may have been replaced by one that understands more.
+            target.challenge, target.version = NO_CHALLENGE, VERSION
+        else:
+            target.challenge, target.version = message.challenge, message.version
         return True

@@ -24,11 +24,13 @@ log = structlog.get_logger()
 
 #: Values of map `server_ports`: see bpf/server.bpf.c.
 DISARMED, ARMED, ARMED_BEFORE = range(3)
-#: Maps in which the program keeps what it did to listeners; the next agent goes on with them.
-NOTES = ("server_armed", "server_shared")
+#: Maps of agents since they note what they did to listeners; the next one goes on with them.
+NOTES = ("server_armed", "server_shared", "server_redirects")
 #: The program that arms listeners that are there, pinned under its name, and its maps.
 ITERATOR = "crab_arm"
-SHARED = ("server_ports", "server_counters", *NOTES)
+SHARED = ("server_ports", "server_counters", "server_armed", "server_shared")
+#: Maps that count by VIP, from 0 on where the entry is made.
+COUNTED = ("server_connections", "server_redirects")
 FAST_OPEN = Path("/proc/sys/net/ipv4/tcp_fastopen")  # for IPv6 too
 FAST_OPEN_SERVER = 2
 #: All states in which a connection can still lose something, a bit for each: all but SYN_SENT, TIME_WAIT, CLOSE, LISTEN
@@ -66,6 +68,11 @@ def open_connections(counts: bpf.Map) -> dict[Vip, int]:
         opened, closed = struct.unpack("=QQ", value)
         found[Vip.from_key(key)] = opened - closed
     return found
+
+
+def redirects(counts: bpf.Map) -> dict[Vip, tuple[int, int]]:
+    """What map ``server_redirects`` says: redirects begun and completed."""
+    return {Vip.from_key(key): struct.unpack("=QQ", value) for key, value in counts.items()}
 
 
 class ServerAgent(Agent):
@@ -128,8 +135,9 @@ class ServerAgent(Agent):
         for vip in self.vips:
             program.map("server_vips").update(vip.key(), 1)
             program.map("server_ports").update(vip.port, self._new)
-            if program.map("server_connections").lookup(vip.key()) is None:
-                program.map("server_connections").update(vip.key(), bytes(16))
+            for name in COUNTED:
+                if program.map(name).lookup(vip.key()) is None:
+                    program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
             dsr.set_up(self.vips, self.interfaces, self.folder(), lambda state: self.remember(dsr=state))
         if FAST_OPEN.exists() and int(FAST_OPEN.read_text()) & FAST_OPEN_SERVER:
@@ -195,14 +203,16 @@ class ServerAgent(Agent):
                 with (
                     bpf.Map.from_pin(cls.folder() / "server_vips") as told,
                     bpf.Map.from_pin(cls.folder() / "server_ports") as ports,
-                    bpf.Map.from_pin(cls.folder() / "server_connections") as counts,
+                    bpf.Map.from_pin(cls.folder() / COUNTED[0]) as connections,
+                    bpf.Map.from_pin(cls.folder() / COUNTED[1]) as redirects,
                 ):
                     if "dsr" in state:
                         addresses = dict.fromkeys(vip.address for vip in new)
                         dsr.add(addresses, state["dsr"], cls.folder(), lambda _: cls._note(state))
                     for vip in new:
-                        if counts.lookup(vip.key()) is None:
-                            counts.update(vip.key(), bytes(16))
+                        for counts in (connections, redirects):
+                            if counts.lookup(vip.key()) is None:
+                                counts.update(vip.key(), bytes(16))
                         ports.update(vip.port, ARMED)
                         told.update(vip.key(), 1)
             except BaseException:

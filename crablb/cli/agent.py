@@ -14,7 +14,7 @@ from crablb import log as logging
 from crablb.agent import ClientAgent, ServerAgent
 from crablb.agent.base import Agent
 from crablb.agent.reporter import Reporter
-from crablb.agent.server import open_connections
+from crablb.agent.server import open_connections, redirects
 from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
 from crablb.control.notify import notify
 from crablb.errors import ConfigError, KernelError
@@ -211,8 +211,13 @@ def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[
 
     @contextmanager
     def report() -> Iterator[None]:
-        with bpf.Map.from_pin(ServerAgent.folder() / "server_connections") as counts:
-            reporter = Reporter(lambda: open_connections(counts), targets, key, backend, figure)
+        with (
+            bpf.Map.from_pin(ServerAgent.folder() / "server_connections") as opened,
+            bpf.Map.from_pin(ServerAgent.folder() / "server_redirects") as begun,
+        ):
+            reporter = Reporter(
+                lambda: open_connections(opened), lambda: redirects(begun), targets, key, backend, figure
+            )
             reporter.start()
             try:
                 yield
