@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -33,6 +34,8 @@ log = structlog.get_logger()
 #: How often changes are looked for, and how often everything is told though nothing has changed, in seconds.
 CHANGES_INTERVAL = 0.05
 FULL_INTERVAL = 1.0
+#: How often a load balancer of before is asked whether it understands today's version by now, in seconds.
+TRY_INTERVAL = 60.0
 #: How often a change is told in all, lest it be lost; the next full report would make it good, but later.
 REPEATS = 3
 TCP_SYN_RECV, TCP_LISTEN = 3, 10  # include/net/tcp_states.h; request sockets are told as SYN_RECV
@@ -84,6 +87,7 @@ class _Target:
         self.challenge = NO_CHALLENGE
         self.version = VERSION
         self.number = 0
+        self.tried = time.monotonic()  # when one of before was asked for more, last
         self.complained = False
 
 
@@ -139,6 +143,8 @@ class Reporter:
                 for target in self._targets:
                     if target.challenge == NO_CHALLENGE and target.number:  # not heard of: it may be of before
                         target.version = VERSION if target.version != VERSION else 1
+                    elif target.version != VERSION and now - target.tried >= TRY_INTERVAL:
+                        self._try(target, figure, now)
             if connections != told:
                 again = REPEATS
             if full or connections != told or again:
@@ -192,6 +198,14 @@ class Reporter:
                 log.warning("cannot report", load_balancer=target.name, reason=error.strerror)
             target.complained = True
 
+    def _try(self, target: _Target, figure: int, now: float) -> None:
+        """Ask for a challenge in today's version, of one of before that may have been replaced."""
+        target.tried = now
+        target.number += 1
+        message = Message(REPORT, target.backend, self._session, NO_CHALLENGE, target.number, figure)  # type: ignore[arg-type]
+        with suppress(OSError):
+            target.socket.sendto(message.encode(self._key), target.where)
+
     def _hear(self, target: _Target) -> bool:
         """Take a challenge; whether there was one."""
         try:
@@ -200,9 +214,7 @@ class Reporter:
             return False
         if message.kind != CHALLENGE or message.session != self._session:
             return False
-        if target.challenge != NO_CHALLENGE and message.version != VERSION:
-            # It has started anew, and may have been replaced by one that understands more.
-            target.challenge, target.version = NO_CHALLENGE, VERSION
-        else:
-            target.challenge, target.version = message.challenge, message.version
+        if target.challenge != NO_CHALLENGE and message.version < target.version:
+            return False  # an answer to what was tried before
+        target.challenge, target.version = message.challenge, message.version
         return True

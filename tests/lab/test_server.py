@@ -201,12 +201,15 @@ def test_what_others_asked_for_stays(make_world, tmp_path, wanted, older):
         def seen() -> list[int]:
             return [int.from_bytes(program.map("seen").lookup(i) or b"", "little") for i in range(3)]
 
-        world.servers(agents=not older)
         if older:
+            world.servers(agents=False)
             before = seen()
             assert world.echo(server.ip4)["intact"]
             until(lambda: seen()[0] > before[0])
             start_agent(server, "server")
+        else:
+            start_agent(server, "server")
+            world.servers(agents=False)
         before = seen()
         assert world.echo(server.ip4)["intact"]
         until(lambda: seen()[0] > before[0])

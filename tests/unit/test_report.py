@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 import re
+import socket
 import subprocess
 from ipaddress import ip_address
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crablb.agent.reporter import Reporter
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import crablb
 from crablb.model import Vip
@@ -233,3 +235,42 @@ def test_bad_arguments(name):
     assert done.returncode == 2
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+class OldJudge(report.Judge):
+    """A load balancer of before."""
+
+    def judge(self, data: bytes):
+        if data[4] != 1:
+            raise report.Refused("reports_malformed")
+        return super().judge(data)
+
+
+def test_a_load_balancer_of_before_and_its_successor(monkeypatch):
+    """It is told in its own words, and the next one in today's."""
+    monkeypatch.setattr("crablb.agent.reporter.TRY_INTERVAL", 0.0)
+    here = ip_address("127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((str(here), 0))
+        sock.settimeout(20)
+        told = Reporter(lambda: {VIPS[0]: 7}, lambda: {VIPS[0]: (5, 3)}, [(here, sock.getsockname()[1])],
+                        report.derive(MASTER, here))  # fmt: skip
+        told.start()
+        try:
+            heard = []
+            for judge in (OldJudge(MASTER), report.Judge(MASTER)):
+                judge.follow([here])
+                while True:
+                    data, sender = sock.recvfrom(2048)
+                    try:
+                        message, answer = judge.judge(data)
+                    except report.Refused:
+                        continue
+                    if answer:
+                        sock.sendto(answer, sender)
+                    if message and message.vips and message.version == len(heard) + 1:
+                        heard.append((message.version, message.vips[0].open, message.vips[0].redirects))
+                        break
+        finally:
+            told.stop()
+    assert heard == [(1, 7, None), (2, 7, (5, 3))]
