@@ -272,8 +272,10 @@ class ServerAgent(Agent):
 
         Raises :class:`crablb.kernel.bpf.BpfNotFoundError` if there is no agent.
         """
+        told = (cls.state() or {}).get("vips", ())
         with bpf.Map.from_pin(cls.folder() / "server_connections") as counts:
-            return open_connections(counts)
+            # A VIP that was removed is there as long as it has connections.
+            return {vip: n for vip, n in open_connections(counts).items() if n or str(vip) in told}
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:
