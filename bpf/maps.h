@@ -166,6 +166,7 @@ enum crab_daemon_counter {
     CRAB_DAEMON_REPORTS_FORGED,   /* refused: not under the backend's key */
     CRAB_DAEMON_REPORTS_REPLAYED, /* refused: older than the last one */
     CRAB_DAEMON_REPORTS_SILENT,   /* servers that stopped reporting */
+    CRAB_DAEMON_REDIRECTS_STOPPED, /* times that a backend completed no redirects, and got the fallback alone */
     CRAB_DAEMON_COUNTERS
 };
 
@@ -176,6 +177,7 @@ enum crab_server_counter {
     CRAB_SERVER_UNKNOWN_VIP,  /* SYNs whose redirect names a VIP and port that this server was not told of */
     CRAB_SERVER_NO_ROOM,      /* SYN-ACKs whose options left no room */
     CRAB_SERVER_ARMED,        /* listeners prepared */
+    CRAB_SERVER_FAST_OPEN,    /* redirected SYNs with data or a Fast Open cookie: dropped, or the redirect not echoed */
     CRAB_SERVER_COUNTERS
 };
 
@@ -184,6 +186,13 @@ enum crab_server_counter {
 struct crab_connections {
     __u64 opened;
     __u64 closed;
+};
+
+/* Value of map `server_redirects` (key: struct crab_vip): redirected SYNs answered (not by cookies: nobody knows then what
+ * becomes of them), and connections that came of them. */
+struct crab_redirects {
+    __u64 begun;
+    __u64 completed;
 };
 
 /* ---- direct server return on the server (dsr.bpf.c; key of map `dsr_vips`: struct crab_address) ---- */

@@ -3,20 +3,22 @@
  *
  * A sock_ops program on the servers' cgroup.  Listeners are asked to let it write header options; their children are
  * asked to stop as soon as they are established.  TCP_SAVE_SYN is set beside, because only then can the option be found
- * again when the SYN-ACK is retransmitted.  Listeners that are older than the program get no callback; the iterator
- * below finds them. */
+ * again when the SYN-ACK is retransmitted.  Listeners that are older than the program get no callback; listeners.bpf.c
+ * finds them.
+ *
+ * A socket has one set of callback flags for all sock_ops programs: what others asked for stays. */
 #include <linux/bpf.h>
 #include <linux/tcp.h>
-#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
 #include "length.h"
-#include "maps.h"
+#include "server.h"
+#include "syn.h"
 
-#define SOL_TCP 6
 #define SYN 0x02
 #define ACK 0x10
+#define ENOENT 2
 
 /* clang 14 merges neighbouring reads of a context into one that the verifier refuses. */
 #define READ(x) (*(volatile typeof(x) *)&(x))
@@ -28,27 +30,19 @@ struct {
     __type(value, __u32);
 } server_vips SEC(".maps");
 
-/* The ports of those VIPs (host order): other listeners are let alone. */
-struct {
-    __uint(type, BPF_MAP_TYPE_HASH);
-    __uint(max_entries, 4096);
-    __type(key, __u32);
-    __type(value, __u32);
-} server_ports SEC(".maps");
-
-struct {
-    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-    __uint(max_entries, CRAB_SERVER_COUNTERS);
-    __type(key, __u32);
-    __type(value, __u64);
-} server_counters SEC(".maps");
-
 struct {
     __uint(type, BPF_MAP_TYPE_HASH);
     __uint(max_entries, 4096);
     __type(key, struct crab_vip);
     __type(value, struct crab_connections);
 } server_connections SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 4096);
+    __type(key, struct crab_vip);
+    __type(value, struct crab_redirects);
+} server_redirects SEC(".maps");
 
 /* The VIP that a connection is counted for, kept in its socket. */
 struct {
@@ -58,36 +52,45 @@ struct {
     __type(value, struct crab_vip);
 } server_counted SEC(".maps");
 
-static __always_inline void count(__u32 what)
+/* A redirect that is not to be echoed. */
+#define REFUSED (-1)
+
+/* Does the packet carry data?  IPv6 extension headers, which no load balancer of ours forwards, are taken for it. */
+static __always_inline int has_data(const __u8 ip[8], const __u8 *tcp)
 {
-    __u64 *n = bpf_map_lookup_elem(&server_counters, &what);
-    if (n)
-        (*n)++;
+    __u32 headers = (tcp[12] >> 4) * 4;
+    if (ip[0] >> 4 == 4)
+        return (__u32)(ip[2] << 8 | ip[3]) > (ip[0] & 15) * 4 + headers;
+    return (__u32)(ip[4] << 8 | ip[5]) > headers;
 }
 
-/* The redirect of the SYN, as it came.  Returns its length, 0 if there is none. */
-static __always_inline int redirect_of_syn(struct bpf_sock_ops *ctx, __u8 option[20])
+/* The redirect of the SYN, as it came.  Returns its length; 0: there is none; REFUSED: there is one, but the SYN carries data
+ * or a Fast Open cookie.
+ *
+ * A redirect may stand behind our client's offer, of the same kind, so the list is walked (bpf_load_hdr_opt finds the
+ * first of a kind). */
+static __attribute__((noinline)) int redirect_of_syn(struct bpf_sock_ops *ctx, __u8 option[CRAB_REDIRECT])
 {
-    option[0] = CRAB_OPT_KIND;
-    option[1] = 0;
-    int n = bpf_load_hdr_opt(ctx, option, 20, BPF_LOAD_HDR_OPT_TCP_SYN);
-    if (n == 6 || n == 18)
-        return n;
-    option[0] = CRAB_OPT_KIND_EXPERIMENTAL;
-    option[1] = 4; /* search by kind and the two bytes that follow the length */
-    option[2] = CRAB_OPT_EXID >> 8;
-    option[3] = CRAB_OPT_EXID & 0xff;
-    n = bpf_load_hdr_opt(ctx, option, 20, BPF_LOAD_HDR_OPT_TCP_SYN);
-    if (n == 8 || n == 20)
-        return n;
-    return 0;
+    __u8 tcp[CRAB_SYN_ROOM] __attribute__((aligned(8))), ip[8] __attribute__((aligned(8)));
+    struct crab_walk walk;
+
+    if (bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN, tcp, sizeof tcp) < CRAB_TCP_HEADER)
+        return 0;
+    crab_walk(tcp, &walk);
+    __u32 at = walk.at;
+    int n = walk.length;
+    if (!n || at > CRAB_TCP_OPTIONS)
+        return 0;
+    for (int i = 0; i < CRAB_REDIRECT; i++)
+        option[i] = tcp[CRAB_TCP_HEADER + at + i];
+    bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN_IP, ip, sizeof ip); /* ENOSPC: it is longer */
+    return walk.cookie || has_data(ip, tcp) ? REFUSED : n;
 }
 
 /* The VIP and port that a redirect of n bytes names. */
-static __always_inline void redirected_from(struct bpf_sock_ops *ctx, const __u8 option[20], int n,
-                                            struct crab_vip *vip)
+static __always_inline void vip_of(const __u8 option[CRAB_REDIRECT], int n, __u16 port, struct crab_vip *vip)
 {
-    *vip = (struct crab_vip){.proto = 6, .port = bpf_htons((__u16)READ(ctx->local_port))};
+    *vip = (struct crab_vip){.proto = 6, .port = bpf_htons(port)};
     switch (n) {
     case 6:
         __builtin_memcpy(vip->addr + 12, option + 2, 4);
@@ -106,12 +109,29 @@ static __always_inline void redirected_from(struct bpf_sock_ops *ctx, const __u8
         vip->addr[10] = vip->addr[11] = 0xff;
 }
 
-/* Is it a VIP and port that we were told of? */
-static __always_inline int known(struct bpf_sock_ops *ctx, const __u8 option[20], int n)
+/* The VIP that a redirect of n bytes names.  Is it one, with this port, that we were told of? */
+static __always_inline int known(struct bpf_sock_ops *ctx, const __u8 option[CRAB_REDIRECT], int n, struct crab_vip *vip)
 {
-    struct crab_vip vip;
-    redirected_from(ctx, option, n, &vip);
-    return bpf_map_lookup_elem(&server_vips, &vip) != NULL;
+    vip_of(option, n, (__u16)READ(ctx->local_port), vip);
+    return bpf_map_lookup_elem(&server_vips, vip) != NULL;
+}
+
+/* A SYN-ACK echoes the redirect.  Repeated it does not count: then the SYN's link-layer header is not there, which
+ * TCP_SAVE_SYN 1 does not save.  Nor does a cookie: of a connection that comes of it, nobody knows if it was redirected. */
+static __always_inline void begun(struct bpf_sock_ops *ctx, const struct crab_vip *vip)
+{
+    __u8 mac[8];
+    struct crab_redirects *r = bpf_map_lookup_elem(&server_redirects, vip);
+    if (r && READ(ctx->args[0]) != BPF_WRITE_HDR_TCP_SYNACK_COOKIE &&
+        bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN_MAC, mac, sizeof mac) != -ENOENT)
+        __sync_fetch_and_add(&r->begun, 1);
+}
+
+static __always_inline void completed(const struct crab_vip *vip)
+{
+    struct crab_redirects *r = bpf_map_lookup_elem(&server_redirects, vip);
+    if (r)
+        __sync_fetch_and_add(&r->completed, 1);
 }
 
 /* The VIP and port of a connection that was not redirected: where it was accepted. */
@@ -131,22 +151,30 @@ static __always_inline void accepted_on(struct bpf_sock_ops *ctx, struct crab_vi
 }
 
 /* A connection is established.  Its socket says when it ends, whatever ends it: FIN, RST, a timeout, its process' death. */
-static __always_inline void opened(struct bpf_sock_ops *ctx, int flags)
+static __always_inline void opened(struct bpf_sock_ops *ctx)
 {
-    __u8 option[20] = {};
+    __u8 option[CRAB_REDIRECT] = {};
+    __u32 port = READ(ctx->local_port);
     struct crab_vip vip;
+    struct bpf_sock *sk = ctx->sk;
+    if (!sk || !bpf_map_lookup_elem(&server_ports, &port))
+        return;
+    __u32 before = READ(ctx->bpf_sock_ops_cb_flags), flags = before;
+    if (!bpf_sk_storage_get(&server_shared, sk, NULL, 0))
+        flags &= ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
     int n = redirect_of_syn(ctx, option);
-    if (n)
-        redirected_from(ctx, option, n, &vip);
-    else
+    if (n > 0) {
+        vip_of(option, n, (__u16)port, &vip);
+        completed(&vip);
+    } else
         accepted_on(ctx, &vip);
     struct crab_connections *c = bpf_map_lookup_elem(&server_connections, &vip);
-    struct bpf_sock *sk = ctx->sk;
-    if (c && sk && bpf_sk_storage_get(&server_counted, sk, &vip, BPF_SK_STORAGE_GET_F_CREATE)) {
+    if (c && bpf_sk_storage_get(&server_counted, sk, &vip, BPF_SK_STORAGE_GET_F_CREATE)) {
         __sync_fetch_and_add(&c->opened, 1);
         flags |= BPF_SOCK_OPS_STATE_CB_FLAG;
     }
-    bpf_sock_ops_cb_flags_set(ctx, flags);
+    if (flags != before)
+        bpf_sock_ops_cb_flags_set(ctx, flags);
 }
 
 static __always_inline void changed(struct bpf_sock_ops *ctx, __u32 state)
@@ -165,95 +193,108 @@ static __always_inline void changed(struct bpf_sock_ops *ctx, __u32 state)
 
 static __always_inline void arm(struct bpf_sock_ops *ctx)
 {
-    __u32 port = READ(ctx->local_port);
+    __u32 port = READ(ctx->local_port), *state = bpf_map_lookup_elem(&server_ports, &port), flags, one = 1;
+    struct bpf_sock *sk = ctx->sk;
     int on = 1;
-    if (!bpf_map_lookup_elem(&server_ports, &port))
+    if (!sk || !state || *state == DISARMED)
         return;
+    flags = READ(ctx->bpf_sock_ops_cb_flags);
+    if (flags & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG) {
+        if (!bpf_sk_storage_get(&server_armed, sk, NULL, 0)) /* it may listen for the second time */
+            bpf_sk_storage_get(&server_shared, sk, &one, BPF_SK_STORAGE_GET_F_CREATE);
+    } else {
+        bpf_sk_storage_get(&server_armed, sk, &one, BPF_SK_STORAGE_GET_F_CREATE);
+        bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+    }
     bpf_setsockopt(ctx, SOL_TCP, TCP_SAVE_SYN, &on, sizeof on);
-    bpf_sock_ops_cb_flags_set(ctx, READ(ctx->bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
     count(CRAB_SERVER_ARMED);
 }
 
 SEC("sockops")
 int crab_server(struct bpf_sock_ops *ctx)
 {
-    __u8 option[20] = {};
+    __u8 option[CRAB_REDIRECT] = {};
+    __u32 op = READ(ctx->op);
+    struct crab_vip vip;
     int n;
 
-    switch (READ(ctx->op)) {
+    switch (op) {
     case BPF_SOCK_OPS_TCP_LISTEN_CB:
         arm(ctx);
         break;
     case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-        opened(ctx, READ(ctx->bpf_sock_ops_cb_flags) & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+        opened(ctx);
         break;
     case BPF_SOCK_OPS_STATE_CB:
         changed(ctx, READ(ctx->args[1]));
         break;
     case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+    case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
         if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) != (SYN | ACK))
             break;
         n = redirect_of_syn(ctx, option);
         if (!n)
             break;
-        if (!known(ctx, option, n))
+        if (op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB) {
+            if (n > 0 && known(ctx, option, n, &vip) &&
+                !bpf_store_hdr_opt(ctx, option, crab_length_within((__u32)n, sizeof option), 0)) {
+                count(CRAB_SERVER_ECHOED);
+                begun(ctx, &vip);
+            }
+        } else if (n == REFUSED)
+            count(CRAB_SERVER_FAST_OPEN);
+        else if (!known(ctx, option, n, &vip))
             count(CRAB_SERVER_UNKNOWN_VIP);
         else if (bpf_reserve_hdr_opt(ctx, (__u32)n, 0))
             count(CRAB_SERVER_NO_ROOM);
-        break;
-    case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
-        if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) != (SYN | ACK))
-            break;
-        n = redirect_of_syn(ctx, option);
-        if (n && known(ctx, option, n) && !bpf_store_hdr_opt(ctx, option, crab_length_within((__u32)n, sizeof option), 0))
-            count(CRAB_SERVER_ECHOED);
         break;
     }
     return 1;
 }
 
-/* ---- listeners that were there before ---- */
+/* ---- Fast Open ---- */
 
-/* The few kernel fields that the iterator reads; CO-RE finds them (libbpf, "BPF CO-RE"). */
-struct sock_common {
-    volatile unsigned char skc_state;
-    __u16 skc_num;
-} __attribute__((preserve_access_index));
-
-struct seq_file;
-
-struct bpf_iter_meta {
-    struct seq_file *seq;
-} __attribute__((preserve_access_index));
-
-struct bpf_iter__tcp {
-    struct bpf_iter_meta *meta;
-    struct sock_common *sk_common;
-} __attribute__((preserve_access_index));
-
-#define TCP_LISTEN 10
-/* include/uapi/linux/bpf.h has it since Linux 6.12; older kernels answer EINVAL. */
-#define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
-
-/* What it prints: the ports (__u32, host order) of listeners that could not be prepared. */
-SEC("iter/tcp")
-int crab_arm(struct bpf_iter__tcp *ctx)
+/* Drop a redirected SYN that carries data or a Fast Open cookie, where the kernel might give the data to the application
+ * (net.ipv4.tcp_fastopen & 2): the client does not take up what comes from here before it has the handshake's answer, and
+ * would give the same data to another server.  It sends its SYN again, without them, and that is redirected.
+ *
+ * A program of the cgroup's, because it runs between the look-up of the listener and the listener. */
+SEC("cgroup_skb/ingress")
+int crab_fast_open(struct __sk_buff *skb)
 {
-    struct sock_common *sk = ctx->sk_common;
-    if (!sk || sk->skc_state != TCP_LISTEN)
-        return 0;
-    __u32 port = sk->skc_num;
-    if (!bpf_map_lookup_elem(&server_ports, &port))
-        return 0;
-    int on = 1, flags = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
-    void *tp = bpf_skc_to_tcp_sock(sk);
-    if (!tp)
-        return 0;
-    if (!bpf_setsockopt(tp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof flags) &&
-        !bpf_setsockopt(tp, SOL_TCP, TCP_SAVE_SYN, &on, sizeof on))
-        count(CRAB_SERVER_ARMED);
-    else
-        bpf_seq_write(ctx->meta->seq, &port, sizeof port);
+    __u8 tcp[CRAB_SYN_ROOM] __attribute__((aligned(8))) = {}, ip[8] __attribute__((aligned(8)));
+    struct bpf_sock *sk = skb->sk;
+    struct crab_walk walk;
+    struct crab_vip vip;
+    __u8 option[CRAB_REDIRECT];
+    __u32 at = 40, end, port;
+
+    if (!sk || READ(sk->state) != BPF_TCP_LISTEN)
+        return 1;
+    port = READ(sk->src_port);
+    if (!bpf_map_lookup_elem(&server_ports, &port) || bpf_skb_load_bytes(skb, 0, ip, sizeof ip))
+        return 1;
+    if (ip[0] >> 4 == 4)
+        at = (ip[0] & 15) * 4;
+    else if (ip[6] != 6) /* an extension header: see has_data() */
+        return 1;
+    if (bpf_skb_load_bytes(skb, at, tcp, CRAB_TCP_HEADER) || (tcp[13] & (SYN | ACK)) != SYN)
+        return 1;
+    end = (tcp[12] >> 4) * 4;
+    if (end <= CRAB_TCP_HEADER ||
+        bpf_skb_load_bytes(skb, at + CRAB_TCP_HEADER, tcp + CRAB_TCP_HEADER,
+                           crab_length_within(end - CRAB_TCP_HEADER, CRAB_TCP_OPTIONS)))
+        return 1;
+    crab_walk(tcp, &walk);
+    at = walk.at;
+    if (!walk.length || at > CRAB_TCP_OPTIONS || !(walk.cookie || has_data(ip, tcp)))
+        return 1;
+    for (int i = 0; i < CRAB_REDIRECT; i++)
+        option[i] = tcp[CRAB_TCP_HEADER + at + i];
+    vip_of(option, walk.length, (__u16)port, &vip);
+    if (!bpf_map_lookup_elem(&server_vips, &vip))
+        return 1;
+    count(CRAB_SERVER_FAST_OPEN);
     return 0;
 }
 

@@ -46,11 +46,15 @@ def detach_filters(interfaces: dict[str, bool], direction: Literal["ingress", "e
 
 def cgroup_root() -> Path:
     """Where the cgroup v2 hierarchy is mounted.  Raises :class:`KernelError` if it is not."""
-    for line in Path("/proc/mounts").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == "cgroup2":
-            return Path(fields[1])
-    raise KernelError("cgroup v2 is not mounted; mount it: mount -t cgroup2 none /sys/fs/cgroup")
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    for _, where, kind, *_ in mounts:
+        if kind == "cgroup2":
+            return Path(where)
+    if any(kind == "cgroup" for _, _, kind, *_ in mounts):  # v1: its folders fill /sys/fs/cgroup
+        where = "it can be beside cgroup v1: mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2"
+    else:
+        where = "mount it: mount -t cgroup2 none /sys/fs/cgroup"
+    raise KernelError(f"cgroup v2 is not mounted; {where}")
 
 
 class Agent(ABC):
@@ -72,7 +76,7 @@ class Agent(ABC):
             raise ConfigError("name at least one VIP: --vip tcp://10.0.0.100:80")
         self.vips = list(vips)
         self.cgroup = Path(cgroup) if cgroup else cgroup_root()
-        if not (self.cgroup / "cgroup.procs").exists():
+        if not (self.cgroup / "cgroup.controllers").exists():  # cgroup v1 has cgroup.procs too
             raise ConfigError(f"{self.cgroup} is not a cgroup v2 directory; the root is {cgroup_root()}")
 
     @classmethod
@@ -106,7 +110,7 @@ class Agent(ABC):
                 reuse.clear()
                 break
         try:
-            with bpf.Object(bpf.object_path(self.role), reuse=reuse) as program:
+            with self.load(reuse) as program:
                 self.remove()
                 try:
                     for name, held in program.maps.items():
@@ -120,6 +124,10 @@ class Agent(ABC):
         finally:
             for held in reuse.values():
                 held.close()
+
+    def load(self, reuse: dict[str, bpf.Map]) -> bpf.Object:
+        """Load the programs, with these maps of the agent before."""
+        return bpf.Object(bpf.object_path(self.role), reuse=reuse)
 
     def remember(self, **more: Any) -> None:
         state = {"vips": [str(v) for v in self.vips], "cgroup": str(self.cgroup), **more}

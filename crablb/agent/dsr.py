@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from crablb.agent.base import FILTER, detach_filters, tool
 from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.counters import counter_names
-from crablb.model import Vip, mapped
+from crablb.model import Address, Vip, mapped
 
 #: A VIP on the loopback is for receiving only: no answer to ARP for it, and not the sender of ARP requests (the IPv6
 #: stack never answers for an address of another interface).  Documentation/networking/ip-sysctl.rst.
@@ -37,7 +37,51 @@ def _interfaces(wanted: Sequence[str]) -> dict[str, int]:
     return {name: int(links[name]["mtu"]) for name in names}
 
 
-def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Any) -> None:
+def _present() -> set[str]:
+    """The addresses of this network namespace."""
+    links = json.loads(tool("ip", "-j", "addr", "show"))
+    return {info["local"] for link in links for info in link["addr_info"] if "local" in info}
+
+
+def _prefix(address: Address) -> str:
+    return f"{address}/{address.max_prefixlen}"
+
+
+def _take(addresses: Iterable[Address], state: dict[str, Any], note: Callable[[dict[str, Any]], None]) -> None:
+    """Have these addresses on the loopback, if they are not here."""
+    present = _present()
+    for address in addresses:
+        if str(address) not in present:
+            state["addresses"].append(_prefix(address))
+            note(state)
+            tool("ip", "addr", "add", _prefix(address), "dev", "lo", *(["nodad"] if address.version == 6 else []))
+
+
+def add(
+    addresses: Iterable[Address], state: dict[str, Any], folder: Path, note: Callable[[dict[str, Any]], None]
+) -> None:
+    """Serve more addresses; ``state`` is what was noted before."""
+    addresses = list(addresses)
+    with bpf.Map.from_pin(folder / "dsr_vips") as served:
+        _take(addresses, state, note)
+        for address in addresses:
+            served.update(mapped(address), 1)
+
+
+def remove(
+    addresses: Iterable[Address], state: dict[str, Any], folder: Path, note: Callable[[dict[str, Any]], None]
+) -> None:
+    """Serve these addresses no more."""
+    with bpf.Map.from_pin(folder / "dsr_vips") as served:
+        for address in addresses:
+            served.delete(mapped(address))
+            if _prefix(address) in state["addresses"]:
+                subprocess.run(["ip", "addr", "del", _prefix(address), "dev", "lo"], capture_output=True, check=False)
+                state["addresses"].remove(_prefix(address))
+                note(state)
+
+
+def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Callable[[dict[str, Any]], None]) -> None:
     """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo."""
     interfaces = _interfaces(wanted)
     state: dict[str, Any] = {"addresses": [], "sysctls": {}, "interfaces": {}}
@@ -46,25 +90,14 @@ def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Any) 
         state["sysctls"][name] = path.read_text().strip()
         note(state)
         path.write_text(str(max(value, int(state["sysctls"][name]))))
-    present = {
-        info["local"]
-        for link in json.loads(tool("ip", "-j", "addr", "show"))
-        for info in link["addr_info"]
-        if "local" in info
-    }
-    for address in dict.fromkeys(v.address for v in vips):
-        if str(address) not in present:
-            host = f"{address}/{address.max_prefixlen}"
-            state["addresses"].append(host)
-            note(state)
-            tool("ip", "addr", "add", host, "dev", "lo", *(["nodad"] if address.version == 6 else []))
-
+    _take(dict.fromkeys(v.address for v in vips), state, note)
     with bpf.Object(bpf.object_path("dsr")) as program:
         for address in dict.fromkeys(v.address for v in vips):
             program.map("dsr_vips").update(mapped(address), 1)
         for i, headers in enumerate(HEADERS.values()):
             program.map("dsr_mss").update(i, min(interfaces.values()) - OUTER - headers)
-        program.map("dsr_counters").pin(folder / "dsr_counters")
+        for name in ("dsr_counters", "dsr_vips"):
+            program.map(name).pin(folder / name)
         for name in interfaces:
             index = socket.if_nametoindex(name)
             try:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -15,7 +16,16 @@ import structlog
 
 from crablb.kernel.rtnetlink import tcp_sockets
 from crablb.model import Address, Vip
-from crablb.selection.reports import CHALLENGE, MAX_ENTRIES, NO_CHALLENGE, REPORT, Message, Refused, VipReport
+from crablb.selection.reports import (
+    CHALLENGE,
+    MAX_ENTRIES,
+    NO_CHALLENGE,
+    REPORT,
+    VERSION,
+    Message,
+    Refused,
+    VipReport,
+)
 
 __all__ = ["Reporter"]
 
@@ -24,6 +34,8 @@ log = structlog.get_logger()
 #: How often changes are looked for, and how often everything is told though nothing has changed, in seconds.
 CHANGES_INTERVAL = 0.05
 FULL_INTERVAL = 1.0
+#: How often a load balancer of before is asked whether it understands today's version by now, in seconds.
+TRY_INTERVAL = 60.0
 #: How often a change is told in all, lest it be lost; the next full report would make it good, but later.
 REPEATS = 3
 TCP_SYN_RECV, TCP_LISTEN = 3, 10  # include/net/tcp_states.h; request sockets are told as SYN_RECV
@@ -73,27 +85,31 @@ class _Target:
         self.where = (str(address), port)
         self.backend = backend
         self.challenge = NO_CHALLENGE
+        self.version = VERSION
         self.number = 0
+        self.tried = time.monotonic()  # when one of before was asked for more, last
         self.complained = False
 
 
 class Reporter:
     """Tells ``load_balancers`` (addresses and ports) from a thread of its own, between :meth:`start` and :meth:`stop`.
 
-    ``connections`` gives the open connections by VIP; ``backend`` is the address that they know this server by (None:
-    the one that packets to them come from); ``figure`` the file that holds the server's load (1.0: full; None: the
-    CPUs').
+    ``connections`` gives the open connections by VIP, ``redirects`` how many redirects were begun and completed;
+    ``backend`` is the address that they know this server by (None: the one that packets to them come from); ``figure``
+    the file that holds the server's load (1.0: full; None: the CPUs').
     """
 
     def __init__(
         self,
         connections: Callable[[], dict[Vip, int]],
+        redirects: Callable[[], dict[Vip, tuple[int, int]]],
         load_balancers: Sequence[tuple[Address, int]],
         key: bytes,
         backend: Address | None = None,
         figure: Path | None = None,
     ) -> None:
         self._connections = connections
+        self._redirects = redirects
         self._targets = [_Target(address, port, backend) for address, port in load_balancers]
         self._key = key
         self._figure = figure
@@ -124,13 +140,26 @@ class Reporter:
                 half_open, queues = waiting()
                 figure = self._load()
                 told_at = now
+                for target in self._targets:
+                    if target.challenge == NO_CHALLENGE and target.number:  # not heard of: it may be of before
+                        target.version = VERSION if target.version != VERSION else 1
+                    elif target.version != VERSION and now - target.tried >= TRY_INTERVAL:
+                        self._try(target, figure, now)
             if connections != told:
                 again = REPEATS
             if full or connections != told or again:
                 again -= bool(again)
                 told = connections
+                redirects = self._redirects()
                 vips = [
-                    VipReport(vip, n, half_open.get(vip.port, 0), queues.get(vip.port, 0))
+                    VipReport(
+                        vip,
+                        n,
+                        half_open.get(vip.port, 0),
+                        queues.get(vip.port, 0),
+                        redirects.get(vip),
+                        vip.port in queues,
+                    )
                     for vip, n in connections.items()
                 ]
                 for target in self._targets:
@@ -159,13 +188,23 @@ class Reporter:
             for first in range(0, max(len(vips), 1), MAX_ENTRIES):
                 target.number += 1
                 part = tuple(vips[first : first + MAX_ENTRIES])
-                message = Message(REPORT, target.backend, self._session, target.challenge, target.number, figure, part)
+                message = Message(
+                    REPORT, target.backend, self._session, target.challenge, target.number, figure, part, target.version
+                )
                 target.socket.sendto(message.encode(self._key), target.where)
             target.complained = False
         except OSError as error:
             if not target.complained:
                 log.warning("cannot report", load_balancer=target.name, reason=error.strerror)
             target.complained = True
+
+    def _try(self, target: _Target, figure: int, now: float) -> None:
+        """Ask for a challenge in today's version, of one of before that may have been replaced."""
+        target.tried = now
+        target.number += 1
+        message = Message(REPORT, target.backend, self._session, NO_CHALLENGE, target.number, figure)  # type: ignore[arg-type]
+        with suppress(OSError):
+            target.socket.sendto(message.encode(self._key), target.where)
 
     def _hear(self, target: _Target) -> bool:
         """Take a challenge; whether there was one."""
@@ -175,5 +214,7 @@ class Reporter:
             return False
         if message.kind != CHALLENGE or message.session != self._session:
             return False
-        target.challenge = message.challenge
+        if target.challenge != NO_CHALLENGE and message.version < target.version:
+            return False  # an answer to what was tried before
+        target.challenge, target.version = message.challenge, message.version
         return True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +14,51 @@ import structlog
 
 from crablb.agent import dsr
 from crablb.agent.base import Agent
-from crablb.kernel import bpf
-from crablb.model import Vip
+from crablb.config import parse_vip
+from crablb.errors import ConfigError, KernelError
+from crablb.kernel import bpf, pins
+from crablb.kernel.rtnetlink import tcp_addresses
+from crablb.model import Address, Vip
 
 log = structlog.get_logger()
+
+#: Values of map `server_ports`: see bpf/server.bpf.c.
+DISARMED, ARMED, ARMED_BEFORE = range(3)
+#: Maps of agents since they note what they did to listeners; the next one goes on with them.
+NOTES = ("server_armed", "server_shared", "server_redirects")
+#: The program that arms listeners that are there, pinned under its name, and its maps.
+ITERATOR = "crab_arm"
+SHARED = ("server_ports", "server_counters", "server_armed", "server_shared")
+#: Maps that count by VIP, from 0 on where the entry is made.
+COUNTED = ("server_connections", "server_redirects")
+FAST_OPEN = Path("/proc/sys/net/ipv4/tcp_fastopen")  # for IPv6 too
+FAST_OPEN_SERVER = 2
+#: All states in which a connection can still lose something, a bit for each: all but SYN_SENT, TIME_WAIT, CLOSE, LISTEN
+#: (include/net/tcp_states.h).
+OPEN = 0x1FFF & ~(1 << 2 | 1 << 6 | 1 << 7 | 1 << 10)
+
+
+def _arm(folder: Path, ports: Collection[int], missing: str) -> None:
+    """Arm the listeners on these ports that are there; tell of those that cannot be.  ``missing``: why there is no
+    iterator."""
+    reason = missing or "the kernel is older than 6.12"
+    if not missing:
+        try:
+            with bpf.Program.from_pin(folder / ITERATOR) as iterator:
+                refused = iterator.run_iterator()
+            ports = {port for (port,) in struct.iter_unpack("=I", refused)} & set(ports)
+        except bpf.BpfError as error:
+            reason = str(error)
+    if ports:
+        log.warning("servers that listen already must be restarted", ports=sorted(set(ports)), reason=reason)
+
+
+def _connections_to(addresses: Collection[Address]) -> int:
+    """How many TCP connections local sockets with these addresses have."""
+    wanted = {address.packed for address in addresses}
+    mapped = {b"\0" * 10 + b"\xff\xff" + packed for packed in wanted if len(packed) == 4}
+    found = [a for family in (socket.AF_INET, socket.AF_INET6) for a in tcp_addresses(family, OPEN)]
+    return sum(address in wanted | mapped for address in found)
 
 
 def open_connections(counts: bpf.Map) -> dict[Vip, int]:
@@ -24,6 +68,11 @@ def open_connections(counts: bpf.Map) -> dict[Vip, int]:
         opened, closed = struct.unpack("=QQ", value)
         found[Vip.from_key(key)] = opened - closed
     return found
+
+
+def redirects(counts: bpf.Map) -> dict[Vip, tuple[int, int]]:
+    """What map ``server_redirects`` says: redirects begun and completed."""
+    return {Vip.from_key(key): struct.unpack("=QQ", value) for key, value in counts.items()}
 
 
 class ServerAgent(Agent):
@@ -49,31 +98,173 @@ class ServerAgent(Agent):
         super().__init__(vips, cgroup)
         self.dsr = dsr
         self.interfaces = list(interfaces)
+        self._new = ARMED
+
+    def differs(self) -> list[str]:
+        """What the installed agent does otherwise, in words; empty if nothing, or if there is none."""
+        state = self.state()
+        if state is None:
+            return []
+        before, now = state["vips"], [str(vip) for vip in self.vips]
+        changes = [f"{vip} would not be served any more" for vip in before if vip not in now]
+        changes += [f"{vip} would be new" for vip in now if vip not in before]
+        if state["cgroup"] != str(self.cgroup):
+            changes.append(f"its cgroup is {state['cgroup']}, not {self.cgroup}")
+        if ("dsr" in state) != self.dsr:
+            changes.append(f"it was installed with{'' if 'dsr' in state else 'out'} --dsr")
+        return changes
+
+    def install(self) -> None:
+        """Put the agent into the kernel, in place of the one that is there, which the log tells if it was another."""
+        changes = self.differs()
+        # One of before did not note which listeners it had armed.
+        if self.state() is not None and not (self.folder() / "server_armed").exists():
+            self._new = ARMED_BEFORE
+        super().install()
+        if changes:
+            log.warning("replaced the agent that was there", changes=changes)
+
+    def load(self, reuse: dict[str, bpf.Map]) -> bpf.Object:
+        for name in NOTES:
+            with suppress(bpf.BpfNotFoundError):
+                reuse[name] = bpf.Map.from_pin(self.folder() / name)
+        return super().load(reuse)
 
     def set_up(self, program: bpf.Object) -> None:
         self.remember()
         for vip in self.vips:
             program.map("server_vips").update(vip.key(), 1)
-            program.map("server_ports").update(vip.port, 1)
-            if program.map("server_connections").lookup(vip.key()) is None:
-                program.map("server_connections").update(vip.key(), bytes(16))
+            program.map("server_ports").update(vip.port, self._new)
+            for name in COUNTED:
+                if program.map(name).lookup(vip.key()) is None:
+                    program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
             dsr.set_up(self.vips, self.interfaces, self.folder(), lambda state: self.remember(dsr=state))
+        if FAST_OPEN.exists() and int(FAST_OPEN.read_text()) & FAST_OPEN_SERVER:
+            with program.program("crab_fast_open").attach_cgroup_ingress(self.cgroup) as link:
+                link.pin(self.folder() / "fast_open")
         with program.program("crab_server").attach_cgroup_sockops(self.cgroup) as link:
             link.pin(self.folder() / "link")
+        missing = ""
         try:
-            refused = program.program("crab_arm").run_iterator()
-            ports = sorted({port for (port,) in struct.iter_unpack("=I", refused)})
-            reason = "the kernel is older than 6.12"
-        except bpf.BpfError as error:
-            ports, reason = sorted({vip.port for vip in self.vips}), str(error)
-        if ports:
-            log.warning("servers that listen already must be restarted", ports=ports, reason=reason)
+            with bpf.Object(bpf.object_path("listeners"), reuse={n: program.map(n) for n in SHARED}) as listeners:
+                listeners.program(ITERATOR).pin(self.folder() / ITERATOR)
+        except bpf.BpfError as error:  # as without BTF
+            missing = str(error)
+        _arm(self.folder(), [vip.port for vip in self.vips], missing)
+        for vip in self.vips:  # armed from now on: what is found so is somebody else's doing
+            program.map("server_ports").update(vip.port, ARMED)
 
     @classmethod
     def tear_down(cls, state: dict[str, Any]) -> None:
         if "dsr" in state:
             dsr.tear_down(state["dsr"], cls.folder())
+        with suppress(bpf.BpfNotFoundError), bpf.Link.from_pin(cls.folder() / "fast_open") as link:
+            link.detach()
+        with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(cls.folder() / "server_ports") as ports:
+            for port in list(ports.keys()):
+                ports.update(port, DISARMED)
+            with suppress(bpf.BpfError), bpf.Program.from_pin(cls.folder() / ITERATOR) as iterator:
+                iterator.run_iterator()
+
+    # ---- changes of the installed agent ----
+
+    @classmethod
+    @contextmanager
+    def _changing(cls) -> Iterator[dict[str, Any]]:
+        """The state of the installed agent, to be changed, by one process at a time."""
+        with pins.own("server-vips", "a change of the server agent's VIPs"):
+            state = cls.state()
+            if state is None or not cls.folder().exists():
+                raise KernelError(
+                    "there is no server agent in this network namespace; install one: crablb agent server --vip ..."
+                )
+            if not (cls.folder() / "server_armed").exists():
+                raise KernelError(
+                    "the server agent here is of an older crablb; install it again: crablb agent server --vip ..."
+                )
+            yield state
+
+    @classmethod
+    def _note(cls, state: dict[str, Any]) -> None:
+        path = cls.state_path()
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(state))
+        new.replace(path)
+
+    @classmethod
+    def add(cls, vips: Sequence[Vip]) -> list[Vip]:
+        """Let the installed agent serve more VIPs; those that it did not serve yet."""
+        with cls._changing() as state:
+            new = [vip for vip in dict.fromkeys(vips) if str(vip) not in state["vips"]]
+            state["vips"] += [str(vip) for vip in new]
+            cls._note(state)
+            try:
+                with (
+                    bpf.Map.from_pin(cls.folder() / "server_vips") as told,
+                    bpf.Map.from_pin(cls.folder() / "server_ports") as ports,
+                    bpf.Map.from_pin(cls.folder() / COUNTED[0]) as connections,
+                    bpf.Map.from_pin(cls.folder() / COUNTED[1]) as redirects,
+                ):
+                    if "dsr" in state:
+                        addresses = dict.fromkeys(vip.address for vip in new)
+                        dsr.add(addresses, state["dsr"], cls.folder(), lambda _: cls._note(state))
+                    for vip in new:
+                        for counts in (connections, redirects):
+                            if counts.lookup(vip.key()) is None:
+                                counts.update(vip.key(), bytes(16))
+                        ports.update(vip.port, ARMED)
+                        told.update(vip.key(), 1)
+            except BaseException:
+                cls._drop(new, state)
+                raise
+            if new:
+                missing = "" if (cls.folder() / ITERATOR).exists() else "the agent was installed without its iterator"
+                _arm(cls.folder(), [vip.port for vip in new], missing)
+            return new
+
+    @classmethod
+    def drop(cls, vips: Sequence[Vip], *, now: bool = False) -> None:
+        """Let the installed agent serve these VIPs no more.  Redirected connections go on.
+
+        With ``dsr`` a VIP's address goes too; connections to it, those of clients that were not redirected, would end:
+        raises :class:`KernelError` if there are any, unless ``now``.
+        """
+        with cls._changing() as state:
+            unknown = [vip for vip in vips if str(vip) not in state["vips"]]
+            if unknown:
+                raise ConfigError([f"{vip} is not served; served are: {', '.join(state['vips'])}" for vip in unknown])
+            if set(state["vips"]) == {str(vip) for vip in vips}:
+                raise ConfigError("these are all its VIPs; to take the agent out: crablb agent remove server")
+            if "dsr" in state and not now:
+                stay = {vip.address for vip in map(parse_vip, state["vips"]) if vip not in vips}
+                open_ = _connections_to({vip.address for vip in vips} - stay)
+                if open_:
+                    raise KernelError(
+                        f"{open_} connections of clients that were not redirected would end;"
+                        " take the VIP from the load balancer first and wait for them, or end them: --now"
+                    )
+            cls._drop(vips, state)
+
+    @classmethod
+    def _drop(cls, vips: Sequence[Vip], state: dict[str, Any]) -> None:
+        gone = {str(vip) for vip in vips}
+        left = [parse_vip(text) for text in state["vips"] if text not in gone]
+        with (
+            bpf.Map.from_pin(cls.folder() / "server_vips") as told,
+            bpf.Map.from_pin(cls.folder() / "server_ports") as ports,
+        ):
+            for vip in vips:
+                told.delete(vip.key())
+                if vip.port not in {v.port for v in left}:
+                    ports.update(vip.port, DISARMED)
+        with suppress(bpf.BpfError), bpf.Program.from_pin(cls.folder() / ITERATOR) as iterator:
+            iterator.run_iterator()
+        if "dsr" in state:
+            addresses = {vip.address for vip in vips} - {vip.address for vip in left}
+            dsr.remove(addresses, state["dsr"], cls.folder(), lambda _: cls._note(state))
+        state["vips"] = [str(vip) for vip in left]
+        cls._note(state)
 
     @classmethod
     def connections(cls) -> dict[Vip, int]:
@@ -81,8 +272,10 @@ class ServerAgent(Agent):
 
         Raises :class:`crablb.kernel.bpf.BpfNotFoundError` if there is no agent.
         """
+        told = (cls.state() or {}).get("vips", ())
         with bpf.Map.from_pin(cls.folder() / "server_connections") as counts:
-            return open_connections(counts)
+            # A VIP that was removed is there as long as it has connections.
+            return {vip: n for vip, n in open_connections(counts).items() if n or str(vip) in told}
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:

@@ -14,12 +14,12 @@ from crablb import log as logging
 from crablb.agent import ClientAgent, ServerAgent
 from crablb.agent.base import Agent
 from crablb.agent.reporter import Reporter
-from crablb.agent.server import open_connections
+from crablb.agent.server import open_connections, redirects
 from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
 from crablb.control.notify import notify
 from crablb.errors import ConfigError, KernelError
-from crablb.kernel import bpf
-from crablb.model import OptionForm
+from crablb.kernel import bpf, pins
+from crablb.model import OptionForm, Vip
 from crablb.values import parse_interface, read_key
 
 ROLES: dict[str, type[Agent]] = {"client": ClientAgent, "server": ServerAgent}
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         role.add_argument(
             "--vip",
             action="append",
-            required=True,
+            required=role is client,  # of a server only to install it
             metavar="tcp://ADDRESS:PORT",
             help="a VIP (IPv6 in brackets); repeatable",
         )
@@ -80,6 +80,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     server.add_argument(
         "--report-figure", metavar="FILE", help="report the number in this file as load, 1.0 for full (default: CPU)"
     )
+    server.add_argument(
+        "--replace", action="store_true", help="replace the agent that is there, also if it serves other VIPs"
+    )
+    _add_changes(server)
     client.add_argument(
         "--interface",
         action="append",
@@ -98,6 +102,54 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     remove.set_defaults(run=run_remove)
 
 
+def _add_changes(server: argparse.ArgumentParser) -> None:
+    changes = server.add_subparsers(title="changes of the agent that is installed", metavar="add, remove")
+    add = changes.add_parser("add", help="serve more VIPs")
+    remove = changes.add_parser("remove", help="serve VIPs no more")
+    for change in (add, remove):
+        change.add_argument("vips", nargs="+", metavar="tcp://ADDRESS:PORT", help="a VIP (IPv6 in brackets)")
+    remove.add_argument(
+        "--now", action="store_true", help="also if connections end by it, of clients that were not redirected"
+    )
+    add.set_defaults(run=run_server_add)
+    remove.set_defaults(run=run_server_remove)
+
+
+def _changed_vips(args: argparse.Namespace) -> list[Vip]:
+    """Raises :class:`ConfigError`."""
+    problems, vips = [], []
+    if args.vip:
+        problems.append("--vip is of use to install an agent only; name the VIPs behind add or remove")
+    for text in args.vips:
+        try:
+            vips.append(parse_vip(text))
+        except ConfigError as error:
+            problems += [f"{text}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return vips
+
+
+def run_server_add(args: argparse.Namespace) -> int:
+    vips = _changed_vips(args)
+    logging.set_up()
+    _require_root()
+    new = ServerAgent.add(vips)
+    for vip in dict.fromkeys(vips):
+        print(f"{vip}: {'added' if vip in new else 'was served already'}")
+    return 0
+
+
+def run_server_remove(args: argparse.Namespace) -> int:
+    vips = list(dict.fromkeys(_changed_vips(args)))
+    logging.set_up()
+    _require_root()
+    ServerAgent.drop(vips, now=args.now)
+    for vip in vips:
+        print(f"{vip}: removed")
+    return 0
+
+
 def _parse_all(args: argparse.Namespace) -> tuple[list[object], list[object]]:
     problems: list[str] = []
     parsed: dict[str, list[object]] = {"vip": [], "backends": [], "interface": []}
@@ -113,15 +165,28 @@ def _parse_all(args: argparse.Namespace) -> tuple[list[object], list[object]]:
 
 
 def run_server(args: argparse.Namespace) -> int:
+    if not args.vip:
+        raise ConfigError("the following arguments are required: --vip (see crablb agent server --help)")
     vips, _ = _parse_all(args)
     if args.interface and not args.dsr:
         raise ConfigError("--interface says where tunnels come in, and is of use with --dsr only")
     reporting = _reporting(args)
-    return _run(
-        lambda: ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=args.interface),  # type: ignore[arg-type]
-        args.detach,
-        reporting,
-    )
+
+    def make() -> ServerAgent:
+        agent = ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=args.interface)  # type: ignore[arg-type]
+        # One that is run by a process cannot be replaced, and is told of.
+        changes = agent.differs() if not args.replace and not pins.owner(ServerAgent.role) else []
+        if changes:
+            raise ConfigError(
+                [
+                    "there is another server agent in this network namespace:",
+                    *(f"  {change}" for change in changes),
+                    "replace it: --replace; or change its VIPs: crablb agent server add VIP, ... remove VIP",
+                ]
+            )
+        return agent
+
+    return _run(make, args.detach, reporting)
 
 
 def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[None]]:
@@ -146,8 +211,13 @@ def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[
 
     @contextmanager
     def report() -> Iterator[None]:
-        with bpf.Map.from_pin(ServerAgent.folder() / "server_connections") as counts:
-            reporter = Reporter(lambda: open_connections(counts), targets, key, backend, figure)
+        with (
+            bpf.Map.from_pin(ServerAgent.folder() / "server_connections") as opened,
+            bpf.Map.from_pin(ServerAgent.folder() / "server_redirects") as begun,
+        ):
+            reporter = Reporter(
+                lambda: open_connections(opened), lambda: redirects(begun), targets, key, backend, figure
+            )
             reporter.start()
             try:
                 yield

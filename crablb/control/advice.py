@@ -120,6 +120,17 @@ def silent(backend: Address | None) -> Iterator[Advice]:
     yield _warning("server has fallen silent; its load is taken for average", "reports_silent", backend=str(backend))
 
 
+def redirects_stopped(event: Event) -> Iterator[Advice]:
+    """A backend whose server echoes redirects, and completes none."""
+    yield _warning(
+        "not redirected to a backend; it gets the fallback alone",
+        "redirects_stopped",
+        service=str(event.vip),
+        backend=str(event.backend),
+        reason=event.reason + "; see crablb agent status there, and what filters the way between clients and it",
+    )
+
+
 class Adviser:
     """Listens to an engine, and tells what an operator should know: in the log, and by the daemon's counters."""
 
@@ -149,3 +160,9 @@ class Adviser:
                 yield from full(flows, refused, engine.config.flows)
             case Event(kind="server-silent"):
                 yield from silent(notice.backend)
+            case Event(kind="redirects-stopped"):
+                yield from redirects_stopped(notice)
+            case Event(kind="redirects-resumed"):
+                yield Advice(
+                    "info", "redirects work again", {"service": str(notice.vip), "backend": str(notice.backend)}
+                )

@@ -11,7 +11,7 @@ import structlog
 
 from crablb.dataplane.engine import Engine
 from crablb.errors import KernelError
-from crablb.model import Address, Service, host_port
+from crablb.model import Address, Service, Vip, host_port
 from crablb.selection.reports import Judge, Message, Refused
 
 __all__ = ["Reports"]
@@ -33,6 +33,8 @@ class Reports(asyncio.DatagramProtocol):
         self._engine = engine
         self._judge = Judge(master)
         self._refused: set[tuple[Any, str]] = set()
+        self._served: set[tuple[Vip, Address]] = set()
+        self._deserted: set[tuple[Vip, Address]] = set()  # of services and servers where nothing listens
         self._transport: asyncio.DatagramTransport | None = None
 
     async def start(self, address: Address, port: int) -> None:
@@ -51,7 +53,10 @@ class Reports(asyncio.DatagramProtocol):
 
     def follow(self, services: Iterable[Service]) -> None:
         """Take reports of these services' backends."""
-        self._judge.follow(sorted({b.address for service in services for b in service.backends}, key=str))
+        pairs = {(service.vip, b.address) for service in services for b in service.backends}
+        self._judge.follow(sorted({address for _, address in pairs}, key=str))
+        self._served = pairs
+        self._deserted &= pairs
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)  # uvloop's is none by inheritance
@@ -76,5 +81,17 @@ class Reports(asyncio.DatagramProtocol):
 
     def _take(self, message: Message) -> None:
         self._engine.count("reports")
-        if self._engine.report(message.backend, {v.vip: (v.open + v.half_open, message.figure) for v in message.vips}):
+        loads = {v.vip: (v.open + v.half_open, message.figure) for v in message.vips}
+        redirects = {v.vip: v.redirects for v in message.vips if v.redirects is not None}
+        if self._engine.report(message.backend, loads, redirects):
             log.info("server reports its load", backend=str(message.backend))
+        for v in message.vips:
+            pair = v.vip, message.backend
+            if pair not in self._served:
+                continue
+            if v.listening is False and pair not in self._deserted:
+                log.warning("nothing listens on a server", backend=str(message.backend), service=str(v.vip))
+            if v.listening is False:
+                self._deserted.add(pair)
+            else:
+                self._deserted.discard(pair)

@@ -31,6 +31,7 @@ from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, NextHop, NextHops
 from crablb.model import Address, Bypass, Config, State, Vip
 from crablb.options import fixed_fields
+from crablb.selection.completion import Completions
 from crablb.selection.custom import Custom
 from crablb.selection.loads import Balance, Load
 
@@ -68,6 +69,7 @@ class Engine:
         self._attachments = [Attachment(name) for name in config.interfaces]
         self._queues = Queues()
         self._balance = Balance()
+        self._completions = Completions()
         self._custom = Custom(self._policy_failed)
         self._handlers = Handlers(self._handler_failed)
         # Made at the start:
@@ -136,12 +138,35 @@ class Engine:
         if self._program:
             self._program.counters.add(what)
 
-    def report(self, backend: Address, loads: Mapping[Vip, tuple[int, int]]) -> bool:
-        """A server's report: by VIP its connections, and its load in thousandths.  True if it is the first."""
+    def report(
+        self,
+        backend: Address,
+        loads: Mapping[Vip, tuple[int, int]],
+        redirects: Mapping[Vip, tuple[int, int]] | None = None,
+    ) -> bool:
+        """A server's report: by VIP its connections, and its load in thousandths; redirects begun and completed.
+
+        True if it is the first.
+        """
+        now = time.monotonic()
         for service in self.config.services:
-            if service.vip in loads and any(b.address == backend for b in service.backends):
+            if not any(b.address == backend for b in service.backends):
+                continue
+            if service.vip in loads:
                 self._balance.report(service.vip, backend, *loads[service.vip])
-        return self._balance.heard(backend, time.monotonic())
+            if redirects and service.vip in redirects:
+                self._completed(service.vip, backend, *redirects[service.vip], now)
+        return self._balance.heard(backend, now)
+
+    def _completed(self, vip: Vip, backend: Address, begun: int, completed: int, at: float) -> None:
+        verdict = self._completions.report(vip, backend, begun, completed, at)
+        if verdict == "stopped":
+            self._publish()
+            seconds = self._completions.back_off(vip, backend)
+            self._tell(Event("redirects-stopped", backend, vip, f"it completes none; tried again in {seconds:.0f} s"))
+        elif verdict == "resumed":
+            self._publish()
+            self._tell(Event("redirects-resumed", backend, vip))
 
     def handle(self, match: Match, function: Handle) -> None:
         """See :meth:`crablb.LoadBalancer.handle`."""
@@ -340,6 +365,7 @@ class Engine:
             self._balance,
             at,
             self.reached,
+            self._completions.stopped(),
             self._handlers.matches(),
         )
         snapshot = build(self.config, sight, self._queues.snapshot)
@@ -370,6 +396,8 @@ class Engine:
                         self._balance.age(service)
             for _, pool in pools.values():
                 pool.refresh()
+            if self._completions.retry(now):
+                self._publish()
             rises = self._balance.next_step(self.config.services, self._stepped)
             if rises is not None and rises <= now:
                 self._stepped = now
@@ -420,6 +448,7 @@ class Engine:
     def _forget(self, flows: npt.NDArray[np.uint32]) -> None:
         """Release what neither the configuration nor a flow (by backend id) holds any more."""
         self._balance.forget(self.config.services)
+        self._completions.forget(self.config.services)
         # What came during the count, and perhaps went, was not counted.
         gone = self._registry.collect(self._applied, flows)
         for address, backend_id in gone.items():

@@ -15,7 +15,8 @@ __all__ = ["Event", "HopsChanged", "Notice", "Started", "Swept"]
 class Event:
     """Something that befell a load balancer."""
 
-    #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "server-silent", "changed"
+    #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "server-silent", "changed",
+    #: "redirects-stopped", "redirects-resumed"
     kind: str
     backend: Address | None = None
     vip: Vip | None = None

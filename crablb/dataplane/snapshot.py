@@ -62,6 +62,7 @@ class Sight:
     balance: Balance
     at: float = 0.0  # seconds, of the balance's clock
     reached: Container[Address] = ()  # backends that the XDP program reaches by itself
+    unredirected: Container[tuple[Vip, Address]] = ()  # backends of services that are not redirected to now
     matches: Any = None  # ``struct crab_matches *``: frames of one's own
 
 
@@ -119,9 +120,14 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
     return made
 
 
-def _own_flags(backend: Backend) -> int:
-    """What a service's own entry of a backend says."""
-    flags: int = lib.CRAB_BACKEND_CR if backend.cr else 0
+def _redirected(vip: Vip, backend: Backend, sight: Sight) -> bool:
+    """Whether a service redirects to a backend."""
+    return backend.cr and (vip, backend.address) not in sight.unredirected
+
+
+def _own_flags(vip: Vip, backend: Backend, sight: Sight) -> int:
+    """What a service's own entry of a backend says, and what was found out about it there."""
+    flags: int = lib.CRAB_BACKEND_CR if _redirected(vip, backend, sight) else 0
     return flags | (lib.CRAB_BACKEND_DEAD if backend.state is State.DEAD else 0)
 
 
@@ -157,7 +163,7 @@ def _exceptions(service: Service, sight: Sight, backends: Any) -> list[tuple[int
     That a backend is dead is always a service's own word: another one, from which it was removed, may have flows to it.
     """
     own = lib.CRAB_BACKEND_CR | lib.CRAB_BACKEND_DEAD
-    told = ((sight.backends[b.address], _own_flags(b)) for b in service.backends)
+    told = ((sight.backends[b.address], _own_flags(service.vip, b, sight)) for b in service.backends)
     return sorted((i, flags) for i, flags in told if backends[i].flags & own != flags)
 
 
@@ -201,7 +207,7 @@ def _choose(
     eligible = {
         address: weight
         for address, weight in weights.items()
-        if usable[address].cr and address.version == service.vip.address.version
+        if _redirected(service.vip, usable[address], sight) and address.version == service.vip.address.version
     }
     ids = [sight.backends[address] for address in eligible]
     if service.policy in POLICIES:

@@ -203,6 +203,14 @@ def tcp_sockets(family: int, states: int) -> list[tuple[int, int, int]]:
     return [(state, int.from_bytes(port, "big"), queue) for _, state, port, queue in messages]
 
 
+def tcp_addresses(family: int, states: int) -> list[bytes]:
+    """The local addresses of TCP sockets in some states, one a socket."""
+    with Netlink(NETLINK_SOCK_DIAG) as netlink:
+        found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
+    size = 4 if family == socket.AF_INET else 16
+    return [message.body[8 : 8 + size] for message in found]
+
+
 def xdp_features() -> dict[int, int]:
     """What XDP programs can do with each interface, NETDEV_XDP_ACT_* by ifindex; empty before Linux 6.3.
 

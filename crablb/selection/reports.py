@@ -7,11 +7,15 @@ never believed again, whatever was restarted and whatever the clocks say.  One w
 by one.
 
     4  "CRLR"           8  session of the agent, random
-    1  version: 1      24  challenge: generation, and its MAC under a secret of the load balancer's process
+    1  version         24  challenge: generation, and its MAC under a secret of the load balancer's process
     1  kind             8  number of the report, in its session
     2  entries          4  figure: load in thousandths
-   16  backend             then for each VIP: address 16, port 2, zero 2, open 4, half open 4, accept queue 4
+   16  backend             then for each VIP: address 16, port 2, flags 2, open 4, half open 4, accept queue 4,
+                           redirects begun 4, completed 4 (modulo 2^32)
                        32  HMAC-SHA256 of all before
+
+In version 1 flags are zero, and nothing is said of redirects.  A load balancer answers in the version that it was
+asked in; a server that hears nothing tries the other version, as one of before understands 1 only.
 """
 
 from __future__ import annotations
@@ -32,10 +36,13 @@ __all__ = ["PORT", "Judge", "Message", "Refused", "VipReport", "derive", "read_k
 REPORT, CHALLENGE = 1, 2
 NO_CHALLENGE = bytes(24)
 HEAD = struct.Struct("!4sBBH16s8s24sQI")
-ENTRY = struct.Struct("!16sHHIII")
+#: By version.
+ENTRIES = {1: struct.Struct("!16sHHIII"), 2: struct.Struct("!16sHHIIIII")}
+VERSION = 2
+LISTENING = 1  # flag: somebody listens on the port
 MAC = 32
 #: VIPs in one datagram, so that it needs no fragments (IPv6: 1,280 bytes).
-MAX_ENTRIES = (1280 - 48 - HEAD.size - MAC) // ENTRY.size
+MAX_ENTRIES = (1280 - 48 - HEAD.size - MAC) // ENTRIES[VERSION].size
 
 
 class Refused(Exception):
@@ -59,6 +66,9 @@ class VipReport:
     open: int
     half_open: int = 0
     queue: int = 0  # connections that wait to be accepted (they are open)
+    #: Redirects begun and completed, modulo 2^32, and whether somebody listens; None: it is of version 1.
+    redirects: tuple[int, int] | None = None
+    listening: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +82,29 @@ class Message:
     number: int = 0
     figure: int = 0  # thousandths
     vips: tuple[VipReport, ...] = ()
+    version: int = VERSION
 
     def encode(self, key: bytes) -> bytes:
         """As a datagram, at most 1,232 bytes.  ``key``: the backend's."""
         assert len(self.vips) <= MAX_ENTRIES
         limit = 2**32 - 1
         data = HEAD.pack(
-            b"CRLR", 1, self.kind, len(self.vips), mapped(self.backend), self.session, self.challenge, self.number,
-            min(self.figure, limit),
+            b"CRLR", self.version, self.kind, len(self.vips), mapped(self.backend), self.session, self.challenge,
+            self.number, min(self.figure, limit),
         )  # fmt: skip
         for v in self.vips:
-            numbers = (min(n, limit) for n in (v.open, v.half_open, v.queue))
-            data += ENTRY.pack(mapped(v.vip.address), v.vip.port, 0, *numbers)
+            numbers = [min(n, limit) for n in (v.open, v.half_open, v.queue)]
+            flags = 0
+            if self.version > 1:
+                numbers += [n & limit for n in v.redirects or (0, 0)]
+                flags = LISTENING * bool(v.listening)
+            data += ENTRIES[self.version].pack(mapped(v.vip.address), v.vip.port, flags, *numbers)
         return data + hmac.digest(key, data, hashlib.sha256)
 
     @classmethod
     def claimed_backend(cls, data: bytes) -> Address:
         """Whose key to try.  Raises :class:`Refused` for what is no message of ours."""
-        if len(data) < HEAD.size + MAC or data[:5] != b"CRLR\x01":
+        if len(data) < HEAD.size + MAC or data[:4] != b"CRLR" or data[4] not in ENTRIES:
             raise Refused("reports_malformed")
         return unmapped(HEAD.unpack_from(data)[4])
 
@@ -99,13 +114,16 @@ class Message:
         backend = cls.claimed_backend(data)
         if not hmac.compare_digest(hmac.digest(key, data[:-MAC], hashlib.sha256), data[-MAC:]):
             raise Refused("reports_forged")
-        _, _, kind, entries, _, session, challenge, number, figure = HEAD.unpack_from(data)
-        if kind not in (REPORT, CHALLENGE) or len(data) != HEAD.size + entries * ENTRY.size + MAC:
+        _, version, kind, entries, _, session, challenge, number, figure = HEAD.unpack_from(data)
+        if kind not in (REPORT, CHALLENGE) or len(data) != HEAD.size + entries * ENTRIES[version].size + MAC:
             raise Refused("reports_malformed")
         vips = []
-        for address, port, _, open_, half_open, queue in ENTRY.iter_unpack(data[HEAD.size : -MAC]):
-            vips.append(VipReport(Vip(unmapped(address), port), open_, half_open, queue))
-        return cls(kind, backend, session, challenge, number, figure, tuple(vips))
+        for address, port, flags, *numbers in ENTRIES[version].iter_unpack(data[HEAD.size : -MAC]):
+            vip = VipReport(Vip(unmapped(address), port), *numbers[:3])
+            if version > 1:
+                vip = replace(vip, redirects=(numbers[3], numbers[4]), listening=bool(flags & LISTENING))
+            vips.append(vip)
+        return cls(kind, backend, session, challenge, number, figure, tuple(vips), version)
 
 
 @dataclass(slots=True)

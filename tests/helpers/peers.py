@@ -228,6 +228,93 @@ def syn(source: str, destination: str, mac: str, options: str) -> None:
     conf.L2socket(iface="eth0").send(Ether(dst=mac) / layer(src=source, dst=destination) / tcp / Raw(raw))
 
 
+def syn_acks(source: str, destination: str, mac: str) -> None:
+    """For each line on standard input, options and data of a SYN (hexadecimal), send it from a new port, and then one
+    without; tell the options of both answers (None: none came before the second's)."""
+    from scapy.config import conf
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.inet6 import IPv6
+    from scapy.layers.l2 import Ether
+    from scapy.packet import Raw
+
+    conf.verb = 0
+    layer = IPv6 if ":" in destination else IP
+    sock = conf.L2socket(iface="eth0")
+    port = 20000
+    print("ready", flush=True)
+    for line in sys.stdin:
+        options, data = (bytes.fromhex(text) for text in line.rstrip("\n").split(","))
+        options += bytes(-len(options) % 4)
+        port += 2
+        for number, (raw, payload) in enumerate(((options, data), (b"", b""))):
+            tcp = TCP(sport=port + number, dport=80, flags="S", seq=77, dataofs=5 + len(raw) // 4)
+            sock.send(Ether(dst=mac) / layer(src=source, dst=destination) / tcp / Raw(raw + payload))
+        seen: list[str | None] = [None, None]
+        while seen[1] is None:
+            packet = sock.recv()
+            if packet is None or TCP not in packet or packet[TCP].flags != "SA":
+                continue
+            if packet[TCP].dport in (port, port + 1):
+                seen[packet[TCP].dport - port] = bytes(packet[TCP])[20 : packet[TCP].dataofs * 4].hex()
+        print(json.dumps(seen), flush=True)
+
+
+def appending(vip: str, backend: str, mac: str) -> None:
+    """A load balancer that knows nothing of offers: it appends the redirect to the options of every SYN to the VIP."""
+    from ipaddress import ip_address
+
+    from scapy.config import conf
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.inet6 import IPv6
+    from scapy.layers.l2 import Ether
+    from scapy.packet import Raw
+
+    conf.verb = 0
+    layer = IPv6 if ":" in vip else IP
+    redirect = (42).to_bytes() + (2 + len(ip_address(vip).packed)).to_bytes() + ip_address(vip).packed + b"\1\1"
+    sock = conf.L2socket(iface="eth0")
+    print("ready", flush=True)
+    while True:
+        packet = sock.recv()
+        if packet is None or layer not in packet or packet[layer].dst != vip or TCP not in packet:
+            continue
+        ip, tcp = packet[layer], packet[TCP]
+        segment = bytes(tcp)[: (ip.len - 4 * ip.ihl) if layer is IP else ip.plen]
+        options, data = segment[20 : tcp.dataofs * 4], segment[tcp.dataofs * 4 :]
+        if tcp.flags & 0x17 != 2 or len(options) + len(redirect) > 40:
+            continue
+        new = TCP(sport=tcp.sport, dport=tcp.dport, seq=tcp.seq, flags=tcp.flags, window=tcp.window)
+        new.dataofs = 5 + (len(options) + len(redirect)) // 4
+        sock.send(Ether(dst=mac) / layer(src=ip.src, dst=backend) / new / Raw(options + redirect + data))
+
+
+def fast_open_server(port: str) -> None:
+    """Tell each request, and echo it."""
+    with _listener(int(port)) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
+        print("ready", flush=True)
+
+        def one(conn: socket.socket) -> None:
+            with conn:
+                try:
+                    if data := conn.recv(100):
+                        print(data.decode(), flush=True)
+                        conn.sendall(data)
+                except OSError:
+                    pass
+
+        while True:
+            threading.Thread(target=one, args=(sock.accept()[0],), daemon=True).start()
+
+
+def fast_open(host: str, port: str, text: str) -> None:
+    """Send a request in the SYN; tell the answer."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.sendto(text.encode(), socket.MSG_FASTOPEN, (host, int(port)))
+        print(sock.recv(100).decode(), flush=True)
+
+
 def flood(destination: str, mac: str, count: str) -> None:
     """Send SYNs to port 80 from random addresses and ports; tell how many."""
     import numpy as np

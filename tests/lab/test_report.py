@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import Counter
@@ -141,7 +142,7 @@ def test_least_connections_sees_the_servers(make_world, lossy):
     # An agent dies: its server is taken for average, not for empty.
     agents[0].kill()
     until(lambda: "has fallen silent" in reporting.log(), 20)
-    assert reporting.daemon()["reports_silent"] >= 1
+    until(lambda: reporting.daemon().get("reports_silent", 0) >= 1)  # the log is written first
     reporting.settle(18 if lossy else 7)
     assert Counter(reporting.names(3))["server1"] <= 1
 
@@ -165,6 +166,52 @@ def test_least_loaded_sees_a_figure(make_world):
     figures[0].write_text("0.0")
     reporting.settle()
     assert reporting.daemon()["reports"] > 10
+
+
+def test_a_backend_that_completes_no_redirects(make_world):
+    """It gets the fallback alone, until it completes one; it is named, and so is a server where nothing listens."""
+    world = make_world()
+    client, server = world.lab.client, world.lab.servers[0]
+    reporting = Reporting(world)
+    reporting.serve("maglev")
+    reporting.servers()
+    until(lambda: "server reports its load" in reporting.log())
+    # Who is redirected here never answers.
+    half = world.python(client, "syn_acks", client.ip4, server.ip4, server.mac(), ready=True)
+    redirect = "2a06" + VIP4.packed.hex()
+    reporting.settle(2)  # what was begun before it reported is not judged
+    for _ in range(5):
+        assert redirect in json.loads(exchange(half, f"{redirect},"))[0]
+    until(lambda: "not redirected to a backend" in reporting.log())
+    until(lambda: reporting.daemon().get("redirects_stopped") == 1)
+    world.client()
+    seen = world.echo(VIP4)
+    assert seen["intact"]
+    assert seen["accepted_on"] == str(VIP4)  # at once, by the fallback
+    total = status(world.lab)["total"]
+    assert total["fallback_no_cr_backend"] == 1
+    assert "redirected" not in {name for name, n in total.items() if n}
+    # The other VIP of the same backend is another matter.
+    assert world.echo(VIP6)["accepted_on"] == server.ip6
+
+    def again() -> bool:
+        return world.echo(VIP4)["accepted_on"] == server.ip4
+
+    until(again, 30)
+    until(lambda: "redirects work again" in reporting.log())
+    assert reporting.daemon()["redirects_stopped"] == 1
+
+
+def test_a_server_where_nothing_listens_is_named(make_world):
+    world = make_world()
+    reporting = Reporting(world)
+    reporting.serve("maglev")
+    agent = reporting.agent(world.lab.servers[0])
+    until(lambda: "nothing listens on a server" in reporting.log())
+    world.python(world.lab.servers[0], "serve", "server1", "80", ready=True)
+    reporting.settle(3)
+    assert reporting.log().count("nothing listens on a server") == 1
+    assert agent.poll() is None
 
 
 def test_an_address_that_is_taken(make_world):

@@ -106,4 +106,6 @@ def test_when_what_is_told():
     assert told(Swept(flows=99, refused=1)) == ["flows_nearly_full", "cache_full"]
     assert told(Swept(flows=1, refused=0)) == []
     assert told(Event("server-silent", B)) == ["reports_silent"]
+    assert told(Event("redirects-stopped", B, WEB6)) == ["redirects_stopped"]
+    assert told(Event("redirects-resumed", B, WEB6)) == []
     assert told(Event("changed")) == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import re
+import socket
 import subprocess
 from ipaddress import ip_address
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crablb.agent.reporter import Reporter
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import crablb
 from crablb.model import Vip
@@ -24,18 +27,25 @@ VIPS = [Vip(VIP4, 80), Vip(VIP6, 443)]
 
 numbers = st.integers(0, 2**32 - 1)
 
-messages = st.builds(
-    report.Message,
-    st.sampled_from([report.REPORT, report.CHALLENGE]),
-    st.sampled_from([A, B]),
-    st.binary(min_size=8, max_size=8),
-    st.binary(min_size=24, max_size=24),
-    st.integers(0, 2**64 - 1),
-    numbers,
-    st.lists(
-        st.builds(report.VipReport, st.sampled_from(VIPS), numbers, numbers, numbers), max_size=report.MAX_ENTRIES
-    ).map(tuple),
-)
+
+def versions(version: int, *more: st.SearchStrategy[object]) -> st.SearchStrategy[report.Message]:
+    return st.builds(
+        report.Message,
+        st.sampled_from([report.REPORT, report.CHALLENGE]),
+        st.sampled_from([A, B]),
+        st.binary(min_size=8, max_size=8),
+        st.binary(min_size=24, max_size=24),
+        st.integers(0, 2**64 - 1),
+        numbers,
+        st.lists(
+            st.builds(report.VipReport, st.sampled_from(VIPS), numbers, numbers, numbers, *more),
+            max_size=report.MAX_ENTRIES,
+        ).map(tuple),
+        st.just(version),
+    )
+
+
+messages = versions(1) | versions(2, st.tuples(numbers, numbers), st.booleans())
 
 
 @given(messages, st.data())
@@ -114,6 +124,32 @@ def test_who_is_believed():
     judge.follow([A])
     _, challenge = judge.judge(Sender().report())
     assert believed(judge, challenge) == "reports_malformed"
+
+
+#: What an agent of before sends: version 1, with a connection and one that is half open.
+OLD = (
+    "43524c5201010001" "00000000000000000000ffff0a00000b" + "5e" * 8 + "00" * 24 + "0000000000000001" "000001f4"
+    "00000000000000000000ffff0a000064" "0050" "0000" "00000001" "00000001" "00000000"
+)  # fmt: skip
+
+
+def test_an_agent_of_before_is_understood():
+    key = report.derive(MASTER, A)
+    wire = bytes.fromhex(OLD)
+    wire += hmac.digest(key, wire, "sha256")
+    message = report.Message.decode(wire, key)
+    assert message.vips == (report.VipReport(VIPS[0], 1, 1, 0, None, None),)
+    judge = report.Judge(MASTER)
+    judge.follow([A])
+    _, challenge = judge.judge(wire)
+    assert challenge[4] == 1  # it would not understand another
+
+
+def test_a_version_of_tomorrow_is_refused():
+    judge, sender = acquainted()
+    wire = bytearray(sender.report())
+    wire[4] = 3
+    assert believed(judge, bytes(wire)) == "reports_malformed"
 
 
 def test_nothing_is_believed_twice():
@@ -199,3 +235,42 @@ def test_bad_arguments(name):
     assert done.returncode == 2
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+class OldJudge(report.Judge):
+    """A load balancer of before."""
+
+    def judge(self, data: bytes):
+        if data[4] != 1:
+            raise report.Refused("reports_malformed")
+        return super().judge(data)
+
+
+def test_a_load_balancer_of_before_and_its_successor(monkeypatch):
+    """It is told in its own words, and the next one in today's."""
+    monkeypatch.setattr("crablb.agent.reporter.TRY_INTERVAL", 0.0)
+    here = ip_address("127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((str(here), 0))
+        sock.settimeout(20)
+        told = Reporter(lambda: {VIPS[0]: 7}, lambda: {VIPS[0]: (5, 3)}, [(here, sock.getsockname()[1])],
+                        report.derive(MASTER, here))  # fmt: skip
+        told.start()
+        try:
+            heard = []
+            for judge in (OldJudge(MASTER), report.Judge(MASTER)):
+                judge.follow([here])
+                while True:
+                    data, sender = sock.recvfrom(2048)
+                    try:
+                        message, answer = judge.judge(data)
+                    except report.Refused:
+                        continue
+                    if answer:
+                        sock.sendto(answer, sender)
+                    if message and message.vips and message.version == len(heard) + 1:
+                        heard.append((message.version, message.vips[0].open, message.vips[0].redirects))
+                        break
+        finally:
+            told.stop()
+    assert heard == [(1, 7, None), (2, 7, (5, 3))]

@@ -304,3 +304,21 @@ def test_any_state(members, lost):
         serving = [b for b in service.backends if b.weight and b.state is State.UP and b.address.packed[-1] not in lost]
         expected = {("redirect", b.address) if b.cr else ("fallback", b.address.packed[-1]) for b in serving}
         assert all_of(core, service.vip, range(3000, 3100)).keys() <= (expected or {("dropped", None)})
+
+
+def test_a_backend_that_completes_no_redirects():
+    """In the service where it does not, it gets the fallback: by the hash what it had, and of a pool nothing."""
+    services = config(Service(WEB, (Backend(A), Backend(B))), Service(MAIL, (Backend(A), Backend(B))))
+    seen = sight(services)
+    core = Core(build(services, seen))
+    before = all_of(core, WEB)
+    assert set(before) == redirected(A, B)
+    stopped = Core(build(services, replace(seen, unredirected=frozenset({(WEB, A)}))))
+    last = hop(A).dst_mac[-1]
+    now = all_of(stopped, WEB)
+    assert set(now) == {("fallback", last), ("redirect", B)}
+    assert now["fallback", last] == before["redirect", A]
+    assert all_of(stopped, MAIL) == all_of(core, MAIL)
+    pooled = config(Service(WEB, (Backend(A), Backend(B)), policy="round-robin"))
+    seen = replace(sight(pooled), unredirected=frozenset({(WEB, A)}))
+    assert set(all_of(Core(build(pooled, seen)), WEB)) == redirected(B)

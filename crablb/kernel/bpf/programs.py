@@ -11,7 +11,7 @@ from typing import Literal
 
 from crablb.kernel._libbpf import ffi, lib
 from crablb.kernel.bpf.descriptor import Descriptor, open_pin
-from crablb.kernel.bpf.errors import BpfBusyError, BpfError, check
+from crablb.kernel.bpf.errors import BpfBusyError, BpfError, BpfPermissionError, check
 
 __all__ = ["Link", "Program", "TestRun", "programs", "xdp_program"]
 
@@ -78,10 +78,30 @@ class Program(Descriptor):
         raise AssertionError("unreachable")
 
     def attach_cgroup_sockops(self, cgroup: Path | str) -> Link:
-        """Attach a sock_ops program to a cgroup v2 directory."""
+        """Attach a sock_ops program to a cgroup v2 directory, beside others.
+
+        Raises :class:`BpfBusyError` if there is one, or above it, that tolerates no others.
+        """
+        return self._attach_cgroup(cgroup, lib.BPF_CGROUP_SOCK_OPS)
+
+    def attach_cgroup_ingress(self, cgroup: Path | str) -> Link:
+        """Attach a cgroup_skb program to what comes in for sockets; see :meth:`attach_cgroup_sockops`."""
+        return self._attach_cgroup(cgroup, lib.BPF_CGROUP_INET_INGRESS)
+
+    def _attach_cgroup(self, cgroup: Path | str, kind: int) -> Link:
         fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+        what = f"cannot attach program {self.name} to cgroup {cgroup}"
         try:
-            return self._link(fd, lib.BPF_CGROUP_SOCK_OPS, f"cannot attach to cgroup {cgroup}")
+            return self._link(fd, kind, what)
+        except BpfPermissionError:
+            for folder in (Path(cgroup).resolve(), *Path(cgroup).resolve().parents):
+                alone = _alone(folder, kind)
+                if alone:
+                    raise BpfBusyError(
+                        f"{what}: program {alone} is attached to {folder} without BPF_F_ALLOW_MULTI, so it tolerates no"
+                        " other of its kind there and below; attach it with that flag, or detach it (bpftool cgroup)",
+                    ) from None
+            raise
         finally:
             os.close(fd)
 
@@ -164,6 +184,23 @@ class Link(Descriptor):
 
     def detach(self) -> None:
         check(lib.bpf_link_detach(self.fd), "cannot detach")
+
+
+def _alone(cgroup: Path, kind: int) -> str:
+    """Name and id of the program that tolerates no other beside it; empty if there is none, or it is no cgroup."""
+    try:
+        fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return ""
+    flags, ids, count = ffi.new("uint32_t *"), ffi.new("uint32_t[64]"), ffi.new("uint32_t *", 64)
+    try:
+        if lib.bpf_prog_query(fd, kind, 0, flags, ids, count) or not count[0] or flags[0] & lib.BPF_F_ALLOW_MULTI:
+            return ""
+    finally:
+        os.close(fd)
+        lib.crab_log_take()
+    with Program(check(lib.bpf_prog_get_fd_by_id(ids[0]), f"cannot open program {ids[0]}")) as program:
+        return f"{program.name} (id {program.id})"
 
 
 def xdp_program(ifindex: int) -> tuple[int, str]:
