@@ -522,39 +522,33 @@ static __noinline int reserve(struct bpf_sock_ops *ctx)
     return 0;
 }
 
-/* The options of a SYN, from the header's end to `end`: their length if all of them may go with an offer, and the server's
- * answer to them; more than 40 if not. */
+/* The options of a SYN, from the header's end to `end`: their length if all of them may go with an offer, and that of the
+ * server's answer to them; more than 40 if not. */
 static __always_inline __u32 length_of_options(const __u8 *tcp, const __u8 *end)
 {
-    __u32 next = 20, more = 0;
-#pragma unroll
-    for (__u32 i = 20; i < 60; i++) {
-        if (i != next)
-            continue;
-        if (tcp + i + 1 > end)
-            return i - 20 + more;
-        if (tcp[i] == NOP) {
-            next = i + 1;
+    __u32 at = 20, more = 0;
+    for (__u32 i = 0; i < 16; i++) { /* Linux writes fewer */
+        barrier_var(at); /* or the compiler leaves the next line out, which the verifier needs */
+        at &= 63;
+        const __u8 *o = tcp + at;
+        if (o + 1 > end || o[0] == EOL)
+            return at - 20 + more;
+        if (o[0] == NOP) {
+            at++;
             continue;
         }
-        if (tcp[i] == EOL)
-            return i - 20 + more;
-        if (tcp + i + 3 > end) {
-            /* SACK-permitted alone is shorter, and may be the last */
-            if (tcp + i + 2 > end || tcp[i] != SACK_PERMITTED || tcp[i + 1] != 2)
-                return 99;
-            return i + 2 - 20 + more;
-        }
-        __u8 kind = tcp[i], n = tcp[i + 1];
-        if (kind == MPTCP && tcp[i + 2] >> 4 == MP_CAPABLE)
+        if (o + 2 > end || o[1] < 2)
+            return 99;
+        __u8 kind = o[0];
+        if (kind == MPTCP && o + 3 <= end && o[2] >> 4 == MP_CAPABLE)
             more = MP_CAPABLE_MORE;
         else if (kind != MSS && kind != WINDOW_SCALE && kind != SACK_PERMITTED && kind != TIMESTAMPS)
             return 99;
-        if (n < 2)
+        at += o[1];
+        if (at > 60)
             return 99;
-        next = i + n;
     }
-    return next - 20 + more;
+    return 99;
 }
 
 static __noinline int write_offer(struct bpf_sock_ops *ctx)
@@ -572,16 +566,9 @@ static __noinline int write_offer(struct bpf_sock_ops *ctx)
         count(CRAB_CLIENT_NO_OFFER_OPTIONS);
         goto out;
     }
-    if (length + (is_mapped(conn->key.remote) ? 8 : 20) > 40) {
+    int v4 = is_mapped(conn->key.remote);
+    if (length + (v4 ? 8 : 20) > 40) {
         count(CRAB_CLIENT_NO_OFFER_ROOM);
-        goto out;
-    }
-    struct crab_pending pending = {.form = (__u8)vip->form};
-    __builtin_memcpy(pending.vip, conn->key.remote, 16);
-    conn->ack = bpf_htonl(bpf_ntohl(tcp->seq) + 1);
-    struct crab_pending_key key = pending_of(&conn->key, conn->ack);
-    if (bpf_map_update_elem(&client_pending, &key, &pending, BPF_ANY)) {
-        count(CRAB_CLIENT_NO_OFFER_FULL);
         goto out;
     }
     __u8 option[4] = {CRAB_OPT_KIND, 2};
@@ -592,6 +579,14 @@ static __noinline int write_offer(struct bpf_sock_ops *ctx)
         option[2] = CRAB_OPT_EXID >> 8;
         option[3] = CRAB_OPT_EXID & 0xff;
         n = 4;
+    }
+    struct crab_pending pending = {.kind = option[0], .size = (__u8)(n + (v4 ? 4 : 16))};
+    __builtin_memcpy(pending.vip, conn->key.remote, 16);
+    conn->ack = bpf_htonl(bpf_ntohl(tcp->seq) + 1);
+    struct crab_pending_key key = pending_of(&conn->key, conn->ack);
+    if (bpf_map_update_elem(&client_pending, &key, &pending, BPF_ANY)) {
+        count(CRAB_CLIENT_NO_OFFER_FULL);
+        goto out;
     }
     if (bpf_store_hdr_opt(ctx, option, crab_length_within(n, sizeof option), 0)) {
         bpf_map_delete_elem(&client_pending, &key);
@@ -618,8 +613,10 @@ static __always_inline void answered(struct bpf_sock_ops *ctx, struct conn *conn
     }
     if (conn->offer != OUT)
         return;
-    struct crab_pending_key pending = pending_of(&conn->key, conn->ack);
-    bpf_map_delete_elem(&client_pending, &pending);
+    struct crab_pending_key key = pending_of(&conn->key, conn->ack);
+    struct crab_pending *pending = bpf_map_lookup_elem(&client_pending, &key);
+    int known = pending && pending->failed;
+    bpf_map_delete_elem(&client_pending, &key);
     struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &conn->key);
     if (connected) {
         __u32 rtt = READ(ctx->srtt_us) >> 3;
@@ -639,7 +636,7 @@ static __always_inline void answered(struct bpf_sock_ops *ctx, struct conn *conn
             return;
         }
         /* by the fallback; without a retransmission the load balancer chose that */
-        if (conn->retransmitted)
+        if (conn->retransmitted && !known)
             failed(&conn->key, out ? out->dip : NULL, out ? CRAB_CLIENT_NOT_TAKEN : CRAB_CLIENT_LOST);
     }
     if (out)
@@ -801,48 +798,43 @@ static __always_inline int replace_address(struct __sk_buff *skb, const struct p
 
 /* ---- crab_ingress ---- */
 
-/* Does the option list of len bytes hold the redirect of this form to this VIP?
+/* Is the first redirect of this form in an option list of len bytes the one to this VIP?
  *
- * The list is walked by position, not by option: the verifier can follow that, as every position is a constant. */
-static __noinline int redirects_to(struct __sk_buff *skb, __u32 options, __u32 len, const struct crab_pending *want)
+ * The list is an array that no option can reach over, so the verifier need not know where each begins; and without
+ * branches by form or family it follows the loop only once. */
+static __noinline int redirects_to(struct __sk_buff *skb, __u32 options, __u32 len, const struct crab_pending *to)
 {
-    __u8 list[64] = {};
-    __u32 experimental = want->form == CRAB_FORM_EXPERIMENTAL, next = 0, at = 0;
-    __u8 kind = experimental ? CRAB_OPT_KIND_EXPERIMENTAL : CRAB_OPT_KIND;
-    __u8 size = (experimental ? 4 : 2) + (is_mapped(want->vip) ? 4 : 16);
+    __u8 before[16 + 40 + 64] = {}, *list = before + 16;
+    __u32 at = 0, differ = 0;
 
     if (len < 1 || len > 40 || bpf_skb_load_bytes(skb, options, list, crab_length_within(len, 40)))
         return 0;
-#pragma unroll
     for (__u32 i = 0; i < 40; i++) {
-        if (i != next || at)
-            continue;
-        if (list[i] == NOP) {
-            next = i + 1;
-            continue;
-        }
-        __u32 n = list[i + 1];
-        if (list[i] == 0 || n < 2 || i + n > len)
+        barrier_var(at); /* or the compiler leaves the next line out, which the verifier needs */
+        at &= 63;
+        if (at >= len || list[at] == EOL)
             return 0;
-        if (list[i] == kind && n == size) {
-            if (!experimental)
-                at = i + 2;
-            else if (list[i + 2] == CRAB_OPT_EXID >> 8 && list[i + 3] == (CRAB_OPT_EXID & 0xff))
-                at = i + 4;
+        if (list[at] == NOP) {
+            at++;
+            continue;
         }
-        next = i + n;
+        __u32 n = list[at + 1];
+        if (n < 2 || at + n > len)
+            return 0;
+        if (list[at] == to->kind && n == to->size &&
+            (to->kind == CRAB_OPT_KIND ||
+             (list[at + 2] == CRAB_OPT_EXID >> 8 && list[at + 3] == (CRAB_OPT_EXID & 0xff)))) {
+            __u8 v6 = -(to->size > 8);
+            at += n;
+            barrier_var(at);
+            at &= 63; /* the option's end, and so the VIP's */
+            for (__u32 b = 0; b < 16; b++)
+                differ |= (before[at + b] ^ to->vip[b]) & (b < 12 ? v6 : 0xff);
+            return !differ;
+        }
+        at += n;
     }
-    if (!at)
-        return 0;
-    __u32 differ = 0;
-    if (is_mapped(want->vip)) {
-        for (int b = 0; b < 4; b++)
-            differ |= list[(at + b) & 63] ^ want->vip[12 + b];
-    } else {
-        for (int b = 0; b < 16; b++)
-            differ |= list[(at + b) & 63] ^ want->vip[b];
-    }
-    return !differ;
+    return 0;
 }
 
 /* Is there a local connection that has this four-tuple already? */
@@ -936,7 +928,7 @@ static __noinline int install(const struct packet *p, const struct crab_flow_key
 
 /* A SYN-ACK or a RST whose acknowledgement number says that a SYN of ours is answered. */
 static __noinline int answer(struct __sk_buff *skb, struct packet *p, const struct tcphdr *tcp,
-                                  const struct crab_pending *pending)
+                           struct crab_pending *pending)
 {
     struct crab_flow_key to = p->key; /* as the socket sees it */
     __builtin_memcpy(to.remote, pending->vip, 16);
@@ -961,11 +953,13 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, const stru
     if (tcp->doff < 5 || !redirects_to(skb, p->l4 + 20, (__u32)tcp->doff * 4 - 20, pending)) {
         count(CRAB_CLIENT_DROP_VIP);
         failed(&to, p->key.remote, CRAB_CLIENT_NO_ECHO);
+        pending->failed = 1;
         return TC_ACT_SHOT;
     }
     if (!pending->left) {
         count(CRAB_CLIENT_RESET_ROUTE);
         failed(&to, NULL, CRAB_CLIENT_ROUTE);
+        pending->failed = 1;
         return answer_by_reset(skb, p, tcp);
     }
     if (out && same(out->dip, p->key.remote) && out->seq == tcp->seq)
@@ -1004,6 +998,8 @@ static __always_inline int ingress_tcp(struct __sk_buff *skb, struct packet *p)
         if (found) {
             struct crab_pending pending = *found;
             int verdict = answer(skb, p, &tcp, &pending);
+            if (pending.failed)
+                found->failed = 1;
             if (verdict != GO_ON)
                 return verdict;
         } else if (tcp.syn) {

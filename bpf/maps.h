@@ -280,9 +280,10 @@ struct crab_pending_key {
 
 struct crab_pending {
     __u8 vip[16];
-    __u8 form;
-    __u8 left; /* the SYN went out by the agent's route */
-    __u8 pad[2];
+    __u8 kind;   /* of the redirect that is waited for, */
+    __u8 size;   /* and its length */
+    __u8 left;   /* the SYN went out by the agent's route */
+    __u8 failed; /* the offer's failure is remembered */
 };
 
 /* A redirected connection: key of map `client_out` (remote: the VIP) and of map `client_in` (remote: the DIP). */
