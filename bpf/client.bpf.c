@@ -390,14 +390,15 @@ static __always_inline struct conn *conn_of(struct bpf_sock_ops *ctx)
 }
 
 /* May this connection to a VIP offer?  If not, that is counted. */
-static __always_inline int may_offer(struct crab_client_vip *vip, const struct crab_client_settings *s, int shared)
+static __always_inline int may_offer(struct crab_client_vip *vip, const struct crab_client_settings *s, int shared,
+                                     int full)
 {
     __u32 why;
     if (!s->offering)
         return 0;
     if (shared)
         why = CRAB_CLIENT_NO_OFFER_SHARED;
-    else if (used >= (__s32)(s->flows - s->flows / 16)) /* those whose answers are under way need a place too */
+    else if (full || used >= (__s32)(s->flows - s->flows / 16)) /* those whose answers are under way need a place too */
         why = CRAB_CLIENT_NO_OFFER_FULL;
     else if (held_back(&vip->health))
         why = CRAB_CLIENT_NO_OFFER_BACKOFF;
@@ -424,21 +425,21 @@ static __noinline int connecting(struct bpf_sock_ops *ctx)
     *conn = (struct conn){.key = k};
     struct crab_port_key p = ports_of(&k);
     __u32 one = 1, *n = bpf_map_lookup_elem(&client_ports, &p);
-    int shared = n && *n;
+    int shared = n && *n, full = 0;
     if (n)
         __sync_fetch_and_add(n, 1);
-    else if (bpf_map_update_elem(&client_ports, &p, &one, BPF_NOEXIST))
-        shared = 1; /* full: who else has these ports cannot be known */
+    else
+        full = bpf_map_update_elem(&client_ports, &p, &one, BPF_NOEXIST); /* who else has these cannot be known */
     int flags = BPF_SOCK_OPS_STATE_CB_FLAG;
     if (vip) {
         struct crab_client_out *old = bpf_map_lookup_elem(&client_out, &k);
         if (old)
             forget(&k, old);
-        if (may_offer(vip, s, shared)) {
+        if (may_offer(vip, s, shared, full)) {
             conn->offer = WANTED;
             flags |= BPF_SOCK_OPS_RTO_CB_FLAG;
         }
-    } else if (!shared) {
+    } else if (!shared && !full) {
         /* Straight to a backend: what a closed connection left would translate this one's packets. */
         struct crab_client_in *in = bpf_map_lookup_elem(&client_in, &k);
         if (in) {
@@ -934,8 +935,8 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, const stru
     __builtin_memcpy(to.remote, pending->vip, 16);
     struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &to);
     if (same(pending->vip, p->key.remote)) { /* by the fallback: from the VIP itself */
-        if (!out || tcp->rst)
-            return TC_ACT_UNSPEC;
+        if (!out || out->again || tcp->rst)
+            return TC_ACT_UNSPEC; /* whichever the socket takes */
         count(CRAB_CLIENT_RESET_LATE);
         return answer_by_reset(skb, p, tcp);
     }

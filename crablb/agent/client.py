@@ -160,4 +160,5 @@ class ClientAgent(Agent):
         if status is not None:
             with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
                 status["flows"] = len(list(flows.keys()))
+            status["redirects"] = offering.told(cls.folder())
         return status

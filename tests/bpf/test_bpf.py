@@ -165,9 +165,7 @@ def ports(local: int, remote: int = 80) -> bytes:
     return struct.pack("!HH", local, remote)
 
 
-def pend(
-    client: Counted, family: int, *, isn: int = 999, port: int = 4242, form: int = 0, left: bool = True
-) -> bytes:
+def pend(client: Counted, family: int, *, isn: int = 999, port: int = 4242, form: int = 0, left: bool = True) -> bytes:
     """Note a SYN of ours as sent with an offer; with ``left``, egress has seen it."""
     key = mapped(ip_address(CLIENT[family])) + ports(port) + struct.pack("!I", isn + 1)
     vip = ip_address(VIP[family])
@@ -373,8 +371,12 @@ def test_client_redirect_after_one_that_the_host_dropped(client):
     run(bytes(answer(4)))
     other = answer(4, seq=77)
     other[IP].src = "10.0.0.12"
+    fallback = answer(4, seq=78, options=[])
+    fallback[IP].src = VIP[4]
     assert is_reset(run(bytes(other)), 4, "10.0.0.12")
+    assert is_reset(run(bytes(fallback)), 4, VIP[4])
     client.programs["crab_egress"].test_run(bytes(sent(4, "S")))
+    assert run(bytes(fallback)).data == bytes(fallback)
     assert run(bytes(other)).data == as_from_vip(bytes(other), 4)
     assert client.counts()["redirected"] == 2
     assert len(list(client.maps["client_in"].keys())) == 1
