@@ -130,12 +130,14 @@ FLOW_MAP(struct crab_port_key, __u32) client_ports SEC(".maps");
 /* What a connection of ours is about, kept in its socket from connect() to its end. */
 struct conn {
     struct crab_flow_key key;
-    __be32 ack;    /* that the answer to its offer carries */
-    __u32 rto;     /* jiffies until its SYN is sent again; 0: the system's */
-    __u8 offer;    /* NONE, ... */
-    __u8 flag;     /* BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG is ours */
-    __u8 syn_count; /* TCP_SYNCNT as it was */
-    __u8 retransmitted;
+    __be32 ack; /* that the answer to its offer carries */
+    __u32 rto;  /* jiffies until its SYN is sent again; 0: the system's */
+    __u32 form;
+    __u8 offer;     /* NONE, ... */
+    __u8 syn_count; /* TCP_SYNCNT as it was; 0: it still is */
+    __u8 flag : 1;  /* BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG is ours */
+    __u8 retransmitted : 1;
+    __u8 counted : 1; /* in client_ports */
 };
 
 /* An offer's life. */
@@ -408,6 +410,16 @@ static __always_inline int may_offer(struct crab_client_vip *vip, const struct c
     return 0;
 }
 
+/* The time until the SYN is sent again if nothing answers the offer; twice the round-trip time if that is longer, for an
+ * answer that is merely on its way is no failure.  0: as the system does. */
+static __always_inline __u32 hasten(const struct crab_client_vip *vip, const struct crab_client_settings *s)
+{
+    if (!s->rto)
+        return 0;
+    __u64 answer = 2ull * vip->rtt_us * s->hz / 1000000 + 1;
+    return answer >= s->hz ? 0 : answer > s->rto ? (__u32)answer : s->rto;
+}
+
 static __noinline int connecting(struct bpf_sock_ops *ctx)
 {
     const struct crab_client_settings *s = settings();
@@ -424,19 +436,22 @@ static __noinline int connecting(struct bpf_sock_ops *ctx)
         return 0;
     *conn = (struct conn){.key = k};
     struct crab_port_key p = ports_of(&k);
-    __u32 one = 1, *n = bpf_map_lookup_elem(&client_ports, &p);
-    int shared = n && *n, full = 0;
-    if (n)
-        __sync_fetch_and_add(n, 1);
-    else
-        full = bpf_map_update_elem(&client_ports, &p, &one, BPF_NOEXIST); /* who else has these cannot be known */
+    __u32 one = 1;
+    int shared = 0, full = 0;
+    if (bpf_map_update_elem(&client_ports, &p, &one, BPF_NOEXIST)) {
+        __u32 *n = bpf_map_lookup_elem(&client_ports, &p);
+        shared = n != NULL;
+        full = !shared; /* who else has these cannot be known */
+        if (n)
+            __sync_fetch_and_add(n, 1);
+    }
+    conn->counted = !full;
     int flags = BPF_SOCK_OPS_STATE_CB_FLAG;
-    if (vip) {
-        struct crab_client_out *old = bpf_map_lookup_elem(&client_out, &k);
-        if (old)
-            forget(&k, old);
+    if (vip) { /* what an old connection of the same four-tuple left, its SYN ends: see egress_syn */
         if (may_offer(vip, s, shared, full)) {
             conn->offer = WANTED;
+            conn->form = vip->form;
+            conn->rto = hasten(vip, s);
             flags |= BPF_SOCK_OPS_RTO_CB_FLAG;
         }
     } else if (!shared && !full) {
@@ -453,31 +468,6 @@ static __noinline int connecting(struct bpf_sock_ops *ctx)
     return 0;
 }
 
-/* The time until the SYN is sent again if nothing answers the offer; twice the round-trip time if that is longer, for an
- * answer that is merely on its way is no failure. */
-static __always_inline void hasten(struct bpf_sock_ops *ctx, struct conn *conn)
-{
-    const struct crab_client_settings *s = settings();
-    struct crab_client_vip *vip = vip_of(conn->key.remote, conn->key.rport);
-    int n = 0;
-    if (!s || !vip || bpf_getsockopt(ctx, SOL_TCP, TCP_SYNCNT, &n, sizeof n) || n < 1 || n > 120)
-        return;
-    __u32 i = (__u32)n - 1;
-    if (i >= CRAB_CLIENT_RETRIES)
-        i = CRAB_CLIENT_RETRIES - 1;
-    const struct crab_client_retry *retry = &s->retries[i];
-    __u64 answer = 2ull * vip->rtt_us * s->hz / 1000000 + 1;
-    __u32 rto = retry->rto;
-    if (!rto || answer >= s->hz)
-        return;
-    if (answer > rto)
-        rto = (__u32)answer;
-    conn->syn_count = (__u8)n;
-    n += (int)retry->more;
-    if (!bpf_setsockopt(ctx, SOL_TCP, TCP_SYNCNT, &n, sizeof n))
-        conn->rto = rto;
-}
-
 /* The kernel asks for the SYN's timeout when every program has seen the connection begin, and later again. */
 static __noinline int arm(struct bpf_sock_ops *ctx)
 {
@@ -490,7 +480,6 @@ static __noinline int arm(struct bpf_sock_ops *ctx)
         conn->flag = !(flags & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
         if (conn->flag)
             bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
-        hasten(ctx, conn);
     }
     if (conn->rto)
         ctx->reply = conn->rto;
@@ -558,9 +547,8 @@ static __noinline int write_offer(struct bpf_sock_ops *ctx)
     if (!conn || conn->offer != ARMED)
         return 0;
     struct tcphdr *tcp = READ(ctx->skb_data), *end = READ(ctx->skb_data_end);
-    struct crab_client_vip *vip = vip_of(conn->key.remote, conn->key.rport);
     __u8 offer = NONE;
-    if (!vip || (void *)(tcp + 1) > (void *)end)
+    if ((void *)(tcp + 1) > (void *)end)
         goto out;
     __u32 length = length_of_options((void *)tcp, (void *)end);
     if (length > 40) {
@@ -574,7 +562,7 @@ static __noinline int write_offer(struct bpf_sock_ops *ctx)
     }
     __u8 option[4] = {CRAB_OPT_KIND, 2};
     __u32 n = 2;
-    if (vip->form == CRAB_FORM_EXPERIMENTAL) {
+    if (conn->form == CRAB_FORM_EXPERIMENTAL) {
         option[0] = CRAB_OPT_KIND_EXPERIMENTAL;
         option[1] = 4;
         option[2] = CRAB_OPT_EXID >> 8;
@@ -594,7 +582,6 @@ static __noinline int write_offer(struct bpf_sock_ops *ctx)
         count(CRAB_CLIENT_NO_OFFER_ROOM);
         goto out;
     }
-    __sync_fetch_and_add(&vip->offered, 1);
     count(CRAB_CLIENT_OFFERED);
     offer = OUT;
 out:
@@ -607,10 +594,11 @@ static __always_inline void answered(struct bpf_sock_ops *ctx, struct conn *conn
 {
     if (conn->offer == ARMED)
         disarm(ctx, conn, NONE);
-    if (conn->rto) {
+    conn->rto = 0;
+    if (conn->syn_count) {
         int n = conn->syn_count;
         bpf_setsockopt(ctx, SOL_TCP, TCP_SYNCNT, &n, sizeof n);
-        conn->rto = 0;
+        conn->syn_count = 0;
     }
     if (conn->offer != OUT)
         return;
@@ -619,9 +607,11 @@ static __always_inline void answered(struct bpf_sock_ops *ctx, struct conn *conn
     int known = pending && pending->failed;
     bpf_map_delete_elem(&client_pending, &key);
     struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &conn->key);
+    struct crab_client_vip *vip = vip_of(conn->key.remote, conn->key.rport);
+    if (vip)
+        __sync_fetch_and_add(&vip->offered, 1);
     if (connected) {
         __u32 rtt = READ(ctx->srtt_us) >> 3;
-        struct crab_client_vip *vip = vip_of(conn->key.remote, conn->key.rport);
         if (vip) {
             __u32 less = vip->rtt_us - vip->rtt_us / 8 + rtt / 8;
             vip->rtt_us = rtt > less ? rtt : less;
@@ -630,10 +620,7 @@ static __always_inline void answered(struct bpf_sock_ops *ctx, struct conn *conn
             out->ends_ns = 0;
             out->taken = 1;
             if (vip)
-                __sync_fetch_and_add(&vip->health.taken, 1);
-            struct crab_client_health *path = path_of(conn->key.remote, conn->key.rport, out->dip);
-            if (path)
-                __sync_fetch_and_add(&path->taken, 1);
+                __sync_fetch_and_add(&vip->taken, 1);
             return;
         }
         /* by the fallback; without a retransmission the load balancer chose that */
@@ -644,9 +631,8 @@ static __always_inline void answered(struct bpf_sock_ops *ctx, struct conn *conn
         forget(&conn->key, out);
 }
 
-static __always_inline void closed(struct bpf_sock_ops *ctx, struct conn *conn, __u32 state)
+static __always_inline void closed(struct conn *conn, __u32 state)
 {
-    struct bpf_sock *sk = ctx->sk;
     if (conn->offer == OUT) {
         struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &conn->key);
         if (out && state == BPF_TCP_LAST_ACK)
@@ -656,9 +642,10 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, struct conn *conn, 
                                                  state == BPF_TCP_CLOSING ? LINGER_NS : LINGER_ABORTED_NS);
     }
     struct crab_port_key p = ports_of(&conn->key);
-    give_back(&p);
-    if (sk)
-        bpf_sk_storage_delete(&client_conns, sk);
+    if (conn->counted)
+        give_back(&p);
+    conn->offer = NONE;
+    conn->counted = 0; /* the rest goes with the socket */
 }
 
 static __noinline int changed(struct bpf_sock_ops *ctx)
@@ -672,7 +659,7 @@ static __noinline int changed(struct bpf_sock_ops *ctx)
     if (before == BPF_TCP_SYN_SENT)
         answered(ctx, conn, now != BPF_TCP_CLOSE);
     if (now == BPF_TCP_CLOSE)
-        closed(ctx, conn, before);
+        closed(conn, before);
     return 0;
 }
 
@@ -685,6 +672,20 @@ static __always_inline void mute(struct crab_client_in *in, const struct crab_fl
     failed(to, dip, CRAB_CLIENT_SILENT);
 }
 
+/* What begins sooner is done oftener. */
+static __always_inline void prolong(struct bpf_sock_ops *ctx, struct conn *conn)
+{
+    const struct crab_client_settings *s = settings();
+    int n = 0;
+    if (!s || !conn->rto || bpf_getsockopt(ctx, SOL_TCP, TCP_SYNCNT, &n, sizeof n) || n < 1 || n > 120)
+        return;
+    __u32 i = (__u32)n - 1;
+    barrier_var(i);
+    conn->syn_count = (__u8)n;
+    n += s->more[i < CRAB_CLIENT_RETRIES ? i : CRAB_CLIENT_RETRIES - 1];
+    bpf_setsockopt(ctx, SOL_TCP, TCP_SYNCNT, &n, sizeof n);
+}
+
 static __noinline int timed_out(struct bpf_sock_ops *ctx)
 {
     struct conn *conn = conn_of(ctx);
@@ -693,6 +694,8 @@ static __noinline int timed_out(struct bpf_sock_ops *ctx)
     if (READ(ctx->state) == BPF_TCP_SYN_SENT) {
         if (READ(ctx->args[2])) /* it was the last one */
             return 0;
+        if (!conn->retransmitted)
+            prolong(ctx, conn);
         conn->retransmitted = 1;
         count(CRAB_CLIENT_RETRANSMITTED);
         return 0;
@@ -935,7 +938,7 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, const stru
     __builtin_memcpy(to.remote, pending->vip, 16);
     struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &to);
     if (same(pending->vip, p->key.remote)) { /* by the fallback: from the VIP itself */
-        if (!out || out->again || tcp->rst)
+        if (!out || out->again || out->taken || tcp->rst)
             return TC_ACT_UNSPEC; /* whichever the socket takes */
         count(CRAB_CLIENT_RESET_LATE);
         return answer_by_reset(skb, p, tcp);

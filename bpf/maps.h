@@ -201,13 +201,6 @@ enum crab_dsr_counter {
  * client and kept for 10 to 15 s more, as it is when the room gets short. */
 #define CRAB_CLIENT_FLOWS 524288
 
-/* How a SYN is sent again while an offer is out: after `rto` jiffies first, and `more` times oftener, so that a VIP which
- * does not answer at all is given up no sooner than without an offer. */
-struct crab_client_retry {
-    __u32 rto; /* 0: as the system does */
-    __u32 more;
-};
-
 /* The only value of map `client_settings`. */
 #define CRAB_CLIENT_RETRIES 7
 struct crab_client_settings {
@@ -217,9 +210,11 @@ struct crab_client_settings {
     __u32 flows;          /* size of map `client_out` */
     __u32 hz;             /* jiffies a second */
     __u32 offering;       /* 0: no new offers; what is redirected is translated to its end */
-    __u32 pad;
-    /* for sockets that would send their SYN again (TCP_SYNCNT) 1, 2, ... times; the last one for all above */
-    struct crab_client_retry retries[CRAB_CLIENT_RETRIES];
+    __u32 rto;            /* jiffies after which a SYN that offered is sent again; 0: as the system does */
+    /* How much oftener, so that a VIP which does not answer at all is given up no sooner than without an offer: for sockets
+     * that would send a SYN again (TCP_SYNCNT) 1, 2, ... times, the last one for all above. */
+    __u8 more[CRAB_CLIENT_RETRIES];
+    __u8 pad;
 };
 
 /* Why offers came to nothing. */
@@ -238,7 +233,6 @@ struct crab_client_health {
     __u64 since_ns; /* the first failure of those in a row */
     __u64 until_ns;
     __u64 trial_ns;
-    __u64 taken;     /* redirects that sockets took */
     __u64 completed; /* redirects after which the backend spoke */
     __u64 failed;    /* offers that came to nothing */
     __u32 failures;  /* in a row; what comes while nothing is offered does not count */
@@ -249,7 +243,8 @@ struct crab_client_health {
 struct crab_client_vip {
     __u32 form; /* CRAB_FORM_* */
     __u32 rtt_us; /* round-trip time of its connections, rather too long than too short */
-    __u64 offered;
+    __u64 offered; /* offers that were answered, or given up */
+    __u64 taken;   /* redirects that sockets took */
     struct crab_client_health health;
     __u8 blamed[16]; /* the backend whose failure holds offers back; zero: not one's alone */
 };

@@ -25,6 +25,7 @@ FLOW_MAPS = ("client_pending", "client_out", "client_in", "client_ports")
 
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 CLOCK_MONOTONIC_COARSE = 6
+RETRIES = Path("/proc/sys/net/ipv4/tcp_syn_retries")
 LINEAR = Path("/proc/sys/net/ipv4/tcp_syn_linear_timeouts")
 #: The system's own timeout of a SYN (RFC 6298, 2.1).
 SYSTEM_RTO = 1.0
@@ -36,19 +37,12 @@ def netns_cookie() -> int:
         return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
 
 
-def retry(first: float, count: int, linear: int, hz: int) -> tuple[int, int]:
-    """The timeout of a SYN that offers, in jiffies, and how much oftener it is sent again, so that it is given up no
-    sooner than one that is sent again ``count`` times from a second on.
+def whole(first: float, count: int, linear: int) -> float:
+    """Seconds until a SYN is given up that is sent again ``count`` times, the first time after ``first`` seconds.
 
-    The first ``linear`` timeouts are not doubled (tcp_syn_linear_timeouts, Linux 6.5).
+    The first ``linear`` timeouts are not doubled, and are not counted either (tcp_syn_linear_timeouts, Linux 6.5).
     """
-    whole = SYSTEM_RTO * (linear + 2 ** (count + 1) - 1)
-    for more in range(32):
-        needed = whole / (linear + 2 ** (count + more + 1) - 1)
-        # A little later is better than once oftener, which doubles the whole.
-        if needed <= first * 1.1:
-            return math.ceil(max(first, needed) * hz), more
-    raise ValueError(f"a SYN cannot be sent again after {first} s")
+    return first * (linear + 2 ** (count + 1) - 1)
 
 
 def settings(flows: int, *, retransmission: float = RETRANSMISSION, offering: bool = True) -> bytes:
@@ -60,8 +54,17 @@ def settings(flows: int, *, retransmission: float = RETRANSMISSION, offering: bo
     value.backoff_ns, value.backoff_max_ns = int(BACK_OFF * 1e9), int(LONGEST_BACK_OFF * 1e9)
     value.flows, value.hz, value.offering = flows, hz, offering
     if 0 < retransmission < SYSTEM_RTO:
-        for count in range(1, lib.CRAB_CLIENT_RETRIES + 1):
-            value.retries[count - 1].rto, value.retries[count - 1].more = retry(retransmission, count, linear, hz)
+        # A little later is better than once oftener, which doubles the whole.
+        count, more = int(RETRIES.read_text()), round(math.log2(SYSTEM_RTO / retransmission))
+        needed = whole(SYSTEM_RTO, count, linear) / whole(1, count + more, linear)
+        if needed > 1.1 * retransmission:
+            needed = 0
+        value.rto = math.ceil(max(needed, retransmission) * hz)
+        for i in range(lib.CRAB_CLIENT_RETRIES):
+            more = 0
+            while whole(value.rto / hz, i + 1 + more, linear) < whole(SYSTEM_RTO, i + 1, linear):
+                more += 1
+            value.more[i] = more
     return bytes(ffi.buffer(value))
 
 
@@ -76,7 +79,7 @@ class Health:
     vip: str
     backend: str | None
     offered: int | None
-    taken: int
+    taken: int | None
     completed: int
     failed: int
     backing_off: float | None
@@ -90,7 +93,7 @@ def _health(vip: Vip, backend: Address | None, health: Any, **more: Any) -> Heal
     held = bool(health.failures or health.until_ns)
     return Health(
         vip=str(vip), backend=str(backend) if backend else None, offered=more.get("offered"),
-        taken=int(health.taken), completed=int(health.completed), failed=int(health.failed),
+        taken=more.get("taken"), completed=int(health.completed), failed=int(health.failed),
         backing_off=max(0.0, (health.until_ns - now) / 1e9) if held else None,
         since=(now - health.since_ns) / 1e9 if held else None,
         reason=counter_names("crab_client_failure", "CRAB_CLIENT_")[health.reason] if held else None,
@@ -105,7 +108,12 @@ def redirects(vips: bpf.Map, paths: bpf.Map) -> Iterator[Health]:
         vip, entry = Vip.from_key(key), ffi.from_buffer("struct crab_client_vip *", value)
         blamed = bytes(entry.blamed)
         yield _health(
-            vip, None, entry.health, offered=int(entry.offered), blamed=str(unmapped(blamed)) if any(blamed) else None
+            vip,
+            None,
+            entry.health,
+            offered=int(entry.offered),
+            taken=int(entry.taken),
+            blamed=str(unmapped(blamed)) if any(blamed) else None,
         )
         for path, health in backends:
             if path[:16] + path[32:] == key:

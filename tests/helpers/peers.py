@@ -275,21 +275,17 @@ def signed(port: str, other: str, *connect: str) -> None:
 
 
 def timeouts(host: str, port: str) -> None:
-    """Begin to connect; tell the SYN's timeout (us) and how often it is sent again.  For a line of standard input, wait
-    for the connection and tell them again."""
+    """Begin to connect; tell the SYN's timeout (us) and how often it is sent again.  For each line of standard input
+    the latter again: for ``connected`` when the connection stands."""
     with socket.socket() as sock:
         sock.setblocking(False)
         sock.connect_ex((host, int(port)))
-
-        def told() -> str:
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
-            rto = struct.unpack_from("=8xI", info)[0]
-            return json.dumps([rto, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT)])
-
-        print(told(), flush=True)
-        sys.stdin.readline()
-        select.select([], [sock], [])
-        print(told(), flush=True)
+        rto = struct.unpack_from("=8xI", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64))[0]
+        print(json.dumps([rto, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT)]), flush=True)
+        for line in sys.stdin:
+            if line.strip() == "connected":
+                select.select([], [sock], [])
+            print(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT), flush=True)
 
 
 def syn(source: str, destination: str, mac: str, options: str) -> None:
