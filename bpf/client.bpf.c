@@ -603,8 +603,11 @@ static __always_inline void answered(struct bpf_sock_ops *ctx, struct conn *conn
     if (conn->offer != OUT)
         return;
     struct crab_pending_key key = pending_of(&conn->key, conn->ack);
-    struct crab_pending *pending = bpf_map_lookup_elem(&client_pending, &key);
-    int known = pending && pending->failed;
+    int known = 0;
+    if (conn->retransmitted) {
+        struct crab_pending *pending = bpf_map_lookup_elem(&client_pending, &key);
+        known = pending && pending->failed;
+    }
     bpf_map_delete_elem(&client_pending, &key);
     struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &conn->key);
     struct crab_client_vip *vip = vip_of(conn->key.remote, conn->key.rport);
@@ -945,6 +948,8 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, const stru
     }
     if (!in_prefixes(p->key.remote)) {
         count(CRAB_CLIENT_DROP_SOURCE);
+        failed(&to, p->key.remote, CRAB_CLIENT_SOURCE);
+        pending->failed = 1;
         return TC_ACT_SHOT;
     }
     if (tcp->rst) {

@@ -222,6 +222,7 @@ enum crab_client_failure {
     CRAB_CLIENT_FINE,
     CRAB_CLIENT_LOST,      /* no redirect came; the fallback served, after a retransmission */
     CRAB_CLIENT_ROUTE,     /* the SYN left by another route than the agent's */
+    CRAB_CLIENT_SOURCE,    /* the redirect came from outside the backend prefixes */
     CRAB_CLIENT_NO_ECHO,   /* the backend answered without the redirect */
     CRAB_CLIENT_NOT_TAKEN, /* the redirect came in, but this host dropped it before its socket (rp_filter, firewall) */
     CRAB_CLIENT_SILENT     /* the handshake was redirected, and then nothing came from the backend */

@@ -238,9 +238,11 @@ def tell(port: str) -> None:
 
 
 def ask(host: str, port: str, count: str, how: str = "plain") -> None:
-    """``count`` requests, each with its number, each by a connection that the server closes.  ``fastopen``: in SYNs."""
+    """``count`` requests, each with its number, each by a connection that the server closes.  ``fastopen``: in SYNs;
+    ``multipath``: by MPTCP."""
+    protocol = 262 if how == "multipath" else 0  # IPPROTO_MPTCP
     for i in range(int(count)):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, protocol) as sock:
             request = f"{host} {i}".encode()
             if how == "fastopen":
                 sock.sendto(request, socket.MSG_FASTOPEN, (host, int(port)))

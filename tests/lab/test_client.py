@@ -101,6 +101,30 @@ def test_signed_connections_make_no_offer(make_world):
     assert world.client_counters() == {"no_offer_options": 1}
 
 
+def test_multipath_offers_where_both_fit(make_world):
+    """MP_CAPABLE grows by a key in the SYN-ACK: beside that an IPv4 redirect fits, an IPv6 one does not."""
+    world = make_world()
+    prepared(world, "tell", "80")
+    for family, counted in ((4, "completed"), (6, "no_offer_room")):
+        asked(world, VIP[family], "80", "2", "multipath")
+        assert world.client_counters()[counted] == 2
+    sent = world.lab.client.run("nstat", "-asz", "MPTcpExtMPCapableSYNTX").stdout
+    assert int(sent.split("MPTcpExtMPCapableSYNTX")[1].split()[0]) == 4
+    assert world.client_counters()["offered"] == 2
+
+
+def test_backends_outside_the_prefixes_are_named(make_world):
+    world = make_world()
+    world.servers()
+    world._kept(start_agent(world.lab.client, "client", "--backends", "10.0.7.0/24"))
+    world.serve()
+    assert {seen["accepted_on"] for seen in world.echoes(VIP4, 3)} == {VIP[4]}
+    told = redirects(world)
+    assert (told[None]["reason"], told[None]["blamed"]) == ("source", world.lab.servers[0].ip4)
+    counters = world.client_counters()
+    assert (counters["retransmitted"], counters["failed"], counters["no_offer_backoff"]) == (1, 1, 2)
+
+
 def test_withdrawn_offer_is_taken_up(make_world):
     """Behind a load balancer that always redirects, a SYN-ACK is lost: the SYN is sent again, and redirected again."""
     world = make_world()
