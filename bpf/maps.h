@@ -206,11 +206,66 @@ enum crab_dsr_counter {
 
 /* ---- client endpoint (client.bpf.c) ---- */
 
-#define CRAB_MAX_CLIENT_FLOWS 65536
+/* Redirected connections that there is room for, if nobody says otherwise: 20,000 new ones a second, each closed by the
+ * client and kept for 10 to 15 s more, as it is when the room gets short. */
+#define CRAB_CLIENT_FLOWS 524288
+
+/* The only value of map `client_settings`. */
+#define CRAB_CLIENT_RETRIES 7
+struct crab_client_settings {
+    __u64 netns_cookie;   /* SO_NETNS_COOKIE of the network namespace whose connections may offer */
+    __u64 backoff_ns;     /* how long a VIP gets no offers after the first failure; doubled by each that follows */
+    __u64 backoff_max_ns; /* but never longer than this */
+    __u32 flows;          /* size of map `client_out` */
+    __u32 hz;             /* jiffies a second */
+    __u32 offering;       /* 0: no new offers; what is redirected is translated to its end */
+    __u32 rto;            /* jiffies after which a SYN that offered is sent again; 0: as the system does */
+    /* How much oftener, so that a VIP which does not answer at all is given up no sooner than without an offer: for sockets
+     * that would send a SYN again (TCP_SYNCNT) 1, 2, ... times, the last one for all above. */
+    __u8 more[CRAB_CLIENT_RETRIES];
+    __u8 pad;
+};
+
+/* Why offers came to nothing. */
+enum crab_client_failure {
+    CRAB_CLIENT_FINE,
+    CRAB_CLIENT_LOST,      /* no redirect came; the fallback served, after a retransmission */
+    CRAB_CLIENT_ROUTE,     /* the SYN left by another route than the agent's */
+    CRAB_CLIENT_SOURCE,    /* the redirect came from outside the backend prefixes */
+    CRAB_CLIENT_NO_ECHO,   /* the backend answered without the redirect */
+    CRAB_CLIENT_NOT_TAKEN, /* the redirect came in, but this host dropped it before its socket (rp_filter, firewall) */
+    CRAB_CLIENT_SILENT     /* the handshake was redirected, and then nothing came from the backend */
+};
+
+/* How redirects fare.  Times are of CLOCK_MONOTONIC.  While `until_ns` is not 0, failures are remembered: before it there
+ * are no offers, after it one connection tries (at a time, see `trial_ns`).  A redirect that works ends that. */
+struct crab_client_health {
+    __u64 since_ns; /* the first failure of those in a row */
+    __u64 until_ns;
+    __u64 trial_ns;
+    __u64 completed; /* redirects after which the backend spoke */
+    __u64 failed;    /* offers that came to nothing */
+    __u32 failures;  /* in a row; what comes while nothing is offered does not count */
+    __u32 reason;    /* CRAB_CLIENT_FINE, ... */
+};
 
 /* Value of map `client_vips` (key: struct crab_vip). */
 struct crab_client_vip {
     __u32 form; /* CRAB_FORM_* */
+    __u32 rtt_us; /* round-trip time of its connections, rather too long than too short */
+    __u64 offered; /* offers that were answered, or given up */
+    __u64 taken;   /* redirects that sockets took */
+    struct crab_client_health health;
+    __u8 blamed[16]; /* the backend whose failure holds offers back; zero: not one's alone */
+};
+
+/* Key of map `client_paths`, whose value is a struct crab_client_health: a VIP's redirects to one backend. */
+struct crab_client_path {
+    __u8 vip[16];
+    __u8 dip[16];
+    __be16 port;
+    __u8 proto;
+    __u8 pad;
 };
 
 /* Key of map `client_backends`, an LPM trie of the prefixes that backends may have. */
@@ -219,8 +274,8 @@ struct crab_lpm {
     __u8 addr[16];
 };
 
-/* A SYN of ours that offered and is not answered yet: key of map `client_pending`.  The acknowledgement number that the
- * answer must carry is part of it, so finding it is the check. */
+/* A SYN of ours that offered, until its socket is connected or given up: key of map `client_pending`.  The
+ * acknowledgement number that the answer must carry is part of it, so finding it is the check. */
 struct crab_pending_key {
     __u8 local[16];
     __be16 lport;
@@ -230,7 +285,10 @@ struct crab_pending_key {
 
 struct crab_pending {
     __u8 vip[16];
-    __u32 form;
+    __u8 kind;   /* of the redirect that is waited for, */
+    __u8 size;   /* and its length */
+    __u8 left;   /* the SYN went out by the agent's route */
+    __u8 failed; /* the offer's failure is remembered */
 };
 
 /* A redirected connection: key of map `client_out` (remote: the VIP) and of map `client_in` (remote: the DIP). */
@@ -239,6 +297,26 @@ struct crab_flow_key {
     __u8 remote[16];
     __be16 lport;
     __be16 rport;
+};
+
+/* Value of map `client_out`.  It is there from the SYN-ACK on, but nothing is translated before the socket has taken
+ * that one: the host may drop it, and another one may be faster. */
+struct crab_client_out {
+    __u8 dip[16];
+    __u64 ends_ns; /* when it may be forgotten (CLOCK_MONOTONIC): its connection has ended, or not begun; 0: it lives */
+    __be32 seq;    /* of the SYN-ACK, by which the socket's state tells whether it took it */
+    __u8 taken;
+    __u8 again; /* not taken, and the SYN has been sent again: another redirect may come in its place */
+    __u8 pad[2];
+};
+
+/* Value of map `client_in`. */
+#define CRAB_CLIENT_NEW 0
+#define CRAB_CLIENT_SPOKE 1 /* the backend has sent more than its SYN-ACK */
+#define CRAB_CLIENT_MUTE 2  /* and it should have by now */
+struct crab_client_in {
+    __u8 vip[16];
+    __u32 state;
 };
 
 /* Connections of one local address and port to one remote port, whatever the remote address: key of map
@@ -252,12 +330,19 @@ struct crab_port_key {
 enum crab_client_counter {
     CRAB_CLIENT_OFFERED,          /* SYNs sent with an offer */
     CRAB_CLIENT_REDIRECTED,       /* SYN-ACKs with a redirect accepted */
+    CRAB_CLIENT_COMPLETED,        /* redirects after which the backend spoke */
+    CRAB_CLIENT_FAILED,           /* offers that came to nothing: see crab_client_failure */
     CRAB_CLIENT_REFUSED_PORT,     /* RSTs from a backend to a redirected SYN, passed on as the VIP's */
     CRAB_CLIENT_NO_OFFER_SHARED,  /* no offer: another connection has the same local port and remote port */
-    CRAB_CLIENT_NO_OFFER_ROOM,    /* no offer: it does not fit, or too many SYNs wait */
-    CRAB_CLIENT_RETRANSMITTED,    /* SYNs sent again, without an offer: they ask for the fallback */
+    CRAB_CLIENT_NO_OFFER_ROOM,    /* no offer: it, or the redirect, does not fit beside the other options */
+    CRAB_CLIENT_NO_OFFER_OPTIONS, /* no offer: data in the SYN, or options that need not survive a redirect */
+    CRAB_CLIENT_NO_OFFER_FULL,    /* no offer: too many connections */
+    CRAB_CLIENT_NO_OFFER_BACKOFF, /* no offer: those before came to nothing */
+    CRAB_CLIENT_RETRANSMITTED,    /* SYNs sent again, without their offer: they ask for the fallback */
     CRAB_CLIENT_DROP_SOURCE,      /* answer to a SYN of ours from outside the backend prefixes */
     CRAB_CLIENT_DROP_VIP,         /* SYN-ACK to a SYN of ours whose redirect is missing or names another VIP */
+    CRAB_CLIENT_RESET_ROUTE,      /* SYN-ACK refused by RST: the SYN left by another route than the agent's */
+    CRAB_CLIENT_RESET_LATE,       /* SYN-ACK refused by RST: another one was accepted before */
     CRAB_CLIENT_RESET_COLLISION,  /* SYN-ACK refused by RST: another local connection has the four-tuple */
     CRAB_CLIENT_RESET_FULL,       /* SYN-ACK refused by RST: too many connections */
     CRAB_CLIENT_PACKETS_IN,       /* translated from DIP to VIP */

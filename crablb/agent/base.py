@@ -6,15 +6,20 @@ import json
 import socket
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
+
+import structlog
 
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.model import Vip
+
+log = structlog.get_logger()
 
 #: Our clsact filters among those of others: priority and handle.
 FILTER = 0x4352
@@ -70,6 +75,8 @@ class Agent(ABC):
     role: ClassVar[str]
     #: Maps that an installation takes over from the one before.
     lasting: ClassVar[Sequence[str]] = ()
+    #: Maps of another size than the object's own.
+    sizes: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, vips: Sequence[Vip], cgroup: Path | str | None = None) -> None:
         if not vips:
@@ -110,7 +117,7 @@ class Agent(ABC):
                 reuse.clear()
                 break
         try:
-            with self.load(reuse) as program:
+            with self._loaded(reuse) as program:
                 self.remove()
                 try:
                     for name, held in program.maps.items():
@@ -125,9 +132,13 @@ class Agent(ABC):
             for held in reuse.values():
                 held.close()
 
-    def load(self, reuse: dict[str, bpf.Map]) -> bpf.Object:
-        """Load the programs, with these maps of the agent before."""
-        return bpf.Object(bpf.object_path(self.role), reuse=reuse)
+    def _loaded(self, reuse: Mapping[str, bpf.Map]) -> bpf.Object:
+        path = bpf.object_path(self.role)
+        try:
+            return bpf.Object(path, reuse=reuse, max_entries=self.sizes)
+        except bpf.BpfLayoutError as error:
+            log.warning("cannot take over from the agent before; its open connections end", reason=str(error))
+            return bpf.Object(path, max_entries=self.sizes)
 
     def remember(self, **more: Any) -> None:
         state = {"vips": [str(v) for v in self.vips], "cgroup": str(self.cgroup), **more}

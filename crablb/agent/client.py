@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import structlog
 
 from crablb._native import lib
+from crablb.agent import offering
 from crablb.agent.base import FILTER, Agent, detach_filters, tool
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf
@@ -42,11 +43,13 @@ class ClientAgent(Agent):
     """Let the clients of a cgroup, in this network namespace, be redirected when they connect to ``vips``.
 
     ``backends``: the prefixes that backends may have; a redirect from elsewhere is refused.  ``interfaces``: where
-    their packets come in; by default those that the routes to the VIPs and the prefixes use.
+    their packets come in; by default those that the routes to the VIPs and the prefixes use.  ``flows``: redirected
+    connections that there is room for, unless an agent before has decided that.  ``retransmission``: seconds until a
+    SYN that offered is sent again; 0: as the system does.
     """
 
     role: ClassVar[str] = "client"
-    lasting = ("client_pending", "client_out", "client_in", "client_ports")
+    lasting = ("client_pending", "client_out", "client_in", "client_ports", "client_conns")
 
     def __init__(
         self,
@@ -56,6 +59,8 @@ class ClientAgent(Agent):
         option: OptionForm = OptionForm.CRAB,
         cgroup: Path | str | None = None,
         interfaces: Sequence[str] = (),
+        flows: int = offering.FLOWS,
+        retransmission: float = offering.RETRANSMISSION,
     ) -> None:
         super().__init__(vips, cgroup)
         if not backends:
@@ -63,6 +68,8 @@ class ClientAgent(Agent):
         self.backends = list(backends)
         self.option = option
         self.interfaces = list(interfaces)
+        self.sizes = dict.fromkeys(offering.FLOW_MAPS, flows)
+        self.retransmission = retransmission
 
     def set_up(self, program: bpf.Object) -> None:
         addresses = list(dict.fromkeys(v.address for v in self.vips))
@@ -76,6 +83,9 @@ class ClientAgent(Agent):
             except OSError:
                 raise KernelError(f"interface {name} does not exist (see ip link)") from None
 
+        flows = program.map("client_out").max_entries
+        told = offering.settings(flows, retransmission=self.retransmission)
+        program.map("client_settings").update(0, told)
         for vip in self.vips:
             program.map("client_vips").update(vip.key(), FORMS[self.option])
         for prefix in self.backends:
@@ -150,4 +160,5 @@ class ClientAgent(Agent):
         if status is not None:
             with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
                 status["flows"] = len(list(flows.keys()))
+            status["redirects"] = offering.told(cls.folder())
         return status

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -124,11 +124,16 @@ class ServerAgent(Agent):
         if changes:
             log.warning("replaced the agent that was there", changes=changes)
 
-    def load(self, reuse: dict[str, bpf.Map]) -> bpf.Object:
+    def _loaded(self, reuse: Mapping[str, bpf.Map]) -> bpf.Object:
+        notes = {}
         for name in NOTES:
             with suppress(bpf.BpfNotFoundError):
-                reuse[name] = bpf.Map.from_pin(self.folder() / name)
-        return super().load(reuse)
+                notes[name] = bpf.Map.from_pin(self.folder() / name)
+        try:
+            return super()._loaded({**reuse, **notes})
+        finally:
+            for held in notes.values():
+                held.close()
 
     def set_up(self, program: bpf.Object) -> None:
         self.remember()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
 import sys
@@ -212,6 +213,81 @@ def forge(vip: str, other_vip: str, good: str, outside: str) -> None:
         if packet is not None and packet.src == syn.src and TCP in packet and packet[TCP].flags != "S":
             replies.append((packet[layer].dst, str(packet[TCP].flags)))
     print(json.dumps(replies), flush=True)
+
+
+def tell(port: str) -> None:
+    """Take one request a connection, answer, and close first; for a line of standard input tell all requests so far."""
+    requests = []
+
+    def one(conn: socket.socket) -> None:
+        with conn:
+            if request := conn.recv(100):
+                requests.append(request.decode())
+                conn.sendall(request)
+
+    def accept() -> None:
+        while True:
+            threading.Thread(target=one, args=(sock.accept()[0],), daemon=True).start()
+
+    with _listener(int(port)) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
+        print("ready", flush=True)
+        threading.Thread(target=accept, daemon=True).start()
+        for _ in sys.stdin:
+            print(json.dumps(requests), flush=True)
+
+
+def ask(host: str, port: str, count: str, how: str = "plain") -> None:
+    """``count`` requests, each with its number, each by a connection that the server closes.  ``fastopen``: in SYNs;
+    ``multipath``: by MPTCP."""
+    protocol = 262 if how == "multipath" else 0  # IPPROTO_MPTCP
+    for i in range(int(count)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, protocol) as sock:
+            request = f"{host} {i}".encode()
+            if how == "fastopen":
+                sock.sendto(request, socket.MSG_FASTOPEN, (host, int(port)))
+            else:
+                sock.connect((host, int(port)))
+                sock.sendall(request)
+            assert sock.recv(100) == request
+            assert sock.recv(100) == b""
+    print("done")
+
+
+def signed(port: str, other: str, *connect: str) -> None:
+    """Under an MD5 signature shared with ``other`` (RFC 2385): an echo server, or a client of the host given."""
+    packed = socket.inet_pton(socket.AF_INET, other)
+    if connect:
+        sock = socket.socket()
+        address = struct.pack("=HH4s120x", socket.AF_INET, 0, packed)
+    else:
+        sock = _listener(int(port))
+        address = struct.pack("=HHI12s4s104x", socket.AF_INET6, 0, 0, bytes(10) + b"\xff\xff", packed)
+    key = struct.pack("=128sBBHi80s", address, 0, 0, 3, 0, b"key")
+    sock.setsockopt(socket.IPPROTO_TCP, 14, key)  # TCP_MD5SIG
+    if connect:
+        sock.connect((connect[0], int(port)))
+        sock.sendall(b"signed\n")
+        print(_line(sock), flush=True)
+    else:
+        print("ready", flush=True)
+        conn = sock.accept()[0]
+        conn.sendall(f"{_line(conn)} {conn.getsockname()[0].removeprefix('::ffff:')}\n".encode())
+        conn.recv(1)
+
+
+def timeouts(host: str, port: str) -> None:
+    """Begin to connect; tell the SYN's timeout (us) and how often it is sent again.  For each line of standard input
+    the latter again: for ``connected`` when the connection stands."""
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        sock.connect_ex((host, int(port)))
+        rto = struct.unpack_from("=8xI", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64))[0]
+        print(json.dumps([rto, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT)]), flush=True)
+        for line in sys.stdin:
+            if line.strip() == "connected":
+                select.select([], [sock], [])
+            print(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT), flush=True)
 
 
 def syn(source: str, destination: str, mac: str, options: str) -> None:

@@ -7,7 +7,14 @@ libbpf and the verifier said (``.log``).
 Reference: bpf(2), https://docs.kernel.org/bpf/libbpf/.
 """
 
-from crablb.kernel.bpf.errors import BpfBusyError, BpfError, BpfLoadError, BpfNotFoundError, BpfPermissionError
+from crablb.kernel.bpf.errors import (
+    BpfBusyError,
+    BpfError,
+    BpfLayoutError,
+    BpfLoadError,
+    BpfNotFoundError,
+    BpfPermissionError,
+)
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path
 from crablb.kernel.bpf.programs import Link, Program, TestRun, programs, xdp_program
@@ -16,6 +23,7 @@ from crablb.kernel.bpf.tc import TcFilter, attach_tc
 __all__ = [
     "BpfBusyError",
     "BpfError",
+    "BpfLayoutError",
     "BpfLoadError",
     "BpfNotFoundError",
     "BpfPermissionError",

@@ -12,6 +12,7 @@ from crablb.kernel._libbpf import ffi, lib
 __all__ = [
     "BpfBusyError",
     "BpfError",
+    "BpfLayoutError",
     "BpfLoadError",
     "BpfNotFoundError",
     "BpfPermissionError",
@@ -40,6 +41,10 @@ class BpfError(KernelError):
 
 class BpfLoadError(BpfError):
     """A program or map did not load; the verifier's words are in ``log``."""
+
+
+class BpfLayoutError(BpfError):
+    """A map that exists has keys or values of another size than the program's."""
 
 
 class BpfPermissionError(BpfError):

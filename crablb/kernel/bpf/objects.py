@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from crablb.kernel._libbpf import ffi, lib
-from crablb.kernel.bpf.errors import BpfLoadError, BpfNotFoundError, check, error
+from crablb.kernel.bpf.errors import BpfLayoutError, BpfLoadError, BpfNotFoundError, check, error
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.programs import Program
 
@@ -42,7 +42,7 @@ class Object:
     ``reuse`` gives maps (by name) that exist already, ``max_entries`` other sizes than the object's own.
 
     Raises :class:`BpfNotFoundError` (no such file, or a name that it does not have), :class:`BpfLoadError` with
-    the verifier's log, :class:`BpfPermissionError`.
+    the verifier's log, :class:`BpfPermissionError`, :class:`BpfLayoutError` for maps that cannot be reused.
     """
 
     def __init__(
@@ -66,8 +66,15 @@ class Object:
                     f"cannot size map {name}",
                 )
             for name, existing in (reuse or {}).items():
+                entry = self._named(found, name)
+                sizes = lib.bpf_map__key_size(entry), lib.bpf_map__value_size(entry)
+                if sizes != (existing.key_size, existing.value_size):  # libbpf would take it, and the verifier not
+                    raise BpfLayoutError(
+                        f"map {name} has keys and values of {existing.key_size} and {existing.value_size} bytes, "
+                        f"not {sizes[0]} and {sizes[1]}: it is another version's"
+                    )
                 check(
-                    lib.bpf_map__reuse_fd(self._named(found, name), existing.fd),
+                    lib.bpf_map__reuse_fd(entry, existing.fd),
                     f"cannot reuse map {name}",
                 )
             check(

@@ -1,0 +1,126 @@
+"""What the client's programs are told about offers, and what they tell: see struct crab_client_settings and
+struct crab_client_health in bpf/maps.h."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from crablb._native import ffi, lib
+from crablb.kernel import bpf
+from crablb.kernel.counters import counter_names
+from crablb.model import Address, Vip, unmapped
+
+#: Seconds: until a SYN that offered is sent again, and how long a VIP gets no offers after a failure.
+RETRANSMISSION, BACK_OFF, LONGEST_BACK_OFF = 0.25, 10.0, 600.0
+#: Redirected connections that there is room for.
+FLOWS: int = lib.CRAB_CLIENT_FLOWS
+#: What is as large as the table of connections.
+FLOW_MAPS = ("client_pending", "client_out", "client_in", "client_ports")
+
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h
+CLOCK_MONOTONIC_COARSE = 6
+RETRIES = Path("/proc/sys/net/ipv4/tcp_syn_retries")
+LINEAR = Path("/proc/sys/net/ipv4/tcp_syn_linear_timeouts")
+#: The system's own timeout of a SYN (RFC 6298, 2.1).
+SYSTEM_RTO = 1.0
+
+
+def netns_cookie() -> int:
+    """What the kernel knows this network namespace by."""
+    with socket.socket() as sock:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+
+
+def whole(first: float, count: int, linear: int) -> float:
+    """Seconds until a SYN is given up that is sent again ``count`` times, the first time after ``first`` seconds.
+
+    The first ``linear`` timeouts are not doubled, and are not counted either (tcp_syn_linear_timeouts, Linux 6.5).
+    """
+    return first * (linear + 2 ** (count + 1) - 1)
+
+
+def settings(flows: int, *, retransmission: float = RETRANSMISSION, offering: bool = True) -> bytes:
+    """The value of map ``client_settings``, for this network namespace."""
+    hz = round(1 / time.clock_getres(CLOCK_MONOTONIC_COARSE))
+    linear = int(LINEAR.read_text()) if LINEAR.exists() else 0
+    value = ffi.new("struct crab_client_settings *")
+    value.netns_cookie = netns_cookie()
+    value.backoff_ns, value.backoff_max_ns = int(BACK_OFF * 1e9), int(LONGEST_BACK_OFF * 1e9)
+    value.flows, value.hz, value.offering = flows, hz, offering
+    if 0 < retransmission < SYSTEM_RTO:
+        # A little later is better than once oftener, which doubles the whole.
+        count, more = int(RETRIES.read_text()), round(math.log2(SYSTEM_RTO / retransmission))
+        needed = whole(SYSTEM_RTO, count, linear) / whole(1, count + more, linear)
+        if needed > 1.1 * retransmission:
+            needed = 0
+        value.rto = math.ceil(max(needed, retransmission) * hz)
+        for i in range(lib.CRAB_CLIENT_RETRIES):
+            more = 0
+            while whole(value.rto / hz, i + 1 + more, linear) < whole(SYSTEM_RTO, i + 1, linear):
+                more += 1
+            value.more[i] = more
+    return bytes(ffi.buffer(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How redirects of a VIP fare, or those to one of its backends (``backend``).
+
+    ``backing_off``: seconds until the next offer, 0 if one is due; None: offers are made.  ``since``: seconds since the
+    first of the failures in a row; ``reason``: of the last one, as in enum crab_client_failure.
+    """
+
+    vip: str
+    backend: str | None
+    offered: int | None
+    taken: int | None
+    completed: int
+    failed: int
+    backing_off: float | None
+    since: float | None
+    reason: str | None
+    blamed: str | None
+
+
+def _health(vip: Vip, backend: Address | None, health: Any, **more: Any) -> Health:
+    now = time.monotonic_ns()
+    held = bool(health.failures or health.until_ns)
+    return Health(
+        vip=str(vip), backend=str(backend) if backend else None, offered=more.get("offered"),
+        taken=more.get("taken"), completed=int(health.completed), failed=int(health.failed),
+        backing_off=max(0.0, (health.until_ns - now) / 1e9) if held else None,
+        since=(now - health.since_ns) / 1e9 if held else None,
+        reason=counter_names("crab_client_failure", "CRAB_CLIENT_")[health.reason] if held else None,
+        blamed=more.get("blamed") if held else None,
+    )  # fmt: skip
+
+
+def redirects(vips: bpf.Map, paths: bpf.Map) -> Iterator[Health]:
+    """How redirects fare: each VIP, and behind it those of its backends that were redirected to."""
+    backends = list(paths.items())
+    for key, value in vips.items():
+        vip, entry = Vip.from_key(key), ffi.from_buffer("struct crab_client_vip *", value)
+        blamed = bytes(entry.blamed)
+        yield _health(
+            vip,
+            None,
+            entry.health,
+            offered=int(entry.offered),
+            taken=int(entry.taken),
+            blamed=str(unmapped(blamed)) if any(blamed) else None,
+        )
+        for path, health in backends:
+            if path[:16] + path[32:] == key:
+                yield _health(vip, unmapped(path[16:32]), ffi.from_buffer("struct crab_client_health *", health))
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """The same of an agent whose maps are pinned in ``folder``, as plain values."""
+    with bpf.Map.from_pin(folder / "client_vips") as vips, bpf.Map.from_pin(folder / "client_paths") as paths:
+        return [asdict(health) for health in redirects(vips, paths)]
