@@ -59,8 +59,7 @@ class ServerAgent(Agent):
                 program.map("server_connections").update(vip.key(), bytes(16))
         if self.dsr:
             dsr.set_up(self.vips, self.interfaces, self.folder(), lambda state: self.remember(dsr=state))
-        with program.program("crab_server").attach_cgroup_sockops(self.cgroup) as link:
-            link.pin(self.folder() / "link")
+        self.attach(program.program("crab_server"), self.cgroup)
         try:
             refused = program.program("crab_arm").run_iterator()
             ports = sorted({port for (port,) in struct.iter_unpack("=I", refused)})

@@ -97,6 +97,9 @@ int bpf_program__fd(const struct bpf_program *prog);
 int bpf_program__type(const struct bpf_program *prog);
 const char *bpf_map__name(const struct bpf_map *map);
 int bpf_map__fd(const struct bpf_map *map);
+int bpf_map__type(const struct bpf_map *map);
+uint32_t bpf_map__key_size(const struct bpf_map *map);
+uint32_t bpf_map__value_size(const struct bpf_map *map);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
 int bpf_map__reuse_fd(struct bpf_map *map, int fd);
 int bpf_map__set_initial_value(struct bpf_map *map, const void *data, size_t size);
@@ -118,6 +121,8 @@ int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *info_len);
 int bpf_link_create(int prog_fd, int target_fd, int attach_type, const struct bpf_link_create_opts *opts);
 int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
 int bpf_link_detach(int link_fd);
+int bpf_prog_query(int target_fd, int type, uint32_t query_flags, uint32_t *attach_flags, uint32_t *prog_ids,
+                   uint32_t *prog_cnt);
 int bpf_iter_create(int link_fd);
 int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
 int bpf_tc_hook_create(struct bpf_tc_hook *hook);

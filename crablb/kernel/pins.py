@@ -15,6 +15,7 @@ from pathlib import Path
 
 from crablb.errors import KernelError
 from crablb.kernel.bpf import ensure_bpffs
+from crablb.kernel.bpf.descriptor import Descriptor
 
 RUN = Path("/run/crablb")
 
@@ -27,6 +28,14 @@ def namespace() -> int:
 def folder(role: str) -> Path:
     """Where the pins of ``role`` ("lb-eth0", "client", "server") in this network namespace are."""
     return ensure_bpffs() / "crablb" / str(namespace()) / role
+
+
+def put(held: Descriptor, path: Path) -> None:
+    """Pin in place of what is pinned there, without a moment between the two."""
+    new = path.with_name(f"{path.name}-new")
+    new.unlink(missing_ok=True)
+    held.pin(new)
+    new.replace(path)
 
 
 def remove(path: Path) -> None:

@@ -7,10 +7,17 @@ libbpf and the verifier said (``.log``).
 Reference: bpf(2), https://docs.kernel.org/bpf/libbpf/.
 """
 
-from crablb.kernel.bpf.errors import BpfBusyError, BpfError, BpfLoadError, BpfNotFoundError, BpfPermissionError
+from crablb.kernel.bpf.errors import (
+    BpfBusyError,
+    BpfError,
+    BpfLoadError,
+    BpfNotFoundError,
+    BpfPermissionError,
+    BpfShapeError,
+)
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path
-from crablb.kernel.bpf.programs import Link, Program, TestRun, programs, xdp_program
+from crablb.kernel.bpf.programs import Link, Program, TestRun, programs, tcx_programs, xdp_program
 from crablb.kernel.bpf.tc import TcFilter, attach_tc
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "BpfLoadError",
     "BpfNotFoundError",
     "BpfPermissionError",
+    "BpfShapeError",
     "Link",
     "Map",
     "Object",
@@ -29,5 +37,6 @@ __all__ = [
     "ensure_bpffs",
     "object_path",
     "programs",
+    "tcx_programs",
     "xdp_program",
 ]

@@ -14,6 +14,7 @@ __all__ = [
     "BpfLoadError",
     "BpfNotFoundError",
     "BpfPermissionError",
+    "BpfShapeError",
     "check",
     "error",
     "take_log",
@@ -41,6 +42,10 @@ class BpfPermissionError(BpfError):
 
 class BpfNotFoundError(BpfError):
     """No such object, map, program, pin or interface."""
+
+
+class BpfShapeError(BpfError):
+    """A map of another version."""
 
 
 class BpfBusyError(BpfError):

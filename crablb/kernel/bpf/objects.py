@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from crablb.kernel._libbpf import ffi, lib
-from crablb.kernel.bpf.errors import BpfLoadError, BpfNotFoundError, check, error
+from crablb.kernel.bpf.errors import BpfLoadError, BpfNotFoundError, BpfShapeError, check, error
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.programs import Program
 
@@ -39,7 +39,9 @@ def object_path(name: str) -> Path:
 class Object:
     """A BPF object file, loaded: its programs and maps.
 
-    ``reuse`` gives maps (by name) that exist already, ``max_entries`` other sizes than the object's own.
+    ``reuse`` gives maps (by name) that exist already, ``max_entries`` other sizes than the object's own.  A map to
+    reuse may have another size, but must be of the same type, and its keys and values as long
+    (:class:`BpfShapeError`).
 
     Raises :class:`BpfNotFoundError` (no such file, or a name that it does not have), :class:`BpfLoadError` with
     the verifier's log, :class:`BpfPermissionError`.
@@ -66,10 +68,11 @@ class Object:
                     f"cannot size map {name}",
                 )
             for name, existing in (reuse or {}).items():
-                check(
-                    lib.bpf_map__reuse_fd(self._named(found, name), existing.fd),
-                    f"cannot reuse map {name}",
-                )
+                entry = self._named(found, name)
+                shape = lib.bpf_map__type(entry), lib.bpf_map__key_size(entry), lib.bpf_map__value_size(entry)
+                if shape != (existing.type, existing.key_size, existing.value_size):
+                    raise BpfShapeError(f"map {name} that is to be reused has another shape")
+                check(lib.bpf_map__reuse_fd(entry, existing.fd), f"cannot reuse map {name}")
             check(
                 lib.bpf_object__load(self._obj),
                 f"cannot load BPF object {self.path.name}",
