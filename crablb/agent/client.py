@@ -153,7 +153,7 @@ class ClientAgent(Agent):
             found = paths.problems([])
             # Translation inward before outward, and both before the first offer.
             found += cls._sync_filters(ingress, names, mend)
-            found += paths.sync(netlink, egress.fd, f"crab_egress-{egress.id}", mend=mend)
+            found += paths.sync(netlink, egress.fd, f"{routes.EGRESS}-{egress.id}", mend=mend)
             if mend:
                 if cls.attach(offer, state["cgroup"]):
                     found.append("the program that offers was not attached")

@@ -26,12 +26,16 @@ from crablb.kernel.routing import Route, Rule
 from crablb.kernel.rtnetlink import ROUTE, Netlink
 from crablb.model import Address, Network
 
-__all__ = ["Paths", "is_local", "look", "remove"]
+__all__ = ["EGRESS", "Paths", "is_local", "look", "remove"]
 
 #: Of our routes and rules (ip route show table all proto 67); nobody's in /etc/iproute2/rt_protos.
 PROTOCOL = 67
 #: Our tables have the number of the one that they stand for, with these bits turned.
 TABLES = 0x43520000
+#: Our program; its number is behind it in a route that we make.
+EGRESS = "crab_egress"
+#: What iproute2 called it in routes that agents of before had made by it.
+OLD_EGRESS = "egress:"
 FAMILIES = socket.AF_INET, socket.AF_INET6
 RTN_LOCAL = 2
 
@@ -139,7 +143,7 @@ class Paths:
 
 def _own_encap(route: Route) -> bool:
     """Whether a route has an encapsulation already that is not the program of an agent of before."""
-    return any(hop.encap and not hop.program.endswith("/client/egress") for hop in route.hops)
+    return any(hop.encap and not hop.program.startswith((EGRESS, OLD_EGRESS)) for hop in route.hops)
 
 
 def _delete(netlink: Netlink, what: Iterable[Rule | Route]) -> None:
