@@ -8,15 +8,20 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
+
+import structlog
 
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.model import Vip
+
+log = structlog.get_logger()
 
 #: Seconds between looks at the connections that are waited for.
 POLL = 0.1
@@ -82,6 +87,8 @@ class Agent(ABC):
     #: Maps that an installation takes over from the one before.  What they hold must mean the same in every version
     #: that has a map of the name and of the same shape.
     lasting: ClassVar[Sequence[str]] = ()
+    #: Maps of another size than the object's own.
+    sizes: Mapping[str, int] = MappingProxyType({})
     #: What was there works on if an installation in its place fails.
     in_place: ClassVar[bool] = False
 
@@ -114,10 +121,10 @@ class Agent(ABC):
 
     def install(self) -> None:
         """Put the agent into the kernel, in place of the one that is there."""
-        before = self.state()
         lasting = self._lasting()
         try:
-            with bpf.Object(bpf.object_path(self.role), reuse=lasting) as program:
+            with self._loaded(lasting) as program:
+                before = self.state()
                 if before is not None:
                     self.succeed(before)
                 try:
@@ -130,14 +137,23 @@ class Agent(ABC):
                     if before is None or not self.in_place:
                         self.remove()
                     raise
-        except bpf.BpfShapeError:
-            raise KernelError(
-                f"the {self.role} agent that is installed keeps connections in another form than this version;"
-                f" remove it first: crablb agent remove {self.role}"
-            ) from None
         finally:
             for held in lasting.values():
                 held.close()
+
+    def _loaded(self, reuse: Mapping[str, bpf.Map]) -> bpf.Object:
+        path = bpf.object_path(self.role)
+        try:
+            return bpf.Object(path, reuse=reuse, max_entries=self.sizes)
+        except bpf.BpfLayoutError as error:
+            if live := self.live():
+                raise KernelError(
+                    f"the {self.role} agent that is installed is of another version, and {live} connections need it;"
+                    f" let them end: crablb agent remove {self.role} (with --now they break)"
+                ) from None
+            log.info("the agent of another version goes", reason=str(error))
+            self.remove()
+            return bpf.Object(path, max_entries=self.sizes)
 
     def _lasting(self) -> dict[str, bpf.Map]:
         """The maps to be taken over: all of them or none."""
@@ -258,6 +274,20 @@ class Agent(ABC):
         """Undo what :meth:`set_up` did beside pins and the cgroup's link."""
 
     @classmethod
+    def faults(cls) -> list[str]:
+        """What is not as it was installed."""
+        state = cls.state()
+        if state is None:
+            return []
+        try:
+            with bpf.Link.from_pin(cls.folder() / "link") as link:
+                if link.target:
+                    return []
+        except bpf.BpfNotFoundError:
+            return ["its pins are gone; install it again"]
+        return [f"its program is not attached to cgroup {state['cgroup']}; install it again"]
+
+    @classmethod
     def counters(cls) -> dict[str, int]:
         names = counter_names(f"crab_{cls.role}_counter", f"CRAB_{cls.role.upper()}_")
         with bpf.Map.from_pin(cls.folder() / f"{cls.role}_counters") as counters:
@@ -265,14 +295,16 @@ class Agent(ABC):
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:
-        """What runs here: what it was told, its counters, its process (None: detached).  None if nothing does."""
+        """What runs here: what it was told, its counters, its process (None: detached), what is wrong.  None if nothing
+        does."""
         state = cls.state()
         if state is None:
             return None
         try:
-            return {**state, "pid": pins.owner(cls.role), "counters": cls.counters()}
+            counters = cls.counters()
         except bpf.BpfNotFoundError:
             return None
+        return {**state, "pid": pins.owner(cls.role), "counters": counters, "faults": cls.faults()}
 
     def __enter__(self) -> Self:
         self.install()

@@ -8,7 +8,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ipaddress import ip_network
 from pathlib import Path
@@ -123,17 +123,22 @@ class ClientAgent(Agent):
     # ---- what is to be, and what is ----
 
     @classmethod
-    def repair(cls) -> list[str]:
-        """Mend what is not as it was installed; what that was.  Raises :class:`KernelError` if something cannot be."""
-        return cls._sync(mend=True)
+    def repair(cls, known: Collection[str] = ()) -> list[str]:
+        """Mend what is not as it was installed; what that was.  Raises :class:`KernelError` if something cannot be.
+
+        Where a fault in ``known`` is that others come before the agent, they are let be: they may insist on it as well.
+        """
+        return cls._sync(mend=True, known=known)
 
     @classmethod
     def faults(cls) -> list[str]:
-        """What is not as it was installed."""
-        return cls._sync(mend=False)
+        try:
+            return cls._sync(mend=False)
+        except KernelError as error:
+            return [str(error)]
 
     @classmethod
-    def _sync(cls, *, mend: bool) -> list[str]:
+    def _sync(cls, *, mend: bool, known: Collection[str] = ()) -> list[str]:
         state = cls.state()
         if state is None:
             return []
@@ -152,7 +157,7 @@ class ClientAgent(Agent):
             names = ["lo", *(state["interfaces"] or paths.interfaces(backends))]
             found = paths.problems([])
             # Translation inward before outward, and both before the first offer.
-            found += cls._sync_filters(ingress, names, mend)
+            found += cls._sync_filters(ingress, names, mend, known)
             found += paths.sync(netlink, egress.fd, f"{routes.EGRESS}-{egress.id}", mend=mend)
             if mend:
                 if cls.attach(offer, state["cgroup"]):
@@ -162,9 +167,8 @@ class ClientAgent(Agent):
         return found
 
     @classmethod
-    def _sync_filters(cls, program: bpf.Program, names: Sequence[str], mend: bool) -> list[str]:
-        found = []
-        attached = set()
+    def _sync_filters(cls, program: bpf.Program, names: Sequence[str], mend: bool, known: Collection[str]) -> list[str]:
+        found, behind, attached = [], set(), set()
         for pin in cls.folder().glob("ingress-*"):
             with bpf.Link.from_pin(pin) as link:
                 index = link.target
@@ -175,13 +179,13 @@ class ClientAgent(Agent):
                 attached.add(index)
                 if mend and link.program_id != program.id:
                     link.update(program)
-                before = bpf.tcx_programs(index)
-                if before and before[0] != program.id:
-                    found.append(f"on {_name(index)} the tc program with id {before[0]} comes before the agent's")
-                    if mend and not cls.live():  # between the two a packet would be lost, and its connection
-                        link.detach()
-                        pin.unlink()
-                        attached.discard(index)
+                order, ours = bpf.tcx_programs(index), link.program_id
+            if order and order[0] != ours:
+                found.append(f"on {_name(index)} the tc program with id {order[0]} comes before the agent's")
+                if found[-1] not in known:
+                    behind.add(index)
+        if mend and behind:
+            cls._go_in_front(behind)
         for name in dict.fromkeys(names):
             try:
                 index = socket.if_nametoindex(name)
@@ -194,6 +198,30 @@ class ClientAgent(Agent):
             if mend:
                 cls._attach_filter(program, name, index)
         return found
+
+    @classmethod
+    def _go_in_front(cls, indices: Collection[int]) -> None:
+        """Attach anew, in front of others.
+
+        Not a packet may pass between: it would be lost, and its connection with it.  A program can be attached to an
+        interface once, so another one, of the same maps, comes before the one that is there goes.
+        """
+        folder = cls.folder()
+        with ExitStack() as stack:
+            maps = {}
+            for pin in folder.glob("client_*"):
+                maps[pin.name] = stack.enter_context(bpf.Map.from_pin(pin))
+            loaded = stack.enter_context(bpf.Object(bpf.object_path(cls.role), reuse=maps))
+            program = loaded.program("crab_ingress")
+            pins.put(program, folder / "crab_ingress")
+            for pin in folder.glob("ingress-*"):
+                with bpf.Link.from_pin(pin) as link:
+                    if link.target in indices:
+                        with program.attach_tcx(link.target) as new:
+                            pins.put(new, pin)
+                        link.detach()
+                    else:
+                        link.update(program)
 
     @classmethod
     def _attach_filter(cls, program: bpf.Program, name: str, index: int) -> None:
@@ -265,7 +293,7 @@ class ClientAgent(Agent):
             while True:
                 if due:
                     try:
-                        found = cls.repair()
+                        found = cls.repair(told)
                         for what in found:
                             if what not in told:
                                 log.warning("found and mended, if it can be", fault=what)
@@ -335,10 +363,31 @@ class ClientAgent(Agent):
     @classmethod
     def status(cls) -> dict[str, Any] | None:
         status = super().status()
-        if status is not None:
-            with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
-                status["flows"] = len(list(flows.keys()))
+        if status is None:
+            return None
+        with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
+            status["flows"] = len(list(flows.keys()))
+        with bpf.Map.from_pin(cls.folder() / "client_vips") as vips:
+            offered = set(vips.keys())
+        with Netlink() as netlink:
+            status["routes"] = {text: routes.leads(netlink, parse_vip(text).address) for text in status["vips"]}
+        status["offering"] = {text: parse_vip(text).key() in offered for text in status["vips"]}
+        counters = status["counters"]
+        if counters["offered"] >= IN_VAIN and not counters["redirected"] + counters["refused_port"]:
+            status["faults"].append(
+                f"{counters['offered']} offers, and no redirect: does the load balancer redirect, do backends' packets"
+                f" come in by {', '.join(cls._interfaces())}, and does nothing there drop them?"
+            )
         return status
+
+    @classmethod
+    def _interfaces(cls) -> list[str]:
+        """Where the agent's program is attached."""
+        found = []
+        for pin in cls.folder().glob("ingress-*"):
+            with bpf.Link.from_pin(pin) as link:
+                found += [_name(link.target)] if link.target else []
+        return sorted({*found, *(cls.state() or {}).get("filters", {})} - {"lo"})
 
 
 def _wait(descriptor: int, seconds: float) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from crablb.kernel.routing import Route, Rule
 from crablb.kernel.rtnetlink import ROUTE, Netlink
 from crablb.model import Address, Network
 
-__all__ = ["EGRESS", "Paths", "is_local", "look", "remove"]
+__all__ = ["EGRESS", "Paths", "is_local", "leads", "look", "remove"]
 
 #: Of our routes and rules (ip route show table all proto 67); nobody's in /etc/iproute2/rt_protos.
 PROTOCOL = 67
@@ -50,6 +50,16 @@ def is_local(netlink: Netlink, address: Address) -> bool:
         return rtnetlink.route(netlink, address).fields(ROUTE)[7] == RTN_LOCAL
     except OSError:
         return False
+
+
+def leads(netlink: Netlink, address: Address) -> str:
+    """Whose route packets to an address take: "agent", "other" or "none"."""
+    try:
+        found = rtnetlink.route(netlink, address)
+    except OSError:
+        return "none"
+    route = routing.parse_route(found)
+    return "agent" if route and any(hop.program.startswith(EGRESS) for hop in route.hops) else "other"
 
 
 @dataclass

@@ -7,11 +7,12 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -23,8 +24,9 @@ from crablb.agent.server import open_connections
 from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
 from crablb.control.notify import notify
 from crablb.errors import ConfigError, CrablbError, KernelError
-from crablb.kernel import bpf
-from crablb.model import OptionForm
+from crablb.kernel import bpf, rtnetlink
+from crablb.kernel.rtnetlink import Netlink
+from crablb.model import OptionForm, Vip
 from crablb.values import parse_interface, read_key
 
 log = structlog.get_logger()
@@ -163,11 +165,30 @@ def run_server(args: argparse.Namespace) -> int:
     except ConfigError as error:
         problems.found += error.problems
     problems.end()
+    logging.set_up()
+    _warn_of_own(vips)
     return _run(
         lambda: ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=interfaces),
         args.detach,
         reporting,
     )
+
+
+def _warn_of_own(vips: Sequence[Vip]) -> None:
+    """On the loopback a VIP is for direct server return; elsewhere this host answers for it."""
+    with Netlink() as netlink:
+        own = rtnetlink.addresses(netlink)
+    for vip in vips:
+        name = _interface_name(own.get(str(vip.address), 0))
+        if name not in ("", "lo"):
+            log.warning("a VIP is an address of this host, which answers ARP for it", vip=str(vip), interface=name)
+
+
+def _interface_name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
 
 
 def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[None]]:
@@ -241,6 +262,11 @@ def _run(
 ) -> int:
     logging.set_up()
     _require_root()
+    if detach and not bpf.pins_last():
+        raise KernelError(
+            "--detach: what is to stay would go with this mount namespace (ip netns exec makes one); mount the BPF file"
+            " system outside of it: mount -t bpf bpf /sys/fs/bpf, or enter by nsenter --net=/run/netns/NAME"
+        )
     agent = make()
     # Waited for below; blocked before anything is installed, so that none comes in between.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -268,9 +294,10 @@ def _run(
 def run_status(args: argparse.Namespace) -> int:
     _require_root()
     found = {role: status for role, cls in ROLES.items() if (status := cls.status())}
+    wrong = any(status["faults"] for status in found.values())
     if args.json:
         print(json.dumps(found))
-        return 0
+        return int(wrong)
     if not found:
         print("no agent in this network namespace")
     for role, status in found.items():
@@ -278,12 +305,24 @@ def run_status(args: argparse.Namespace) -> int:
         print(f"{role}: {where}, {', '.join(status['vips'])}, cgroup {status['cgroup']}")
         if role == "client":
             print(f"  backends {', '.join(status['backends'])}, {status['flows']} redirected connections")
+            for vip in status["vips"]:
+                print(f"  {vip:28} {_vip(status, vip)}")
         for vip, n in status.get("connections", {}).items():
             print(f"  {vip:28} {n:>14,} open connections")
         for name, value in status["counters"].items():
             if value:
                 print(f"  {name:28} {value:>14,}")
-    return 0
+        for fault in status["faults"]:
+            print(f"  wrong: {fault}")
+    return int(wrong)
+
+
+ROUTES = {"agent": "by the agent's route", "other": "by a route that is not the agent's", "none": "no route"}
+
+
+def _vip(status: dict[str, Any], vip: str) -> str:
+    offering = "offering" if status["offering"][vip] else "offers no more, removal is waited for"
+    return f"{offering}, {ROUTES[status['routes'][vip]]}"
 
 
 def run_repair(args: argparse.Namespace) -> int:

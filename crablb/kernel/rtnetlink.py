@@ -28,6 +28,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_NUM_RX_QUEUES = 1, 3, 4
 IFLA_INFO_KIND = 1
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
 RTAX_MTU = 2
+RTM_GETADDR, IFA_ADDRESS, IFA_LOCAL = 22, 1, 2
 NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
 SOCK_DIAG_BY_FAMILY, IPPROTO_TCP = 20, 6
@@ -36,6 +37,7 @@ NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, NETDEV_A_DEV_XDP_FEATURES = 1, 1, 3
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port id
 LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 ROUTE = struct.Struct("=8BI")  # struct rtmsg: family, destination's length, ..., flags
+ADDRESS = struct.Struct("=4BI")  # struct ifaddrmsg: family, prefix length, flags, scope, ifindex
 NEIGHBOUR = struct.Struct("=B3xiHBB")  # struct ndmsg: family, ifindex, state, flags, type
 GENERIC = struct.Struct("=BBxx")  # struct genlmsghdr: command, version
 #: struct inet_diag_req_v2: family, protocol, states; no particular socket.
@@ -189,6 +191,15 @@ def route(netlink: Netlink, to: ipaddress.IPv4Address | ipaddress.IPv6Address) -
     family = socket.AF_INET if to.version == 4 else socket.AF_INET6
     body = ROUTE.pack(family, to.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
     return netlink.ask(RTM_GETROUTE, body, {RTA_DST: to.packed})[0]
+
+
+def addresses(netlink: Netlink) -> dict[str, int]:
+    """This network namespace's own addresses, and the index of the interface that each is on."""
+    found = {}
+    for message in netlink.dump(RTM_GETADDR, ADDRESS.pack(0, 0, 0, 0, 0)):
+        more = message.attributes(ADDRESS)
+        found[address(more.get(IFA_LOCAL) or more.get(IFA_ADDRESS))] = message.fields(ADDRESS)[4]
+    return found
 
 
 def neighbours(netlink: Netlink, family: int) -> Iterable[Message]:

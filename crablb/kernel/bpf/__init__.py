@@ -10,23 +10,23 @@ Reference: bpf(2), https://docs.kernel.org/bpf/libbpf/.
 from crablb.kernel.bpf.errors import (
     BpfBusyError,
     BpfError,
+    BpfLayoutError,
     BpfLoadError,
     BpfNotFoundError,
     BpfPermissionError,
-    BpfShapeError,
 )
 from crablb.kernel.bpf.maps import Map
-from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path
+from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path, pins_last
 from crablb.kernel.bpf.programs import Link, Program, TestRun, programs, tcx_programs, xdp_program
 from crablb.kernel.bpf.tc import TcFilter, attach_tc
 
 __all__ = [
     "BpfBusyError",
     "BpfError",
+    "BpfLayoutError",
     "BpfLoadError",
     "BpfNotFoundError",
     "BpfPermissionError",
-    "BpfShapeError",
     "Link",
     "Map",
     "Object",
@@ -36,6 +36,7 @@ __all__ = [
     "attach_tc",
     "ensure_bpffs",
     "object_path",
+    "pins_last",
     "programs",
     "tcx_programs",
     "xdp_program",

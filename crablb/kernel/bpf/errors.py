@@ -11,10 +11,10 @@ from crablb.kernel._libbpf import ffi, lib
 __all__ = [
     "BpfBusyError",
     "BpfError",
+    "BpfLayoutError",
     "BpfLoadError",
     "BpfNotFoundError",
     "BpfPermissionError",
-    "BpfShapeError",
     "check",
     "error",
     "take_log",
@@ -36,16 +36,16 @@ class BpfLoadError(BpfError):
     """A program or map did not load; the verifier's words are in ``log``."""
 
 
+class BpfLayoutError(BpfError):
+    """A map that exists has keys or values of another size than the program's."""
+
+
 class BpfPermissionError(BpfError):
     """Not privileged: CAP_BPF and CAP_NET_ADMIN are needed, as root has them."""
 
 
 class BpfNotFoundError(BpfError):
     """No such object, map, program, pin or interface."""
-
-
-class BpfShapeError(BpfError):
-    """A map of another version."""
 
 
 class BpfBusyError(BpfError):

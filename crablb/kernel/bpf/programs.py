@@ -172,8 +172,11 @@ class Link(Descriptor):
         """What it is attached to: an interface's index, or the id (the inode number) of a cgroup.  0: that has gone."""
         # The union behind prog_id begins with it for all kinds, those too that the installed headers do not know.
         info = self._info("bpf_link_info")
-        of_interface = info.type in (BPF_LINK_TYPE_XDP, BPF_LINK_TYPE_TCX)
-        return int.from_bytes(ffi.buffer(info)[16 : 20 if of_interface else 24], "little")
+        return int.from_bytes(ffi.buffer(info)[16 : 20 if self.of_interface else 24], "little")
+
+    @property
+    def of_interface(self) -> bool:
+        return int(self._info("bpf_link_info").type) in (BPF_LINK_TYPE_XDP, BPF_LINK_TYPE_TCX)
 
     def update(self, program: Program) -> None:
         """Replace the attached program, without a moment between the two."""
