@@ -25,6 +25,7 @@ from crablb.kernel.bpf.descriptor import Descriptor
 
 RUN = Path("/run/crablb")
 PREFIX = "netns-"
+FIRST = f"{PREFIX}1"
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 CLONE_NEWNET = 0x40000000
 
@@ -185,20 +186,17 @@ def _places() -> Iterable[Path]:
                     yield Path(f"/proc/{view}/root{mounted}")
 
 
-def _alive() -> tuple[set[int], set[str]] | None:
-    """Inode numbers and names of the network namespaces there are; None if not all can be seen."""
-    found: dict[int, str] = {}
+def _alive() -> tuple[set[int], set[str]]:
+    """Inode numbers and names of the network namespaces there are.
+
+    Where a process may not be looked at, as process 1 in some containers, it is in the first one, or others are too.
+    """
+    found = {0: FIRST}
     for place in _places():
-        try:
+        with suppress(OSError, KernelError):  # it has ended meanwhile, or is a namespace of another kind
             inode = os.stat(place).st_ino
             if inode not in found:
                 found[inode] = namespace_at(place)
-        except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
-            continue  # it has ended meanwhile
-        except KernelError:
-            continue  # a namespace of another kind
-        except OSError:
-            return None
     return set(found), set(found.values())
 
 
@@ -209,10 +207,7 @@ def collect() -> None:
     mine = namespace()
     if all(path.name == mine or path.name.startswith(f"{mine}-") for path in (*folders, *files)):
         return
-    alive = _alive()
-    if alive is None:
-        return
-    inodes, names = alive
+    inodes, names = _alive()
     for path in folders:
         known = path.name in names or (path.name.isdigit() and int(path.name) in inodes)
         if not known and not any(map(_in_use, path.glob("*/*"))):
