@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +23,8 @@ from crablb.model import Vip
 
 log = structlog.get_logger()
 
+#: Seconds between looks at the connections that are waited for.
+POLL = 0.1
 #: Our clsact filters among those of others: priority and handle.
 FILTER = 0x4352
 
@@ -36,14 +40,16 @@ def tool(*args: str) -> str:
     return done.stdout
 
 
-def detach_filters(interfaces: dict[str, bool], direction: Literal["ingress", "egress"]) -> None:
+def detach_filters(
+    interfaces: dict[str, bool], direction: Literal["ingress", "egress"], priority: int = FILTER
+) -> None:
     """Remove our clsact filters, and the qdiscs that were made for them (True) if nobody else uses them."""
     for name, made in interfaces.items():
         try:
             index = socket.if_nametoindex(name)
         except OSError:
             continue  # it went with its interface
-        filters = bpf.TcFilter(index, direction, FILTER, FILTER)
+        filters = bpf.TcFilter(index, direction, FILTER, priority)
         filters.detach()
         if made and not any(tool("tc", "filter", "show", "dev", name, d) for d in ("ingress", "egress")):
             filters.destroy_hook()
@@ -62,6 +68,15 @@ def cgroup_root() -> Path:
     raise KernelError(f"cgroup v2 is not mounted; {where}")
 
 
+def find_cgroup(directory: Path | str | None) -> Path:
+    """A cgroup's directory, by default the root's.  Raises :class:`ConfigError` if it is none, :class:`KernelError`."""
+    path = Path(directory) if directory else cgroup_root()
+    # Cgroups of version 1 have a file of that name as well, but this one not.
+    if not (path / "cgroup.controllers").exists():
+        raise ConfigError(f"{path} is not a cgroup v2 directory; the root is {cgroup_root()}")
+    return path
+
+
 class Agent(ABC):
     """An endpoint of this network namespace.
 
@@ -73,18 +88,19 @@ class Agent(ABC):
     """
 
     role: ClassVar[str]
-    #: Maps that an installation takes over from the one before.
+    #: Maps that an installation takes over from the one before.  What they hold must mean the same in every version
+    #: that has a map of the name and of the same shape.
     lasting: ClassVar[Sequence[str]] = ()
     #: Maps of another size than the object's own.
     sizes: Mapping[str, int] = MappingProxyType({})
+    #: What was there works on if an installation in its place fails.
+    in_place: ClassVar[bool] = False
 
     def __init__(self, vips: Sequence[Vip], cgroup: Path | str | None = None) -> None:
         if not vips:
             raise ConfigError("name at least one VIP: --vip tcp://10.0.0.100:80")
         self.vips = list(vips)
-        self.cgroup = Path(cgroup) if cgroup else cgroup_root()
-        if not (self.cgroup / "cgroup.controllers").exists():  # cgroup v1 has cgroup.procs too
-            raise ConfigError(f"{self.cgroup} is not a cgroup v2 directory; the root is {cgroup_root()}")
+        self.cgroup = find_cgroup(cgroup)
 
     @classmethod
     def folder(cls) -> Path:
@@ -109,27 +125,24 @@ class Agent(ABC):
 
     def install(self) -> None:
         """Put the agent into the kernel, in place of the one that is there."""
-        reuse: dict[str, bpf.Map] = {}
-        for name in self.lasting:
-            try:
-                reuse[name] = bpf.Map.from_pin(self.folder() / name)
-            except bpf.BpfNotFoundError:
-                reuse.clear()
-                break
+        lasting = self._lasting()
         try:
-            with self._loaded(reuse) as program:
-                self.remove()
+            with self._loaded(lasting) as program:
+                before = self.state()
+                if before is not None:
+                    self.succeed(before)
                 try:
+                    pins.RUN.mkdir(parents=True, exist_ok=True)
                     for name, held in program.maps.items():
                         if not name.endswith(("rodata", "bss", "data")):
-                            held.pin(self.folder() / name)
-                    pins.RUN.mkdir(parents=True, exist_ok=True)
+                            pins.put(held, self.folder() / name)
                     self.set_up(program)
                 except BaseException:
-                    self.remove()
+                    if before is None or not self.in_place:
+                        self.remove()
                     raise
         finally:
-            for held in reuse.values():
+            for held in lasting.values():
                 held.close()
 
     def _loaded(self, reuse: Mapping[str, bpf.Map]) -> bpf.Object:
@@ -137,23 +150,116 @@ class Agent(ABC):
         try:
             return bpf.Object(path, reuse=reuse, max_entries=self.sizes)
         except bpf.BpfLayoutError as error:
-            log.warning("cannot take over from the agent before; its open connections end", reason=str(error))
+            if live := self.live():
+                raise KernelError(
+                    f"the {self.role} agent that is installed is of another version, and {live} connections need it;"
+                    f" let them end: crablb agent remove {self.role} (with --now they break)"
+                ) from None
+            log.info("the agent of another version goes", reason=str(error))
+            self.remove()
             return bpf.Object(path, max_entries=self.sizes)
 
+    def _lasting(self) -> dict[str, bpf.Map]:
+        """The maps to be taken over: all of them or none."""
+        found: dict[str, bpf.Map] = {}
+        try:
+            for name in self.lasting:
+                found[name] = bpf.Map.from_pin(self.folder() / name)
+        except bpf.BpfNotFoundError:
+            for held in found.values():
+                held.close()
+            return {}
+        return found
+
+    def succeed(self, before: dict[str, Any]) -> None:
+        """Undo what the agent before noted, if :meth:`set_up` does not take it over."""
+        self.tear_down(before)
+
+    @classmethod
+    def attach(cls, program: bpf.Program, cgroup: Path | str) -> bool:
+        """Attach to the cgroup, in place of what is attached there.  False if it was attached already."""
+        pin = cls.folder() / "link"
+        try:
+            held: bpf.Link | None = bpf.Link.from_pin(pin)
+        except bpf.BpfNotFoundError:
+            held = None
+        try:
+            if held and held.target == os.stat(cgroup).st_ino:
+                if held.program_id == program.id:
+                    return False
+                held.update(program)
+                return True
+            try:
+                link = program.attach_cgroup_sockops(cgroup)
+            except bpf.BpfPermissionError as error:
+                if os.geteuid():
+                    raise
+                raise KernelError(
+                    f"cannot attach to cgroup {cgroup}: {os.strerror(error.errno)}; a program without BPF_F_ALLOW_MULTI"
+                    " is attached to it, or to one above it (see bpftool cgroup tree): name another one: --cgroup"
+                ) from None
+            with link:
+                pins.put(link, pin)
+            if held:
+                held.detach()
+            return True
+        except FileNotFoundError:
+            raise KernelError(f"cgroup {cgroup} is gone; install the agent again, with another one: --cgroup") from None
+        finally:
+            if held:
+                held.close()
+
+    @classmethod
+    def attached(cls, program: bpf.Program, cgroup: Path | str) -> bool:
+        """Whether a program is attached to the cgroup as :meth:`attach` does it."""
+        try:
+            with bpf.Link.from_pin(cls.folder() / "link") as link:
+                return link.target == os.stat(cgroup).st_ino and link.program_id == program.id
+        except (bpf.BpfNotFoundError, FileNotFoundError):
+            return False
+
     def remember(self, **more: Any) -> None:
-        state = {"vips": [str(v) for v in self.vips], "cgroup": str(self.cgroup), **more}
-        self.state_path().write_text(json.dumps(state))
+        self.write({"vips": [str(v) for v in self.vips], "cgroup": str(self.cgroup), **more})
+
+    @classmethod
+    def write(cls, state: dict[str, Any]) -> None:
+        """Note the state, whole or not at all."""
+        path = cls.state_path()
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(state))
+        new.replace(path)
 
     @abstractmethod
     def set_up(self, program: bpf.Object) -> None:
         """Fill the maps, attach, and pin what must last."""
 
     @classmethod
+    def withdraw(cls) -> None:
+        """From now on, do nothing for new connections; go on for those there are."""
+        return
+
+    @classmethod
+    def live(cls) -> int:
+        """Connections that would break if the agent were removed now."""
+        return 0
+
+    @classmethod
+    def drain(cls, seconds: float | None, stop: Callable[[float], bool]) -> int:
+        """Wait until no connection needs the agent, for so long at the most; how many still do.
+
+        ``stop(s)`` waits for s seconds; true: give up waiting.
+        """
+        end = time.monotonic() + seconds if seconds is not None else None
+        while (left := cls.live()) and (end is None or time.monotonic() < end):
+            if stop(POLL if end is None else max(min(POLL, end - time.monotonic()), 0)):
+                break
+        return left
+
+    @classmethod
     def remove(cls) -> bool:
         """Take the agent out of the kernel.  False if there was none."""
         state = cls.state()
         present = state is not None or cls.folder().exists()
-        cls.tear_down(state or {})
         try:
             link = bpf.Link.from_pin(cls.folder() / "link")
         except bpf.BpfNotFoundError:
@@ -161,6 +267,7 @@ class Agent(ABC):
         else:
             with link:
                 link.detach()
+        cls.tear_down(state or {})
         pins.remove(cls.folder())
         cls.state_path().unlink(missing_ok=True)
         return present
@@ -171,6 +278,20 @@ class Agent(ABC):
         """Undo what :meth:`set_up` did beside pins and the cgroup's link."""
 
     @classmethod
+    def faults(cls) -> list[str]:
+        """What is not as it was installed."""
+        state = cls.state()
+        if state is None:
+            return []
+        try:
+            with bpf.Link.from_pin(cls.folder() / "link") as link:
+                if link.target:
+                    return []
+        except bpf.BpfNotFoundError:
+            return ["its pins are gone; install it again"]
+        return [f"its program is not attached to cgroup {state['cgroup']}; install it again"]
+
+    @classmethod
     def counters(cls) -> dict[str, int]:
         names = counter_names(f"crab_{cls.role}_counter", f"CRAB_{cls.role.upper()}_")
         with bpf.Map.from_pin(cls.folder() / f"{cls.role}_counters") as counters:
@@ -178,14 +299,16 @@ class Agent(ABC):
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:
-        """What runs here: what it was told, its counters, its process (None: detached).  None if nothing does."""
+        """What runs here: what it was told, its counters, its process (None: detached), what is wrong.  None if nothing
+        does."""
         state = cls.state()
         if state is None:
             return None
         try:
-            return {**state, "pid": pins.owner(cls.role), "counters": cls.counters()}
+            counters = cls.counters()
         except bpf.BpfNotFoundError:
             return None
+        return {**state, "pid": pins.owner(cls.role), "counters": counters, "faults": cls.faults()}
 
     def __enter__(self) -> Self:
         self.install()

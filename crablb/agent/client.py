@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import os
+import select
 import socket
-from collections.abc import Sequence
+import struct
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, ClassVar
 
 import structlog
 
 from crablb._native import lib
-from crablb.agent import offering
+from crablb.agent import offering, routes
 from crablb.agent.base import FILTER, Agent, detach_filters, tool
+from crablb.config import parse_prefix, parse_vip
 from crablb.errors import ConfigError, KernelError
-from crablb.kernel import bpf
-from crablb.model import Address, Network, OptionForm, Vip, mapped
+from crablb.kernel import bpf, pins, rtnetlink
+from crablb.kernel.routing import Events
+from crablb.kernel.rtnetlink import Netlink
+from crablb.model import Network, OptionForm, Vip, mapped
 
 log = structlog.get_logger()
 
 FORMS = {OptionForm.CRAB: lib.CRAB_FORM_CRAB, OptionForm.EXPERIMENTAL: lib.CRAB_FORM_EXPERIMENTAL}
-#: Ours must win over a route of the same prefix; IPv4 has no room below its default, 0.
-IPV6_METRIC = "1"
-
-
-def _ip(address: Address, *args: str) -> str:
-    return tool("ip", f"-{address.version}", *args)
-
-
-def _route(address: Address) -> dict[str, Any]:
-    """The route that packets to an address take.  Raises :class:`KernelError` if there is none."""
-    try:
-        route: dict[str, Any] = json.loads(_ip(address, "-j", "route", "get", str(address)))[0]
-    except KernelError as error:
-        raise KernelError(f"no route to {address}: {error}; add one, as towards the load balancer") from None
-    if route.get("type") == "local" or route.get("dev") == "lo":
-        raise KernelError(f"{address} is an address of this host; a client cannot redirect connections to itself")
-    return route
+#: Seconds between looks at what changes without an event, and the least time between two looks.
+LOOK, LEAST = 10.0, 0.1
+#: So many offers, and no redirect among their answers, are told.
+IN_VAIN = 5
+#: Priorities that are tried on kernels without tcx: the lowest number is asked first.
+PRIORITIES = (*range(1, 9), FILTER)
 
 
 class ClientAgent(Agent):
@@ -50,6 +48,7 @@ class ClientAgent(Agent):
 
     role: ClassVar[str] = "client"
     lasting = ("client_pending", "client_out", "client_in", "client_ports", "client_conns")
+    in_place = True
 
     def __init__(
         self,
@@ -71,18 +70,35 @@ class ClientAgent(Agent):
         self.sizes = dict.fromkeys(offering.FLOW_MAPS, flows)
         self.retransmission = retransmission
 
-    def set_up(self, program: bpf.Object) -> None:
-        addresses = list(dict.fromkeys(v.address for v in self.vips))
-        routes = {address: _route(address) for address in addresses}
-        # A redirect that fails to be sent makes its ICMP error come in by way of lo.
-        names = ["lo", *(self.interfaces or self._interfaces(routes))]
-        indices = {}
-        for name in dict.fromkeys(names):
-            try:
-                indices[name] = socket.if_nametoindex(name)
-            except OSError:
-                raise KernelError(f"interface {name} does not exist (see ip link)") from None
+    @staticmethod
+    def problems(vips: Sequence[Vip], backends: Sequence[Network], interfaces: Sequence[str]) -> list[str]:
+        """What is wrong with these here, each fault a line."""
+        found = []
+        families = {prefix.version for prefix in backends}
+        for version in sorted({vip.address.version for vip in vips} - families if families else set()):
+            names = ", ".join(str(vip) for vip in vips if vip.address.version == version)
+            example = "10.0.0.0/24" if version == 4 else "fd00::/64"
+            found.append(f"{names}: no --backends has IPv{version} addresses; name those of its backends, as {example}")
+        with Netlink() as netlink:
+            paths = routes.look(netlink, (vip.address for vip in vips), backends)
+        found += paths.problems(backends)
+        for name in interfaces:
+            if name not in paths.links.values():
+                found.append(f"interface {name} does not exist; there are: {', '.join(paths.links.values())}")
+            elif name == "lo":
+                found.append("--interface lo: packets of backends do not come in there")
+        return found
 
+    def install(self) -> None:
+        problems = self.problems(self.vips, self.backends, self.interfaces)
+        if problems:
+            raise ConfigError(problems)
+        super().install()
+
+    def succeed(self, before: dict[str, Any]) -> None:
+        """All of it is taken over, piece by piece."""
+
+    def set_up(self, program: bpf.Object) -> None:
         flows = program.map("client_out").max_entries
         told = offering.settings(flows, retransmission=self.retransmission)
         program.map("client_settings").update(0, told)
@@ -92,73 +108,321 @@ class ClientAgent(Agent):
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
             key = bits.to_bytes(4, "little") + mapped(prefix.network_address)
             program.map("client_backends").update(key, 1)
-
+        for name in ("crab_ingress", "crab_egress", "crab_offer"):
+            pins.put(program.program(name), self.folder() / name)
+        before = self.state() or {}
+        old = "routes" in before  # of a version that had its routes among the operator's
         # Whatever is done is noted first, so that it can be undone by anyone.
-        state: dict[str, Any] = {
-            "backends": [str(p) for p in self.backends],
-            "option": self.option.value,
-            "filters": {},
-            "routes": [],
-        }
-        self.remember(**state)
-        for name, index in indices.items():
-            _, made = bpf.attach_tc(program.program("crab_ingress"), index, "ingress", priority=FILTER, handle=FILTER)
-            state["filters"][name] = made
-            self.remember(**state)
-        egress = self.folder() / "egress"
-        program.program("crab_egress").pin(egress)
-        for address, route in routes.items():
-            host = f"{address}/{address.max_prefixlen}"
-            metric = ["metric", IPV6_METRIC] if address.version == 6 else []
-            before = _ip(address, "route", "show", "exact", host, *metric).strip()
-            state["routes"].append({"prefix": host, "before": before})
-            self.remember(**state)
-            via = ["via", route["gateway"]] if "gateway" in route else []
-            _ip(
-                address, "route", "replace", host, "encap", "bpf", "xmit", "pinned", str(egress),
-                *via, "dev", route["dev"], *metric,
-            )  # fmt: skip
+        self.remember(
+            backends=[str(p) for p in self.backends],
+            option=self.option.value,
+            interfaces=self.interfaces,
+            filters={} if old else before.get("filters", {}),
+        )
         for _ in range(100):  # ENOMEM is a matter of the moment: see client_sweeper
             if program.program("crab_sweep").test_run().retval == 0:
                 break
         else:
             raise KernelError("the kernel has no memory for the agent's timer; try again")
-        # Last: from here on, connections offer.
-        with program.program("crab_offer").attach_cgroup_sockops(self.cgroup) as link:
-            link.pin(self.folder() / "link")
+        self.repair()
+        if old:
+            _undo_old(before, self.folder())
+            self.repair()
 
-    def _interfaces(self, routes: dict[Address, dict[str, Any]]) -> list[str]:
-        names = [route["dev"] for route in routes.values()]
-        for prefix in self.backends:
-            ends = {
-                prefix.network_address + (prefix.num_addresses > 1),
-                prefix.broadcast_address - (prefix.num_addresses > 2),
-            }
-            for address in ends:
-                try:
-                    names.append(_route(address)["dev"])
-                except KernelError as error:
-                    log.debug("no interface for backends", address=str(address), reason=str(error))
-        return names
+    # ---- what is to be, and what is ----
+
+    @classmethod
+    def repair(cls, known: Collection[str] = ()) -> list[str]:
+        """Mend what is not as it was installed; what that was.  Raises :class:`KernelError` if something cannot be.
+
+        Where a fault in ``known`` is that others come before the agent, they are let be: they may insist on it as well.
+        """
+        return cls._sync(mend=True, known=known)
+
+    @classmethod
+    def faults(cls) -> list[str]:
+        try:
+            return cls._sync(mend=False)
+        except KernelError as error:
+            return [str(error)]
+
+    @classmethod
+    def _sync(cls, *, mend: bool, known: Collection[str] = ()) -> list[str]:
+        state = cls.state()
+        if state is None:
+            return []
+        addresses = [parse_vip(vip).address for vip in state["vips"]]
+        backends = [parse_prefix(prefix) for prefix in state["backends"]]
+        with ExitStack() as stack:
+            netlink = stack.enter_context(Netlink())
+            try:
+                ingress, egress, offer = (
+                    stack.enter_context(bpf.Program.from_pin(cls.folder() / name))
+                    for name in ("crab_ingress", "crab_egress", "crab_offer")
+                )
+            except bpf.BpfNotFoundError:
+                raise KernelError("the client agent's pins are gone; install it again") from None
+            paths = routes.look(netlink, addresses, backends)
+            names = ["lo", *(state["interfaces"] or paths.interfaces(backends))]
+            found = paths.problems([])
+            # Translation inward before outward, and both before the first offer.
+            found += cls._sync_filters(ingress, names, mend, known)
+            found += paths.sync(netlink, egress.fd, f"{routes.EGRESS}-{egress.id}", mend=mend)
+            if mend:
+                if cls.attach(offer, state["cgroup"]):
+                    found.append("the program that offers was not attached")
+            elif not cls.attached(offer, state["cgroup"]):
+                found.append(f"the program that offers is not attached to cgroup {state['cgroup']}")
+        return found
+
+    @classmethod
+    def _sync_filters(cls, program: bpf.Program, names: Sequence[str], mend: bool, known: Collection[str]) -> list[str]:
+        found, behind, attached = [], set(), set()
+        for pin in cls.folder().glob("ingress-*"):
+            with bpf.Link.from_pin(pin) as link:
+                index = link.target
+                if not index:  # its interface is gone, or somebody has detached it
+                    if mend:
+                        pin.unlink()
+                    continue
+                attached.add(index)
+                if mend and link.program_id != program.id:
+                    link.update(program)
+                order, ours = bpf.tcx_programs(index), link.program_id
+            if order and order[0] != ours:
+                found.append(f"on {_name(index)} the tc program with id {order[0]} comes before the agent's")
+                if found[-1] not in known:
+                    behind.add(index)
+        if mend and behind:
+            cls._go_in_front(behind)
+        for name in dict.fromkeys(names):
+            try:
+                index = socket.if_nametoindex(name)
+            except OSError:
+                found.append(f"interface {name} does not exist")
+                continue
+            if index in attached or cls._clsact(name, index, program, mend):
+                continue
+            found.append(f"the agent's program is not attached to {name}")
+            if mend:
+                cls._attach_filter(program, name, index)
+        return found
+
+    @classmethod
+    def _go_in_front(cls, indices: Collection[int]) -> None:
+        """Attach anew, in front of others.
+
+        Not a packet may pass between: it would be lost, and its connection with it.  A program can be attached to an
+        interface once, so another one, of the same maps, comes before the one that is there goes.
+        """
+        folder = cls.folder()
+        with ExitStack() as stack:
+            maps = {}
+            for pin in folder.glob("client_*"):
+                maps[pin.name] = stack.enter_context(bpf.Map.from_pin(pin))
+            loaded = stack.enter_context(bpf.Object(bpf.object_path(cls.role), reuse=maps))
+            program = loaded.program("crab_ingress")
+            pins.put(program, folder / "crab_ingress")
+            for pin in folder.glob("ingress-*"):
+                with bpf.Link.from_pin(pin) as link:
+                    if link.target in indices:
+                        with program.attach_tcx(link.target) as new:
+                            pins.put(new, pin)
+                        link.detach()
+                    else:
+                        link.update(program)
+
+    @classmethod
+    def _attach_filter(cls, program: bpf.Program, name: str, index: int) -> None:
+        try:
+            with program.attach_tcx(index) as link:
+                pins.put(link, cls.folder() / f"ingress-{index}")
+                return
+        except bpf.BpfError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        # Linux before 6.6: a filter of clsact, in front of others as far as these leave room.
+        for priority in PRIORITIES:
+            cls._note_filter(name, priority, False)
+            try:
+                _, made = bpf.attach_tc(program, index, "ingress", priority=priority, handle=FILTER)
+            except bpf.BpfError:  # filters of another kind have this priority
+                if priority == PRIORITIES[-1]:
+                    raise
+                continue
+            cls._note_filter(name, priority, made)
+            return
+
+    @classmethod
+    def _note_filter(cls, name: str, priority: int, made: bool) -> None:
+        state = cls.state() or {}
+        earlier = state.setdefault("filters", {}).get(name, {})
+        state["filters"][name] = {"priority": priority, "made": made or earlier.get("made", False)}
+        cls.write(state)
+
+    @classmethod
+    def _clsact(cls, name: str, index: int, program: bpf.Program, mend: bool) -> bool:
+        """Whether our filter of clsact is there; ``mend``: with this program."""
+        noted = (cls.state() or {}).get("filters", {}).get(name)
+        if not noted:
+            return False
+        attached = bpf.TcFilter(index, "ingress", FILTER, noted["priority"]).attached
+        if attached and attached != program.id and mend:
+            bpf.attach_tc(program, index, "ingress", priority=noted["priority"], handle=FILTER)
+        return bool(attached)
+
+    @classmethod
+    @contextmanager
+    def watched(cls) -> Iterator[None]:
+        """While in the context, a thread mends what changes."""
+        wake, woken = os.pipe()
+        thread = threading.Thread(target=cls._watch, args=(wake,), name="crablb-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            os.close(woken)
+            thread.join()
+            os.close(wake)
+
+    @classmethod
+    def _watch(cls, stop: int) -> None:
+        state = cls.state()
+        if state is None:
+            return
+        about = [parse_prefix(prefix) for prefix in state["backends"]]
+        about += [ip_network(parse_vip(vip).address) for vip in state["vips"]]
+        events = Events()
+        told: list[str] = []
+        due = True  # something may have changed before there were events
+        poll = select.poll()
+        poll.register(events, select.POLLIN)
+        poll.register(stop, select.POLLHUP)
+        try:
+            while True:
+                if due:
+                    try:
+                        found = cls.repair(told)
+                        for what in found:
+                            if what not in told:
+                                log.warning("found and mended, if it can be", fault=what)
+                        told = found
+                    except (KernelError, OSError) as error:
+                        if [str(error)] != told:
+                            log.warning("the agent cannot be mended", reason=str(error))
+                        told = [str(error)]
+                    # A storm of events is one.
+                    ready = dict(_wait(stop, LEAST))
+                    if stop in ready:
+                        return
+                ready = dict(poll.poll(LOOK * 1000))
+                if stop in ready:
+                    return
+                due = not ready or events.concern(about)
+        finally:
+            events.close()
+
+    # ---- the end ----
+
+    @classmethod
+    def withdraw(cls) -> None:
+        state = cls.state()
+        if state is None:
+            return
+        try:
+            with bpf.Map.from_pin(cls.folder() / "client_vips") as vips:
+                for key in list(vips.keys()):
+                    vips.delete(key)
+        except bpf.BpfNotFoundError:
+            pass
+        cls.write({**state, "withdrawn": True})
+
+    @classmethod
+    def live(cls) -> int:
+        """Connections to VIPs that are translated and have not ended, or that may still be redirected."""
+        try:
+            with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
+                translated = set(flows.keys())
+        except bpf.BpfNotFoundError:
+            return 0
+        vips = {(mapped(vip.address), vip.port) for vip in map(parse_vip, (cls.state() or {}).get("vips", ()))}
+        count = 0
+        for one in rtnetlink.tcp_connections():
+            key = struct.pack("=16s16s2s2s", one.local, one.remote, one.local_port, one.remote_port)
+            if one.connecting:
+                count += (one.remote, int.from_bytes(one.remote_port, "big")) in vips
+            else:
+                count += key in translated
+        return count
 
     @classmethod
     def tear_down(cls, state: dict[str, Any]) -> None:
-        for route in state.get("routes", []):
-            prefix, before = route["prefix"], route["before"]
-            family = "-6" if ":" in prefix else "-4"
-            metric = ["metric", IPV6_METRIC] if family == "-6" else []
-            undo = ["replace", *before.splitlines()[0].split()] if before else ["del", prefix, *metric]
-            try:
-                tool("ip", family, "route", *undo)
-            except KernelError as error:
-                log.debug("route was gone", prefix=prefix, reason=str(error))
-        detach_filters(state.get("filters", {}), "ingress")
+        with Netlink() as netlink:
+            routes.remove(netlink)
+        if cls.folder().exists():
+            for pin in cls.folder().glob("ingress-*"):
+                with bpf.Link.from_pin(pin) as link:
+                    link.detach()
+        if "routes" in state:
+            _undo_old(state, cls.folder())
+            return
+        for name, noted in state.get("filters", {}).items():
+            detach_filters({name: noted["made"]}, "ingress", noted["priority"])
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:
         status = super().status()
-        if status is not None:
-            with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
-                status["flows"] = len(list(flows.keys()))
-            status["redirects"] = offering.told(cls.folder())
+        if status is None:
+            return None
+        with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
+            status["flows"] = len(list(flows.keys()))
+        status["redirects"] = offering.told(cls.folder())
+        with bpf.Map.from_pin(cls.folder() / "client_vips") as vips:
+            offered = set(vips.keys())
+        with Netlink() as netlink:
+            status["routes"] = {text: routes.leads(netlink, parse_vip(text).address) for text in status["vips"]}
+        status["offering"] = {text: parse_vip(text).key() in offered for text in status["vips"]}
+        counters = status["counters"]
+        if counters["offered"] >= IN_VAIN and not counters["redirected"] + counters["refused_port"]:
+            status["faults"].append(
+                f"{counters['offered']} offers, and no redirect: does the load balancer redirect, do backends' packets"
+                f" come in by {', '.join(cls._interfaces())}, and does nothing there drop them?"
+            )
         return status
+
+    @classmethod
+    def _interfaces(cls) -> list[str]:
+        """Where the agent's program is attached."""
+        found = []
+        for pin in cls.folder().glob("ingress-*"):
+            with bpf.Link.from_pin(pin) as link:
+                found += [_name(link.target)] if link.target else []
+        return sorted({*found, *(cls.state() or {}).get("filters", {})} - {"lo"})
+
+
+def _wait(descriptor: int, seconds: float) -> list[tuple[int, int]]:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLHUP)
+    return poll.poll(seconds * 1000)
+
+
+def _name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return f"interface {index}"
+
+
+def _undo_old(state: dict[str, Any], folder: Path) -> None:
+    """Take away what versions did that had their routes among the operator's, and their filters behind others'."""
+    for route in state["routes"]:
+        prefix, before = route["prefix"], route["before"]
+        family = "-6" if ":" in prefix else "-4"
+        metric = ["metric", "1"] if family == "-6" else []
+        undo = ["replace", *before.splitlines()[0].split()] if before else ["del", prefix, *metric]
+        try:
+            tool("ip", family, "route", *undo)
+        except KernelError as error:
+            log.debug("route was gone", prefix=prefix, reason=str(error))
+    detach_filters(state.get("filters", {}), "ingress")
+    (folder / "egress").unlink(missing_ok=True)

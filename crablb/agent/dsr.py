@@ -14,7 +14,7 @@ from typing import Any
 
 from crablb.agent.base import FILTER, detach_filters, tool
 from crablb.errors import KernelError
-from crablb.kernel import bpf
+from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.model import Address, Vip, mapped
 
@@ -108,7 +108,7 @@ def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Calla
                     " decapsulated by one; remove it, or name other interfaces: --interface"
                 ) from None
             with link:
-                link.pin(folder / f"decap-{name}")
+                link.pin(folder / f"decap-{pins.escape(name)}")
             state["interfaces"][name] = False
             note(state)
             _, made = bpf.attach_tc(program.program("crab_clamp"), index, "egress", priority=FILTER, handle=FILTER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -145,15 +144,15 @@ class ServerAgent(Agent):
                     program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
             dsr.set_up(self.vips, self.interfaces, self.folder(), lambda state: self.remember(dsr=state))
+        fast_open = self.folder() / "fast_open"
         if FAST_OPEN.exists() and int(FAST_OPEN.read_text()) & FAST_OPEN_SERVER:
             with program.program("crab_fast_open").attach_cgroup_ingress(self.cgroup) as link:
-                link.pin(self.folder() / "fast_open")
-        with program.program("crab_server").attach_cgroup_sockops(self.cgroup) as link:
-            link.pin(self.folder() / "link")
+                pins.put(link, fast_open)
+        self.attach(program.program("crab_server"), self.cgroup)
         missing = ""
         try:
             with bpf.Object(bpf.object_path("listeners"), reuse={n: program.map(n) for n in SHARED}) as listeners:
-                listeners.program(ITERATOR).pin(self.folder() / ITERATOR)
+                pins.put(listeners.program(ITERATOR), self.folder() / ITERATOR)
         except bpf.BpfError as error:  # as without BTF
             missing = str(error)
         _arm(self.folder(), [vip.port for vip in self.vips], missing)
@@ -166,6 +165,7 @@ class ServerAgent(Agent):
             dsr.tear_down(state["dsr"], cls.folder())
         with suppress(bpf.BpfNotFoundError), bpf.Link.from_pin(cls.folder() / "fast_open") as link:
             link.detach()
+            (cls.folder() / "fast_open").unlink()
         with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(cls.folder() / "server_ports") as ports:
             for port in list(ports.keys()):
                 ports.update(port, DISARMED)
@@ -191,19 +191,12 @@ class ServerAgent(Agent):
             yield state
 
     @classmethod
-    def _note(cls, state: dict[str, Any]) -> None:
-        path = cls.state_path()
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(state))
-        new.replace(path)
-
-    @classmethod
     def add(cls, vips: Sequence[Vip]) -> list[Vip]:
         """Let the installed agent serve more VIPs; those that it did not serve yet."""
         with cls._changing() as state:
             new = [vip for vip in dict.fromkeys(vips) if str(vip) not in state["vips"]]
             state["vips"] += [str(vip) for vip in new]
-            cls._note(state)
+            cls.write(state)
             try:
                 with (
                     bpf.Map.from_pin(cls.folder() / "server_vips") as told,
@@ -213,7 +206,7 @@ class ServerAgent(Agent):
                 ):
                     if "dsr" in state:
                         addresses = dict.fromkeys(vip.address for vip in new)
-                        dsr.add(addresses, state["dsr"], cls.folder(), lambda _: cls._note(state))
+                        dsr.add(addresses, state["dsr"], cls.folder(), lambda _: cls.write(state))
                     for vip in new:
                         for counts in (connections, redirects):
                             if counts.lookup(vip.key()) is None:
@@ -267,9 +260,9 @@ class ServerAgent(Agent):
             iterator.run_iterator()
         if "dsr" in state:
             addresses = {vip.address for vip in vips} - {vip.address for vip in left}
-            dsr.remove(addresses, state["dsr"], cls.folder(), lambda _: cls._note(state))
+            dsr.remove(addresses, state["dsr"], cls.folder(), lambda _: cls.write(state))
         state["vips"] = [str(vip) for vip in left]
-        cls._note(state)
+        cls.write(state)
 
     @classmethod
     def connections(cls) -> dict[Vip, int]:

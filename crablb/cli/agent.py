@@ -5,23 +5,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
-from collections.abc import Callable, Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
 
 from crablb import log as logging
 from crablb.agent import ClientAgent, ServerAgent
-from crablb.agent.base import Agent
+from crablb.agent.base import Agent, find_cgroup
 from crablb.agent.reporter import Reporter
 from crablb.agent.server import open_connections, redirects
 from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
 from crablb.control.notify import notify
-from crablb.errors import ConfigError, KernelError
-from crablb.kernel import bpf, pins
+from crablb.errors import ConfigError, CrablbError, KernelError
+from crablb.kernel import bpf, pins, rtnetlink
+from crablb.kernel.rtnetlink import Netlink
 from crablb.model import OptionForm, Vip
 from crablb.values import parse_interface, read_key
 
+log = structlog.get_logger()
+T = TypeVar("T")
 ROLES: dict[str, type[Agent]] = {"client": ClientAgent, "server": ServerAgent}
 
 
@@ -97,8 +106,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     status = roles.add_parser("status", help="what runs in this network namespace")
     status.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     status.set_defaults(run=run_status)
-    remove = roles.add_parser("remove", help="take agents out of the kernel")
+    client.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        default="30",
+        help="when it is to end: how long to wait for redirected connections to end; what is left then stays in the"
+        " kernel, without offers, until the next agent or crablb agent remove",
+    )
+    repair = roles.add_parser(
+        "repair", help="mend the routes, filters and attachments of this namespace's client agent"
+    )
+    repair.set_defaults(run=run_repair)
+    remove = roles.add_parser("remove", help="take agents out of the kernel, once no connection needs them")
     remove.add_argument("role", nargs="?", choices=sorted(ROLES), help="which (default: both)")
+    how = remove.add_mutually_exclusive_group()
+    how.add_argument("--now", action="store_true", help="at once: redirected connections break")
+    how.add_argument("--wait", metavar="SECONDS", help="wait so long at the most for redirected connections to end")
     remove.set_defaults(run=run_remove)
 
 
@@ -150,30 +173,57 @@ def run_server_remove(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parse_all(args: argparse.Namespace) -> tuple[list[object], list[object]]:
-    problems: list[str] = []
-    parsed: dict[str, list[object]] = {"vip": [], "backends": [], "interface": []}
-    for name, parse in (("vip", parse_vip), ("backends", parse_prefix), ("interface", parse_interface)):
-        for text in getattr(args, name, []):
+class _Problems:
+    """Every fault of the arguments, before any of them is acted on."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def parse(self, flag: str, texts: Sequence[str], parse: Callable[[str], T]) -> list[T]:
+        parsed = []
+        for text in texts:
             try:
-                parsed[name].append(parse(text))
+                parsed.append(parse(text))
             except ConfigError as error:
-                problems += [f"--{name} {text}: {problem}" for problem in error.problems]
-    if problems:
-        raise ConfigError(problems)
-    return parsed["vip"], parsed["backends"]
+                self.found += [f"{flag} {text}: {problem}" for problem in error.problems]
+        return parsed
+
+    def cgroup(self, directory: str | None) -> None:
+        try:
+            find_cgroup(directory)
+        except CrablbError as error:
+            self.found.append(str(error))
+
+    def end(self) -> None:
+        if self.found:
+            raise ConfigError(self.found)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,5}(\.\d+)?", text):
+        raise ConfigError("is not a number of seconds (0 to 99999)")
+    return float(text)
 
 
 def run_server(args: argparse.Namespace) -> int:
+    problems = _Problems()
     if not args.vip:
-        raise ConfigError("the following arguments are required: --vip (see crablb agent server --help)")
-    vips, _ = _parse_all(args)
+        problems.found.append("the following arguments are required: --vip (see crablb agent server --help)")
+    vips = problems.parse("--vip", args.vip or [], parse_vip)
+    interfaces = problems.parse("--interface", args.interface, parse_interface)
+    problems.cgroup(args.cgroup)
     if args.interface and not args.dsr:
-        raise ConfigError("--interface says where tunnels come in, and is of use with --dsr only")
-    reporting = _reporting(args)
+        problems.found.append("--interface says where tunnels come in, and is of use with --dsr only")
+    try:
+        reporting = _reporting(args)
+    except ConfigError as error:
+        problems.found += error.problems
+    problems.end()
+    logging.set_up()
+    _warn_of_own(vips)
 
     def make() -> ServerAgent:
-        agent = ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=args.interface)  # type: ignore[arg-type]
+        agent = ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=interfaces)
         # One that is run by a process cannot be replaced, and is told of.
         changes = agent.differs() if not args.replace and not pins.owner(ServerAgent.role) else []
         if changes:
@@ -187,6 +237,23 @@ def run_server(args: argparse.Namespace) -> int:
         return agent
 
     return _run(make, args.detach, reporting)
+
+
+def _warn_of_own(vips: Sequence[Vip]) -> None:
+    """On the loopback a VIP is for direct server return; elsewhere this host answers for it."""
+    with Netlink() as netlink:
+        own = rtnetlink.addresses(netlink)
+    for vip in vips:
+        name = _interface_name(own.get(str(vip.address), 0))
+        if name not in ("", "lo"):
+            log.warning("a VIP is an address of this host, which answers ARP for it", vip=str(vip), interface=name)
+
+
+def _interface_name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
 
 
 def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[None]]:
@@ -228,16 +295,20 @@ def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[
 
 
 def run_client(args: argparse.Namespace) -> int:
-    vips, backends = _parse_all(args)
+    problems = _Problems()
+    vips = problems.parse("--vip", args.vip, parse_vip)
+    backends = problems.parse("--backends", args.backends, parse_prefix)
+    interfaces = problems.parse("--interface", args.interface, parse_interface)
+    wait = problems.parse("--wait", [args.wait], _seconds)
+    problems.cgroup(args.cgroup)
+    if os.geteuid() == 0 or problems.found:
+        problems.found += ClientAgent.problems(vips, backends, interfaces)
+    problems.end()
     return _run(
-        lambda: ClientAgent(
-            vips,  # type: ignore[arg-type]
-            backends,  # type: ignore[arg-type]
-            option=OptionForm(args.option),
-            cgroup=args.cgroup,
-            interfaces=args.interface,
-        ),
+        lambda: ClientAgent(vips, backends, option=OptionForm(args.option), cgroup=args.cgroup, interfaces=interfaces),
         args.detach,
+        ClientAgent.watched,
+        wait[0],
     )
 
 
@@ -246,33 +317,57 @@ def _require_root() -> None:
         raise KernelError("crablb agent works with BPF programs; run it as root")
 
 
-def _run(make: object, detach: bool, meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext) -> int:
+SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+def _asked_to_end(seconds: float) -> bool:
+    return signal.sigtimedwait(SIGNALS, seconds) is not None
+
+
+def _run(
+    make: Callable[[], Agent],
+    detach: bool,
+    meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext,
+    wait: float = 0,
+) -> int:
     logging.set_up()
     _require_root()
-    agent: Agent = make()  # type: ignore[operator]
+    if detach and not bpf.pins_last():
+        raise KernelError(
+            "--detach: what is to stay would go with this mount namespace (ip netns exec makes one); mount the BPF file"
+            " system outside of it: mount -t bpf bpf /sys/fs/bpf, or enter by nsenter --net=/run/netns/NAME"
+        )
+    agent = make()
     # Waited for below; blocked before anything is installed, so that none comes in between.
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     with agent.owned():
         agent.install()
         if detach:
             return 0
+        left = 0
         try:
             with meanwhile():
                 notify("READY=1")
                 print("ready", flush=True)
-                signal.sigwait(signals)
+                signal.sigwait(SIGNALS)
+                notify("STOPPING=1")
+                agent.withdraw()
+                left = agent.drain(wait, _asked_to_end)
         finally:
-            agent.remove()
+            if not left:
+                agent.remove()
+    if left:
+        log.warning("connections go on by what stays in the kernel", connections=left, remove="crablb agent remove")
     return 0
 
 
 def run_status(args: argparse.Namespace) -> int:
     _require_root()
     found = {role: status for role, cls in ROLES.items() if (status := cls.status())}
+    wrong = any(status["faults"] for status in found.values())
     if args.json:
         print(json.dumps(found))
-        return 0
+        return int(wrong)
     if not found:
         print("no agent in this network namespace")
     for role, status in found.items():
@@ -280,18 +375,59 @@ def run_status(args: argparse.Namespace) -> int:
         print(f"{role}: {where}, {', '.join(status['vips'])}, cgroup {status['cgroup']}")
         if role == "client":
             print(f"  backends {', '.join(status['backends'])}, {status['flows']} redirected connections")
+            for vip in status["vips"]:
+                print(f"  {vip:28} {_vip(status, vip)}")
         for vip, n in status.get("connections", {}).items():
             print(f"  {vip:28} {n:>14,} open connections")
         for name, value in status["counters"].items():
             if value:
                 print(f"  {name:28} {value:>14,}")
-    return 0
+        for fault in status["faults"]:
+            print(f"  wrong: {fault}")
+    return int(wrong)
+
+
+ROUTES = {"agent": "by the agent's route", "other": "by a route that is not the agent's", "none": "no route"}
+
+
+def _vip(status: dict[str, Any], vip: str) -> str:
+    offering = "offering" if status["offering"][vip] else "offers no more, removal is waited for"
+    return f"{offering}, {ROUTES[status['routes'][vip]]}"
+
+
+def run_repair(args: argparse.Namespace) -> int:
+    _require_root()
+    if ClientAgent.state() is None:
+        raise KernelError("there is no client agent in this network namespace")
+    for fault in ClientAgent.repair():
+        print(f"mended: {fault}")
+    left = ClientAgent.faults()
+    for fault in left:
+        print(f"not mended: {fault}")
+    return 1 if left else 0
 
 
 def run_remove(args: argparse.Namespace) -> int:
+    problems = _Problems()
+    seconds = problems.parse("--wait", [args.wait] if args.wait is not None else [], _seconds)
+    problems.end()
     _require_root()
     for role, cls in ROLES.items():
-        if args.role in (None, role):
-            with cls.owned():
-                print(f"{role}: {'removed' if cls.remove() else 'there was none'}")
+        if args.role not in (None, role):
+            continue
+        with cls.owned():
+            left = 0
+            if not args.now:
+                cls.withdraw()
+                if left := cls.live():
+                    print(f"{role}: offers no more; {left} connections go on", flush=True)
+                    left = cls.drain(seconds[0] if seconds else None, _pause)
+            removed = cls.remove()
+            cut = f", and {left} connections with it" if left else ""
+            print(f"{role}: removed{cut}" if removed else f"{role}: there was none")
     return 0
+
+
+def _pause(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False

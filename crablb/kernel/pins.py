@@ -1,42 +1,113 @@
 """Where crablb keeps what must outlive a process: pins in the BPF file system, one folder a network namespace.
 
-``/sys/fs/bpf/crablb/<inode of the network namespace>/<role>/<object>``.  A lock file beside tells whether the process
-that made them lives.
+``/sys/fs/bpf/crablb/netns-<cookie of the network namespace>/<role>/<object>``.  A lock file beside tells whether the
+process that made them lives.
+
+A namespace's cookie is never another one's; its inode number, by which versions of before named the folder, is given
+out again.  A link of that name leads them to it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crablb.errors import KernelError
-from crablb.kernel.bpf import ensure_bpffs
+from crablb.kernel.bpf import BpfError, Link, ensure_bpffs
+from crablb.kernel.bpf.descriptor import Descriptor
 
 RUN = Path("/run/crablb")
+PREFIX = "netns-"
+FIRST = f"{PREFIX}1"
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h
+CLONE_NEWNET = 0x40000000
 
 
-def namespace() -> int:
-    """Inode number of this thread's network namespace."""
-    return os.stat("/proc/thread-self/ns/net").st_ino
+def _cookie() -> int:
+    """Of this thread's network namespace."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+
+
+def root() -> Path:
+    """The folder of all namespaces' folders."""
+    return ensure_bpffs() / "crablb"
+
+
+def namespace() -> str:
+    """The name of this thread's network namespace, for folders and files.  What a version of before left is renamed."""
+    name = f"{PREFIX}{_cookie()}"
+    inode = os.stat("/proc/thread-self/ns/net").st_ino
+    old = root() / str(inode)
+    adopted = old.is_dir() and not old.is_symlink() and not (root() / name).exists()
+    if adopted:
+        old.rename(root() / name)
+        old.symlink_to(name)
+    for path in RUN.glob(f"{inode}-*"):
+        if adopted or path.suffix == ".lock":
+            path.rename(path.with_name(name + path.name.removeprefix(str(inode))))
+        else:
+            path.unlink(missing_ok=True)  # another namespace's, which had the number before
+    return name
+
+
+def namespace_at(path: Path) -> str:
+    """The name of the network namespace that a file (/run/netns/NAME, /proc/PID/ns/net) stands for."""
+    found: list[str] = []
+
+    def enter() -> None:  # a thread of its own: nothing else of the process is to be there
+        with open(path) as file:
+            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) == 0:
+                found.append(f"{PREFIX}{_cookie()}")
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    if not found:
+        raise KernelError(f"{path} is not a network namespace")
+    return found[0]
+
+
+def escape(name: str) -> str:
+    """An interface's name as part of a pin's: the BPF file system has no dots in names."""
+    return name.replace("%", "%25").replace(".", "%2e")
 
 
 def folder(role: str) -> Path:
     """Where the pins of ``role`` ("lb-eth0", "client", "server") in this network namespace are."""
-    return ensure_bpffs() / "crablb" / str(namespace()) / role
+    return root() / namespace() / escape(role)
+
+
+def put(held: Descriptor, path: Path) -> None:
+    """Pin in place of what is pinned there, without a moment between the two."""
+    new = path.with_name(f"{path.name}-new")
+    new.unlink(missing_ok=True)
+    held.pin(new)
+    new.replace(path)
 
 
 def remove(path: Path) -> None:
     """Remove a folder of pins, and those above it that are empty then."""
     shutil.rmtree(path, ignore_errors=True)
     for parent in (path.parent, path.parent.parent):
-        try:
+        with suppress(OSError):
             parent.rmdir()
-        except OSError:
-            return
+
+
+def tidy() -> None:
+    """Remove links of old names that lead nowhere, and the folder of all if nothing is left."""
+    with suppress(OSError):
+        for link in root().iterdir():
+            if link.is_symlink() and not link.exists():
+                link.unlink(missing_ok=True)
+        root().rmdir()
 
 
 def _lock_path(role: str) -> Path:
@@ -45,8 +116,12 @@ def _lock_path(role: str) -> Path:
 
 def owner(role: str) -> int | None:
     """Process id of the live owner of a role, None if there is none."""
+    return _locked_by(_lock_path(role))
+
+
+def _locked_by(path: Path) -> int | None:
     try:
-        fd = os.open(_lock_path(role), os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
@@ -62,9 +137,11 @@ def owner(role: str) -> int | None:
 def own(role: str, what: str) -> Iterator[None]:
     """Be the one owner of a role while in the context; it ends with the process too.
 
-    Raises :class:`KernelError` if a live process has it; ``what`` names the role to a person.
+    Raises :class:`KernelError` if a live process has it; ``what`` names the role to a person.  What namespaces that are
+    no more have left is removed first.
     """
     RUN.mkdir(parents=True, exist_ok=True)
+    collect()
     path = _lock_path(role)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -75,7 +152,82 @@ def own(role: str, what: str) -> Iterator[None]:
             raise KernelError(f"{what} is run already by process {pid}; stop it first") from None
         os.ftruncate(fd, 0)
         os.write(fd, str(os.getpid()).encode())
+        _link_old_name()
         yield
         path.unlink(missing_ok=True)
     finally:
         os.close(fd)
+        tidy()
+
+
+def _link_old_name() -> None:
+    """For a version of before that is to take over what this one leaves."""
+    root().mkdir(exist_ok=True)
+    old = root() / str(os.stat("/proc/thread-self/ns/net").st_ino)
+    if old.is_symlink() and os.readlink(old) != namespace():
+        old.unlink(missing_ok=True)
+    with suppress(FileExistsError):
+        old.symlink_to(namespace())
+
+
+# ---- namespaces that are no more ----
+
+
+def _places() -> Iterable[Path]:
+    """Files that stand for the network namespaces there are: of processes, and of mounts."""
+    for process in Path("/proc").glob("[0-9]*"):
+        yield process / "ns/net"
+    for view in ("self", "1"):
+        with suppress(OSError):
+            for line in Path(f"/proc/{view}/mountinfo").read_text().splitlines():
+                fields, _, kind = line.partition(" - ")
+                if kind.startswith("nsfs "):
+                    mounted = fields.split()[4].encode().decode("unicode_escape")  # \040 for a space
+                    yield Path(f"/proc/{view}/root{mounted}")
+
+
+def _alive() -> tuple[set[int], set[str]]:
+    """Inode numbers and names of the network namespaces there are.
+
+    Where a process may not be looked at, as process 1 in some containers, it is in the first one, or others are too.
+    """
+    found = {0: FIRST}
+    for place in _places():
+        with suppress(OSError, KernelError):  # it has ended meanwhile, or is a namespace of another kind
+            inode = os.stat(place).st_ino
+            if inode not in found:
+                found[inode] = namespace_at(place)
+    return set(found), set(found.values())
+
+
+def collect() -> None:
+    """Remove what network namespaces that are no more have left."""
+    folders = [path for path in root().glob("*") if path.is_dir() and not path.is_symlink()]
+    files = list(RUN.glob(f"{PREFIX}*-*"))
+    mine = namespace()
+    if all(path.name == mine or path.name.startswith(f"{mine}-") for path in (*folders, *files)):
+        return
+    inodes, names = _alive()
+    for path in folders:
+        known = path.name in names or (path.name.isdigit() and int(path.name) in inodes)
+        if not known and not any(map(_in_use, path.glob("*/*"))):
+            for role in path.glob("*"):
+                remove(role)
+    for path in files:
+        name = "-".join(path.name.split("-")[:2])
+        if name not in names and not (root() / name).exists() and not (path.suffix == ".lock" and _locked_by(path)):
+            path.unlink(missing_ok=True)
+    for link in root().glob("*"):
+        if link.name.isdigit() and int(link.name) not in inodes and link.is_symlink():
+            link.unlink(missing_ok=True)
+
+
+def _in_use(pin: Path) -> bool:
+    """Whether a pin is a link to an interface that is there: then so is its namespace."""
+    if not pin.name.startswith(("link", "ingress-", "decap-")):
+        return False
+    try:
+        with Link.from_pin(pin) as link:
+            return link.of_interface and link.target != 0
+    except BpfError:
+        return False

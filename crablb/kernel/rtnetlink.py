@@ -20,12 +20,15 @@ __all__ = ["Message", "Netlink", "attributes", "parse"]
 NETLINK_SOCK_DIAG, NETLINK_GENERIC = 4, 16
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
 NLM_F_REPLACE, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x400, 0x300
-NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_CAPPED, NLM_F_ACK_TLVS = 0x100, 0x200
+NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = 2, 3, 4
+SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NLMSGERR_ATTR_MSG = 270, 10, 11, 1
 RTM_GETLINK, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 26, 28, 29, 30
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_NUM_RX_QUEUES = 1, 3, 4, 18, 32
 IFLA_INFO_KIND = 1
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
 RTAX_MTU = 2
+RTM_GETADDR, IFA_ADDRESS, IFA_LOCAL = 22, 1, 2
 NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
 SOCK_DIAG_BY_FAMILY, IPPROTO_TCP = 20, 6
@@ -34,12 +37,18 @@ NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, NETDEV_A_DEV_XDP_FEATURES = 1, 1, 3
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port id
 LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 ROUTE = struct.Struct("=8BI")  # struct rtmsg: family, destination's length, ..., flags
+ADDRESS = struct.Struct("=4BI")  # struct ifaddrmsg: family, prefix length, flags, scope, ifindex
 NEIGHBOUR = struct.Struct("=B3xiHBB")  # struct ndmsg: family, ifindex, state, flags, type
 GENERIC = struct.Struct("=BBxx")  # struct genlmsghdr: command, version
 #: struct inet_diag_req_v2: family, protocol, states; no particular socket.
 DIAG_REQUEST = struct.Struct("=BBxxI48x")
 #: struct inet_diag_msg: family, state, source port (network order), receive queue.
 DIAG = struct.Struct("=BBxx2s46x4xI12x")
+#: The same with the whole struct inet_diag_sockid, and the socket's inode number.
+DIAG_WHOLE = struct.Struct("=BBxx2s2s16s16s28xI")
+TCP_SYN_SENT, TCP_FIN_WAIT2 = 2, 5
+#: All but closed, listening, and those of which only the last segments are waited for.
+TCP_OPEN = sum(1 << state for state in (1, 2, 4, 5, 8, 9, 11))
 #: Bytes that a datagram of answers may have.
 ROOM = 1 << 18
 
@@ -99,7 +108,15 @@ def parse(data: bytes) -> Iterator[Message]:
         at += (length + 3) & ~3
 
 
-def _encode(more: Mapping[int, bytes]) -> bytes:
+def _reason(refusal: Message) -> str:
+    """What the kernel says about a request that it refused; empty if it says nothing."""
+    if not refusal.flags & NLM_F_ACK_TLVS or not refusal.flags & NLM_F_CAPPED:
+        return ""
+    return text(attributes(refusal.body[4 + HEADER.size :]).get(NLMSGERR_ATTR_MSG))
+
+
+def encode(more: Mapping[int, bytes]) -> bytes:
+    """Attributes, as :func:`attributes` takes them apart."""
     return b"".join(
         struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4) for kind, value in more.items()
     )
@@ -110,12 +127,15 @@ class Netlink:
 
     def __init__(self, protocol: int = 0) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        # The kernel's own words about what it refuses, behind the request's header alone.
+        self._sock.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+        self._sock.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
         self._sock.bind((0, 0))
         self._sequence = 0
 
     def ask(self, kind: int, body: bytes, more: Mapping[int, bytes] | None = None, flags: int = 0) -> list[Message]:
         """Send a request; what is answered."""
-        return self._exchange(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body + _encode(more or {}))
+        return self._exchange(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body + encode(more or {}))
 
     def dump(self, kind: int, body: bytes) -> list[Message]:
         """All there are; asked for again if they changed meanwhile."""
@@ -135,7 +155,7 @@ class Netlink:
                     continue
                 (error,) = struct.unpack_from("=i", message.body) if len(message.body) >= 4 else (0,)
                 if error:
-                    raise OSError(-error, os.strerror(-error))
+                    raise OSError(-error, _reason(message) or os.strerror(-error))
                 return found
 
     def family(self, name: str) -> int:
@@ -171,6 +191,15 @@ def route(netlink: Netlink, to: ipaddress.IPv4Address | ipaddress.IPv6Address) -
     family = socket.AF_INET if to.version == 4 else socket.AF_INET6
     body = ROUTE.pack(family, to.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
     return netlink.ask(RTM_GETROUTE, body, {RTA_DST: to.packed})[0]
+
+
+def addresses(netlink: Netlink) -> dict[str, int]:
+    """This network namespace's own addresses, and the index of the interface that each is on."""
+    found = {}
+    for message in netlink.dump(RTM_GETADDR, ADDRESS.pack(0, 0, 0, 0, 0)):
+        more = message.attributes(ADDRESS)
+        found[address(more.get(IFA_LOCAL) or more.get(IFA_ADDRESS))] = message.fields(ADDRESS)[4]
+    return found
 
 
 def neighbours(netlink: Netlink, family: int) -> Iterable[Message]:
@@ -209,6 +238,31 @@ def tcp_addresses(family: int, states: int) -> list[bytes]:
         found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
     size = 4 if family == socket.AF_INET else 16
     return [message.body[8 : 8 + size] for message in found]
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Addresses as 16 bytes, IPv4 ones mapped; ports in network order."""
+
+    local: bytes
+    remote: bytes
+    local_port: bytes
+    remote_port: bytes
+    connecting: bool
+
+
+def tcp_connections() -> Iterator[Connection]:
+    """The TCP connections of this network namespace that are not over."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with Netlink(NETLINK_SOCK_DIAG) as netlink:
+            found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, TCP_OPEN))
+        for message in found:
+            of, state, local_port, remote_port, local, remote, inode = DIAG_WHOLE.unpack_from(message.body)
+            if state == TCP_FIN_WAIT2 and not inode:
+                continue  # nobody has it, and all that it sent has arrived
+            if of == socket.AF_INET:
+                local, remote = (bytes(10) + b"\xff\xff" + address[:4] for address in (local, remote))
+            yield Connection(local, remote, local_port, remote_port, state == TCP_SYN_SENT)
 
 
 def xdp_features() -> dict[int, int]:

@@ -95,8 +95,9 @@ class Node:
             return []
 
     @property
-    def inode(self) -> int:
-        return self.path.stat().st_ino
+    def pins(self) -> Path:
+        """The folder of what crablb has pinned in the node."""
+        return pins.root() / pins.namespace_at(self.path)
 
     def mac(self, interface: str = "eth0") -> str:
         links = json.loads(_run("ip", "-n", self.netns, "-j", "link", "show", "dev", interface))
@@ -158,12 +159,13 @@ class Node:
     def destroy(self) -> None:
         self.end()
         if self.path.exists():
-            inode = self.inode
+            pinned = self.pins
             _run("ip", "netns", "del", self.netns)
-            for role in (Path("/sys/fs/bpf/crablb") / str(inode)).glob("*"):
+            for role in pinned.glob("*"):
                 pins.remove(role)
-            for left in pins.RUN.glob(f"{inode}-*"):
+            for left in pins.RUN.glob(f"{pinned.name}-*"):
                 left.unlink(missing_ok=True)
+            pins.tidy()
 
 
 class Lab:

@@ -103,6 +103,32 @@ def hold(host: str, port: str, local_port: str = "0") -> None:
             print(_line(conn), flush=True)
 
 
+def half(host: str, port: str) -> None:
+    """Send, end the sending direction, say ready; when told to, read what came back."""
+    with _connect(host, port) as conn:
+        _line(conn)
+        # More than the receive buffer holds, so that the server cannot end before it is read.
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        conn.sendall(bytes(200000))
+        conn.shutdown(socket.SHUT_WR)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        got = 0
+        while got < 200000:
+            got += len(conn.recv(200000 - got))
+        print(f"{got} bytes and {'the count' if _line(conn) == '200000' else 'no count'}", flush=True)
+
+
+def keep_connecting(host: str, port: str) -> None:
+    """Connect again and again, until told to end; which addresses accepted."""
+    accepted, told = set(), threading.Event()
+    print("ready", flush=True)
+    threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
+    while not told.is_set():
+        accepted.add(_echoed(host, port, "10")["accepted_on"])
+    print(sorted(map(str, accepted)), flush=True)
+
+
 def hold_many(host: str, port: str, count: str) -> None:
     """``count`` connections; for each line of standard input exchange it on all, and tell on how many it came back."""
     conns = [_connect(host, port) for _ in range(int(count))]

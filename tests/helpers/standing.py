@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from crablb.kernel import pins
 from crablb.lab import Lab, Node
 from tests.helpers.namespaces import unique
 from tests.helpers.world import World
@@ -25,7 +24,7 @@ def state(lab: Lab) -> dict[str, Any]:
     """What a test may leave that another would see."""
 
     def pinned(node: Node) -> list[Path]:
-        return sorted((pins.ensure_bpffs() / "crablb" / str(node.inode)).glob("**/*"))
+        return sorted(node.pins.glob("**/*"))
 
     return {
         name: (node.run("sh", "-c", SHOWN, check=False).stdout, sorted(node.processes()), pinned(node))

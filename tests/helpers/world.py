@@ -18,11 +18,11 @@ from tests.helpers.namespaces import inside
 from tests.helpers.processes import ROOT, answer
 
 
-def command(node: Node, *args: str) -> str:
+def command(node: Node, *args: str, expected: int = 0) -> str:
     """What a command of crablb prints in a node.  In this process: one of its own takes longer to start than to ask."""
     out = io.StringIO()
     with inside(node.netns), redirect_stdout(out):
-        assert cli.main(args) == 0
+        assert cli.main(args) == expected, out.getvalue()
     return out.getvalue()
 
 
@@ -32,9 +32,9 @@ def status(lab: Lab, node: Node | None = None) -> dict[str, Any]:
     return parsed
 
 
-def agent_status(node: Node) -> dict[str, Any]:
-    """``crablb agent status --json`` in the node."""
-    parsed: dict[str, Any] = json.loads(command(node, "agent", "status", "--json"))
+def agent_status(node: Node, expected: int = 0) -> dict[str, Any]:
+    """``crablb agent status --json`` in the node; ``expected``: 1 where something is wrong."""
+    parsed: dict[str, Any] = json.loads(command(node, "agent", "status", "--json", expected=expected))
     return parsed
 
 

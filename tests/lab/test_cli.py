@@ -27,8 +27,8 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 def leftovers(lab: Lab) -> list[str]:
     """What crablb keeps for a lab's load balancer outside of its process."""
-    found = [str(p) for p in pins.RUN.glob(f"{lab.lb.inode}-*")]
-    found += [str(p) for p in (pins.ensure_bpffs() / "crablb" / str(lab.lb.inode)).glob("**/*")]
+    found = [str(p) for p in pins.RUN.glob(f"{lab.lb.pins.name}-*")]
+    found += [str(p) for p in lab.lb.pins.glob("**/*")]
     if "xdp" in lab.lb.run("ip", "link").stdout:
         found.append("XDP program")
     if "managed" in lab.lb.run("ip", "neigh").stdout:
@@ -210,11 +210,57 @@ AGENTS_WRONG = {
     ),
     "interface": (
         ["client", "--vip", VIPS[0], "--backends", "10.0.0.0/24", "--interface", "eth7"],
-        r"interface eth7 does not exist \(see ip link\)",
+        "interface eth7 does not exist; there are: lo, eth0",
     ),
     "no-route": (
         ["client", "--vip", "tcp://192.0.2.1:80", "--backends", "10.0.0.0/24"],
-        "no route to 192.0.2.1: .*; add one, as towards the load balancer",
+        "no route to 192.0.2.1; add one, as towards the load balancer",
+    ),
+    "everything": (
+        [
+            "client",
+            "--vip",
+            "udp://10.0.0.100:80",
+            "--vip",
+            "tcp://[fd00::9]:80",
+            "--backends",
+            "10.0.0.1/24",
+            "--backends",
+            "192.0.2.0/24",
+            "--interface",
+            "eth7",
+            "--interface",
+            "lo",
+            "--wait",
+            "x",
+            "--cgroup",
+            "/tmp",
+        ],
+        "--vip udp://10.0.0.100:80: protocol 'udp' is not supported; .*\n"
+        "crablb: --backends 10.0.0.1/24: .* write 10.0.0.0/24\n"
+        "crablb: --wait x: is not a number of seconds .*\n"
+        "crablb: /tmp is not a cgroup v2 directory; .*\n"
+        r"crablb: tcp://\[fd00::9\]:80: no --backends has IPv6 addresses; name those of its backends, as fd00::/64\n"
+        "crablb: --backends 192.0.2.0/24: no route leads there; add one, or leave the prefix out\n"
+        "crablb: interface eth7 does not exist; there are: lo, eth0\n"
+        "crablb: --interface lo: packets of backends do not come in there",
+    ),
+    "other-family": (
+        ["client", "--vip", "tcp://10.0.0.100:80", "--backends", "fd00::/64"],
+        "tcp://10.0.0.100:80: no --backends has IPv4 addresses; name those of its backends, as 10.0.0.0/24",
+    ),
+    "backends-without-route": (
+        ["client", "--vip", "tcp://10.0.0.100:80", "--backends", "192.0.2.0/24"],
+        "--backends 192.0.2.0/24: no route leads there; add one, or leave the prefix out",
+    ),
+    "own-address-on-lo": (
+        ["client", "--vip", "tcp://10.0.0.7:80", "--backends", "10.0.0.0/24"],
+        "10.0.0.7 is an address of this host; a client cannot redirect connections to itself",
+    ),
+    "server-everything": (
+        ["server", "--vip", "tcp://10.0.0.100", "--cgroup", "/tmp", "--interface", "eth0", "--report-key", "x"],
+        "--vip tcp://10.0.0.100: .*\ncrablb: /tmp is not a cgroup v2 directory; .*\n"
+        "crablb: --interface says where tunnels come in, .*\ncrablb: --report-key: of use with --report only",
     ),
     "own-address": (
         ["client", "--vip", "tcp://10.0.0.1:80", "--backends", "10.0.0.0/24"],
@@ -226,6 +272,7 @@ AGENTS_WRONG = {
 @pytest.mark.parametrize("name", AGENTS_WRONG)
 def test_agent_wrong(lab, name):
     args, words = AGENTS_WRONG[name]
+    lab.client.ip("addr add 10.0.0.7/32 dev lo")
     shown = "ip route; ip -6 route; tc qdisc; tc filter show dev eth0 ingress; tc filter show dev lo ingress"
     before = lab.client.run("sh", "-c", shown).stdout
     if "--cgroup" not in args:
@@ -235,7 +282,17 @@ def test_agent_wrong(lab, name):
     assert re.fullmatch(f"crablb: {words}\n", done.stderr), done.stderr
     assert agent_status(lab.client) == {}
     assert lab.client.run("sh", "-c", shown).stdout == before
-    assert not (pins.ensure_bpffs() / "crablb" / str(lab.client.inode)).exists()
+    assert not lab.client.pins.exists()
+
+
+def test_a_server_that_has_the_vip_itself(lab):
+    """Told, where it would answer ARP for it; on the loopback it is as it must be."""
+    server = lab.servers[0]
+    server.ip(f"addr del {VIP4}/32 dev lo", f"addr add {VIP4}/32 dev eth0")
+    args = [part for vip in VIPS for part in ("--vip", vip)]
+    done = server.run(*crablb("agent", "server", *args, "--detach"))
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [(line["vip"], line["interface"]) for line in told] == [(VIPS[0], "eth0")]
 
 
 def test_agent_remove_while_one_runs(lab):

@@ -14,7 +14,6 @@ from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 from scapy.utils import rdpcap
 
-from crablb.kernel import pins
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb, start_agent
 from tests.helpers.namespaces import inside
@@ -332,7 +331,7 @@ def test_flows_that_cannot_be_taken_over(standing):
     child = world.serve("--ack-bypass", "on")
     child.kill()
     child.wait()
-    (pins.ensure_bpffs() / "crablb" / str(world.lab.lb.inode) / "lb-eth0" / "flows").unlink()
+    (world.lab.lb.pins / "lb-eth0" / "flows").unlink()
     world.serve("--ack-bypass", "on")
     assert world.echo(VIP4)["intact"]
 
@@ -490,7 +489,7 @@ def test_clients_of_several_interfaces(make_world):
     assert second.wait() == 0
     assert "xdp" not in lab.lb.run("ip", "link").stdout
     assert "managed" not in lab.lb.run("ip", "neigh").stdout
-    assert not (pins.ensure_bpffs() / "crablb" / str(lab.lb.inode)).exists()
+    assert not lab.lb.pins.exists()
 
 
 @pytest.mark.parametrize("bypass", ["on", "off"])

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from crablb.kernel import bpf
-from crablb.lab import VIP4
+from crablb.lab import VIP4, VIP6
+from crablb.lab.demo import VIPS
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import ROOT, exchange
 from tests.helpers.world import World, status
@@ -76,3 +77,28 @@ def test_and_takes_over_in_its_turn(make_world: Callable[..., World], old: list[
     world.serve("--ack-bypass", "on", what=[SERVICE], program=old)
     assert '"flows": 30' in (world.folder / "serve.log").read_text()
     assert exchange(held, "two") == "30"
+
+
+def test_a_client_agent_of_before_is_taken_over(make_world: Callable[..., World], old: list[str]):
+    """Its connections go on, and the operator's routes are what they were before it."""
+    world = make_world()
+    world.servers()
+    world.serve()
+    client = world.lab.client
+    shown = "ip rule; ip route show table all; ip -6 route show table all; tc qdisc"
+    before = client.run("sh", "-c", shown).stdout
+    args = ["--backends", "10.0.0.0/24", "--backends", "fd00::/64", "--cgroup", str(client.cgroup), "--detach"]
+    vips = [word for vip in VIPS for word in ("--vip", vip)]
+    client.run(*old, "agent", "client", *vips, *args)
+    held = [world.python(client, "hold", str(vip), "80", ready=True) for vip in (VIP4, VIP6)]
+    agent = world.client()
+    for one in held:
+        assert exchange(one, "one") == "one"
+    assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
+    told = client.run("ip", "route", "show", str(VIP4)).stdout
+    assert told.split() == ["10.0.0.100", "via", "10.0.0.2", "dev", "eth0"]
+    for one in held:
+        one.communicate()
+    agent.terminate()
+    assert agent.wait() == 0
+    assert client.run("sh", "-c", shown).stdout == before

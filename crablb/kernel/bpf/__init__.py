@@ -16,8 +16,8 @@ from crablb.kernel.bpf.errors import (
     BpfPermissionError,
 )
 from crablb.kernel.bpf.maps import Map
-from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path
-from crablb.kernel.bpf.programs import Link, Program, TestRun, programs, xdp_program
+from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path, pins_last
+from crablb.kernel.bpf.programs import Link, Program, TestRun, programs, tcx_programs, xdp_program
 from crablb.kernel.bpf.tc import TcFilter, attach_tc
 
 __all__ = [
@@ -36,6 +36,8 @@ __all__ = [
     "attach_tc",
     "ensure_bpffs",
     "object_path",
+    "pins_last",
     "programs",
+    "tcx_programs",
     "xdp_program",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,21 +16,66 @@ from crablb.kernel.bpf.errors import BpfLayoutError, BpfLoadError, BpfNotFoundEr
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.programs import Program
 
-__all__ = ["Object", "ensure_bpffs", "object_path"]
+__all__ = ["Object", "ensure_bpffs", "object_path", "pins_last"]
 
 
 def ensure_bpffs() -> Path:
     """The mount point of the BPF file system, mounted there if nothing is.
 
+    In a mount namespace with a /sys of its own, as ``ip netns exec`` makes one for its command, it is that of the world
+    outside: what is pinned in the other one would go with the command.
+
     Raises :class:`BpfPermissionError` without the right to mount.
     """
     path = Path("/sys/fs/bpf")
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    if not any(fields[1] == str(path) and fields[2] == "bpf" for fields in mounts):
+    own = _is_bpffs("self")
+    outside = _outside()
+    if outside and not (own and os.stat(path).st_dev == os.stat(outside).st_dev):
+        return outside
+    if not own:
         c = ctypes.CDLL(None, use_errno=True)
         if c.mount(b"bpf", str(path).encode(), b"bpf", 0, b"mode=0700"):
             raise error(f"cannot mount the BPF file system on {path}", ctypes.get_errno())
     return path
+
+
+def pins_last() -> bool:
+    """Whether what is pinned outlives this process's mount namespace."""
+    path, outermost = ensure_bpffs(), _outermost()
+    if path == _outside() or not outermost:
+        return True
+    try:
+        return os.stat(path).st_dev == os.stat(f"/proc/{outermost}/root{path}").st_dev
+    except OSError:  # that process has ended
+        return True
+
+
+def _is_bpffs(process: str) -> bool:
+    """Whether a process has the BPF file system where it is usually mounted."""
+    mounts = [line.split() for line in Path(f"/proc/{process}/mounts").read_text().splitlines()]
+    return any(fields[1] == "/sys/fs/bpf" and fields[2] == "bpf" for fields in mounts)
+
+
+def _outermost() -> str:
+    """Of this process's ancestors the first that it may look at: in the best case, process 1."""
+    process, found = "self", ""
+    while process != "0":
+        status = Path(f"/proc/{process}/status").read_text()
+        process = status.partition("\nPPid:")[2].split(maxsplit=1)[0]
+        with suppress(OSError):
+            os.stat(f"/proc/{process}/root/sys")
+            found = process
+    return found
+
+
+@cache
+def _outside() -> Path | None:
+    """The BPF file system as the outermost ancestor has it; it may end, this path stays."""
+    with suppress(OSError):
+        outermost = _outermost()
+        if outermost and _is_bpffs(outermost):
+            return Path(f"/proc/self/fd/{os.open(f'/proc/{outermost}/root/sys/fs/bpf', os.O_PATH | os.O_CLOEXEC)}")
+    return None
 
 
 def object_path(name: str) -> Path:

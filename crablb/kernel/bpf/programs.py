@@ -11,13 +11,17 @@ from typing import Literal
 
 from crablb.kernel._libbpf import ffi, lib
 from crablb.kernel.bpf.descriptor import Descriptor, open_pin
-from crablb.kernel.bpf.errors import BpfBusyError, BpfError, BpfPermissionError, check
+from crablb.kernel.bpf.errors import BpfBusyError, BpfError, BpfPermissionError, check, take_log
 
-__all__ = ["Link", "Program", "TestRun", "programs", "xdp_program"]
+__all__ = ["Link", "Program", "TestRun", "programs", "tcx_programs", "xdp_program"]
 
 XDP_FLAGS_SKB_MODE = 1 << 1
 XDP_FLAGS_DRV_MODE = 1 << 2
-BPF_F_TEST_XDP_LIVE_FRAMES = 1 << 1  # linux/bpf.h
+# linux/bpf.h; tcx came with Linux 6.6, later than the headers of some distributions.
+BPF_F_TEST_XDP_LIVE_FRAMES = 1 << 1
+BPF_F_BEFORE = 1 << 3
+BPF_TCX_INGRESS = 46
+BPF_LINK_TYPE_XDP, BPF_LINK_TYPE_TCX = 6, 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,13 @@ class Program(Descriptor):
         finally:
             os.close(fd)
 
+    def attach_tcx(self, ifindex: int) -> Link:
+        """Attach to an interface's ingress in front of what is there, clsact filters included.
+
+        Raises :class:`BpfError` with EINVAL if the kernel is older than 6.6.
+        """
+        return self._link(ifindex, BPF_TCX_INGRESS, f"cannot attach to interface {ifindex}", BPF_F_BEFORE)
+
     def run_iterator(self) -> bytes:
         """Run a BPF iterator once, to its end; returns what it printed."""
         with self._link(0, lib.BPF_TRACE_ITER, f"cannot make iterator {self.name}") as link:
@@ -176,6 +187,17 @@ class Link(Descriptor):
     def program_id(self) -> int:
         return int(self._info("bpf_link_info").prog_id)
 
+    @property
+    def target(self) -> int:
+        """What it is attached to: an interface's index, or the id (the inode number) of a cgroup.  0: that has gone."""
+        # The union behind prog_id begins with it for all kinds, those too that the installed headers do not know.
+        info = self._info("bpf_link_info")
+        return int.from_bytes(ffi.buffer(info)[16 : 20 if self.of_interface else 24], "little")
+
+    @property
+    def of_interface(self) -> bool:
+        return int(self._info("bpf_link_info").type) in (BPF_LINK_TYPE_XDP, BPF_LINK_TYPE_TCX)
+
     def update(self, program: Program) -> None:
         """Replace the attached program, without a moment between the two."""
         opts = ffi.new("struct bpf_link_update_opts *")
@@ -201,6 +223,15 @@ def _alone(cgroup: Path, kind: int) -> str:
         lib.crab_log_take()
     with Program(check(lib.bpf_prog_get_fd_by_id(ids[0]), f"cannot open program {ids[0]}")) as program:
         return f"{program.name} (id {program.id})"
+
+
+def tcx_programs(ifindex: int) -> list[int]:
+    """Ids of the tcx programs on an interface's ingress, in the order in which they run; empty before Linux 6.6."""
+    ids, count = ffi.new("uint32_t[64]"), ffi.new("uint32_t *", 64)
+    if lib.bpf_prog_query(ifindex, BPF_TCX_INGRESS, 0, ffi.NULL, ids, count):
+        take_log()
+        return []
+    return [int(ids[i]) for i in range(count[0])]
 
 
 def xdp_program(ifindex: int) -> tuple[int, str]:

@@ -30,6 +30,16 @@ class TcFilter:
         lib.bpf_tc_detach(_tc_hook(self.ifindex, self.direction), opts)
         lib.crab_log_take()
 
+    @property
+    def attached(self) -> int:
+        """The id of its program; 0 if the filter has gone."""
+        opts = ffi.new("struct bpf_tc_opts *")
+        opts.sz = ffi.sizeof("struct bpf_tc_opts")
+        opts.handle, opts.priority = self.handle, self.priority
+        rc = lib.bpf_tc_query(_tc_hook(self.ifindex, self.direction), opts)
+        lib.crab_log_take()
+        return 0 if rc else int(opts.prog_id)
+
     def destroy_hook(self) -> None:
         """Remove the interface's clsact qdisc with everything on it."""
         hook = _tc_hook(self.ifindex, self.direction)

@@ -1,0 +1,192 @@
+"""The client agent comes, is replaced, and goes, and no connection notices."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from crablb.kernel import pins
+from crablb.lab import VIP4, VIP6, Node
+from crablb.lab.demo import crablb
+from tests.helpers.namespaces import inside
+from tests.helpers.processes import answer, exchange, until
+from tests.helpers.world import World, agent_status
+
+
+def shown(node: Node) -> str:
+    """All that an agent changes."""
+    return node.run(
+        "sh", "-c", "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; tc qdisc"
+    ).stdout
+
+
+@pytest.fixture
+def world(make_world: Callable[..., World]) -> World:
+    world = make_world()
+    world.servers()
+    world.serve()
+    return world
+
+
+def left(node: Node) -> list[str]:
+    with inside(node.netns):
+        return [str(path) for path in pins.folder("client").glob("*")]
+
+
+def test_remove_waits_for_connections(world: World):
+    """Nothing is offered any more; what is redirected is translated to its end."""
+    client = world.lab.client
+    before = shown(client)
+    agent = world.client()
+    held = [world.python(client, "hold", str(vip), "80", ready=True) for vip in (VIP4, VIP6)]
+    agent.kill()
+    agent.wait()
+    remove = world.program(client, *crablb("agent", "remove", "client"))
+    assert answer(remove) == "client: offers no more; 2 connections go on"
+    assert world.echo(VIP4, "10")["accepted_on"] == str(VIP4)  # by the fallback
+    assert agent_status(client)["client"]["withdrawn"] is True
+    for one in held:
+        assert exchange(one, "still here") == "still here"
+    assert remove.poll() is None
+    for one in held:
+        one.communicate()
+    assert answer(remove) == "client: removed"
+    assert remove.wait() == 0
+    assert (shown(client), left(client)) == (before, [])
+
+
+def test_a_half_closed_connection_is_waited_for(world: World):
+    """An upload that has ended, whose answer is still on its way."""
+    client = world.lab.client
+    agent = world.client()
+    halfway = world.python(client, "half", str(VIP4), "80", ready=True)
+    agent.kill()
+    agent.wait()
+    remove = world.program(client, *crablb("agent", "remove", "client"))
+    assert answer(remove) == "client: offers no more; 1 connections go on"
+    assert exchange(halfway, "read") == "200000 bytes and the count"
+    assert answer(remove) == "client: removed"
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [(["--now"], "removed"), (["--wait", "0.2"], "removed, and 1 connections with it")]
+)
+def test_remove_does_not_wait_longer_than_told(world: World, how: list[str], said: str):
+    client = world.lab.client
+    before = shown(client)
+    agent = world.client()
+    held = world.python(client, "hold", str(VIP4), "80", ready=True)
+    agent.kill()
+    agent.wait()
+    done = client.run(*crablb("agent", "remove", "client", *how))
+    assert done.stdout.splitlines()[-1] == f"client: {said}"
+    assert (shown(client), left(client)) == (before, [])
+    assert held.stdin
+    held.stdin.write("gone\n")
+    held.stdin.flush()
+    assert held.wait(timeout=60) != 0
+
+
+def test_sigterm_waits_and_leaves_what_is_needed(world: World):
+    """After its time the agent ends; the connections go on, and the next agent has them."""
+    client = world.lab.client
+    before = shown(client)
+    agent = world.client("--wait", "0.2")
+    held = world.python(client, "hold", str(VIP4), "80", ready=True)
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait() == 0
+    assert exchange(held, "one") == "one"
+    assert world.echo(VIP4, "10")["accepted_on"] == str(VIP4)
+    now = agent_status(client)["client"]
+    assert (now["pid"], now["withdrawn"]) == (None, True)
+    agent = world.client("--wait", "60")
+    assert exchange(held, "two") == "two"
+    assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
+    assert "withdrawn" not in agent_status(client)["client"]
+    agent.send_signal(signal.SIGTERM)
+    until(lambda: agent_status(client)["client"].get("withdrawn"))
+    assert exchange(held, "three") == "three"
+    assert agent.poll() is None
+    held.communicate()
+    assert agent.wait() == 0
+    assert (shown(client), left(client)) == (before, [])
+
+
+def test_a_second_signal_ends_the_waiting(world: World):
+    client = world.lab.client
+    agent = world.client("--wait", "99999")
+    held = world.python(client, "hold", str(VIP4), "80", ready=True)
+    agent.send_signal(signal.SIGTERM)
+    until(lambda: agent_status(client)["client"].get("withdrawn"))
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(timeout=30) == 0
+    assert exchange(held, "one") == "one"
+
+
+def test_an_installation_under_traffic_breaks_nothing(world: World):
+    """Killed and started again, over and over: no connection breaks, and none that begins meanwhile falls back."""
+    client = world.lab.client
+    agent = world.client()
+    held = world.python(client, "hold_many", str(VIP4), "80", "30", ready=True)
+    new = world.python(client, "keep_connecting", str(VIP4), "80", ready=True)
+    for _ in range(5):
+        agent.kill()
+        agent.wait()
+        agent = world.client()
+        assert exchange(held, "still here") == "30"
+    assert exchange(new, "end") == "['10.0.0.11']"
+
+
+def test_an_installation_that_is_refused_leaves_the_one_before(world: World):
+    client = world.lab.client
+    agent = world.client()
+    held = world.python(client, "hold", str(VIP4), "80", ready=True)
+    agent.kill()
+    agent.wait()
+    before = shown(client), left(client)
+    args = ["client", "--vip", "tcp://10.0.0.1:80", "--backends", "10.0.0.0/24"]
+    assert client.run(*crablb("agent", *args, "--detach"), check=False).returncode == 2
+    assert (shown(client), left(client)) == before
+    assert exchange(held, "still here") == "still here"
+
+
+def test_other_vips_in_its_place(world: World):
+    """What is no VIP any more has no route of the agent's; its open connections end by themselves."""
+    client = world.lab.client
+    world.client().kill()
+    args = ["client", "--vip", f"tcp://{VIP4}:80", "--backends", "10.0.0.0/24", "--cgroup", str(client.cgroup)]
+    until(lambda: agent_status(client)["client"]["pid"] is None)
+    assert client.run(*crablb("agent", *args, "--detach"), check=False).returncode == 0
+    assert "encap" in client.run("ip", "route", "get", str(VIP4)).stdout
+    assert "encap" not in client.run("ip", "-6", "route", "get", str(VIP6)).stdout
+    assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
+    assert world.echo(VIP6, "10")["accepted_on"] == str(VIP6)
+
+
+def test_another_cgroup_in_its_place(world: World):
+    """The attachment moves: there is one, at the new cgroup."""
+    client = world.lab.client
+    other = client.cgroup / "other"
+    other.mkdir()
+    try:
+        for cgroup in (client.cgroup, other):
+            args = ["client", "--vip", f"tcp://{VIP4}:80", "--backends", "10.0.0.0/24", "--cgroup", str(cgroup)]
+            assert client.run(*crablb("agent", *args, "--detach")).returncode == 0
+        assert agent_status(client)["client"]["cgroup"] == str(other)
+        assert world.echo(VIP4, "10")["accepted_on"] == str(VIP4)  # the client is not in it
+        assert client.run(*crablb("agent", "remove"), check=False).returncode == 0
+    finally:
+        other.rmdir()
+
+
+WRONG_WAITS = ["-1", "soon", "1e9", "inf", ""]
+
+
+@pytest.mark.parametrize("wait", WRONG_WAITS)
+def test_a_wrong_time(wait: str):
+    done = subprocess.run(crablb("agent", "remove", f"--wait={wait}"), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"crablb: --wait {wait}: is not a number of seconds (0 to 99999)\n"

@@ -1,0 +1,70 @@
+"""The systemd units in deploy/: systemd understands them, and the agents can work with what they are given."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crablb.lab import VIP4, Lab
+from crablb.lab.demo import crablb
+from tests.helpers.processes import ROOT, answer
+from tests.helpers.world import World, agent_status
+
+UNITS = sorted((ROOT / "deploy").glob("*.service"))
+
+
+def value(unit: Path, key: str) -> str:
+    (found,) = re.findall(rf"^{key}=(.*)$", unit.read_text(), re.MULTILINE)
+    return str(found)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_systemd_understands_it(unit: Path, tmp_path: Path):
+    text = unit.read_text().replace("/usr/local/bin/crablb", "/bin/true")
+    (tmp_path / unit.name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(tmp_path / unit.name)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    # Other units of this machine may be wrong; what concerns this one names it.
+    assert [line for line in done.stderr.splitlines() if unit.stem in line] == []
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_its_privileges_are_enough(make_world: Callable[..., World], unit: Path):
+    """With the capabilities of the unit the agent starts, works, and ends."""
+    world = make_world()
+    lab: Lab = world.lab
+    role = unit.stem.removeprefix("crablb-agent-")
+    node = lab.client if role == "client" else lab.servers[0]
+    world.servers(agents=role == "client")
+    world.serve()
+    if role == "server":
+        world.client()
+    kept = ",".join("+" + name.removeprefix("CAP_").lower() for name in value(unit, "CapabilityBoundingSet").split())
+    command = value(unit, "ExecStart").split()[1:-1]
+    args = ["--vip", f"tcp://{VIP4}:80", *(["--backends", "10.0.0.0/24"] if role == "client" else [])]
+    agent = world.program(
+        node,
+        "setpriv", "--bounding-set", f"-all,{kept}", "--no-new-privs",
+        *crablb(*command, *args, "--cgroup", str(node.cgroup)),
+    )  # fmt: skip
+    assert answer(agent) == "ready"
+    assert world.echo(VIP4, "10")["accepted_on"] == lab.servers[0].ip4
+    agent.terminate()
+    assert agent.wait() == 0
+    assert role not in agent_status(node)
+
+
+def test_the_client_has_time_to_end():
+    """Longer than it waits for connections."""
+    unit = ROOT / "deploy/crablb-agent-client.service"
+    shown = subprocess.run(crablb("agent", "client", "--help"), capture_output=True, text=True, check=True).stdout
+    default = re.search(r"--wait SECONDS.*?\(default:\s+(\d+)\)", shown, re.DOTALL)
+    assert default and int(value(unit, "TimeoutStopSec")) > int(default[1])
