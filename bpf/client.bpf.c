@@ -692,17 +692,20 @@ static __always_inline void prolong(struct bpf_sock_ops *ctx, struct conn *conn)
 static __noinline int timed_out(struct bpf_sock_ops *ctx)
 {
     struct conn *conn = conn_of(ctx);
-    if (!conn || conn->offer != OUT)
+    if (!conn)
         return 0;
     if (READ(ctx->state) == BPF_TCP_SYN_SENT) {
         if (READ(ctx->args[2])) /* it was the last one */
             return 0;
         if (!conn->retransmitted)
-            prolong(ctx, conn);
+            prolong(ctx, conn); /* also if in the end there was no offer: its timeout was set before */
         conn->retransmitted = 1;
-        count(CRAB_CLIENT_RETRANSMITTED);
+        if (conn->offer == OUT)
+            count(CRAB_CLIENT_RETRANSMITTED);
         return 0;
     }
+    if (conn->offer != OUT)
+        return 0;
     struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &conn->key);
     if (!out)
         return 0;
