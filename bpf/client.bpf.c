@@ -70,8 +70,9 @@
 /* The same when the table is half full.  What a server then still sends of a closed connection is answered by a RST, which
  * ends it there too; that is better than no room for new ones. */
 #define LINGER_CROWDED_NS (10 * 1000000000ull)
-/* One that was aborted: the RST goes out after the socket's state has changed. */
-#define LINGER_ABORTED_NS (5 * 1000000000ull)
+/* All others: an aborted one's RST goes out after the socket's state has changed, and what was translated in the same batch
+ * as the packet that ended it is answered by one. */
+#define LINGER_SHORT_NS (1 * 1000000000ull)
 /* An accepted redirect waits for its socket.  The socket's end is heard of, unless this program was taken away. */
 #define WAIT_NS (150 * 1000000000ull)
 #define SWEEP_NS (5 * 1000000000ull)
@@ -638,11 +639,9 @@ static __always_inline void closed(struct conn *conn, __u32 state)
 {
     if (conn->offer == OUT) {
         struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &conn->key);
-        if (out && state == BPF_TCP_LAST_ACK)
-            forget(&conn->key, out);
-        else if (out)
+        if (out)
             out->ends_ns = bpf_ktime_get_ns() + (state == BPF_TCP_FIN_WAIT1 || state == BPF_TCP_FIN_WAIT2 ||
-                                                 state == BPF_TCP_CLOSING ? LINGER_NS : LINGER_ABORTED_NS);
+                                                 state == BPF_TCP_CLOSING ? LINGER_NS : LINGER_SHORT_NS);
     }
     struct crab_port_key p = ports_of(&conn->key);
     if (conn->counted)
@@ -692,17 +691,20 @@ static __always_inline void prolong(struct bpf_sock_ops *ctx, struct conn *conn)
 static __noinline int timed_out(struct bpf_sock_ops *ctx)
 {
     struct conn *conn = conn_of(ctx);
-    if (!conn || conn->offer != OUT)
+    if (!conn)
         return 0;
     if (READ(ctx->state) == BPF_TCP_SYN_SENT) {
         if (READ(ctx->args[2])) /* it was the last one */
             return 0;
         if (!conn->retransmitted)
-            prolong(ctx, conn);
+            prolong(ctx, conn); /* also if in the end there was no offer: its timeout was set before */
         conn->retransmitted = 1;
-        count(CRAB_CLIENT_RETRANSMITTED);
+        if (conn->offer == OUT)
+            count(CRAB_CLIENT_RETRANSMITTED);
         return 0;
     }
+    if (conn->offer != OUT)
+        return 0;
     struct crab_client_out *out = bpf_map_lookup_elem(&client_out, &conn->key);
     if (!out)
         return 0;

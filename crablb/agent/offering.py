@@ -42,7 +42,7 @@ def whole(first: float, count: int, linear: int) -> float:
 
     The first ``linear`` timeouts are not doubled, and are not counted either (tcp_syn_linear_timeouts, Linux 6.5).
     """
-    return first * (linear + (2 << count) - 1)
+    return first * (linear + 2.0 ** (count + 1) - 1)
 
 
 def settings(flows: int, *, retransmission: float = RETRANSMISSION, offering: bool = True) -> bytes:

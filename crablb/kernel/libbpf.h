@@ -122,8 +122,6 @@ int bpf_prog_query(int target_fd, enum bpf_attach_type type, uint32_t query_flag
 int bpf_link_create(int prog_fd, int target_fd, int attach_type, const struct bpf_link_create_opts *opts);
 int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
 int bpf_link_detach(int link_fd);
-int bpf_prog_query(int target_fd, int type, uint32_t query_flags, uint32_t *attach_flags, uint32_t *prog_ids,
-                   uint32_t *prog_cnt);
 int bpf_iter_create(int link_fd);
 int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
 int bpf_tc_hook_create(struct bpf_tc_hook *hook);
