@@ -14,11 +14,10 @@ from crablb.kernel.routing import RTA_FLOW, RTA_PREFSRC, Hop, Route, Rule, best
 VIP = ip_address("10.0.0.100")
 MAIN = Rule(socket.AF_INET, 32766, 254, 2, (0, 0, 0), False, ())
 UNICAST, THROW = 1, 9
+HOP = Hop(2)
 
 
-def route(
-    to: str, *, table: int = 254, kind: int = UNICAST, priority: int = 0, tos: int = 0, hop: Hop = Hop(2)
-) -> Route:
+def route(to: str, *, table: int = 254, kind: int = UNICAST, priority: int = 0, tos: int = 0, hop: Hop = HOP) -> Route:
     return Route(ip_network(to), table, 3, 0, kind, priority, tos, (hop,), ())
 
 
