@@ -9,7 +9,7 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
@@ -125,30 +125,33 @@ class Agent(ABC):
 
     def install(self) -> None:
         """Put the agent into the kernel, in place of the one that is there."""
-        lasting = self._lasting()
-        try:
-            with self._loaded(lasting) as program:
-                before = self.state()
-                if before is not None:
-                    self.succeed(before)
-                try:
-                    pins.RUN.mkdir(parents=True, exist_ok=True)
-                    for name, held in program.maps.items():
-                        if not name.endswith(("rodata", "bss", "data")):
-                            pins.put(held, self.folder() / name)
-                    self.set_up(program)
-                except BaseException:
-                    if before is None or not self.in_place:
-                        self.remove()
-                    raise
-        finally:
-            for held in lasting.values():
-                held.close()
+        with self._loaded() as program:
+            before = self.state()
+            if before is not None:
+                self.succeed(before)
+            try:
+                pins.RUN.mkdir(parents=True, exist_ok=True)
+                for name, held in program.maps.items():
+                    if not name.endswith(("rodata", "bss", "data")):
+                        pins.put(held, self.folder() / name)
+                self.set_up(program)
+            except BaseException:
+                if before is None or not self.in_place:
+                    self.remove()
+                raise
 
-    def _loaded(self, reuse: Mapping[str, bpf.Map]) -> bpf.Object:
+    def _loaded(self) -> bpf.Object:
+        """The programs, with the maps of the agent before: all that last, or none."""
         path = bpf.object_path(self.role)
+        reuse = {}
         try:
-            return bpf.Object(path, reuse=reuse, max_entries=self.sizes)
+            with ExitStack() as stack:
+                for name in self.lasting:
+                    with suppress(bpf.BpfNotFoundError):
+                        reuse[name] = stack.enter_context(bpf.Map.from_pin(self.folder() / name))
+                if reuse and len(reuse) < len(self.lasting):
+                    raise bpf.BpfLayoutError(f"it has no {', '.join(sorted({*self.lasting} - {*reuse}))}")
+                return bpf.Object(path, reuse=reuse, max_entries=self.sizes)
         except bpf.BpfLayoutError as error:
             if live := self.live():
                 raise KernelError(
@@ -158,18 +161,6 @@ class Agent(ABC):
             log.info("the agent of another version goes", reason=str(error))
             self.remove()
             return bpf.Object(path, max_entries=self.sizes)
-
-    def _lasting(self) -> dict[str, bpf.Map]:
-        """The maps to be taken over: all of them or none."""
-        found: dict[str, bpf.Map] = {}
-        try:
-            for name in self.lasting:
-                found[name] = bpf.Map.from_pin(self.folder() / name)
-        except bpf.BpfNotFoundError:
-            for held in found.values():
-                held.close()
-            return {}
-        return found
 
     def succeed(self, before: dict[str, Any]) -> None:
         """Undo what the agent before noted, if :meth:`set_up` does not take it over."""

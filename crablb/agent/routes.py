@@ -58,8 +58,7 @@ def leads(netlink: Netlink, address: Address) -> str:
         found = rtnetlink.route(netlink, address)
     except OSError:
         return "none"
-    route = routing.parse_route(found)
-    return "agent" if route and any(hop.program.startswith(EGRESS) for hop in route.hops) else "other"
+    return "agent" if any(hop.program.startswith(EGRESS) for hop in routing.hops(found)) else "other"
 
 
 @dataclass

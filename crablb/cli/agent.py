@@ -399,9 +399,11 @@ def run_repair(args: argparse.Namespace) -> int:
     _require_root()
     if ClientAgent.state() is None:
         raise KernelError("there is no client agent in this network namespace")
-    for fault in ClientAgent.repair():
-        print(f"mended: {fault}")
+    found = ClientAgent.repair()
     left = ClientAgent.faults()
+    for fault in found:
+        if fault not in left:
+            print(f"mended: {fault}")
     for fault in left:
         print(f"not mended: {fault}")
     return 1 if left else 0

@@ -17,7 +17,7 @@ from crablb.kernel import rtnetlink
 from crablb.kernel.rtnetlink import ROUTE, Message, Netlink, encode
 from crablb.model import Address, Network
 
-__all__ = ["LOCAL_TABLE", "Events", "Hop", "Route", "Rule", "best", "family_of", "routes", "rules"]
+__all__ = ["LOCAL_TABLE", "Events", "Hop", "Route", "Rule", "best", "family_of", "hops", "routes", "rules"]
 
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
@@ -143,7 +143,9 @@ def _hop(ifindex: int, flags: int, weight: int, found: Mapping[int, bytes], flow
     )
 
 
-def _hops(message: Message, found: Mapping[int, bytes]) -> Iterator[Hop]:
+def hops(message: Message) -> Iterator[Hop]:
+    """The next hops that a route's message names."""
+    found = message.attributes(ROUTE)
     flags = message.fields(ROUTE)[8]
     if RTA_OIF in found:
         yield _hop(rtnetlink.number(found[RTA_OIF]), flags, 0, found, False)
@@ -199,7 +201,7 @@ def parse_route(message: Message) -> Route | None:
         kind,
         rtnetlink.number(found.get(RTA_PRIORITY)),
         tos,
-        tuple(_hops(message, found)),
+        tuple(hops(message)),
         tuple((attribute, found[attribute]) for attribute in KEPT if attribute in found),
     )
 

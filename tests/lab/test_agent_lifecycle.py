@@ -153,6 +153,27 @@ def test_an_installation_that_is_refused_leaves_the_one_before(world: World):
     assert exchange(held, "still here") == "still here"
 
 
+def test_another_version_waits_for_the_connections_of_the_one_before(world: World):
+    """One whose maps are not this version's: nothing is changed while connections need it; then it is replaced."""
+    client = world.lab.client
+    agent = world.client()
+    held = world.python(client, "hold", str(VIP4), "80", ready=True)
+    agent.kill()
+    agent.wait()
+    with inside(client.netns):
+        (pins.folder("client") / "client_ports").unlink()
+    before = shown(client), left(client)
+    args = ["client", "--vip", f"tcp://{VIP4}:80", "--backends", "10.0.0.0/24", "--cgroup", str(client.cgroup)]
+    done = client.run(*crablb("agent", *args, "--detach"), check=False)
+    assert done.returncode == 2
+    assert "is of another version, and 1 connections need it; let them end: crablb agent remove client" in done.stderr
+    assert (shown(client), left(client)) == before
+    assert exchange(held, "still here") == "still here"
+    held.communicate()
+    done = client.run(*crablb("agent", *args, "--detach"))
+    assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
+
+
 def test_other_vips_in_its_place(world: World):
     """What is no VIP any more has no route of the agent's; its open connections end by themselves."""
     client = world.lab.client

@@ -245,6 +245,37 @@ def test_what_changes_is_mended(make_world: Callable[..., World], name: str):
     assert agent_status(client)["client"]["counters"]["redirected"] == before + 2
 
 
+def test_a_detached_agent_is_told_and_mended(make_world: Callable[..., World]):
+    """Nobody follows what changes; a person asks, and has it mended."""
+    world = make_world()
+    world.servers()
+    world.serve()
+    client = world.lab.client
+    assert install(client).returncode == 0
+    vip = f"tcp://{VIP4}:80"
+    fine = agent_status(client)["client"]
+    assert (fine["routes"], fine["offering"], fine["faults"]) == ({vip: "agent"}, {vip: True}, [])
+    client.ip("link set eth0 down", "link set eth0 up", f"route add {VIP4} via {world.lab.lb.ip4}")
+    wrong = agent_status(client, 1)["client"]
+    assert wrong["routes"] == {vip: "other"}
+    assert wrong["faults"] == [f"the route to {VIP4} is not the agent's"]
+    told = client.run(*crablb("agent", "status"), check=False)
+    assert told.returncode == 1
+    assert "by a route that is not the agent's" in told.stdout and "wrong: the route to" in told.stdout
+    client.ip(f"route del {VIP4}", "addr flush dev eth0")
+    assert agent_status(client, 1)["client"]["routes"] == {vip: "none"}
+    done = client.run(*crablb("agent", "repair"), check=False)
+    assert (done.returncode, done.stdout) == (
+        1,
+        f"not mended: no route to {VIP4}; add one, as towards the load balancer\n",
+    )
+    client.ip("addr add 10.0.0.1/24 dev eth0", f"route add {VIP4} via {world.lab.lb.ip4}")
+    done = client.run(*crablb("agent", "repair"))
+    assert f"mended: the route to {VIP4} is not the agent's\n" in done.stdout
+    assert agent_status(client)["client"]["routes"] == {vip: "agent"}
+    assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
+
+
 def test_the_route_comes_later_again(make_world: Callable[..., World]):
     """No route for a while, as when a link or a lease is lost: the agent waits, and takes the next one."""
     world = make_world()
