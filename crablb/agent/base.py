@@ -91,6 +91,8 @@ class Agent(ABC):
     #: Maps that an installation takes over from the one before.  What they hold must mean the same in every version
     #: that has a map of the name and of the same shape.
     lasting: ClassVar[Sequence[str]] = ()
+    #: The same, of maps that an agent of before may not have.
+    optional: ClassVar[Sequence[str]] = ()
     #: Maps of another size than the object's own.
     sizes: Mapping[str, int] = MappingProxyType({})
     #: What was there works on if an installation in its place fails.
@@ -151,6 +153,9 @@ class Agent(ABC):
                         reuse[name] = stack.enter_context(bpf.Map.from_pin(self.folder() / name))
                 if reuse and len(reuse) < len(self.lasting):
                     raise bpf.BpfLayoutError(f"it has no {', '.join(sorted({*self.lasting} - {*reuse}))}")
+                for name in self.optional:
+                    with suppress(bpf.BpfNotFoundError):
+                        reuse[name] = stack.enter_context(bpf.Map.from_pin(self.folder() / name))
                 return bpf.Object(path, reuse=reuse, max_entries=self.sizes)
         except bpf.BpfLayoutError as error:
             if live := self.live():
@@ -180,16 +185,7 @@ class Agent(ABC):
                     return False
                 held.update(program)
                 return True
-            try:
-                link = program.attach_cgroup_sockops(cgroup)
-            except bpf.BpfPermissionError as error:
-                if os.geteuid():
-                    raise
-                raise KernelError(
-                    f"cannot attach to cgroup {cgroup}: {os.strerror(error.errno)}; a program without BPF_F_ALLOW_MULTI"
-                    " is attached to it, or to one above it (see bpftool cgroup tree): name another one: --cgroup"
-                ) from None
-            with link:
+            with program.attach_cgroup_sockops(cgroup) as link:
                 pins.put(link, pin)
             if held:
                 held.detach()

@@ -330,9 +330,11 @@ class ClientAgent(Agent):
         if state is None:
             return
         try:
-            with bpf.Map.from_pin(cls.folder() / "client_vips") as vips:
-                for key in list(vips.keys()):
-                    vips.delete(key)
+            with (
+                bpf.Map.from_pin(cls.folder() / "client_settings") as settings,
+                bpf.Map.from_pin(cls.folder() / "client_out") as flows,
+            ):
+                settings.update(0, offering.settings(flows.max_entries, offering=False))
         except bpf.BpfNotFoundError:
             pass
         cls.write({**state, "withdrawn": True})
@@ -381,7 +383,8 @@ class ClientAgent(Agent):
             offered = set(vips.keys())
         with Netlink() as netlink:
             status["routes"] = {text: routes.leads(netlink, parse_vip(text).address) for text in status["vips"]}
-        status["offering"] = {text: parse_vip(text).key() in offered for text in status["vips"]}
+        withdrawn = status.get("withdrawn", False)
+        status["offering"] = {text: not withdrawn and parse_vip(text).key() in offered for text in status["vips"]}
         counters = status["counters"]
         if counters["offered"] >= IN_VAIN and not counters["redirected"] + counters["refused_port"]:
             status["faults"].append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,6 +85,7 @@ class ServerAgent(Agent):
     role: ClassVar[str] = "server"
     #: Sockets of the agent before are counted on.
     lasting: ClassVar[Sequence[str]] = ("server_connections", "server_counted")
+    optional: ClassVar[Sequence[str]] = NOTES
 
     def __init__(
         self,
@@ -122,17 +123,6 @@ class ServerAgent(Agent):
         super().install()
         if changes:
             log.warning("replaced the agent that was there", changes=changes)
-
-    def _loaded(self, reuse: Mapping[str, bpf.Map]) -> bpf.Object:
-        notes = {}
-        for name in NOTES:
-            with suppress(bpf.BpfNotFoundError):
-                notes[name] = bpf.Map.from_pin(self.folder() / name)
-        try:
-            return super()._loaded({**reuse, **notes})
-        finally:
-            for held in notes.values():
-                held.close()
 
     def set_up(self, program: bpf.Object) -> None:
         self.remember()

@@ -220,6 +220,7 @@ def test_a_cgroup_with_a_program_that_suffers_no_other(world: World):
     child.mkdir()
     with bpf.Object(bpf.object_path("server")) as loaded:
         alone = loaded.program("crab_server")
+        number = alone.id
         bpf_call(BPF_PROG_ATTACH, client.cgroup, alone.fd)
         try:
             args = ["client", "--vip", f"tcp://{VIP4}:80", "--backends", "10.0.0.0/24", "--cgroup", str(child)]
@@ -228,7 +229,7 @@ def test_a_cgroup_with_a_program_that_suffers_no_other(world: World):
             bpf_call(BPF_PROG_DETACH, client.cgroup, alone.fd)
             child.rmdir()
     assert done.returncode == 2
-    assert "a program without BPF_F_ALLOW_MULTI is attached to it, or to one above it" in done.stderr
+    assert f"program crab_server (id {number}) is attached to {client.cgroup} without BPF_F_ALLOW_MULTI" in done.stderr
     assert "run as root" not in done.stderr
     assert agent_status(client) == {}
     assert client.run("sh", "-c", "ip rule; ip route show table all; tc qdisc").stdout == before
