@@ -122,6 +122,8 @@ def tear_down(state: dict[str, Any], folder: Path) -> None:
     for pin in folder.glob("decap-*"):
         with bpf.Link.from_pin(pin) as link:
             link.detach()
+        pin.unlink()
+    (folder / "dsr_counters").unlink(missing_ok=True)
     for host in state.get("addresses", []):
         subprocess.run(["ip", "addr", "del", host, "dev", "lo"], capture_output=True, check=False)
     for name, value in state.get("sysctls", {}).items():
