@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, ClassVar
@@ -330,13 +330,12 @@ class ClientAgent(Agent):
         if state is None:
             return
         try:
-            with (
-                bpf.Map.from_pin(cls.folder() / "client_settings") as settings,
-                bpf.Map.from_pin(cls.folder() / "client_out") as flows,
-            ):
-                settings.update(0, offering.settings(flows.max_entries, offering=False))
-        except bpf.BpfNotFoundError:
-            pass
+            with bpf.Map.from_pin(cls.folder() / "client_settings") as settings:
+                settings.update(0, offering.withdrawn(settings.lookup(0) or b""))
+        except bpf.BpfNotFoundError:  # of a version before
+            with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(cls.folder() / "client_vips") as vips:
+                for key in list(vips.keys()):
+                    vips.delete(key)
         cls.write({**state, "withdrawn": True})
 
     @classmethod
@@ -378,13 +377,14 @@ class ClientAgent(Agent):
             return None
         with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
             status["flows"] = len(list(flows.keys()))
-        status["redirects"] = offering.told(cls.folder())
-        with bpf.Map.from_pin(cls.folder() / "client_vips") as vips:
-            offered = set(vips.keys())
         with Netlink() as netlink:
             status["routes"] = {text: routes.leads(netlink, parse_vip(text).address) for text in status["vips"]}
-        withdrawn = status.get("withdrawn", False)
-        status["offering"] = {text: not withdrawn and parse_vip(text).key() in offered for text in status["vips"]}
+        try:
+            status["redirects"] = offering.told(cls.folder())
+        except bpf.BpfNotFoundError:  # of a version before
+            status["redirects"] = []
+        held = {one["vip"] for one in status["redirects"] if one["backend"] is None and one["backing_off"]}
+        status["offering"] = {text: not status.get("withdrawn") and text not in held for text in status["vips"]}
         counters = status["counters"]
         if counters["offered"] >= IN_VAIN and not counters["redirected"] + counters["refused_port"]:
             status["faults"].append(

@@ -68,6 +68,13 @@ def settings(flows: int, *, retransmission: float = RETRANSMISSION, offering: bo
     return bytes(ffi.buffer(value))
 
 
+def withdrawn(told: bytes) -> bytes:
+    """Settings, but for new offers: there are to be none."""
+    value = ffi.from_buffer("struct crab_client_settings *", changed := bytearray(told))
+    value.offering = 0
+    return bytes(changed)
+
+
 @dataclass(frozen=True, slots=True)
 class Health:
     """How redirects of a VIP fare, or those to one of its backends (``backend``).

@@ -390,9 +390,25 @@ def run_status(args: argparse.Namespace) -> int:
 ROUTES = {"agent": "by the agent's route", "other": "by a route that is not the agent's", "none": "no route"}
 
 
+#: enum crab_client_failure, as a person says it.
+REASONS = {
+    "lost": "no redirect came",
+    "source": "the backend is outside of --backends",
+    "route": "the SYN left by another route",
+    "no_echo": "the backend answers without the redirect",
+    "not_taken": "this host drops the redirect (rp_filter, firewall)",
+    "silent": "nothing came after the handshake",
+}
+
+
 def _vip(status: dict[str, Any], vip: str) -> str:
-    offering = "offering" if status["offering"][vip] else "offers no more, removal is waited for"
-    return f"{offering}, {ROUTES[status['routes'][vip]]}"
+    said = "offers no more, removal is waited for" if status.get("withdrawn") else "offering"
+    for entry in status["redirects"]:
+        if entry["vip"] == vip and entry["backend"] is None and entry["reason"] and not status.get("withdrawn"):
+            blamed = f" at {entry['blamed']}" if entry["blamed"] else ""
+            reason = REASONS.get(entry["reason"], entry["reason"])
+            said = f"no offers for {entry['backing_off']:.0f} s: {reason}{blamed}, for {entry['since']:.0f} s"
+    return f"{said}, {ROUTES[status['routes'][vip]]}"
 
 
 def run_repair(args: argparse.Namespace) -> int:

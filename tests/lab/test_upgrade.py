@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
+from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.lab import VIP4, VIP6
-from crablb.lab.demo import VIPS
+from crablb.lab.demo import VIPS, crablb
 from tests.helpers.namespaces import inside
-from tests.helpers.processes import ROOT, exchange
+from tests.helpers.processes import ROOT, answer, exchange
 from tests.helpers.world import World, status
 
 #: The first revision whose pins, maps and numbers mean what they mean today.
@@ -80,7 +81,7 @@ def test_and_takes_over_in_its_turn(make_world: Callable[..., World], old: list[
 
 
 def test_a_client_agent_of_before_is_taken_over(make_world: Callable[..., World], old: list[str]):
-    """Its connections go on, and the operator's routes are what they were before it."""
+    """Its connections go on to their end, and the operator's routes are what they were before it."""
     world = make_world()
     world.servers()
     world.serve()
@@ -91,14 +92,18 @@ def test_a_client_agent_of_before_is_taken_over(make_world: Callable[..., World]
     vips = [word for vip in VIPS for word in ("--vip", vip)]
     client.run(*old, "agent", "client", *vips, *args)
     held = [world.python(client, "hold", str(vip), "80", ready=True) for vip in (VIP4, VIP6)]
-    agent = world.client()
+    with pytest.raises(KernelError, match="is of another version, and 2 connections need it"):
+        world.client()
+    remove = world.program(client, *crablb("agent", "remove", "client"))
+    assert answer(remove) == "client: offers no more; 2 connections go on"
     for one in held:
         assert exchange(one, "one") == "one"
+        one.communicate()
+    assert answer(remove) == "client: removed"
+    agent = world.client()
     assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
     told = client.run("ip", "route", "show", str(VIP4)).stdout
     assert told.split() == ["10.0.0.100", "via", "10.0.0.2", "dev", "eth0"]
-    for one in held:
-        one.communicate()
     agent.terminate()
     assert agent.wait() == 0
     assert client.run("sh", "-c", shown).stdout == before
