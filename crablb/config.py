@@ -160,6 +160,8 @@ def _check_reports(problems: _Problems, fields: Collection[str], name: Callable[
 
 def load_config(path: Path | str, interfaces: Sequence[str] = ()) -> Config:
     """Read a TOML file; ``interfaces``, if any, override the file's.  Raises :class:`ConfigError` with every fault."""
+    if Path(path).is_fifo():
+        raise ConfigError(f"{path}: is a pipe; it is read again by a reload, which could wait for ever: use a file")
     text = read_text(path)
     # A policy of one's own may lie beside the file.
     if (folder := str(Path(path).resolve().parent)) not in sys.path:

@@ -261,8 +261,6 @@ def read_text(path: Path | str) -> str:
     if not str(path):
         raise ConfigError("'' names no file")
     try:
-        if not Path(path).is_file() and Path(path).exists() and not Path(path).is_dir():
-            raise ConfigError(f"{path}: is no regular file; reading it could take for ever")
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

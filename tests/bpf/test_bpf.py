@@ -611,8 +611,8 @@ def test_object_errors(tmp_path):
 
 
 def test_maps_and_pins():
+    folder = bpf.ensure_bpffs() / f"crablb-test-{os.getpid()}"  # whose descriptor stays
     before = len(os.listdir("/proc/self/fd"))
-    folder = bpf.ensure_bpffs() / f"crablb-test-{os.getpid()}"
     try:
         with bpf.Object(bpf.object_path("client"), max_entries={"client_in": 3}) as loaded:
             flows = loaded.map("client_in")
