@@ -7,7 +7,8 @@
 Each path is made on the router (or at the client), and is one that an unprepared client gets through.  A prepared one
 gets through as well, every time; what its offer costs is one early retransmission, once: then the VIP backs off.
 
-Not here: a way on which the SYN-ACK of a backend comes through and nothing that the client sends to it (docs/endpoints.md).
+Not here: a way on which a SYN-ACK of a backend comes through, and nothing of what the client sends to it
+(docs/endpoints.md).
 """
 
 from __future__ import annotations
