@@ -97,7 +97,7 @@ def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Calla
         for i, headers in enumerate(HEADERS.values()):
             program.map("dsr_mss").update(i, min(interfaces.values()) - OUTER - headers)
         for name in ("dsr_counters", "dsr_vips"):
-            program.map(name).pin(folder / name)
+            pins.put(program.map(name), folder / name)
         for name in interfaces:
             index = socket.if_nametoindex(name)
             try:
@@ -108,7 +108,7 @@ def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Calla
                     " decapsulated by one; remove it, or name other interfaces: --interface"
                 ) from None
             with link:
-                link.pin(folder / f"decap-{pins.escape(name)}")
+                pins.put(link, folder / f"decap-{pins.escape(name)}")
             state["interfaces"][name] = False
             note(state)
             _, made = bpf.attach_tc(program.program("crab_clamp"), index, "egress", priority=FILTER, handle=FILTER)

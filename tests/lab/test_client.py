@@ -37,7 +37,7 @@ def drop(node, hook: str, *rules: str) -> None:
 
 def redirects(world: World, vip: str = VIPS[0]) -> dict[str | None, dict[str, object]]:
     """How redirects to a VIP fare: None, or by backend."""
-    told = agent_status(world.lab.client)["client"]["redirects"]
+    told = agent_status(world.lab.client, None)["client"]["redirects"]
     return {entry["backend"]: entry for entry in told if entry["vip"] == vip}
 
 
@@ -203,7 +203,7 @@ def test_lost_route(make_world):
     told = redirects(world)
     assert told[None]["reason"] == "route"
     assert told[None]["backing_off"] > 0
-    counters = world.client_counters()
+    counters = agent_status(client, None)["client"]["counters"]
     assert (counters["reset_route"], counters["retransmitted"], counters["no_offer_backoff"]) == (1, 1, 4)
     assert counters["failed"] == 1
     agent.send_signal(signal.SIGCONT)
