@@ -63,7 +63,7 @@ def namespace_at(path: Path) -> str:
     found: list[str] = []
 
     def enter() -> None:  # a thread of its own: nothing else of the process is to be there
-        with open(path) as file:
+        with suppress(OSError), open(path) as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) == 0:
                 found.append(f"{PREFIX}{_cookie()}")
 
@@ -181,7 +181,7 @@ def _places() -> Iterable[Path]:
         with suppress(OSError):
             for line in Path(f"/proc/{view}/mountinfo").read_text().splitlines():
                 fields, _, kind = line.partition(" - ")
-                if kind.startswith("nsfs "):
+                if kind.startswith("nsfs ") and fields.split()[3].startswith("net:["):
                     mounted = fields.split()[4].encode().decode("unicode_escape")  # \040 for a space
                     yield Path(f"/proc/{view}/root{mounted}")
 
@@ -190,13 +190,20 @@ def _alive() -> tuple[set[int], set[str]]:
     """Inode numbers and names of the network namespaces there are.
 
     Where a process may not be looked at, as process 1 in some containers, it is in the first one, or others are too.
+    Raises :class:`KernelError` if there is one that cannot be entered to ask for its name.
     """
     found = {0: FIRST}
     for place in _places():
-        with suppress(OSError, KernelError):  # it has ended meanwhile, or is a namespace of another kind
+        try:
             inode = os.stat(place).st_ino
-            if inode not in found:
+        except OSError:  # it has ended meanwhile
+            continue
+        if inode not in found:
+            try:
                 found[inode] = namespace_at(place)
+            except KernelError:
+                if place.exists():
+                    raise
     return set(found), set(found.values())
 
 
@@ -207,7 +214,10 @@ def collect() -> None:
     mine = namespace()
     if all(path.name == mine or path.name.startswith(f"{mine}-") for path in (*folders, *files)):
         return
-    inodes, names = _alive()
+    try:
+        inodes, names = _alive()
+    except KernelError:  # whoever cannot be asked may be the one whose pins these are
+        return
     for path in folders:
         known = path.name in names or (path.name.isdigit() and int(path.name) in inodes)
         if not known and not any(map(_in_use, path.glob("*/*"))):

@@ -159,13 +159,17 @@ class Node:
     def destroy(self) -> None:
         self.end()
         if self.path.exists():
-            pinned = self.pins
+            try:
+                pinned = self.pins
+            except KernelError:  # its making was cut short, when there was a file and no namespace yet
+                pinned = None
             _run("ip", "netns", "del", self.netns)
-            for role in pinned.glob("*"):
-                pins.remove(role)
-            for left in pins.RUN.glob(f"{pinned.name}-*"):
-                left.unlink(missing_ok=True)
-            pins.tidy()
+            if pinned:
+                for role in pinned.glob("*"):
+                    pins.remove(role)
+                for left in pins.RUN.glob(f"{pinned.name}-*"):
+                    left.unlink(missing_ok=True)
+                pins.tidy()
 
 
 class Lab:
