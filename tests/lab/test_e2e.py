@@ -39,13 +39,15 @@ def test_redirected(make_world, topology, offload):
     assert counters["offered"] == counters["redirected"] == 2
 
 
-def test_experimental_form(standing):
-    world = standing()
+def test_experimental_form(make_world):
+    world = make_world()
+    world.servers()
     world.client("--option", "experimental")
     world.serve("--option", "experimental")
     for family in (4, 6):
         assert world.echo(VIP[family])["intact"]
-    assert world.client_counters()["redirected"] == 2
+    counters = world.client_counters()
+    assert counters.get("redirected") == 2, (counters, status(world.lab), agent_status(world.lab.servers[0], None))
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
