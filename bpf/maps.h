@@ -216,7 +216,8 @@ struct crab_client_settings {
     __u64 netns_cookie;   /* SO_NETNS_COOKIE of the network namespace whose connections may offer */
     __u64 backoff_ns;     /* how long a VIP gets no offers after the first failure; doubled by each that follows */
     __u64 backoff_max_ns; /* but never longer than this */
-    __u32 flows;          /* size of map `client_out` */
+    __u64 proven_ns;      /* how long a backend is known to hear us after it has shown it */
+    __u32 flows;          /* size of map `client_flows` */
     __u32 hz;             /* jiffies a second */
     __u32 offering;       /* 0: no new offers; what is redirected is translated to its end */
     __u32 rto;            /* jiffies after which a SYN that offered is sent again; 0: as the system does */
@@ -234,8 +235,20 @@ enum crab_client_failure {
     CRAB_CLIENT_SOURCE,    /* the redirect came from outside the backend prefixes */
     CRAB_CLIENT_NO_ECHO,   /* the backend answered without the redirect */
     CRAB_CLIENT_NOT_TAKEN, /* the redirect came in, but this host dropped it before its socket (rp_filter, firewall) */
-    CRAB_CLIENT_SILENT     /* the handshake was redirected, and then nothing came from the backend */
+    CRAB_CLIENT_SILENT     /* the redirect came, and then nothing from the backend: it does not hear us */
 };
+
+/* What happened in this minute and in the one before, for a figure of the last sixty seconds. */
+#define CRAB_CLIENT_MINUTE_NS 60000000000
+struct crab_client_minute {
+    __u64 since_ns; /* when this one began */
+    __u32 now[4];   /* offered (a VIP alone), taken, completed, failed */
+    __u32 before[4];
+};
+#define CRAB_CLIENT_MINUTE_OFFERED 0
+#define CRAB_CLIENT_MINUTE_TAKEN 1
+#define CRAB_CLIENT_MINUTE_COMPLETED 2
+#define CRAB_CLIENT_MINUTE_FAILED 3
 
 /* How redirects fare.  Times are of CLOCK_MONOTONIC.  While `until_ns` is not 0, failures are remembered: before it there
  * are no offers, after it one connection tries (at a time, see `trial_ns`).  A redirect that works ends that. */
@@ -243,10 +256,12 @@ struct crab_client_health {
     __u64 since_ns; /* the first failure of those in a row */
     __u64 until_ns;
     __u64 trial_ns;
+    __u64 proven_ns; /* when last something came back for what we sent; 0: never, or not since a failure */
     __u64 completed; /* redirects after which the backend spoke */
     __u64 failed;    /* offers that came to nothing */
     __u32 failures;  /* in a row; what comes while nothing is offered does not count */
     __u32 reason;    /* CRAB_CLIENT_FINE, ... */
+    struct crab_client_minute minute;
 };
 
 /* Value of map `client_vips` (key: struct crab_vip). */
@@ -274,57 +289,72 @@ struct crab_lpm {
     __u8 addr[16];
 };
 
-/* A SYN of ours that offered, until its socket is connected or given up: key of map `client_pending`.  The
- * acknowledgement number that the answer must carry is part of it, so finding it is the check. */
-struct crab_pending_key {
+/* Connections of one local address and port to one remote port, whatever the remote address: key of map `client_flows`.
+ * A packet of either direction has it, translated or not. */
+struct crab_client_ports {
     __u8 local[16];
     __be16 lport;
     __be16 rport;
-    __be32 ack; /* initial sequence number + 1 */
 };
 
-struct crab_pending {
+/* Value of map `client_flows`: whose the ports are, and what became of its offer. */
+struct crab_client_flow {
+    __u64 owner;   /* cookie of the first socket that has the ports; 0: it has ended; CRAB_CLIENT_GONE: being deleted */
+    __u64 ends_ns; /* when a closed connection's translation ends (CLOCK_MONOTONIC); 0: it lives */
     __u8 vip[16];
-    __u8 kind;   /* of the redirect that is waited for, */
-    __u8 size;   /* and its length */
-    __u8 left;   /* the SYN went out by the agent's route */
-    __u8 failed; /* the offer's failure is remembered */
+    __u8 dip[16];  /* the redirect's, from CRAB_CLIENT_HELD on */
+    __u32 state;   /* CRAB_CLIENT_FREE, ... */
+    __be32 ack;    /* of the answer to its SYN: the initial sequence number + 1 */
+    __be32 seq;    /* of the SYN-ACK, by which the socket's state tells whether it took it */
+    __u32 diff;    /* from the DIP's checksum to the VIP's */
+    __u32 rto;     /* jiffies until the SYN is sent again; 0: the system's */
+    __u8 kind;     /* of offer and redirect, */
+    __u8 size;     /* and the redirect's length */
+    __u8 offer;    /* CRAB_CLIENT_NONE, ... */
+    __u8 flag;     /* BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG is ours */
+    __u8 syn_count; /* TCP_SYNCNT as it was; 0: it still is */
+    __u8 retransmitted; /* the SYN was */
+    __u8 left;     /* the SYN went out by the agent's route */
+    __u8 again;    /* it was sent again after a redirect came: another one may come in its place */
+    __u8 failed;   /* the offer's failure is remembered */
+    __u8 said;     /* CRAB_CLIENT_NEW, ... */
+    __u8 pad[2];
+};
+#define CRAB_CLIENT_GONE 1 /* cookies are even larger */
+
+/* An offer's life. */
+#define CRAB_CLIENT_NONE 0
+#define CRAB_CLIENT_WANTED 1
+#define CRAB_CLIENT_ARMED 2 /* the next SYN's options are asked for */
+#define CRAB_CLIENT_OUT 3
+
+/* What a flow's state is. */
+#define CRAB_CLIENT_FREE 0     /* nothing of an offer */
+#define CRAB_CLIENT_WAITING 1  /* the SYN offered */
+#define CRAB_CLIENT_HELD 2     /* a redirect came, and is held until its sender is known to hear us: see client_proof.h */
+#define CRAB_CLIENT_ACCEPTED 3 /* and was accepted.  The host may drop it yet, or another answer be faster */
+#define CRAB_CLIENT_TAKEN 4    /* and its socket has taken it: what goes out is translated, until it ends */
+
+/* What a backend has said. */
+#define CRAB_CLIENT_NEW 0
+#define CRAB_CLIENT_SPOKE 1 /* more than its SYN-ACK */
+#define CRAB_CLIENT_MUTE 2  /* no more, and it should have by now */
+
+/* Value of map `client_held` (key: struct crab_client_ports): a SYN-ACK's TCP header, zeros behind it. */
+#define CRAB_CLIENT_HEADER 60
+struct crab_client_held {
+    __u8 tcp[CRAB_CLIENT_HEADER];
 };
 
-/* A redirected connection: key of map `client_out` (remote: the VIP) and of map `client_in` (remote: the DIP). */
-struct crab_flow_key {
+/* What the agent's process is asked by ring buffer `client_asks`: to send `remote` an ACK that takes the way of the
+ * connection's own, but is answered. */
+struct crab_client_ask {
     __u8 local[16];
     __u8 remote[16];
     __be16 lport;
     __be16 rport;
-};
-
-/* Value of map `client_out`.  It is there from the SYN-ACK on, but nothing is translated before the socket has taken
- * that one: the host may drop it, and another one may be faster. */
-struct crab_client_out {
-    __u8 dip[16];
-    __u64 ends_ns; /* when it may be forgotten (CLOCK_MONOTONIC): its connection has ended, or not begun; 0: it lives */
-    __be32 seq;    /* of the SYN-ACK, by which the socket's state tells whether it took it */
-    __u8 taken;
-    __u8 again; /* not taken, and the SYN has been sent again: another redirect may come in its place */
-    __u8 pad[2];
-};
-
-/* Value of map `client_in`. */
-#define CRAB_CLIENT_NEW 0
-#define CRAB_CLIENT_SPOKE 1 /* the backend has sent more than its SYN-ACK */
-#define CRAB_CLIENT_MUTE 2  /* and it should have by now */
-struct crab_client_in {
-    __u8 vip[16];
-    __u32 state;
-};
-
-/* Connections of one local address and port to one remote port, whatever the remote address: key of map
- * `client_ports`, whose value is how many there are.  The sweep of closed ones has a place there like a connection. */
-struct crab_port_key {
-    __u8 local[16];
-    __be16 lport;
-    __be16 rport;
+    __be32 seq;
+    __be32 ack;
 };
 
 enum crab_client_counter {
@@ -338,6 +368,7 @@ enum crab_client_counter {
     CRAB_CLIENT_NO_OFFER_OPTIONS, /* no offer: data in the SYN, or options that need not survive a redirect */
     CRAB_CLIENT_NO_OFFER_FULL,    /* no offer: too many connections */
     CRAB_CLIENT_NO_OFFER_BACKOFF, /* no offer: those before came to nothing */
+    CRAB_CLIENT_VERIFIED,         /* backends that were found to hear us, before a redirect of theirs was taken up */
     CRAB_CLIENT_RETRANSMITTED,    /* SYNs sent again, without their offer: they ask for the fallback */
     CRAB_CLIENT_DROP_SOURCE,      /* answer to a SYN of ours from outside the backend prefixes */
     CRAB_CLIENT_DROP_VIP,         /* SYN-ACK to a SYN of ours whose redirect is missing or names another VIP */

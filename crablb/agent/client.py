@@ -6,7 +6,6 @@ import errno
 import os
 import select
 import socket
-import struct
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -47,7 +46,7 @@ class ClientAgent(Agent):
     """
 
     role: ClassVar[str] = "client"
-    lasting = ("client_pending", "client_out", "client_in", "client_ports", "client_conns")
+    lasting = ("client_flows", "client_peers")
     in_place = True
 
     def __init__(
@@ -99,7 +98,7 @@ class ClientAgent(Agent):
         """All of it is taken over, piece by piece."""
 
     def set_up(self, program: bpf.Object) -> None:
-        flows = program.map("client_out").max_entries
+        flows = program.map("client_flows").max_entries
         told = offering.settings(flows, retransmission=self.retransmission)
         program.map("client_settings").update(0, told)
         for vip in self.vips:
@@ -342,14 +341,13 @@ class ClientAgent(Agent):
     def live(cls) -> int:
         """Connections to VIPs that are translated and have not ended, or that may still be redirected."""
         try:
-            with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
-                translated = set(flows.keys())
+            translated = offering.translated(cls.folder())
         except bpf.BpfNotFoundError:
             return 0
         vips = {(mapped(vip.address), vip.port) for vip in map(parse_vip, (cls.state() or {}).get("vips", ()))}
         count = 0
         for one in rtnetlink.tcp_connections():
-            key = struct.pack("=16s16s2s2s", one.local, one.remote, one.local_port, one.remote_port)
+            key = one.local + one.local_port + one.remote_port + one.remote
             if one.connecting:
                 count += (one.remote, int.from_bytes(one.remote_port, "big")) in vips
             else:
@@ -375,8 +373,7 @@ class ClientAgent(Agent):
         status = super().status()
         if status is None:
             return None
-        with bpf.Map.from_pin(cls.folder() / "client_out") as flows:
-            status["flows"] = len(list(flows.keys()))
+        status["flows"] = len(offering.translated(cls.folder()))
         with Netlink() as netlink:
             status["routes"] = {text: routes.leads(netlink, parse_vip(text).address) for text in status["vips"]}
         try:

@@ -21,7 +21,7 @@ RETRANSMISSION, BACK_OFF, LONGEST_BACK_OFF = 0.25, 10.0, 600.0
 #: Redirected connections that there is room for.
 FLOWS: int = lib.CRAB_CLIENT_FLOWS
 #: What is as large as the table of connections.
-FLOW_MAPS = ("client_pending", "client_out", "client_in", "client_ports")
+FLOW_MAPS = ("client_flows",)
 
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 CLOCK_MONOTONIC_COARSE = 6
@@ -125,6 +125,26 @@ def redirects(vips: bpf.Map, paths: bpf.Map) -> Iterator[Health]:
         for path, health in backends:
             if path[:16] + path[32:] == key:
                 yield _health(vip, unmapped(path[16:32]), ffi.from_buffer("struct crab_client_health *", health))
+
+
+def translated(folder: Path) -> set[bytes]:
+    """Connections that an agent whose maps are pinned in ``folder`` translates: local address, ports, and VIP of each.
+
+    Closed ones are among them for a while.  Raises :class:`bpf.BpfNotFoundError` if there is no agent.
+    """
+    try:
+        with bpf.Map.from_pin(folder / "client_flows") as held:
+            keys, values = held.dump()
+    except bpf.BpfNotFoundError:  # of a version before
+        with bpf.Map.from_pin(folder / "client_out") as out:
+            return {key[:16] + key[32:] + key[16:32] for key in out.keys()}  # noqa: SIM118
+    size = ffi.sizeof("struct crab_client_ports")
+    flows = ffi.from_buffer("struct crab_client_flow[]", values)
+    return {
+        keys[i * size : (i + 1) * size] + bytes(flow.vip)
+        for i, flow in enumerate(flows)
+        if flow.state == lib.CRAB_CLIENT_TAKEN
+    }
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
