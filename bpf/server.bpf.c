@@ -44,13 +44,30 @@ struct {
     __type(value, struct crab_redirects);
 } server_redirects SEC(".maps");
 
-/* The VIP that a connection is counted for, kept in its socket. */
+/* Open connections that are counted, by their sockets' cookies, and the VIP that each is counted for.  (Storage in the
+ * sockets takes four times as long to make and to free.) */
 struct {
-    __uint(type, BPF_MAP_TYPE_SK_STORAGE);
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 524288);
     __uint(map_flags, BPF_F_NO_PREALLOC);
-    __type(key, int);
+    __type(key, __u64);
     __type(value, struct crab_vip);
-} server_counted SEC(".maps");
+} server_open SEC(".maps");
+
+/* The redirect that the SYN-ACK under way echoes: its options are written on the CPU on which room was made for them. */
+struct answer {
+    __u64 cookie; /* of the connection's request */
+    struct crab_vip vip;
+    __u32 length;
+    __u8 option[CRAB_REDIRECT];
+};
+
+struct {
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, struct answer);
+} server_answer SEC(".maps");
 
 /* A redirect that is not to be echoed. */
 #define REFUSED (-1)
@@ -109,13 +126,6 @@ static __always_inline void vip_of(const __u8 option[CRAB_REDIRECT], int n, __u1
         vip->addr[10] = vip->addr[11] = 0xff;
 }
 
-/* The VIP that a redirect of n bytes names.  Is it one, with this port, that we were told of? */
-static __always_inline int known(struct bpf_sock_ops *ctx, const __u8 option[CRAB_REDIRECT], int n, struct crab_vip *vip)
-{
-    vip_of(option, n, (__u16)READ(ctx->local_port), vip);
-    return bpf_map_lookup_elem(&server_vips, vip) != NULL;
-}
-
 /* A SYN-ACK echoes the redirect.  Repeated it does not count: then the SYN's link-layer header is not there, which
  * TCP_SAVE_SYN 1 does not save.  Nor does a cookie: of a connection that comes of it, nobody knows if it was redirected. */
 static __always_inline void begun(struct bpf_sock_ops *ctx, const struct crab_vip *vip)
@@ -169,7 +179,8 @@ static __always_inline void opened(struct bpf_sock_ops *ctx)
     } else
         accepted_on(ctx, &vip);
     struct crab_connections *c = bpf_map_lookup_elem(&server_connections, &vip);
-    if (c && bpf_sk_storage_get(&server_counted, sk, &vip, BPF_SK_STORAGE_GET_F_CREATE)) {
+    __u64 cookie = bpf_get_socket_cookie(ctx);
+    if (c && !bpf_map_update_elem(&server_open, &cookie, &vip, BPF_ANY)) {
         __sync_fetch_and_add(&c->opened, 1);
         flags |= BPF_SOCK_OPS_STATE_CB_FLAG;
     }
@@ -179,16 +190,17 @@ static __always_inline void opened(struct bpf_sock_ops *ctx)
 
 static __always_inline void changed(struct bpf_sock_ops *ctx, __u32 state)
 {
-    struct bpf_sock *sk = ctx->sk;
-    if (state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT || !sk)
+    if (state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT)
         return;
-    struct crab_vip *vip = bpf_sk_storage_get(&server_counted, sk, NULL, 0);
-    if (!vip)
+    __u64 cookie = bpf_get_socket_cookie(ctx);
+    struct crab_vip *found = bpf_map_lookup_elem(&server_open, &cookie), vip;
+    if (!found)
         return;
-    struct crab_connections *c = bpf_map_lookup_elem(&server_connections, vip);
+    vip = *found;
+    bpf_map_delete_elem(&server_open, &cookie);
+    struct crab_connections *c = bpf_map_lookup_elem(&server_connections, &vip);
     if (c)
         __sync_fetch_and_add(&c->closed, 1);
-    bpf_sk_storage_delete(&server_counted, sk);
 }
 
 static __always_inline void arm(struct bpf_sock_ops *ctx)
@@ -210,15 +222,49 @@ static __always_inline void arm(struct bpf_sock_ops *ctx)
     count(CRAB_SERVER_ARMED);
 }
 
+/* Room in a SYN-ACK for the redirect of its SYN, if it is to be echoed. */
+static __always_inline void reserve(struct bpf_sock_ops *ctx)
+{
+    __u32 zero = 0;
+    struct answer *answer = bpf_map_lookup_elem(&server_answer, &zero);
+    if (!answer)
+        return;
+    answer->length = 0;
+    int n = redirect_of_syn(ctx, answer->option);
+    if (!n)
+        return;
+    if (n == REFUSED) {
+        count(CRAB_SERVER_FAST_OPEN);
+        return;
+    }
+    vip_of(answer->option, n, (__u16)READ(ctx->local_port), &answer->vip);
+    if (!bpf_map_lookup_elem(&server_vips, &answer->vip)) {
+        count(CRAB_SERVER_UNKNOWN_VIP);
+    } else if (bpf_reserve_hdr_opt(ctx, (__u32)n, 0)) {
+        count(CRAB_SERVER_NO_ROOM);
+    } else {
+        answer->cookie = bpf_get_socket_cookie(ctx);
+        answer->length = (__u32)n;
+    }
+}
+
+static __always_inline void echo(struct bpf_sock_ops *ctx)
+{
+    __u32 zero = 0;
+    struct answer *answer = bpf_map_lookup_elem(&server_answer, &zero);
+    if (!answer || !answer->length || answer->cookie != bpf_get_socket_cookie(ctx))
+        return;
+    if (!bpf_store_hdr_opt(ctx, answer->option, crab_length_within(answer->length, sizeof answer->option), 0)) {
+        count(CRAB_SERVER_ECHOED);
+        begun(ctx, &answer->vip);
+    }
+    answer->length = 0;
+}
+
 SEC("sockops")
 int crab_server(struct bpf_sock_ops *ctx)
 {
-    __u8 option[CRAB_REDIRECT] = {};
-    __u32 op = READ(ctx->op);
-    struct crab_vip vip;
-    int n;
-
-    switch (op) {
+    switch (READ(ctx->op)) {
     case BPF_SOCK_OPS_TCP_LISTEN_CB:
         arm(ctx);
         break;
@@ -229,24 +275,12 @@ int crab_server(struct bpf_sock_ops *ctx)
         changed(ctx, READ(ctx->args[1]));
         break;
     case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+        if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) == (SYN | ACK))
+            reserve(ctx);
+        break;
     case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
-        if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) != (SYN | ACK))
-            break;
-        n = redirect_of_syn(ctx, option);
-        if (!n)
-            break;
-        if (op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB) {
-            if (n > 0 && known(ctx, option, n, &vip) &&
-                !bpf_store_hdr_opt(ctx, option, crab_length_within((__u32)n, sizeof option), 0)) {
-                count(CRAB_SERVER_ECHOED);
-                begun(ctx, &vip);
-            }
-        } else if (n == REFUSED)
-            count(CRAB_SERVER_FAST_OPEN);
-        else if (!known(ctx, option, n, &vip))
-            count(CRAB_SERVER_UNKNOWN_VIP);
-        else if (bpf_reserve_hdr_opt(ctx, (__u32)n, 0))
-            count(CRAB_SERVER_NO_ROOM);
+        if ((READ(ctx->skb_tcp_flags) & (SYN | ACK)) == (SYN | ACK))
+            echo(ctx);
         break;
     }
     return 1;

@@ -23,8 +23,8 @@ log = structlog.get_logger()
 
 #: Values of map `server_ports`: see bpf/server.bpf.c.
 DISARMED, ARMED, ARMED_BEFORE = range(3)
-#: Maps of agents since they note what they did to listeners; the next one goes on with them.
-NOTES = ("server_armed", "server_shared", "server_redirects")
+#: Maps that the next agent goes on with: which listeners were armed, which connections are counted.
+NOTES = ("server_armed", "server_shared", "server_redirects", "server_connections", "server_open")
 #: The program that arms listeners that are there, pinned under its name, and its maps.
 ITERATOR = "crab_arm"
 SHARED = ("server_ports", "server_counters", "server_armed", "server_shared")
@@ -83,8 +83,6 @@ class ServerAgent(Agent):
     """
 
     role: ClassVar[str] = "server"
-    #: Sockets of the agent before are counted on.
-    lasting: ClassVar[Sequence[str]] = ("server_connections", "server_counted")
     optional: ClassVar[Sequence[str]] = NOTES
 
     def __init__(
@@ -120,6 +118,11 @@ class ServerAgent(Agent):
         # One of before did not note which listeners it had armed.
         if self.state() is not None and not (self.folder() / "server_armed").exists():
             self._new = ARMED_BEFORE
+        # One of before kept in its sockets which of them it counted; nobody hears of their ends.
+        uncounted = self.folder() / "server_counted"
+        if uncounted.exists():
+            for path in (uncounted, self.folder() / "server_connections"):
+                path.unlink()
         super().install()
         if changes:
             log.warning("replaced the agent that was there", changes=changes)
