@@ -78,7 +78,8 @@ static __always_inline void make_peer(const __u8 addr[16])
 #define GO_ON (-2)
 
 /* Take up a redirect that has passed all checks but this: a four-tuple is one connection's. */
-static __noinline int accept(struct __sk_buff *skb, const struct packet *p, struct crab_client_flow *flow)
+static __noinline int accept(struct __sk_buff *skb, const struct packet *p, struct crab_client_flow *flow,
+                             struct crab_client_health *path)
 {
     if (collides(skb, p)) {
         count(CRAB_CLIENT_RESET_COLLISION);
@@ -91,7 +92,6 @@ static __noinline int accept(struct __sk_buff *skb, const struct packet *p, stru
     flow->state = CRAB_CLIENT_ACCEPTED;
     make_peer(p->peer);
     count(CRAB_CLIENT_REDIRECTED);
-    struct crab_client_health *path = path_of(flow->vip, p->key.rport, p->peer);
     if (path)
         note(&path->minute, CRAB_CLIENT_MINUTE_TAKEN, bpf_ktime_get_coarse_ns());
     return GO_ON;
@@ -143,7 +143,7 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *p, stru
     }
     struct crab_client_health *path = path_of(flow->vip, p->key.rport, p->peer);
     if (!path || !unproven(path) || hold(skb, p))
-        return accept(skb, p, flow);
+        return accept(skb, p, flow, path);
     copy(flow->dip, p->peer);
     flow->seq = p->tcp.seq;
     flow->again = 0;
@@ -165,7 +165,7 @@ static __noinline int proven(struct __sk_buff *skb, struct packet *p, struct cra
         flow->state = CRAB_CLIENT_WAITING;
         return TC_ACT_SHOT;
     }
-    return accept(skb, p, flow);
+    return accept(skb, p, flow, path);
 }
 
 static __always_inline int ingress_tcp(struct __sk_buff *skb, struct packet *p)

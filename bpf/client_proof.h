@@ -3,7 +3,7 @@
  * through, a redirected connection would hang: its socket is connected, and no byte of it arrives.
  *
  * So the first SYN-ACK from a backend is held, and the agent's process sends an ACK with the connection's own ports and
- * numbers, one below what the backend expects (as a keep-alive does, RFC 9293 3.8.4), by the host's own routes.  The
+ * numbers, a little below what the backend expects (much as a keep-alive, RFC 9293 3.8.4), by the host's own routes.  The
  * backend, which has the SYN, answers an ACK that is out of its window by another one (3.10.7.4), or by a RST if it does
  * not remember SYNs (SYN cookies).  The ACK is made the SYN-ACK that was held, and the redirect taken up; that costs the
  * first connection a round trip.  If no answer comes the SYN is sent again and takes the fallback.
@@ -15,6 +15,10 @@
 #include "client.h"
 #include "client_health.h"
 #include "client_packet.h"
+
+/* How much below.  Linux's SYN cookies are the sequence number and an index into a table of four sizes, added up: what is
+ * fewer than four below may be a good cookie, of another size, and made a connection. */
+#define BELOW 16
 
 struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -28,24 +32,23 @@ struct {
     __uint(max_entries, 1 << 18);
 } client_asks SEC(".maps");
 
-/* Until when the agent's process is sure to answer (CLOCK_MONOTONIC). */
 struct {
     __uint(type, BPF_MAP_TYPE_ARRAY);
     __uint(max_entries, 1);
     __type(key, __u32);
-    __type(value, __u64);
+    __type(value, struct crab_client_verifier);
 } client_verifier SEC(".maps");
 
 /* Is this backend's word to be proven, and somebody there to do it? */
 CRAB_INLINE int unproven(const struct crab_client_health *path)
 {
     const struct crab_client_settings *s = settings();
-    __u64 now = bpf_ktime_get_coarse_ns();
+    __u64 now = bpf_ktime_get_coarse_ns(), proven = path->proven_ns;
     __u32 zero = 0;
-    if (!s || (path->proven_ns && now < path->proven_ns + s->proven_ns))
+    const struct crab_client_verifier *v = bpf_map_lookup_elem(&client_verifier, &zero);
+    if (!s || !v || now >= v->until_ns)
         return 0;
-    const __u64 *until = bpf_map_lookup_elem(&client_verifier, &zero);
-    return until && now < *until;
+    return !proven || proven < v->since_ns || now >= proven + s->proven_ns;
 }
 
 /* Keep a SYN-ACK, and have its sender asked.  0, or -1 if that cannot be. */
@@ -55,7 +58,7 @@ static __noinline int hold(struct __sk_buff *skb, const struct packet *p)
     struct crab_client_ask ask = {
         .lport = p->key.lport,
         .rport = p->key.rport,
-        .seq = bpf_htonl(bpf_ntohl(p->tcp.ack_seq) - 1),
+        .seq = bpf_htonl(bpf_ntohl(p->tcp.ack_seq) - BELOW),
         .ack = bpf_htonl(bpf_ntohl(p->tcp.seq) + 1),
     };
     copy(ask.local, p->key.local);

@@ -346,6 +346,12 @@ struct crab_client_held {
     __u8 tcp[CRAB_CLIENT_HEADER];
 };
 
+/* The only value of map `client_verifier`, which the agent's process writes.  Times are of CLOCK_MONOTONIC. */
+struct crab_client_verifier {
+    __u64 until_ns; /* it answers what it is asked, until then at least */
+    __u64 since_ns; /* routes have changed: what was proven before has to be again */
+};
+
 /* What the agent's process is asked by ring buffer `client_asks`: to send `remote` an ACK that takes the way of the
  * connection's own, but is answered. */
 struct crab_client_ask {

@@ -102,4 +102,5 @@ static const char *crab_log_take(void)
 
 libbpf = FFI()
 libbpf.cdef(KERNEL_TYPES + declarations(ROOT / "crablb/kernel/libbpf.h"))
+libbpf.cdef('extern "Python" int crab_ring_sample(void *context, void *data, size_t size);')
 libbpf.set_source("crablb.kernel._libbpf", LOG, libraries=["bpf"], extra_compile_args=STRICT)

@@ -8,7 +8,7 @@ import select
 import socket
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ import structlog
 from crablb._native import lib
 from crablb.agent import offering, routes
 from crablb.agent.base import FILTER, Agent, detach_filters, tool
+from crablb.agent.verify import Verifier
 from crablb.config import parse_prefix, parse_vip
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins, rtnetlink
@@ -272,20 +273,24 @@ class ClientAgent(Agent):
 
     @classmethod
     @contextmanager
-    def watched(cls) -> Iterator[None]:
-        """While in the context, a thread mends what changes."""
+    def watched(cls, *, verify: bool = True) -> Iterator[None]:
+        """While in the context, a thread mends what changes.
+
+        ``verify``: another one finds out whether a backend hears this client, before its first redirect is taken up.
+        """
         wake, woken = os.pipe()
-        thread = threading.Thread(target=cls._watch, args=(wake,), name="crablb-watch", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            os.close(woken)
-            thread.join()
-            os.close(wake)
+        with Verifier(cls.folder()) if verify else nullcontext() as verifier:
+            thread = threading.Thread(target=cls._watch, args=(wake, verifier), name="crablb-watch", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                os.close(woken)
+                thread.join()
+                os.close(wake)
 
     @classmethod
-    def _watch(cls, stop: int) -> None:
+    def _watch(cls, stop: int, verifier: Verifier | None) -> None:
         state = cls.state()
         if state is None:
             return
@@ -317,7 +322,11 @@ class ClientAgent(Agent):
                 ready = dict(poll.poll(LOOK * 1000))
                 if stop in ready:
                     return
-                due = not ready or events.concern(about)
+                due = not ready
+                if ready and events.concern(about):
+                    due = True
+                    if verifier:
+                        verifier.forget()
         finally:
             events.close()
 

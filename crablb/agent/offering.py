@@ -18,6 +18,8 @@ from crablb.model import Address, Vip, unmapped
 
 #: Seconds: until a SYN that offered is sent again, and how long a VIP gets no offers after a failure.
 RETRANSMISSION, BACK_OFF, LONGEST_BACK_OFF = 0.25, 10.0, 600.0
+#: Seconds for which a backend is known to hear this client after it has shown it.
+PROVEN = 600.0
 #: Redirected connections that there is room for.
 FLOWS: int = lib.CRAB_CLIENT_FLOWS
 #: What is as large as the table of connections.
@@ -52,6 +54,7 @@ def settings(flows: int, *, retransmission: float = RETRANSMISSION, offering: bo
     value = ffi.new("struct crab_client_settings *")
     value.netns_cookie = netns_cookie()
     value.backoff_ns, value.backoff_max_ns = int(BACK_OFF * 1e9), int(LONGEST_BACK_OFF * 1e9)
+    value.proven_ns = int(PROVEN * 1e9)
     value.flows, value.hz, value.offering = flows, hz, offering
     if 0 < retransmission < SYSTEM_RTO:
         # A little later is better than once oftener, which doubles the whole.

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +62,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         required=True,
         metavar="PREFIX",
         help="where backends may be; repeatable",
+    )
+    client.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="find out whether a backend hears this client, before its first redirect is taken up (not with --detach)",
     )
     client.add_argument(
         "--option", default="crab", choices=[f.value for f in OptionForm], help="the form of the CR option"
@@ -307,7 +314,7 @@ def run_client(args: argparse.Namespace) -> int:
     return _run(
         lambda: ClientAgent(vips, backends, option=OptionForm(args.option), cgroup=args.cgroup, interfaces=interfaces),
         args.detach,
-        ClientAgent.watched,
+        partial(ClientAgent.watched, verify=args.verify),
         wait[0],
     )
 

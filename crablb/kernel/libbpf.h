@@ -132,6 +132,14 @@ int bpf_tc_query(const struct bpf_tc_hook *hook, struct bpf_tc_opts *opts);
 int bpf_xdp_query(int ifindex, int flags, struct bpf_xdp_query_opts *opts);
 int libbpf_num_possible_cpus(void);
 
+struct ring_buffer;
+struct ring_buffer_opts;
+struct ring_buffer *ring_buffer__new(int map_fd, int (*sample)(void *context, void *data, size_t size), void *context,
+                                     const struct ring_buffer_opts *opts);
+void ring_buffer__free(struct ring_buffer *ring);
+int ring_buffer__consume(struct ring_buffer *ring);
+int ring_buffer__epoll_fd(const struct ring_buffer *ring);
+
 #define BPF_TC_INGRESS ...
 #define BPF_TC_EGRESS ...
 #define BPF_TC_F_REPLACE ...

@@ -6,9 +6,6 @@
 
 Each path is made on the router (or at the client), and is one that an unprepared client gets through.  A prepared one
 gets through as well, every time; what its offer costs is one early retransmission, once: then the VIP backs off.
-
-Not here: a way on which a SYN-ACK of a backend comes through, and nothing of what the client sends to it
-(docs/endpoints.md).
 """
 
 from __future__ import annotations
@@ -89,6 +86,10 @@ PATHS = {
             "chain forward { type filter hook forward priority filter;"
             ' iifname "client" tcp flags & (syn | ack) == syn reset tcp option 42; }'
         )
+    ),
+    # A SYN-ACK of a backend comes through, and nothing of what the client sends to it.
+    "backends filtered": Path(
+        rules('chain forward { type filter hook forward priority filter; iifname "client" oifname "br0" drop; }')
     ),
     "option stripped in SYN-ACK": Path(
         rules(

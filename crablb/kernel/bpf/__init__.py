@@ -18,6 +18,7 @@ from crablb.kernel.bpf.errors import (
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path, pins_last
 from crablb.kernel.bpf.programs import Link, Program, TestRun, programs, tcx_programs, xdp_program
+from crablb.kernel.bpf.ring import Ring
 from crablb.kernel.bpf.tc import TcFilter, attach_tc
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Map",
     "Object",
     "Program",
+    "Ring",
     "TcFilter",
     "TestRun",
     "attach_tc",

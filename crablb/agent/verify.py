@@ -1,0 +1,122 @@
+"""Whether backends hear this client, before a redirect of theirs is taken up: see bpf/client_proof.h."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from crablb._native import ffi
+from crablb.errors import KernelError
+from crablb.kernel import bpf
+from crablb.model import unmapped
+
+log = structlog.get_logger()
+
+#: Seconds for which programs may rely on this process, and between its renewals.
+LEASE, RENEWAL = 2.0, 0.5
+ACK = 0x10
+WINDOW = 0xFFFF
+HOPS = 64
+
+
+def _sum(data: bytes) -> int:
+    """The Internet checksum (RFC 1071)."""
+    total: int = sum(word for (word,) in struct.iter_unpack("!H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+def probe(ask: bytes) -> tuple[str, str, bytes]:
+    """The packet that a struct crab_client_ask asks for, with its IP header: source, destination, bytes."""
+    asked = ffi.from_buffer("struct crab_client_ask *", ask)
+    source, target = unmapped(bytes(asked.local)), unmapped(bytes(asked.remote))
+    numbers = [int.from_bytes(int(n).to_bytes(size, "little"), "big")
+               for n, size in ((asked.lport, 2), (asked.rport, 2), (asked.seq, 4), (asked.ack, 4))]  # fmt: skip
+    tcp = struct.pack("!HHIIBBHHH", *numbers, 5 << 4, ACK, WINDOW, 0, 0)
+    pseudo = source.packed + target.packed + struct.pack("!II", len(tcp), socket.IPPROTO_TCP)
+    tcp = tcp[:16] + _sum(pseudo + tcp).to_bytes(2, "big") + tcp[18:]
+    if source.version == 4:  # the kernel fills in its checksum
+        ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, HOPS, socket.IPPROTO_TCP, 0)
+    else:
+        ip = struct.pack("!IHBB", 6 << 28, len(tcp), socket.IPPROTO_TCP, HOPS)
+    return str(source), str(target), ip + source.packed + target.packed + tcp
+
+
+def send(ask: bytes) -> None:
+    """Send it as the connection's own would go: with its address, by the host's routes.  Raises OSError."""
+    source, target, packet = probe(ask)
+    family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        raw.setblocking(False)
+        raw.bind((source, 0))
+        raw.sendto(packet, (target, 0))
+
+
+class Verifier:
+    """A thread that asks backends, as the programs of the agent pinned in ``folder`` want it.  A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._since = 0
+        self._said = ""
+
+    def forget(self) -> None:
+        """Routes have changed: what was proven before may not hold any more."""
+        self._since = time.monotonic_ns()
+
+    def __enter__(self) -> Self:
+        self._stop, self._stopped = os.pipe()
+        self._ends = bpf.Map.from_pin(self._folder / "client_verifier")
+        self._asks = bpf.Map.from_pin(self._folder / "client_asks")
+        self._renew()
+        self._thread = threading.Thread(target=self._run, name="crablb-verify", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        os.close(self._stopped)
+        self._thread.join()
+        os.close(self._stop)
+        self._write(0)
+        self._ends.close()
+        self._asks.close()
+
+    def _write(self, until: int) -> None:
+        value = ffi.new("struct crab_client_verifier *", {"until_ns": until, "since_ns": self._since})
+        self._ends.update(0, bytes(ffi.buffer(value)))
+
+    def _renew(self) -> None:
+        self._write(time.monotonic_ns() + int(LEASE * 1e9))
+
+    def _run(self) -> None:
+        poll = select.poll()
+        try:
+            with bpf.Ring(self._asks, self._answer) as ring:
+                poll.register(ring, select.POLLIN)
+                poll.register(self._stop, select.POLLHUP)
+                while self._stop not in dict(poll.poll(RENEWAL * 1000)):
+                    ring.consume()
+                    self._renew()
+        except KernelError as error:  # the programs go on without, as with --no-verify
+            log.error("backends are not verified any more", reason=str(error))
+
+    def _answer(self, ask: bytes) -> None:
+        try:
+            send(ask)
+        except OSError as error:  # no route, or a firewall of this host
+            if str(error) != self._said:
+                _, target, _ = probe(ask)
+                log.warning(
+                    "a backend cannot be asked, its redirect is not taken up", backend=target, reason=str(error)
+                )
+            self._said = str(error)
