@@ -135,18 +135,21 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *p, stru
         refuse(flow, p, NULL, CRAB_CLIENT_ROUTE);
         return answer_by_reset(skb, p);
     }
-    if (redirected && same(flow->dip, p->peer) && flow->seq == p->tcp.seq) /* the same one again */
-        return flow->state == CRAB_CLIENT_HELD ? TC_ACT_SHOT : GO_ON;
-    if (redirected && !flow->again) {
+    if (redirected && same(flow->dip, p->peer) && flow->seq == p->tcp.seq) { /* the same one again */
+        if (flow->state != CRAB_CLIENT_HELD)
+            return GO_ON;
+        if (!flow->again)
+            return TC_ACT_SHOT;
+    } else if (redirected && !flow->again) {
         count(CRAB_CLIENT_RESET_LATE);
         return answer_by_reset(skb, p);
     }
     struct crab_client_health *path = path_of(flow->vip, p->key.rport, p->peer);
-    if (!path || !unproven(path) || hold(skb, p))
+    /* Where a SYN without an offer is redirected as well there is no fallback to wait for: one that was held before goes on. */
+    if (redirected || !path || !unproven(path) || hold(skb, p))
         return accept(skb, p, flow, path);
     copy(flow->dip, p->peer);
     flow->seq = p->tcp.seq;
-    flow->again = 0;
     flow->state = CRAB_CLIENT_HELD;
     make_peer(p->peer);
     return TC_ACT_SHOT;

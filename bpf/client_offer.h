@@ -9,6 +9,7 @@
 
 #include "client.h"
 #include "client_health.h"
+#include "client_proof.h"
 
 #define AF_INET 2
 #define SOL_TCP 6
@@ -75,7 +76,7 @@ CRAB_INLINE int may_offer(struct crab_client_vip *vip, const struct crab_client_
     __u32 why;
     if (!s->offering)
         return 0;
-    if (full || used >= (__s32)(s->flows - s->flows / 16)) /* some room for those that go straight to a backend */
+    if (full || used > (__s32)(s->flows - s->flows / 16)) /* some room for those that go straight to a backend */
         why = CRAB_CLIENT_NO_OFFER_FULL;
     else if (!alone)
         why = CRAB_CLIENT_NO_OFFER_SHARED;
@@ -286,7 +287,8 @@ static __noinline int timed_out(struct bpf_sock_ops *ctx)
 /* ---- what becomes of it ---- */
 
 /* The socket's SYN is answered, or given up. */
-CRAB_INLINE void answered(struct bpf_sock_ops *ctx, struct crab_client_flow *flow, __be16 port, int connected)
+CRAB_INLINE void answered(struct bpf_sock_ops *ctx, const struct crab_client_ports *ports, struct crab_client_flow *flow,
+                          int connected)
 {
     if (flow->offer == CRAB_CLIENT_ARMED)
         disarm(ctx, flow, CRAB_CLIENT_NONE);
@@ -298,7 +300,7 @@ CRAB_INLINE void answered(struct bpf_sock_ops *ctx, struct crab_client_flow *flo
     }
     if (flow->offer != CRAB_CLIENT_OUT)
         return;
-    struct crab_client_vip *vip = vip_of(flow->vip, port);
+    struct crab_client_vip *vip = vip_of(flow->vip, ports->rport);
     __u64 now = bpf_ktime_get_coarse_ns();
     if (vip) {
         __sync_fetch_and_add(&vip->offered, 1);
@@ -322,10 +324,11 @@ CRAB_INLINE void answered(struct bpf_sock_ops *ctx, struct crab_client_flow *flo
         /* By the fallback; without a retransmission the load balancer chose that. */
         if (flow->retransmitted && !flow->failed) {
             if (state <= CRAB_CLIENT_WAITING)
-                failed(flow->vip, port, NULL, CRAB_CLIENT_LOST);
-            else
-                failed(flow->vip, port, flow->dip,
-                       state == CRAB_CLIENT_HELD ? CRAB_CLIENT_SILENT : CRAB_CLIENT_NOT_TAKEN);
+                failed(flow->vip, ports->rport, NULL, CRAB_CLIENT_LOST);
+            else if (state == CRAB_CLIENT_ACCEPTED)
+                failed(flow->vip, ports->rport, flow->dip, CRAB_CLIENT_NOT_TAKEN);
+            else if (unanswered(ports))
+                failed(flow->vip, ports->rport, flow->dip, CRAB_CLIENT_SILENT);
         }
     }
     flow->state = CRAB_CLIENT_FREE;
@@ -341,7 +344,7 @@ static __noinline int changed(struct bpf_sock_ops *ctx)
     if (!flow)
         return 0;
     if (before == BPF_TCP_SYN_SENT)
-        answered(ctx, flow, ports.rport, now != BPF_TCP_CLOSE);
+        answered(ctx, &ports, flow, now != BPF_TCP_CLOSE);
     if (now != BPF_TCP_CLOSE)
         return 0;
     if (flow->state == CRAB_CLIENT_FREE) {

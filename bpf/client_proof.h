@@ -19,6 +19,8 @@
 /* How much below.  Linux's SYN cookies are the sequence number and an index into a table of four sizes, added up: what is
  * fewer than four below may be a good cookie, of another size, and made a connection. */
 #define BELOW 16
+/* How long an answer may take. */
+#define ANSWER_NS (100 * 1000000ull)
 
 struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -39,13 +41,18 @@ struct {
     __type(value, struct crab_client_verifier);
 } client_verifier SEC(".maps");
 
+CRAB_INLINE struct crab_client_verifier *verifier(void)
+{
+    __u32 zero = 0;
+    return bpf_map_lookup_elem(&client_verifier, &zero);
+}
+
 /* Is this backend's word to be proven, and somebody there to do it? */
 CRAB_INLINE int unproven(const struct crab_client_health *path)
 {
     const struct crab_client_settings *s = settings();
+    const struct crab_client_verifier *v = verifier();
     __u64 now = bpf_ktime_get_coarse_ns(), proven = path->proven_ns;
-    __u32 zero = 0;
-    const struct crab_client_verifier *v = bpf_map_lookup_elem(&client_verifier, &zero);
     if (!s || !v || now >= v->until_ns)
         return 0;
     return !proven || proven < v->since_ns || now >= proven + s->proven_ns;
@@ -56,12 +63,10 @@ static __noinline int hold(struct __sk_buff *skb, const struct packet *p)
 {
     struct crab_client_held held = {};
     struct crab_client_ask ask = {
-        .lport = p->key.lport,
-        .rport = p->key.rport,
+        .ports = p->key,
         .seq = bpf_htonl(bpf_ntohl(p->tcp.ack_seq) - BELOW),
         .ack = bpf_htonl(bpf_ntohl(p->tcp.seq) + 1),
     };
-    copy(ask.local, p->key.local);
     copy(ask.remote, p->peer);
     if (bpf_skb_load_bytes(skb, p->l4, held.tcp, crab_length_within(p->tcp.doff * 4, CRAB_CLIENT_HEADER)) ||
         bpf_map_update_elem(&client_held, &p->key, &held, BPF_ANY))
@@ -69,15 +74,29 @@ static __noinline int hold(struct __sk_buff *skb, const struct packet *p)
     return bpf_ringbuf_output(&client_asks, &ask, sizeof ask, 0) ? -1 : 0;
 }
 
+/* The fallback was faster than the answer of a backend whose SYN-ACK is held.  Has it had the time? */
+CRAB_INLINE int unanswered(const struct crab_client_ports *ports)
+{
+    const struct crab_client_held *held = bpf_map_lookup_elem(&client_held, ports);
+    if (held && held->asked_ns && bpf_ktime_get_coarse_ns() >= held->asked_ns + ANSWER_NS)
+        return 1;
+    /* The process has no time to ask: go on without until it is back. */
+    struct crab_client_verifier *v = verifier();
+    if (held && !held->asked_ns && v)
+        v->until_ns = 0;
+    return 0;
+}
+
 /* Make the backend's ACK the SYN-ACK that was held. */
 static __noinline int release_held(struct __sk_buff *skb, struct packet *p)
 {
-    struct crab_client_held *held = bpf_map_lookup_elem(&client_held, &p->key), tcp;
+    struct crab_client_held *held = bpf_map_lookup_elem(&client_held, &p->key), saved;
     if (!held)
         return -1;
-    tcp = *held;
+    saved = *held;
+    __u8 *tcp = saved.tcp;
     bpf_map_delete_elem(&client_held, &p->key);
-    __builtin_memcpy(&p->tcp, &tcp, sizeof p->tcp);
+    __builtin_memcpy(&p->tcp, tcp, sizeof p->tcp);
     __u32 size = p->tcp.doff * 4;
     /* of the pseudo header, and of all that follows */
     struct {
@@ -91,13 +110,13 @@ static __noinline int release_held(struct __sk_buff *skb, struct packet *p)
         __builtin_memcpy(pseudo.local, p->key.local + 12, 4);
         __builtin_memcpy(pseudo.peer, p->peer + 12, 4);
     }
-    __builtin_memset(tcp.tcp + offsetof(struct tcphdr, check), 0, 2);
+    __builtin_memset(tcp + offsetof(struct tcphdr, check), 0, 2);
     __s64 sum = bpf_csum_diff(NULL, 0, (void *)&pseudo, sizeof pseudo, 0);
-    sum = bpf_csum_diff(NULL, 0, (void *)&tcp, sizeof tcp, (__u32)sum);
+    sum = bpf_csum_diff(NULL, 0, (void *)tcp, CRAB_CLIENT_HEADER, (__u32)sum);
     __u16 check = (__u16)~fold((__u32)sum), length;
-    __builtin_memcpy(tcp.tcp + offsetof(struct tcphdr, check), &check, 2);
+    __builtin_memcpy(tcp + offsetof(struct tcphdr, check), &check, 2);
     if (bpf_skb_change_tail(skb, p->l4 + size, 0) ||
-        bpf_skb_store_bytes(skb, p->l4, &tcp, crab_length_within(size, CRAB_CLIENT_HEADER), BPF_F_RECOMPUTE_CSUM))
+        bpf_skb_store_bytes(skb, p->l4, tcp, crab_length_within(size, CRAB_CLIENT_HEADER), BPF_F_RECOMPUTE_CSUM))
         return -1;
     if (p->v6) {
         length = bpf_htons((__u16)size);

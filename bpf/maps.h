@@ -340,10 +340,12 @@ struct crab_client_flow {
 #define CRAB_CLIENT_SPOKE 1 /* more than its SYN-ACK */
 #define CRAB_CLIENT_MUTE 2  /* no more, and it should have by now */
 
-/* Value of map `client_held` (key: struct crab_client_ports): a SYN-ACK's TCP header, zeros behind it. */
+/* Value of map `client_held` (key: struct crab_client_ports): a SYN-ACK that waits until its sender is known to hear us. */
 #define CRAB_CLIENT_HEADER 60
 struct crab_client_held {
-    __u8 tcp[CRAB_CLIENT_HEADER];
+    __u64 asked_ns; /* when the agent's process asked it (CLOCK_MONOTONIC); 0: it has not */
+    __u8 tcp[CRAB_CLIENT_HEADER]; /* its TCP header, zeros behind it */
+    __u8 pad[4];
 };
 
 /* The only value of map `client_verifier`, which the agent's process writes.  Times are of CLOCK_MONOTONIC. */
@@ -355,10 +357,8 @@ struct crab_client_verifier {
 /* What the agent's process is asked by ring buffer `client_asks`: to send `remote` an ACK that takes the way of the
  * connection's own, but is answered. */
 struct crab_client_ask {
-    __u8 local[16];
+    struct crab_client_ports ports;
     __u8 remote[16];
-    __be16 lport;
-    __be16 rport;
     __be32 seq;
     __be32 ack;
 };

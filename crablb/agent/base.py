@@ -151,7 +151,7 @@ class Agent(ABC):
                 for name in self.lasting:
                     with suppress(bpf.BpfNotFoundError):
                         reuse[name] = stack.enter_context(bpf.Map.from_pin(self.folder() / name))
-                if reuse and len(reuse) < len(self.lasting):
+                if (reuse or self.state() is not None) and len(reuse) < len(self.lasting):
                     raise bpf.BpfLayoutError(f"it has no {', '.join(sorted({*self.lasting} - {*reuse}))}")
                 for name in self.optional:
                     with suppress(bpf.BpfNotFoundError):

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ log = structlog.get_logger()
 
 #: Seconds for which programs may rely on this process, and between its renewals.
 LEASE, RENEWAL = 2.0, 0.5
+EXIST = 2  # BPF_EXIST
 ACK = 0x10
 WINDOW = 0xFFFF
 HOPS = 64
@@ -39,10 +41,9 @@ def _sum(data: bytes) -> int:
 def probe(ask: bytes) -> tuple[str, str, bytes]:
     """The packet that a struct crab_client_ask asks for, with its IP header: source, destination, bytes."""
     asked = ffi.from_buffer("struct crab_client_ask *", ask)
-    source, target = unmapped(bytes(asked.local)), unmapped(bytes(asked.remote))
-    numbers = [int.from_bytes(int(n).to_bytes(size, "little"), "big")
-               for n, size in ((asked.lport, 2), (asked.rport, 2), (asked.seq, 4), (asked.ack, 4))]  # fmt: skip
-    tcp = struct.pack("!HHIIBBHHH", *numbers, 5 << 4, ACK, WINDOW, 0, 0)
+    source, target = unmapped(bytes(asked.ports.local)), unmapped(bytes(asked.remote))
+    ports = ask[16:20]  # as on the wire, like the numbers behind the other address
+    tcp = ports + ask[36:44] + struct.pack("!BBHHH", 5 << 4, ACK, WINDOW, 0, 0)
     pseudo = source.packed + target.packed + struct.pack("!II", len(tcp), socket.IPPROTO_TCP)
     tcp = tcp[:16] + _sum(pseudo + tcp).to_bytes(2, "big") + tcp[18:]
     if source.version == 4:  # the kernel fills in its checksum
@@ -78,6 +79,7 @@ class Verifier:
         self._stop, self._stopped = os.pipe()
         self._ends = bpf.Map.from_pin(self._folder / "client_verifier")
         self._asks = bpf.Map.from_pin(self._folder / "client_asks")
+        self._held = bpf.Map.from_pin(self._folder / "client_held")
         self._renew()
         self._thread = threading.Thread(target=self._run, name="crablb-verify", daemon=True)
         self._thread.start()
@@ -88,8 +90,8 @@ class Verifier:
         self._thread.join()
         os.close(self._stop)
         self._write(0)
-        self._ends.close()
-        self._asks.close()
+        for held in (self._ends, self._asks, self._held):
+            held.close()
 
     def _write(self, until: int) -> None:
         value = ffi.new("struct crab_client_verifier *", {"until_ns": until, "since_ns": self._since})
@@ -112,6 +114,12 @@ class Verifier:
 
     def _answer(self, ask: bytes) -> None:
         try:
+            ports = ask[: ffi.sizeof("struct crab_client_ports")]
+            if value := self._held.lookup(ports):
+                held = ffi.from_buffer("struct crab_client_held *", changed := bytearray(value))
+                held.asked_ns = time.monotonic_ns()
+                with suppress(bpf.BpfError):  # it has gone
+                    self._held.update(ports, bytes(changed), EXIST)
             send(ask)
         except OSError as error:  # no route, or a firewall of this host
             if str(error) != self._said:

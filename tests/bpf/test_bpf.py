@@ -12,9 +12,10 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6, IPv6
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from crablb.agent import offering
+from crablb.agent import offering, verify
 from crablb.config import parse_vip
 from crablb.dataplane import flows as flowmap
 from crablb.dataplane import paths, statistics
@@ -166,30 +167,54 @@ def ports(local: int, remote: int = 80) -> bytes:
     return struct.pack("!HH", local, remote)
 
 
+OWNER = 77  # a socket's cookie
+
+
+def place(family: int, port: int = 4242) -> bytes:
+    """The key of our connection in client_flows."""
+    return mapped(ip_address(CLIENT[family])) + ports(port)
+
+
+def put(client: Counted, family: int, port: int = 4242, **fields: object) -> bytes:
+    """Note a connection of ours to the VIP; ``fields`` of struct crab_client_flow.  Returns its key."""
+    known = {"owner": OWNER, "vip": mapped(ip_address(VIP[family])), "offer": lib.CRAB_CLIENT_OUT}
+    value = ffi.new("struct crab_client_flow *", {**known, **fields})
+    client.maps["client_flows"].update(place(family, port), bytes(ffi.buffer(value)))
+    return place(family, port)
+
+
+def number(value: int) -> int:
+    """As a __be32 in a struct."""
+    return int.from_bytes(value.to_bytes(4, "big"), "little")
+
+
 def pend(client: Counted, family: int, *, isn: int = 999, port: int = 4242, form: int = 0, left: bool = True) -> bytes:
     """Note a SYN of ours as sent with an offer; with ``left``, egress has seen it."""
-    key = mapped(ip_address(CLIENT[family])) + ports(port) + struct.pack("!I", isn + 1)
-    vip = ip_address(VIP[family])
-    size = 2 + 2 * form + len(vip.packed)
-    value = struct.pack("=16sBBBx", mapped(vip), 253 if form else 42, size, left)
-    client.maps["client_pending"].update(key, value)
-    return key
+    kind, size = (253, 4) if form else (42, 2)
+    size += len(ip_address(VIP[family]).packed)
+    waiting = {"state": lib.CRAB_CLIENT_WAITING, "ack": number(isn + 1), "kind": kind, "size": size, "left": left}
+    return put(client, family, port, **waiting)
 
 
-def outward(family: int, port: int = 4242, vip: str = "") -> bytes:
-    """The key of a redirected connection in client_out."""
-    return mapped(ip_address(CLIENT[family])) + mapped(ip_address(vip or VIP[family])) + ports(port)
+def redirected(client: Counted, family: int, port: int = 4242, **fields: object) -> bytes:
+    """Note a connection as redirected, and taken by its socket."""
+    dip = mapped(ip_address(DIP[family]))
+    taken = {"state": lib.CRAB_CLIENT_TAKEN, "dip": dip, "ack": number(1000), "seq": number(5)}
+    return put(client, family, port, **{**taken, **fields})
 
 
-def out_value(dip: str, *, ends_ns: int = 0, seq: int = 5, taken: bool = True, again: bool = False) -> bytes:
-    """struct crab_client_out"""
-    return struct.pack("=16sQ4sBBxx", mapped(ip_address(dip)), ends_ns, seq.to_bytes(4, "big"), taken, again)
+def flow_at(client: Counted, key: bytes) -> Any:
+    """The entry, None if there is none."""
+    value = client.maps["client_flows"].lookup(key)
+    return ffi.from_buffer("struct crab_client_flow *", value) if value else None
 
 
 def take(client: Counted, family: int) -> None:
     """The socket takes the redirect, as sock_ops hears."""
-    assert client.maps["client_out"].lookup(outward(family)) is not None
-    client.maps["client_out"].update(outward(family), out_value(DIP[family]))
+    flow = flow_at(client, place(family))
+    assert flow.state == lib.CRAB_CLIENT_ACCEPTED
+    flow.state = lib.CRAB_CLIENT_TAKEN
+    client.maps["client_flows"].update(place(family), bytes(ffi.buffer(flow)))
 
 
 def sent(family: int, flags: str = "A", **more: object) -> Packet:
@@ -229,10 +254,9 @@ def test_client_takes_up_a_redirect(client, family, form):
     assert run.retval == TC_UNSPEC
     assert run.data == as_from_vip(frame, family)
     # It stays until the socket is connected.  Only then what we send is translated.
-    assert client.maps["client_pending"].lookup(key) is not None
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_ACCEPTED
     mine = sent(family) / b"hi"
     assert client.programs["crab_egress"].test_run(bytes(mine)).retval == LWT_OK
-    client.maps["client_pending"].delete(key)
     take(client, family)
     data = bytes(answer(family, flags="PA", options=[]) / Raw(b"hello"))
     run = client.programs["crab_ingress"].test_run(data)
@@ -281,8 +305,7 @@ def test_client_refuses_what_is_forged(client, family, name):
     assert run.data == frame
     assert {n: k for n, k in client.counts().items() if n != "failed"} == ({reason: 1} if reason else {})
     # and the sound answer still finds its SYN waiting
-    assert client.maps["client_pending"].lookup(key) is not None
-    assert not list(client.maps["client_out"].keys())
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_WAITING
     client.programs["crab_ingress"].test_run(bytes(answer(family)))
     assert client.counts()["redirected"] == 1
 
@@ -299,13 +322,12 @@ def is_reset(run: bpf.TestRun, family: int, to: str) -> bool:
 @pytest.mark.parametrize("connected", [False, True])
 @pytest.mark.parametrize("family", [4, 6])
 def test_client_second_answer_changes_nothing(client, family, connected, by):
-    key = pend(client, family)
+    pend(client, family)
     run = client.programs["crab_ingress"].test_run
     run(bytes(answer(family)))
     if connected:
-        client.maps["client_pending"].delete(key)
         take(client, family)
-    flows = dict(client.maps["client_out"].items())
+    flows = dict(client.maps["client_flows"].items())
     late = answer(family, seq=77)
     other = VIP[family] if by == "vip" else "10.0.0.12" if family == 4 else "fd00::12"
     late[layer(family)].src = other
@@ -317,22 +339,22 @@ def test_client_second_answer_changes_nothing(client, family, connected, by):
     else:
         assert is_reset(got, family, other)
         assert client.counts()["reset_late"] == 1
-    assert dict(client.maps["client_out"].items()) == flows
+    assert dict(client.maps["client_flows"].items()) == flows
 
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_client_takes_up_none_for_a_syn_that_left_another_way(client, family):
     """What egress did not see leave it will not translate either."""
-    pend(client, family, left=False)
+    key = pend(client, family, left=False)
     run = client.programs["crab_ingress"].test_run
     assert is_reset(run(bytes(answer(family))), family, DIP[family])
-    assert list(client.maps["client_out"].keys()) == []
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_WAITING
     assert client.counts() == {"reset_route": 1, "failed": 1}
     (health,) = [h for h in healths(client) if h.reason]
     assert (health.vip, health.reason) == (url(VIP[family], 80), "route")
     # Another connection's SYN is none of it; its own is.
     egress = client.programs["crab_egress"].test_run
-    for other in (sent(family, "S", seq=998), sent(family, "S", sport=4243), sent(family, "SA")):
+    for other in (sent(family, "S", sport=4243), sent(family, "SA")):
         egress(bytes(other))
     assert is_reset(run(bytes(answer(family))), family, DIP[family])
     syn = bytes(sent(family, "S"))
@@ -346,23 +368,47 @@ def healths(client: Counted) -> list[offering.Health]:
     return list(offering.redirects(client.maps["client_vips"], client.maps["client_paths"]))
 
 
-@pytest.mark.parametrize("taken", [True, False])
+STATES = ("WAITING", "HELD", "ACCEPTED", "TAKEN")
+
+
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("ours", [True, False], ids=["retransmission", "somebody's"])
 @pytest.mark.parametrize("family", [4, 6])
-def test_client_never_translates_a_syn(client, family, ours, taken):
+def test_client_never_translates_a_syn(client, family, ours, state):
     """Whatever there is for its four-tuple; and what is there ends, but for a redirect that the socket may take yet."""
-    if ours:
-        pend(client, family)
-    back = mapped(ip_address(CLIENT[family])) + mapped(ip_address(DIP[family])) + ports(4242)
-    client.maps["client_out"].update(outward(family), out_value(DIP[family], taken=taken))
-    client.maps["client_in"].update(back, mapped(ip_address(VIP[family])) + bytes(4))
-    syn = bytes(sent(family, "S"))
+    number_of = getattr(lib, f"CRAB_CLIENT_{state}")
+    key = redirected(client, family, state=number_of)
+    syn = bytes(sent(family, "S", seq=999 if ours else 998))
     run = client.programs["crab_egress"].test_run(syn)
     assert (run.retval, run.data[14:]) == (LWT_OK, syn[14:])
-    stays = ours and not taken
-    assert (client.maps["client_out"].lookup(outward(family)) is not None) == stays
-    assert (client.maps["client_in"].lookup(back) is not None) == stays
+    stays = ours and state != "TAKEN"
+    flow = flow_at(client, key)
+    assert flow.state == (number_of if stays else lib.CRAB_CLIENT_FREE)
+    assert (flow.left, flow.again) == (stays, stays and state != "WAITING")
     assert client.programs["crab_egress"].test_run(bytes(sent(family))).retval == LWT_OK
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_another_vips_packets(client, family):
+    """From the same ports to another VIP, by a program outside of the cgroup: none of the redirected connection's."""
+    key = redirected(client, family)
+    for flags in ("S", "A"):
+        other = sent(family, flags)
+        other[layer(family)].dst = OTHER_VIP[family]
+        run = client.programs["crab_egress"].test_run(bytes(other))
+        assert (run.retval, run.data[14:]) == (LWT_OK, bytes(other)[14:])
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_TAKEN
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_direct_connection_from_the_ports_of_a_closed_one(client, family):
+    """By a program outside of the cgroup, straight to the backend: its SYN-ACK is another one than the redirect's."""
+    key = redirected(client, family, owner=0, ends_ns=time.monotonic_ns() + 10**10)
+    run = client.programs["crab_ingress"].test_run
+    for frame in (bytes(answer(family, ack=4321, options=[])), bytes(answer(family, flags="A", options=[]))):
+        got = run(frame)
+        assert (got.retval, got.data) == (TC_UNSPEC, frame)
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_FREE
 
 
 def test_client_redirect_after_one_that_the_host_dropped(client):
@@ -380,7 +426,6 @@ def test_client_redirect_after_one_that_the_host_dropped(client):
     assert run(bytes(fallback)).data == bytes(fallback)
     assert run(bytes(other)).data == as_from_vip(bytes(other), 4)
     assert client.counts()["redirected"] == 2
-    assert len(list(client.maps["client_in"].keys())) == 1
     # And what the first one still sends is nobody's.
     assert is_reset(run(bytes(answer(4))), 4, DIP[4])
 
@@ -388,7 +433,7 @@ def test_client_redirect_after_one_that_the_host_dropped(client):
 def test_client_remembers_backends_that_fail(client):
     """By VIP and by backend; the VIP's word is its worst backend's; a success is its own backend's, and time's."""
     run = client.programs["crab_ingress"].test_run
-    key = pend(client, 4)
+    pend(client, 4)
     no_echo = bytes(answer(4, options=[("MSS", 1460)]))
     run(no_echo)
     run(no_echo)  # while there are no offers, more of it says nothing new
@@ -402,16 +447,13 @@ def test_client_remembers_backends_that_fail(client):
     good[IP].src = "10.0.0.12"
     for frame, held in ((good, True), (bad, False)):
         run(bytes(frame))
-        client.maps["client_pending"].delete(key)
+        take(client, 4)
         data = frame.copy()
         data[TCP].flags = "A"
         run(bytes(data))
         vip = next(h for h in healths(client) if h.vip == url(VIP[4], 80) and h.backend is None)
         assert (vip.backing_off is not None) == held
-        for name in ("client_out", "client_in"):
-            for flow in list(client.maps[name].keys()):
-                client.maps[name].delete(flow)
-        key = pend(client, 4)
+        pend(client, 4)
     assert vip.completed == 2
 
 
@@ -431,13 +473,12 @@ def test_client_back_off_doubles(client, failures):
 @pytest.mark.parametrize("family", [4, 6])
 def test_client_hears_that_a_backend_is_mute(client, family):
     """Its SYN-ACK comes again: ours does not get there.  Until it speaks."""
-    key = pend(client, family)
+    pend(client, family)
     run = client.programs["crab_ingress"].test_run
     frame = bytes(answer(family))
     assert run(frame).data == as_from_vip(frame, family)
     assert run(frame).data == as_from_vip(frame, family)  # twice on the wire: the socket has it yet to take
     assert client.counts() == {"redirected": 1, "packets_in": 2}
-    client.maps["client_pending"].delete(key)
     take(client, family)
     for _ in range(2):
         assert run(frame).data == as_from_vip(frame, family)
@@ -457,7 +498,7 @@ def test_client_closed_port(client, family):
     key = pend(client, family)
     frame = bytes(answer(family, flags="RA", options=[], seq=0))
     assert client.programs["crab_ingress"].test_run(frame).data == as_from_vip(frame, family)
-    assert client.maps["client_pending"].lookup(key) is not None  # the socket's end takes it away
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_WAITING  # the socket's end takes it away
     assert client.counts() == {"refused_port": 1}
 
 
@@ -484,7 +525,7 @@ def test_client_resets_a_collision(client, namespace, family):
         del right[TCP].chksum
         assert Ether(bytes(right))[TCP].chksum == reset[TCP].chksum
         assert client.counts() == {"reset_collision": 1}
-        assert client.maps["client_pending"].lookup(key) is not None
+        assert flow_at(client, key).state == lib.CRAB_CLIENT_WAITING
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -527,55 +568,154 @@ def test_client_any_options(client, options, family):
     from tests.reference.packets import split
 
     options += bytes(-len(options) % 4)
-    key = pend(client, family)
+    pend(client, family)
     packet = answer(family, options=[], dataofs=5 + len(options) // 4) / Raw(options)
     run = client.programs["crab_ingress"].test_run(bytes(packet))
     wanted = b"\x2a" + bytes([2 + len(ip_address(VIP[family]).packed)]) + ip_address(VIP[family]).packed
     first = next((o for o in split(options)[0] if o[:1] == b"\x2a" and len(o) == len(wanted)), b"")
     assert run.retval == (TC_UNSPEC if first == wanted else TC_SHOT)
-    client.maps["client_pending"].delete(key)
-    for name in ("client_out", "client_in"):
-        for flow in list(client.maps[name].keys()):
-            client.maps[name].delete(flow)
 
 
-def flow(port: int, dip: str, ends_s: float | None) -> tuple[bytes, bytes, bytes]:
-    """A redirected connection: its keys outward and inward, and its outward value; None: it lives."""
-    local, other = mapped(ip_address(CLIENT[4])), mapped(ip_address(dip))
-    ends_ns = 0 if ends_s is None else time.monotonic_ns() + int(ends_s * 1e9)
-    return outward(4, port), local + other + ports(port), out_value(dip, ends_ns=ends_ns)
+# ---- proof that a backend hears us ----
 
 
-@pytest.mark.parametrize(("crowd", "gone"), [(0, {2}), (FLOWS // 2, {2, 3})])
+@pytest.fixture
+def verifying(client) -> Iterator[tuple[Counted, list[bytes], Callable[[], int]]]:
+    """The client's programs, with somebody there who asks; what they want asked, and a function that looks for it."""
+    asked: list[bytes] = []
+    let(client)
+    with bpf.Ring(client.maps["client_asks"], asked.append) as ring:
+        yield client, asked, ring.consume
+
+
+def let(client: Counted, seconds: float = 3600, since_ns: int = 0) -> None:
+    until = time.monotonic_ns() + int(seconds * 1e9)
+    value = ffi.new("struct crab_client_verifier *", {"until_ns": until, "since_ns": since_ns})
+    client.maps["client_verifier"].update(0, bytes(ffi.buffer(value)))
+
+
+LONG = [("MSS", 1460), ("SAckOK", b""), ("Timestamp", (7, 8)), ("NOP", None), ("WScale", 7)]
+
+
+def full_answer(family: int) -> Packet:
+    """A SYN-ACK with all that Linux puts into one; IPv6: all 40 bytes of options."""
+    return answer(family, options=[*LONG, *redirect(VIP[family])[1:]], window=64000)
+
+
+@pytest.mark.parametrize("size", ["same", "short", "long", "padded"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_asks_a_backend_first(verifying, family, size):
+    """The SYN-ACK is held until the backend has answered what the process sends; then it is as if it came only now."""
+    client, asked, look = verifying
+    run = client.programs["crab_ingress"].test_run
+    key = pend(client, family)
+    held = bytes(full_answer(family))
+    for _ in range(2):  # the server may repeat it
+        got = run(held)
+        assert (got.retval, got.data) == (TC_SHOT, held)
+    assert look() == 1
+    source, target, packet = verify.probe(asked[0])
+    assert (source, target) == (CLIENT[family], DIP[family])
+    probe = layer(family)(packet)
+    assert (probe.src, probe.dst) == (source, target)
+    assert (probe[TCP].sport, probe[TCP].dport, str(probe[TCP].flags)) == (4242, 80, "A")
+    # Out of the backend's window, but not far; and no SYN cookie of another size.
+    assert (probe[TCP].seq, probe[TCP].ack) == (1000 - 16, 6)
+    right = probe.copy()
+    del right[TCP].chksum
+    assert layer(family)(bytes(right))[TCP].chksum == probe[TCP].chksum
+    # Others' packets, and what does not answer it, change nothing.
+    more = {"same": LONG, "short": [], "long": [*LONG, ("Timestamp", (1, 2)), *[("NOP", None)] * 2], "padded": []}[size]
+    reply = answer(family, flags="A", seq=6, options=more)
+    for wrong in (answer(family, flags="A", seq=6, ack=1001), answer(family, flags="A", ack=1000, sport=81)):
+        assert run(bytes(wrong)).data == bytes(wrong)
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_HELD
+    frame = bytes(reply) + bytes(6 if size == "padded" else 0)
+    got = run(frame)
+    assert got.retval == TC_UNSPEC
+    assert got.data == as_from_vip(held, family)
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_ACCEPTED
+    assert client.counts() == {"redirected": 1, "verified": 1, "packets_in": 1}
+    # It is known from now on.
+    pend(client, family, port=4243)
+    assert run(bytes(answer(family, dport=4243))).retval == TC_UNSPEC
+    assert client.counts()["redirected"] == 2
+    assert look() == 0
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_backend_that_keeps_no_syns(verifying, family):
+    """It answers by a RST: it hears us, but this connection takes the fallback."""
+    client, _, _ = verifying
+    run = client.programs["crab_ingress"].test_run
+    key = pend(client, family)
+    run(bytes(full_answer(family)))
+    for seq, verdict, state in ((7, TC_UNSPEC, "HELD"), (6, TC_SHOT, "WAITING")):
+        assert run(bytes(answer(family, flags="R", seq=seq, ack=0, options=[]))).retval == verdict
+        assert flow_at(client, key).state == getattr(lib, f"CRAB_CLIENT_{state}")
+    assert client.counts() == {"verified": 1}
+    assert run(bytes(full_answer(family))).retval == TC_UNSPEC  # the SYN-ACK again is as good as any
+
+
+PROOFS = {
+    "nobody-there": (lambda client: let(client, -1), False),
+    "fresh": (lambda client: spoke(client, 1), False),
+    "old": (lambda client: spoke(client, offering.PROVEN + 1), True),
+    "before-the-routes-changed": (lambda client: (spoke(client, 1), let(client, since_ns=time.monotonic_ns())), True),
+    "failed-since": (lambda client: spoke(client, 0), True),
+}
+
+
+def spoke(client: Counted, ago: float) -> None:
+    """A backend has shown that it hears us; 0: never."""
+    backend = mapped(ip_address(VIP[4])) + mapped(ip_address(DIP[4])) + struct.pack("!HBx", 80, 6)
+    proven = time.monotonic_ns() - int(ago * 1e9) if ago else 0
+    health = ffi.new("struct crab_client_health *", {"proven_ns": max(proven, 1) if ago else 0})
+    client.maps["client_paths"].update(backend, bytes(ffi.buffer(health)))
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_client_asks_when(verifying, name):
+    client, _, look = verifying
+    prepare, asks = PROOFS[name]
+    prepare(client)
+    key = pend(client, 4)
+    client.programs["crab_ingress"].test_run(bytes(answer(4)))
+    assert look() == asks
+    assert flow_at(client, key).state == (lib.CRAB_CLIENT_HELD if asks else lib.CRAB_CLIENT_ACCEPTED)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_fallback_while_a_redirect_is_held(verifying, family):
+    """Its SYN-ACK comes first: the socket has it, and the backend is nobody's any more."""
+    client, _, _ = verifying
+    run = client.programs["crab_ingress"].test_run
+    pend(client, family)
+    run(bytes(full_answer(family)))
+    client.programs["crab_egress"].test_run(bytes(sent(family, "S")))
+    fallback = answer(family, seq=78, options=[])
+    fallback[layer(family)].src = VIP[family]
+    got = run(bytes(fallback))
+    assert (got.retval, got.data) == (TC_UNSPEC, bytes(fallback))
+
+
+# ---- the sweep ----
+
+
+@pytest.mark.parametrize(("crowd", "gone"), [(0, {2, 7}), (FLOWS // 2, {2, 3, 7})])
 def test_sweep_forgets_closed_connections(client, crowd, gone):
     """Those whose time is over; when there is little room, 55 s sooner.  Never those that live."""
-    out, into = client.maps["client_out"], client.maps["client_in"]
-    vip = mapped(ip_address(VIP[4])) + bytes(4)
-    for port, ends_s in ((1, None), (2, -1), (3, 40), (4, 65)):
-        key, back, value = flow(port, DIP[4], ends_s)
-        out.update(key, value)
-        into.update(back, vip)
-    # From this port there is a newer connection to the same backend, by another VIP.
-    taken, back_taken, value = flow(5, DIP[4], -1)
-    out.update(taken, value)
-    into.update(back_taken, mapped(ip_address(OTHER_VIP[4])) + bytes(4))
-    # The ports of this one are a connection's, which may be about to renew it.
-    busy, _, value = flow(6, DIP[4], -1)
-    out.update(busy, value)
-    client.maps["client_ports"].update(busy[:16] + ports(6), struct.pack("=I", 1))
+    now = time.monotonic_ns()
+    for port, owner, ends_s in ((1, OWNER, 0), (2, 0, -1), (3, 0, 40), (4, 0, 65), (5, OWNER, -1)):
+        redirected(client, 4, port, owner=owner, ends_ns=now + int(ends_s * 1e9) if ends_s else 0)
+    put(client, 4, 6)
+    put(client, 4, 7, owner=0)
     for port in range(crowd):
-        out.update(*flow(1000 + port, DIP[4], None)[::2])
+        redirected(client, 4, 1000 + port)
     assert client.programs["crab_sweep"].test_run().retval == 0
-    until(lambda: into.lookup(flow(2, DIP[4], None)[1]) is None, 15)
-    until(lambda: len(list(out.keys())) == 5 - len(gone) + crowd, 5)
-    until(lambda: list(client.maps["client_ports"].keys()) == [busy[:16] + ports(6)], 5)
-    for port in (1, 2, 3, 4):
-        key, back, _ = flow(port, DIP[4], None)
-        assert (out.lookup(key) is None) == (into.lookup(back) is None) == (port in gone), port
-    assert len(list(into.keys())) == 5 - len(gone)
-    assert out.lookup(busy) is not None
-    assert out.lookup(taken) is None
-    assert into.lookup(back_taken)[:16] == mapped(ip_address(OTHER_VIP[4]))
+    until(lambda: flow_at(client, place(4, 2)) is None, 15)
+    until(lambda: len(list(client.maps["client_flows"].keys())) == 7 - len(gone) + crowd, 5)
+    assert {port for port in range(1, 8) if flow_at(client, place(4, port)) is None} == gone
 
 
 # ---- the binding ----
@@ -614,12 +754,12 @@ def test_maps_and_pins():
     folder = bpf.ensure_bpffs() / f"crablb-test-{os.getpid()}"  # whose descriptor stays
     before = len(os.listdir("/proc/self/fd"))
     try:
-        with bpf.Object(bpf.object_path("client"), max_entries={"client_in": 3}) as loaded:
-            flows = loaded.map("client_in")
+        with bpf.Object(bpf.object_path("client"), max_entries={"client_flows": 3}) as loaded:
+            flows = loaded.map("client_flows")
             assert flows.max_entries == 3
             for i in range(3):
                 flows.update(bytes([i]) * flows.key_size, bytes(flows.value_size))
-            with pytest.raises(bpf.BpfError, match=r"client_in is full \(3 entries\)"):
+            with pytest.raises(bpf.BpfError, match=r"client_flows is full \(3 entries\)"):
                 flows.update(bytes([9]) * flows.key_size, bytes(flows.value_size))
             with pytest.raises(ValueError, match=f"a key has {flows.key_size} bytes, not 1"):
                 flows.update(b"x", bytes(flows.value_size))
@@ -634,8 +774,8 @@ def test_maps_and_pins():
         # It outlives its object by its pin.
         with bpf.Map.from_pin(folder / "flows") as again:
             assert sorted(key[0] for key, _ in again.items()) == [1, 2]
-            with bpf.Object(bpf.object_path("client"), reuse={"client_in": again}) as other:
-                assert other.map("client_in").id == again.id
+            with bpf.Object(bpf.object_path("client"), reuse={"client_flows": again}) as other:
+                assert other.map("client_flows").id == again.id
         with pytest.raises(bpf.BpfNotFoundError, match="other"):
             bpf.Map.from_pin(folder / "other")
     finally:

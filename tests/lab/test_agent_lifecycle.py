@@ -161,7 +161,7 @@ def test_another_version_waits_for_the_connections_of_the_one_before(world: Worl
     agent.kill()
     agent.wait()
     with inside(client.netns):
-        (pins.folder("client") / "client_ports").unlink()
+        (pins.folder("client") / "client_peers").unlink()
     before = shown(client), left(client)
     args = ["client", "--vip", f"tcp://{VIP4}:80", "--backends", "10.0.0.0/24", "--cgroup", str(client.cgroup)]
     done = client.run(*crablb("agent", *args, "--detach"), check=False)

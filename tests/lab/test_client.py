@@ -126,11 +126,16 @@ def test_backends_outside_the_prefixes_are_named(make_world):
     assert (counters["retransmitted"], counters["failed"], counters["no_offer_backoff"]) == (1, 1, 2)
 
 
-def test_withdrawn_offer_is_taken_up(make_world):
-    """Behind a load balancer that always redirects, a SYN-ACK is lost: the SYN is sent again, and redirected again."""
+@pytest.mark.parametrize(("verify", "retransmitted"), [("--no-verify", 1), ("--verify", 2)])
+def test_withdrawn_offer_is_taken_up(make_world, verify, retransmitted):
+    """Behind a load balancer that always redirects, a SYN-ACK is lost: the SYN is sent again, and redirected again.
+
+    The server answers no more than every half a second what it cannot use (net.ipv4.tcp_invalid_ratelimit), and so not
+    what it is asked right behind the SYN.  Its redirect is taken up all the same, after the next one.
+    """
     world = make_world()
     world.servers()
-    world.client()
+    world.client(verify)
     server = world.lab.servers[0]
     world.python(world.lab.lb, "appending", VIP[4], server.ip4, server.mac(), ready=True)
     drop(world.lab.servers[0], "output", f"{SYN_ACK} {FIRST}")
@@ -138,7 +143,7 @@ def test_withdrawn_offer_is_taken_up(make_world):
     assert seen["intact"]
     assert seen["accepted_on"] == world.lab.servers[0].ip4
     counters = world.client_counters()
-    assert (counters["offered"], counters["retransmitted"], counters["redirected"]) == (1, 1, 1)
+    assert (counters["offered"], counters["retransmitted"], counters["redirected"]) == (1, retransmitted, 1)
     assert counters["completed"] == 1
     assert redirects(world)[None]["reason"] is None
 
@@ -272,14 +277,14 @@ def test_early_retransmission(make_world):
     until(lambda: world.client_counters().get("retransmitted"))
     more = int(exchange(child, "again"))
     assert whole(rto, count) <= whole(early, more) < 1.5 * whole(rto, count)
-    # A VIP that is far away gets twice its round-trip time.
+    # A VIP that is far away gets three times its round-trip time.
     with pinned(world, "client_vips") as vips:
         key = parse_vip(VIPS[0]).key()
         entry = ffi.from_buffer("struct crab_client_vip *", value := bytearray(vips.lookup(key)))
         entry.rtt_us = 300_000
         vips.update(key, bytes(value))
         _, far, _ = begin()
-        assert 600_000 <= far < 620_000
+        assert 900_000 <= far < 920_000
         entry.rtt_us = 600_000
         vips.update(key, bytes(value))
         assert begin()[1:] == (rto, count)
@@ -384,9 +389,8 @@ def test_what_the_server_closes_goes_soon(make_world):
     prepared(world, "tell", "80")
     asked(world, VIP[4], "80", "5")
     assert world.client_counters()["redirected"] == 5
-    for name in ("client_out", "client_in", "client_pending", "client_ports"):
-        with pinned(world, name) as held:
-            until(lambda held=held: not list(held.keys()), 20)
+    with pinned(world, "client_flows") as flows:
+        until(lambda: not list(flows.keys()), 20)
 
 
 NEIGHBOUR = """
@@ -456,10 +460,10 @@ def test_installing_over_another_versions_maps(make_world):
     agent.wait()
     with inside(world.lab.client.netns):
         folder = pins.folder("client")
-        (folder / "client_in").unlink()
+        (folder / "client_flows").unlink()
         with bpf.Map.from_pin(folder / "client_vips") as stranger:
-            stranger.pin(folder / "client_in")
+            stranger.pin(folder / "client_flows")
     agent = world.client()
     assert world.echo(VIP4)["accepted_on"] == world.lab.servers[0].ip4
     agent.send_signal(signal.SIGTERM)
-    assert "client_in" in agent.communicate()[1]
+    assert "client_flows" in agent.communicate()[1]

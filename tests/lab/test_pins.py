@@ -77,7 +77,7 @@ def test_by_ip_netns_exec(lab: Lab):
     args = crablb("agent", "client", "--vip", VIPS[0], "--backends", "10.0.0.0/24", "--cgroup", inside_it, "--detach")
     subprocess.run(["ip", "netns", "exec", client.netns, "sh", "-c", f"{mounted} {shlex.join(args)}"], check=True)
     with inside(client.netns):
-        assert {pin.name for pin in pins.folder("client").glob("*")} >= {"link", "client_out", "crab_egress"}
+        assert {pin.name for pin in pins.folder("client").glob("*")} >= {"link", "client_flows", "crab_egress"}
     assert "encap bpf" in client.run("ip", "route", "get", str(VIP4)).stdout
 
 
