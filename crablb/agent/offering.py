@@ -20,6 +20,8 @@ from crablb.model import Address, Vip, unmapped
 RETRANSMISSION, BACK_OFF, LONGEST_BACK_OFF = 0.25, 10.0, 600.0
 #: Seconds for which a backend is known to hear this client after it has shown it.
 PROVEN = 600.0
+#: Nanoseconds that a struct crab_client_minute counts for.
+MINUTE: int = lib.CRAB_CLIENT_MINUTE_NS
 #: Redirected connections that there is room for.
 FLOWS: int = lib.CRAB_CLIENT_FLOWS
 #: What is as large as the table of connections.
@@ -82,8 +84,9 @@ def withdrawn(told: bytes) -> bytes:
 class Health:
     """How redirects of a VIP fare, or those to one of its backends (``backend``).
 
-    ``backing_off``: seconds until the next offer, 0 if one is due; None: offers are made.  ``since``: seconds since the
-    first of the failures in a row; ``reason``: of the last one, as in enum crab_client_failure.
+    ``minute``: offered (of a VIP alone), taken, completed and failed in the last sixty seconds.  ``backing_off``: seconds
+    until the next offer, 0 if one is due; None: offers are made.  ``since``: seconds since the first of the failures in
+    a row; ``reason``: of the last one, as in enum crab_client_failure.
     """
 
     vip: str
@@ -92,18 +95,32 @@ class Health:
     taken: int | None
     completed: int
     failed: int
+    minute: dict[str, int]
     backing_off: float | None
     since: float | None
     reason: str | None
     blamed: str | None
 
 
+def last_minute(counts: Any, now_ns: int) -> list[int]:
+    """What a struct crab_client_minute says of the sixty seconds before ``now_ns``: of the minute before as much as the
+    present one leaves, as if it was spread evenly."""
+    age = max(now_ns - counts.since_ns, 0)
+    if age >= MINUTE:  # the minute before is what is the present one there
+        return [round(n * max(2 * MINUTE - age, 0) / MINUTE) for n in counts.now]
+    left = (MINUTE - age) / MINUTE
+    return [n + round(before * left) for n, before in zip(counts.now, counts.before, strict=True)]
+
+
 def _health(vip: Vip, backend: Address | None, health: Any, **more: Any) -> Health:
     now = time.monotonic_ns()
     held = bool(health.failures or health.until_ns)
+    minute = dict(zip(("offered", "taken", "completed", "failed"), last_minute(health.minute, now), strict=True))
+    if backend:
+        del minute["offered"]
     return Health(
         vip=str(vip), backend=str(backend) if backend else None, offered=more.get("offered"),
-        taken=more.get("taken"), completed=int(health.completed), failed=int(health.failed),
+        taken=more.get("taken"), completed=int(health.completed), failed=int(health.failed), minute=minute,
         backing_off=max(0.0, (health.until_ns - now) / 1e9) if held else None,
         since=(now - health.since_ns) / 1e9 if held else None,
         reason=counter_names("crab_client_failure", "CRAB_CLIENT_")[health.reason] if held else None,

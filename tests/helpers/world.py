@@ -61,7 +61,7 @@ class World:
             list(pool.map(start, self.lab.servers))
 
     def client(self, *more: str) -> subprocess.Popen[str]:
-        """A client agent.  It verifies no backends unless told: a process that gets no CPU would change what happens."""
+        """A client agent.  It verifies no backends unless told, lest a process that gets no CPU change what happens."""
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
         return self._kept(start_agent(self.lab.client, "client", *prefixes, "--no-verify", *more))
 

@@ -53,3 +53,10 @@ def test_as_the_system_does(retransmission):
     told = ffi.from_buffer("struct crab_client_settings *", offering.settings(7, retransmission=retransmission))
     assert (told.rto, list(told.more), told.flows, told.offering) == (0, [0] * 7, 7, 1)
     assert told.netns_cookie == offering.netns_cookie() > 0
+
+
+@pytest.mark.parametrize(("age", "expected"), [(0, 67), (30, 37), (59, 8), (60, 7), (90, 4), (120, 0), (10**9, 0)])
+def test_last_minute(age, expected):
+    """Sixty in the minute before, spread evenly, and seven in the present one."""
+    counts = ffi.new("struct crab_client_minute *", {"since_ns": 10**18, "now": [7] * 4, "before": [60] * 4})
+    assert offering.last_minute(counts, 10**18 + age * 10**9) == [expected] * 4
