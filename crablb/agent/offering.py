@@ -84,9 +84,9 @@ def withdrawn(told: bytes) -> bytes:
 class Health:
     """How redirects of a VIP fare, or those to one of its backends (``backend``).
 
-    ``minute``: offered (of a VIP alone), taken, completed and failed in the last sixty seconds.  ``backing_off``: seconds
-    until the next offer, 0 if one is due; None: offers are made.  ``since``: seconds since the first of the failures in
-    a row; ``reason``: of the last one, as in enum crab_client_failure.
+    ``minute``: offered (of a VIP alone), taken, completed and failed in the last sixty seconds.  ``backing_off``:
+    seconds until the next offer, 0 if one is due; None: offers are made.  ``since``: seconds since the first of the
+    failures in a row; ``reason``: of the last one, as in enum crab_client_failure.
     """
 
     vip: str
