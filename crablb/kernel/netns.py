@@ -38,6 +38,14 @@ class Namespace:
     def __str__(self) -> str:
         return f"netns {self.name}"
 
+    @property
+    def stands(self) -> bool:
+        """Whether its path still stands for it; if not, it may be there without."""
+        try:
+            return os.stat(self.path).st_ino == self.inode
+        except OSError:
+            return False
+
 
 def _open(path: Path) -> int:
     """Without waiting, whatever it is."""

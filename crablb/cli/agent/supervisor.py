@@ -217,8 +217,11 @@ class Supervisor:
         log.warning("none of the network namespaces is there any more")
 
     def _look(self) -> None:
-        # Agents are in a network namespace for the sake of others.
-        there = {one.inode: one for one in netns.every(but=pins.owners("client", "server"))}
+        known = [child.namespace for child in self._children.values()]
+        if self._every or self._failures or not all(one.stands for one in known):
+            # Agents are in a network namespace for the sake of others.
+            known = netns.every(but=pins.owners("client", "server"))
+        there = {one.inode: one for one in known}
         for inode in self._children.keys() - there.keys():
             child = self._children.pop(inode)
             log.warning("this network namespace is gone", netns=child.namespace.name)
