@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,11 +51,16 @@ def start(world: World, *args: str) -> subprocess.Popen[str]:
 def logged(child: subprocess.Popen[str], event: str) -> dict[str, str]:
     """The next line of the log about this."""
     assert child.stderr
-    for line in child.stderr:
-        told: dict[str, str] = json.loads(line)
-        if told["event"] == event:
-            return told
-    raise AssertionError(f"it ended without {event!r}")
+    bound = threading.Timer(60, child.kill)
+    bound.start()
+    try:
+        for line in child.stderr:
+            told: dict[str, str] = json.loads(line)
+            if told["event"] == event:
+                return told
+        raise AssertionError(f"it ended without {event!r}")
+    finally:
+        bound.cancel()
 
 
 def left(lab: Lab) -> list[str]:
@@ -180,14 +186,17 @@ def test_a_service_manager_signals_all_of_them(world: World) -> None:
 
 def test_killed_it_is_taken_over(world: World) -> None:
     lab = world.lab
-    start(world, "server", *ALL, *within(*lab.servers))
+    servers = start(world, "server", *ALL, *within(*lab.servers))
     agent = start(world, "client", *ALL, *BACKENDS, *within(lab.client))
     held = world.python(lab.client, "hold", str(VIP4), "80", ready=True)
-    (child,) = children(agent)
-    agent.kill()
-    agent.wait()
-    until(lambda: not Path(f"/proc/{child}").exists())
+    all_of_them = children(servers) + children(agent)
+    assert len(all_of_them) == 3
+    for process in (servers, agent):
+        process.kill()
+        process.wait()
+    until(lambda: not any(Path(f"/proc/{child}").exists() for child in all_of_them))
     assert agent_status(lab.client)["client"]["pid"] is None
+    assert [agent_status(server)["server"]["pid"] for server in lab.servers] == [None, None]
     again = start(world, "client", *ALL, *BACKENDS, *within(lab.client))
     assert agent_status(lab.client)["client"]["pid"] == again.pid
     assert exchange(held, "still here") == "still here"

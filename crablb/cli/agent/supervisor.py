@@ -70,15 +70,17 @@ class Told:
 
     def _told(self) -> bytes:
         said = _heard(self._parent)
-        if not said:  # the parent was killed, and so is the child: what is in the kernel stays
+        if not said:
+            # The parent was killed, and so is the child: what is in the kernel stays.  (Children hold the parent's ends
+            # of the sockets of those before them; they end from the last to the first.)
             os._exit(1)
         return said
 
 
 class Child:
-    """A process in another network namespace; ``others``: the parent's sockets, which are not the child's to hold."""
+    """A process in another network namespace."""
 
-    def __init__(self, namespace: Namespace, work: Work, others: Iterable[socket.socket]) -> None:
+    def __init__(self, namespace: Namespace, work: Work) -> None:
         self.namespace = namespace
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sys.stdout.flush()
@@ -87,8 +89,7 @@ class Child:
         if not self.pid:
             status = 1
             try:
-                for each in (self.socket, *others):
-                    each.close()
+                self.socket.close()
                 status = _child(namespace, work, theirs)
             finally:
                 os._exit(status)
@@ -184,8 +185,7 @@ class Supervisor:
         """Start a child in each, all at once; those that cannot be, and why."""
         started = []
         for one in namespaces:
-            others = [child.socket for child in self._children.values()]
-            self._children[one.inode] = Child(one, self._work, others)
+            self._children[one.inode] = Child(one, self._work)
             started.append(one)
         failed = {one: why for one in started if (why := self._children[one.inode].installed())}
         for one in failed:
