@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crablb.errors import ConfigError
+from crablb.errors import ConfigError, Problems
 from crablb.model import Address, Backend, Config, Fallback, Service, Vip, host_port
 from crablb.options import OPTIONS, Option, Scope, of
 from crablb.values import (
@@ -45,31 +45,7 @@ __all__ = [
 ]
 
 MAX_BACKENDS = 65535  # backend ids are 16 bits, one of which says "none"
-T = TypeVar("T")
 M = TypeVar("M", bound=Config | Service | Backend)
-
-
-class _Problems:
-    """Collects faults, each with its place."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def add(self, where: str, what: str) -> None:
-        self.found.append(f"{where}: {what}" if where else what)
-
-    def attempt(self, where: str, parse: Callable[..., T], *args: Any) -> T | None:
-        """``parse(*args)``, or None after noting why not."""
-        try:
-            return parse(*args)
-        except ConfigError as error:
-            for problem in error.problems:
-                self.add(where, problem)
-            return None
-
-    def finish(self) -> None:
-        if self.found:
-            raise ConfigError(self.found)
 
 
 def _option(name: str) -> Option:
@@ -81,7 +57,7 @@ DEFAULT_TABLE_SIZE: int = _option("table_size").default  # type: ignore[assignme
 
 
 def _value(
-    problems: _Problems,
+    problems: Problems,
     option: Option,
     value: object,
     where: str,
@@ -99,7 +75,7 @@ def _value(
 
 
 def _read(
-    problems: _Problems, scope: Scope, table: Mapping[str, object], service: Callable[[int], str] = str
+    problems: Problems, scope: Scope, table: Mapping[str, object], service: Callable[[int], str] = str
 ) -> dict[str, Any]:
     """The fields that a table gives.  ``service``: the place of the i-th service."""
     options = of(scope)
@@ -125,7 +101,7 @@ def _backend(entry: object) -> Backend:
     if not isinstance(entry, dict):
         keys = ", ".join(f"{option.name}=..." for option in of(Backend))
         raise ConfigError(f"{shown(entry)} is neither an address nor a table {{{keys}}}")
-    problems = _Problems()
+    problems = Problems()
     found = _read(problems, Backend, entry)
     problems.finish()
     return replace(parse_backend(entry["address"]), **found)  # a weight may be a part of it
@@ -134,7 +110,7 @@ def _backend(entry: object) -> Backend:
 def _service(entry: object) -> Service:
     if not isinstance(entry, dict):
         raise ConfigError("must be a table, written [[service]]")
-    problems = _Problems()
+    problems = Problems()
     found = {"backends": ()} | _read(problems, Service, entry)
     if entry.get("redirect_clients") == []:
         problems.add("redirect_clients", "is empty; leave it out to mean all, or set mode = 'never' for none")
@@ -146,13 +122,13 @@ def _service(entry: object) -> Service:
 _NESTED: dict[Scope, Callable[[object], Any]] = {Service: _service, Backend: _backend}
 
 
-def _check_source_prefix(problems: _Problems, fields: Mapping[str, Any], where: str, how: str) -> None:
+def _check_source_prefix(problems: Problems, fields: Mapping[str, Any], where: str, how: str) -> None:
     policy = fields.get("policy", "maglev")
     if "source_prefix" in fields and policy not in (None, "source-hash"):
         problems.add(where, f"is of use with {how}'source-hash' only, not with {policy!r}")
 
 
-def _check_reports(problems: _Problems, fields: Collection[str], name: Callable[[Option], str]) -> None:
+def _check_reports(problems: Problems, fields: Collection[str], name: Callable[[Option], str]) -> None:
     both = [option for option in of(Config) if option.field in ("report_listen", "report_key")]
     if len([option for option in both if option.field in fields]) == 1:
         problems.add("", f"{' and '.join(map(name, both))} belong together (make a key: crablb key new)")
@@ -166,7 +142,7 @@ def load_config(path: Path | str, interfaces: Sequence[str] = ()) -> Config:
     # A policy of one's own may lie beside the file.
     if (folder := str(Path(path).resolve().parent)) not in sys.path:
         sys.path.append(folder)
-    problems = _Problems()
+    problems = Problems()
     names = problems.attempt("--iface", parse_interfaces, interfaces) if interfaces else None
     config = problems.attempt(str(path), _parse, text, bool(interfaces))
     problems.finish()
@@ -189,7 +165,7 @@ def _parse(text: str, overridden: bool) -> Config:
     def place(i: int) -> str:
         return f"service {i + 1}" + (f" (line {lines[i]})" if i < len(lines) else "")
 
-    problems = _Problems()
+    problems = Problems()
     fields = _read(problems, Config, table, place)
     _check_reports(problems, fields, lambda option: option.name)
     services = [(place(i), service) for i, service in enumerate(fields.get("services", ())) if service]
@@ -206,7 +182,7 @@ def parse_service(text: str) -> Service:
     vip_text, equals, backends_text = text.partition("=")
     if not equals:
         raise ConfigError(f"{shown(text)} is not VIP=BACKEND,BACKEND,... (tcp://10.0.0.100:80=10.0.0.11,10.0.0.12)")
-    problems = _Problems()
+    problems = Problems()
     vip = problems.attempt("VIP", parse_vip, vip_text.strip())
     backends = [
         problems.attempt(f"backend {i}", parse_backend, part.strip())
@@ -223,7 +199,7 @@ def config_from_args(interfaces: str | Sequence[str], services: Sequence[str], *
     ``given``: other options by their names, as the text of the argument or as what a file would hold; those of a
     service are for all of them.
     """
-    problems = _Problems()
+    problems = Problems()
     names = None
     if interfaces:
         names = problems.attempt("--iface", parse_interfaces, interfaces)
@@ -248,13 +224,13 @@ def config_from_args(interfaces: str | Sequence[str], services: Sequence[str], *
     return Config(names, tuple(service for _, service in placed), **fields[Config])
 
 
-def _given(problems: _Problems, option: Option, value: object) -> Any:
+def _given(problems: Problems, option: Option, value: object) -> Any:
     flag = option.flags[0]
     held = problems.attempt(flag, option.kind.read, value) if isinstance(value, str) else value
     return None if held is None else _value(problems, option, held, flag, option.kind.parse, lambda _: flag)
 
 
-def _with(problems: _Problems, where: str, service: Service, fields: Mapping[str, Any]) -> Service:
+def _with(problems: Problems, where: str, service: Service, fields: Mapping[str, Any]) -> Service:
     """The service with what was given for all.  Of the prefixes it gets those of its address family."""
     own = {name: value for name, value in fields.items() if value is not None}
     if prefixes := [prefix for prefix in own.pop("redirect_clients", ()) if prefix]:
@@ -270,7 +246,7 @@ def _with(problems: _Problems, where: str, service: Service, fields: Mapping[str
 
 def check_services(services: Sequence[tuple[str, Service]], table_size: int) -> list[str]:
     """What is wrong with services taken together; each comes with the place it was read from."""
-    problems = _Problems()
+    problems = Problems()
     seen: dict[Vip, str] = {}
     vips = {service.vip.address: where for where, service in services}
     addresses: set[Address] = set()
@@ -319,7 +295,7 @@ def checked(value: M) -> M:
 
     Whatever a program has put into it.  Raises :class:`ConfigError` with every fault.
     """
-    problems = _Problems()
+    problems = Problems()
     fields: dict[str, Any] = {}
     for option in of(type(value)):
         given = getattr(value, option.field)

@@ -5,7 +5,10 @@ The text of each is meant for the person who runs the program: what is wrong, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class CrablbError(Exception):
@@ -22,3 +25,32 @@ class ConfigError(CrablbError):
 
 class KernelError(CrablbError):
     """The kernel refused something."""
+
+
+class Problems:
+    """Collects the faults of a configuration, or of arguments, each with its place, before any of it is acted on."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, where: str, what: str) -> None:
+        self.found.append(f"{where}: {what}" if where else what)
+
+    def attempt(self, where: str, parse: Callable[..., T], *args: Any) -> T | None:
+        """``parse(*args)``, or None after noting why not."""
+        try:
+            return parse(*args)
+        except CrablbError as error:
+            for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
+                self.add(where, problem)
+            return None
+
+    def each(self, flag: str, texts: Iterable[str], parse: Callable[[str], T]) -> list[T]:
+        """What an argument that may be repeated was given, as far as it can be parsed."""
+        parsed = [self.attempt(f"{flag} {text}", parse, text) for text in texts]
+        return [value for value in parsed if value is not None]
+
+    def finish(self) -> None:
+        """Raises :class:`ConfigError` if anything was found."""
+        if self.found:
+            raise ConfigError(self.found)

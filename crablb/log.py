@@ -7,6 +7,17 @@ import sys
 
 import structlog
 
+_always: dict[str, object] = {}
+
+
+def always(**what: object) -> None:
+    """Have this in every line of this process from now on."""
+    _always.update(what)
+
+
+def _add_always(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {**_always, **event}
+
 
 def set_up(level: str = "info") -> None:
     """``level``: debug, info, warning or error."""
@@ -16,6 +27,7 @@ def set_up(level: str = "info") -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _add_always,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,

@@ -122,8 +122,13 @@ class Agent(ABC):
             return None
 
     @classmethod
-    def owned(cls) -> AbstractContextManager[None]:
-        return pins.own(cls.role, f"the {cls.role} agent of this network namespace")
+    def present(cls) -> bool:
+        """Whether there is anything of an agent."""
+        return cls.state() is not None or cls.folder().exists()
+
+    @classmethod
+    def owned(cls, process: int = 0) -> AbstractContextManager[None]:
+        return pins.own(cls.role, f"the {cls.role} agent of this network namespace", process)
 
     def install(self) -> None:
         """Put the agent into the kernel, in place of the one that is there."""
@@ -197,11 +202,11 @@ class Agent(ABC):
                 held.close()
 
     @classmethod
-    def attached(cls, program: bpf.Program, cgroup: Path | str) -> bool:
-        """Whether a program is attached to the cgroup as :meth:`attach` does it."""
+    def attached(cls, cgroup: Path | str, program: int = 0) -> bool:
+        """Whether a program, the one of this id or any, is attached to the cgroup as :meth:`attach` does it."""
         try:
             with bpf.Link.from_pin(cls.folder() / "link") as link:
-                return link.target == os.stat(cgroup).st_ino and link.program_id == program.id
+                return link.target == os.stat(cgroup).st_ino and program in (0, link.program_id)
         except (bpf.BpfNotFoundError, FileNotFoundError):
             return False
 
@@ -245,8 +250,7 @@ class Agent(ABC):
     @classmethod
     def remove(cls) -> bool:
         """Take the agent out of the kernel.  False if there was none."""
-        state = cls.state()
-        present = state is not None or cls.folder().exists()
+        state, present = cls.state(), cls.present()
         try:
             link = bpf.Link.from_pin(cls.folder() / "link")
         except bpf.BpfNotFoundError:
@@ -266,17 +270,25 @@ class Agent(ABC):
 
     @classmethod
     def faults(cls) -> list[str]:
-        """What is not as it was installed."""
-        state = cls.state()
-        if state is None:
-            return []
+        """What is not as it was installed, or keeps the agent from its work."""
         try:
-            with bpf.Link.from_pin(cls.folder() / "link") as link:
-                if link.target:
-                    return []
-        except bpf.BpfNotFoundError:
-            return ["its pins are gone; install it again"]
-        return [f"its program is not attached to cgroup {state['cgroup']}; install it again"]
+            return cls._sync(mend=False)
+        except KernelError as error:
+            return [str(error)]
+
+    @classmethod
+    def repair(cls) -> list[str]:
+        """Mend what is not as it was installed; what that was.  Raises :class:`KernelError` if something cannot be."""
+        return cls._sync(mend=True)
+
+    @classmethod
+    @abstractmethod
+    def _sync(cls, *, mend: bool) -> list[str]:
+        """What is not as it was installed; ``mend``: make it so."""
+
+    @classmethod
+    def pins_gone(cls) -> KernelError:
+        return KernelError(f"the {cls.role} agent's pins are gone; install it again")
 
     @classmethod
     def counters(cls) -> dict[str, int]:
@@ -286,15 +298,15 @@ class Agent(ABC):
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:
-        """What runs here: what it was told, its counters, its process (None: detached), what is wrong.  None if nothing
-        does."""
+        """What runs here: what it was told, its counters (none if its pins are gone), its process (None: detached),
+        what is wrong.  None if nothing does."""
         state = cls.state()
         if state is None:
             return None
         try:
             counters = cls.counters()
-        except bpf.BpfNotFoundError:
-            return None
+        except bpf.BpfNotFoundError:  # its pins are gone, which is among the faults
+            counters = {}
         return {**state, "pid": pins.owner(cls.role), "counters": counters, "faults": cls.faults()}
 
     def __enter__(self) -> Self:

@@ -42,8 +42,8 @@ class ClientAgent(Agent):
 
     ``backends``: the prefixes that backends may have; a redirect from elsewhere is refused.  ``interfaces``: where
     their packets come in; by default those that the routes to the VIPs and the prefixes use.  ``flows``: redirected
-    connections that there is room for, unless an agent before has decided that.  ``retransmission``: seconds until a
-    SYN that offered is sent again; 0: as the system does.
+    connections that there is room for, by default as many as the agent before had, or :data:`offering.FLOWS`.
+    ``retransmission``: seconds until a SYN that offered is sent again; 0: as the system does.
     """
 
     role: ClassVar[str] = "client"
@@ -58,7 +58,7 @@ class ClientAgent(Agent):
         option: OptionForm = OptionForm.CRAB,
         cgroup: Path | str | None = None,
         interfaces: Sequence[str] = (),
-        flows: int = offering.FLOWS,
+        flows: int | None = None,
         retransmission: float = offering.RETRANSMISSION,
     ) -> None:
         super().__init__(vips, cgroup)
@@ -67,7 +67,8 @@ class ClientAgent(Agent):
         self.backends = list(backends)
         self.option = option
         self.interfaces = list(interfaces)
-        self.sizes = dict.fromkeys(offering.FLOW_MAPS, flows)
+        self.flows = flows
+        self.sizes = {offering.TABLE: flows or offering.FLOWS}
         self.retransmission = retransmission
 
     @staticmethod
@@ -95,6 +96,22 @@ class ClientAgent(Agent):
             raise ConfigError(problems)
         super().install()
 
+    def _loaded(self) -> bpf.Object:
+        """Its tables are as large as asked for, unless connections are in those of the agent before."""
+        with suppress(bpf.BpfNotFoundError):
+            room = offering.room(self.folder())
+            if self.flows not in (None, room):
+                if live := self.live():
+                    log.warning(
+                        "the tables of the agent before are kept, as connections need them: --flows does nothing",
+                        room=room, asked_for=self.flows, connections=live,
+                        remedy="let them end: crablb agent remove client; then install it again",
+                    )  # fmt: skip
+                else:
+                    log.info("new tables, of another size", room=self.flows, before=room)
+                    self.remove()
+        return super()._loaded()
+
     def succeed(self, before: dict[str, Any]) -> None:
         """All of it is taken over, piece by piece."""
 
@@ -117,6 +134,7 @@ class ClientAgent(Agent):
             backends=[str(p) for p in self.backends],
             option=self.option.value,
             interfaces=self.interfaces,
+            retransmission=self.retransmission,
             filters={} if old else before.get("filters", {}),
         )
         for _ in range(100):  # ENOMEM is a matter of the moment: see client_sweeper
@@ -140,13 +158,6 @@ class ClientAgent(Agent):
         return cls._sync(mend=True, known=known)
 
     @classmethod
-    def faults(cls) -> list[str]:
-        try:
-            return cls._sync(mend=False)
-        except KernelError as error:
-            return [str(error)]
-
-    @classmethod
     def _sync(cls, *, mend: bool, known: Collection[str] = ()) -> list[str]:
         state = cls.state()
         if state is None:
@@ -161,18 +172,17 @@ class ClientAgent(Agent):
                     for name in ("crab_ingress", "crab_egress", "crab_offer")
                 )
             except bpf.BpfNotFoundError:
-                raise KernelError("the client agent's pins are gone; install it again") from None
+                raise cls.pins_gone() from None
             paths = routes.look(netlink, addresses, backends)
             names = ["lo", *(state["interfaces"] or paths.interfaces(backends))]
             found = paths.problems([])
             # Translation inward before outward, and both before the first offer.
             found += cls._sync_filters(ingress, names, mend, known)
             found += paths.sync(netlink, egress.fd, f"{routes.EGRESS}-{egress.id}", mend=mend)
-            if mend:
-                if cls.attach(offer, state["cgroup"]):
-                    found.append("the program that offers was not attached")
-            elif not cls.attached(offer, state["cgroup"]):
+            if not cls.attached(state["cgroup"], offer.id):
                 found.append(f"the program that offers is not attached to cgroup {state['cgroup']}")
+                if mend:
+                    cls.attach(offer, state["cgroup"])
         return found
 
     @classmethod
@@ -380,15 +390,12 @@ class ClientAgent(Agent):
     @classmethod
     def status(cls) -> dict[str, Any] | None:
         status = super().status()
-        if status is None:
-            return None
-        status["flows"] = len(offering.translated(cls.folder()))
+        if status is None or not status["counters"]:
+            return status
+        status["flows"], status["room"] = len(offering.translated(cls.folder())), offering.room(cls.folder())
         with Netlink() as netlink:
             status["routes"] = {text: routes.leads(netlink, parse_vip(text).address) for text in status["vips"]}
-        try:
-            status["redirects"] = offering.told(cls.folder())
-        except bpf.BpfNotFoundError:  # of a version before
-            status["redirects"] = []
+        status["redirects"] = offering.told(cls.folder())
         held = {one["vip"] for one in status["redirects"] if one["backend"] is None and one["backing_off"]}
         status["offering"] = {text: not status.get("withdrawn") and text not in held for text in status["vips"]}
         counters = status["counters"]

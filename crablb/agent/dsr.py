@@ -9,6 +9,7 @@ import json
 import socket
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ from crablb.model import Address, Vip, mapped
 SILENT = {"net/ipv4/conf/all/arp_ignore": 1, "net/ipv4/conf/all/arp_announce": 2}
 OUTER = 40  # bytes of the larger outer header, IPv6's
 HEADERS = {4: 40, 6: 60}  # IP and TCP
+MAPS = ("dsr_vips", "dsr_mss", "dsr_counters")
+#: The programs on each interface, and what they are for.
+PARTS = {"crab_clamp": "lowers the MSS", "crab_decap": "decapsulates"}
 
 
-def _interfaces(wanted: Sequence[str]) -> dict[str, int]:
-    """Names and MTUs of the interfaces named, by default of every Ethernet interface that is up."""
+def _mtus() -> dict[str, int]:
+    """Of every interface that there is."""
+    return {link["ifname"]: int(link["mtu"]) for link in json.loads(tool("ip", "-j", "link", "show"))}
+
+
+def _interfaces(wanted: Sequence[str]) -> list[str]:
+    """The interfaces named, by default every Ethernet interface that is up."""
     links = {link["ifname"]: link for link in json.loads(tool("ip", "-j", "link", "show"))}
     for name in wanted:
         if name not in links:
@@ -34,7 +43,7 @@ def _interfaces(wanted: Sequence[str]) -> dict[str, int]:
     names = wanted or [n for n, link in links.items() if link["link_type"] == "ether" and "UP" in link["flags"]]
     if not names:
         raise KernelError("no Ethernet interface is up; bring one up, or name it: --interface eth0")
-    return {name: int(links[name]["mtu"]) for name in names}
+    return list(names)
 
 
 def _present() -> set[str]:
@@ -52,8 +61,9 @@ def _take(addresses: Iterable[Address], state: dict[str, Any], note: Callable[[d
     present = _present()
     for address in addresses:
         if str(address) not in present:
-            state["addresses"].append(_prefix(address))
-            note(state)
+            if _prefix(address) not in state["addresses"]:
+                state["addresses"].append(_prefix(address))
+                note(state)
             tool("ip", "addr", "add", _prefix(address), "dev", "lo", *(["nodad"] if address.version == 6 else []))
 
 
@@ -83,37 +93,130 @@ def remove(
 
 def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Callable[[dict[str, Any]], None]) -> None:
     """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo."""
-    interfaces = _interfaces(wanted)
-    state: dict[str, Any] = {"addresses": [], "sysctls": {}, "interfaces": {}}
-    for name, value in SILENT.items():
-        path = Path("/proc/sys") / name
-        state["sysctls"][name] = path.read_text().strip()
-        note(state)
-        path.write_text(str(max(value, int(state["sysctls"][name]))))
-    _take(dict.fromkeys(v.address for v in vips), state, note)
+    addresses = list(dict.fromkeys(vip.address for vip in vips))
+    state: dict[str, Any] = {
+        "addresses": [],
+        "sysctls": {name: _sysctl(name).read_text().strip() for name in SILENT},
+        "interfaces": dict.fromkeys(_interfaces(wanted), False),
+        "named": list(wanted),
+    }
     with bpf.Object(bpf.object_path("dsr")) as program:
-        for address in dict.fromkeys(v.address for v in vips):
+        for address in addresses:
             program.map("dsr_vips").update(mapped(address), 1)
-        for i, headers in enumerate(HEADERS.values()):
-            program.map("dsr_mss").update(i, min(interfaces.values()) - OUTER - headers)
-        for name in ("dsr_counters", "dsr_vips"):
+        for name in MAPS:
             pins.put(program.map(name), folder / name)
-        for name in interfaces:
+        note(state)
+        sync(addresses, state, folder, note, mend=True)
+
+
+def sync(
+    addresses: Iterable[Address],
+    state: dict[str, Any],
+    folder: Path,
+    note: Callable[[dict[str, Any]], None],
+    *,
+    mend: bool,
+) -> list[str]:
+    """What is not as it is to be; ``mend``: make it so, as far as that can be.
+
+    Raises :class:`KernelError` if some of it cannot be.
+    """
+    found = []
+    for name, value in SILENT.items():
+        now = int(_sysctl(name).read_text())
+        if now < value:
+            found.append(f"{name.replace('/', '.')} is {now}, not {value}: ARP tells of VIPs")
+            if mend:
+                _sysctl(name).write_text(str(value))
+    present = _present()
+    if lost := [address for address in addresses if str(address) not in present]:
+        found += [f"{address} is no address of this host, and packets to it are dropped" for address in lost]
+        if mend:
+            _take(lost, state, note)
+    mtus = _mtus()
+    for name in [name for name in state["interfaces"] if name not in mtus]:
+        if name in state.get("named", ()):
+            found.append(f"interface {name} does not exist")
+        elif mend:  # it was one of all that were up
+            (folder / _pin(name)).unlink(missing_ok=True)
+            del state["interfaces"][name]
+            note(state)
+    there = [name for name in state["interfaces"] if name in mtus]
+    lacking = [(name, part) for name in there for part in PARTS if not _attached(folder, name, part)]
+    found += [f"the program that {PARTS[part]} is not attached to {name}" for name, part in lacking]
+    mss = [min(mtus[name] for name in there) - OUTER - headers for headers in HEADERS.values()] if there else []
+    told = _told(folder)
+    if stale := bool(mss and told and told != mss):
+        found.append(f"SYN-ACKs from VIPs offer an MSS of {told[0]}, and what the interfaces take is {mss[0]}")
+    if mend and (lacking or stale):
+        _mend(lacking, mss, state, folder, note)
+    return found
+
+
+def _mend(
+    lacking: Sequence[tuple[str, str]],
+    mss: Sequence[int],
+    state: dict[str, Any],
+    folder: Path,
+    note: Callable[[dict[str, Any]], None],
+) -> None:
+    """Attach the programs that are lacking, of the maps that are pinned, and tell them the MSS to offer."""
+    refused = []
+    with ExitStack() as stack:
+        maps = {}
+        for name in MAPS:
+            with suppress(bpf.BpfNotFoundError):  # versions of before did not pin all of them
+                maps[name] = stack.enter_context(bpf.Map.from_pin(folder / name))
+        program = stack.enter_context(bpf.Object(bpf.object_path("dsr"), reuse=maps))
+        for i, most in enumerate(mss):
+            program.map("dsr_mss").update(i, most)
+        pins.put(program.map("dsr_mss"), folder / "dsr_mss")
+        for name, part in lacking:
             index = socket.if_nametoindex(name)
+            if part == "crab_clamp":
+                _, made = bpf.attach_tc(program.program(part), index, "egress", priority=FILTER, handle=FILTER)
+                state["interfaces"][name] = made or state["interfaces"][name]
+                note(state)
+                continue
             try:
-                link = program.program("crab_decap").attach_xdp(index)
+                with program.program(part).attach_xdp(index) as link:
+                    pins.put(link, folder / _pin(name))
             except bpf.BpfBusyError:
-                raise KernelError(
+                refused.append(
                     f"interface {name} has an XDP program already (id {bpf.xdp_program(index)[0]}), and tunnels are"
                     " decapsulated by one; remove it, or name other interfaces: --interface"
-                ) from None
-            with link:
-                pins.put(link, folder / f"decap-{pins.escape(name)}")
-            state["interfaces"][name] = False
-            note(state)
-            _, made = bpf.attach_tc(program.program("crab_clamp"), index, "egress", priority=FILTER, handle=FILTER)
-            state["interfaces"][name] = made
-            note(state)
+                )
+    if refused:
+        raise KernelError("\n".join(refused))
+
+
+def _sysctl(name: str) -> Path:
+    return Path("/proc/sys") / name
+
+
+def _pin(interface: str) -> str:
+    """The name of the pin of an interface's XDP program."""
+    return f"decap-{pins.escape(interface)}"
+
+
+def _attached(folder: Path, interface: str, part: str) -> bool:
+    index = socket.if_nametoindex(interface)
+    if part == "crab_clamp":
+        return bool(bpf.TcFilter(index, "egress", FILTER, FILTER).attached)
+    try:
+        with bpf.Link.from_pin(folder / _pin(interface)) as link:
+            return link.target == index
+    except bpf.BpfNotFoundError:
+        return False
+
+
+def _told(folder: Path) -> list[int]:
+    """The MSS that SYN-ACKs offer at most, by family; empty if an agent of before did not pin it."""
+    try:
+        with bpf.Map.from_pin(folder / "dsr_mss") as mss:
+            return [int.from_bytes(mss.lookup(i) or b"", "little") for i in range(len(HEADERS))]
+    except bpf.BpfNotFoundError:
+        return []
 
 
 def tear_down(state: dict[str, Any], folder: Path) -> None:
@@ -123,11 +226,12 @@ def tear_down(state: dict[str, Any], folder: Path) -> None:
         with bpf.Link.from_pin(pin) as link:
             link.detach()
         pin.unlink()
-    (folder / "dsr_counters").unlink(missing_ok=True)
+    for name in MAPS:
+        (folder / name).unlink(missing_ok=True)
     for host in state.get("addresses", []):
         subprocess.run(["ip", "addr", "del", host, "dev", "lo"], capture_output=True, check=False)
     for name, value in state.get("sysctls", {}).items():
-        (Path("/proc/sys") / name).write_text(value)
+        _sysctl(name).write_text(value)
 
 
 def counters(folder: Path) -> dict[str, int]:

@@ -24,8 +24,8 @@ PROVEN = 600.0
 MINUTE: int = lib.CRAB_CLIENT_MINUTE_NS
 #: Redirected connections that there is room for.
 FLOWS: int = lib.CRAB_CLIENT_FLOWS
-#: What is as large as the table of connections.
-FLOW_MAPS = ("client_flows",)
+#: The table of connections; of versions before, that of those that are translated outward.
+TABLE, TABLE_BEFORE = "client_flows", "client_out"
 
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 CLOCK_MONOTONIC_COARSE = 6
@@ -147,17 +147,25 @@ def redirects(vips: bpf.Map, paths: bpf.Map) -> Iterator[Health]:
                 yield _health(vip, unmapped(path[16:32]), ffi.from_buffer("struct crab_client_health *", health))
 
 
+def room(folder: Path) -> int:
+    """Redirected connections that an agent whose maps are pinned in ``folder`` has room for.
+
+    Raises :class:`bpf.BpfNotFoundError` if there is none.
+    """
+    with bpf.Map.from_pin(folder / (TABLE if (folder / TABLE).exists() else TABLE_BEFORE)) as table:
+        return table.max_entries
+
+
 def translated(folder: Path) -> set[bytes]:
     """Connections that an agent whose maps are pinned in ``folder`` translates: local address, ports, and VIP of each.
 
     Closed ones are among them for a while.  Raises :class:`bpf.BpfNotFoundError` if there is no agent.
     """
-    try:
-        with bpf.Map.from_pin(folder / "client_flows") as held:
-            keys, values = held.dump()
-    except bpf.BpfNotFoundError:  # of a version before
-        with bpf.Map.from_pin(folder / "client_out") as out:
+    if not (folder / TABLE).exists():
+        with bpf.Map.from_pin(folder / TABLE_BEFORE) as out:
             return {key[:16] + key[32:] + key[16:32] for key in out.keys()}  # noqa: SIM118
+    with bpf.Map.from_pin(folder / TABLE) as held:
+        keys, values = held.dump()
     size = ffi.sizeof("struct crab_client_ports")
     flows = ffi.from_buffer("struct crab_client_flow[]", values)
     return {
@@ -168,6 +176,8 @@ def translated(folder: Path) -> set[bytes]:
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
-    """The same of an agent whose maps are pinned in ``folder``, as plain values."""
+    """The same of an agent whose maps are pinned in ``folder``, as plain values; of versions before nothing."""
+    if not (folder / TABLE).exists():
+        return []
     with bpf.Map.from_pin(folder / "client_vips") as vips, bpf.Map.from_pin(folder / "client_paths") as paths:
         return [asdict(health) for health in redirects(vips, paths)]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import structlog
 
-from crablb.agent import dsr
+from crablb.agent import dsr, listening
 from crablb.agent.base import Agent
 from crablb.config import parse_vip
-from crablb.errors import ConfigError, KernelError
+from crablb.errors import ConfigError, KernelError, Problems
 from crablb.kernel import bpf, pins
 from crablb.kernel.rtnetlink import tcp_addresses
 from crablb.model import Address, Vip
@@ -50,6 +51,11 @@ def _arm(folder: Path, ports: Collection[int], missing: str) -> None:
             reason = str(error)
     if ports:
         log.warning("servers that listen already must be restarted", ports=sorted(set(ports)), reason=reason)
+
+
+def _fast_open() -> bool:
+    """Whether servers of this network namespace take Fast Open."""
+    return FAST_OPEN.exists() and bool(int(FAST_OPEN.read_text()) & FAST_OPEN_SERVER)
 
 
 def _connections_to(addresses: Collection[Address]) -> int:
@@ -137,10 +143,8 @@ class ServerAgent(Agent):
                     program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
             dsr.set_up(self.vips, self.interfaces, self.folder(), lambda state: self.remember(dsr=state))
-        fast_open = self.folder() / "fast_open"
-        if FAST_OPEN.exists() and int(FAST_OPEN.read_text()) & FAST_OPEN_SERVER:
-            with program.program("crab_fast_open").attach_cgroup_ingress(self.cgroup) as link:
-                pins.put(link, fast_open)
+        if _fast_open():
+            self._attach_fast_open(program, self.cgroup)
         self.attach(program.program("crab_server"), self.cgroup)
         missing = ""
         try:
@@ -164,6 +168,79 @@ class ServerAgent(Agent):
                 ports.update(port, DISARMED)
             with suppress(bpf.BpfError), bpf.Program.from_pin(cls.folder() / ITERATOR) as iterator:
                 iterator.run_iterator()
+
+    @classmethod
+    def _attach_fast_open(cls, program: bpf.Object, cgroup: Path | str) -> None:
+        with program.program("crab_fast_open").attach_cgroup_ingress(cgroup) as link:
+            pins.put(link, cls.folder() / "fast_open")
+
+    # ---- what is to be, and what is ----
+
+    @classmethod
+    def faults(cls) -> list[str]:
+        return super().faults() + list(cls._lacking().values())
+
+    @classmethod
+    def _lacking(cls) -> dict[Vip, str]:
+        return listening.lacking([parse_vip(text) for text in (cls.state() or {}).get("vips", ())])
+
+    @classmethod
+    def repair(cls) -> list[str]:
+        with cls._changing():
+            return super().repair()
+
+    @classmethod
+    def _sync(cls, *, mend: bool) -> list[str]:
+        state = cls.state()
+        if state is None:
+            return []
+        if not (cls.folder() / "server_vips").exists():
+            raise cls.pins_gone()
+        found, refused = [], Problems()
+        attached, guarded = cls.attached(state["cgroup"]), not _fast_open() or cls._guarded()
+        if not attached:
+            found.append(f"the program that answers redirects is not attached to cgroup {state['cgroup']}")
+        if not guarded:
+            found.append("servers take Fast Open, and the program that keeps redirected data from them is not attached")
+        if mend and not (attached and guarded):
+            refused.attempt("", cls._attach_again, state, attached, guarded)
+        if "dsr" in state:
+            addresses = dict.fromkeys(parse_vip(text).address for text in state["vips"])
+            sync = partial(dsr.sync, addresses, state["dsr"], cls.folder(), lambda _: cls.write(state), mend=mend)
+            found += refused.attempt("", sync) or []
+        if refused.found:
+            raise KernelError("\n".join(refused.found))
+        return found
+
+    @classmethod
+    def _attach_again(cls, state: dict[str, Any], attached: bool, guarded: bool) -> None:
+        """The programs that are not attached, loaded once more, of the same maps."""
+        with ExitStack() as stack:
+            maps = {pin.name: stack.enter_context(bpf.Map.from_pin(pin)) for pin in cls.folder().glob("server_*")}
+            try:
+                program = stack.enter_context(bpf.Object(bpf.object_path(cls.role), reuse=maps))
+            except (bpf.BpfLayoutError, bpf.BpfNotFoundError) as error:
+                raise KernelError(f"the server agent here is of another crablb ({error}); install it again") from None
+            if not guarded:
+                cls._attach_fast_open(program, state["cgroup"])
+            if not attached:
+                cls.attach(program.program("crab_server"), state["cgroup"])
+                # Nobody prepared what has begun to listen meanwhile.
+                cls._arm_all(parse_vip(text).port for text in state["vips"])
+
+    @classmethod
+    def _guarded(cls) -> bool:
+        """Whether the program that drops SYNs with data is attached."""
+        try:
+            with bpf.Link.from_pin(cls.folder() / "fast_open") as link:
+                return link.target != 0
+        except bpf.BpfNotFoundError:
+            return False
+
+    @classmethod
+    def _arm_all(cls, ports: Iterable[int]) -> None:
+        missing = "" if (cls.folder() / ITERATOR).exists() else "the agent was installed without its iterator"
+        _arm(cls.folder(), list(ports), missing)
 
     # ---- changes of the installed agent ----
 
@@ -210,8 +287,7 @@ class ServerAgent(Agent):
                 cls._drop(new, state)
                 raise
             if new:
-                missing = "" if (cls.folder() / ITERATOR).exists() else "the agent was installed without its iterator"
-                _arm(cls.folder(), [vip.port for vip in new], missing)
+                cls._arm_all(vip.port for vip in new)
             return new
 
     @classmethod
@@ -272,10 +348,13 @@ class ServerAgent(Agent):
     def status(cls) -> dict[str, Any] | None:
         status = super().status()
         if status:
-            status["connections"] = {str(vip): n for vip, n in cls.connections().items()}
+            lacking = map(str, cls._lacking())
+            status["listening"] = dict.fromkeys(status["vips"], True) | dict.fromkeys(lacking, False)
+            if status["counters"]:
+                status["connections"] = {str(vip): n for vip, n in cls.connections().items()}
         return status
 
     @classmethod
     def counters(cls) -> dict[str, int]:
-        more = dsr.counters(cls.folder()) if "dsr" in (cls.state() or {}) else {}
-        return super().counters() | more
+        own = super().counters()
+        return own | dsr.counters(cls.folder()) if "dsr" in (cls.state() or {}) else own

@@ -9,17 +9,16 @@ out again.  A link of that name leads them to it.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import shutil
 import socket
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crablb.errors import KernelError
+from crablb.kernel import netns
 from crablb.kernel.bpf import BpfError, Link, ensure_bpffs
 from crablb.kernel.bpf.descriptor import Descriptor
 
@@ -27,7 +26,6 @@ RUN = Path("/run/crablb")
 PREFIX = "netns-"
 FIRST = f"{PREFIX}1"
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
-CLONE_NEWNET = 0x40000000
 
 
 def _cookie() -> int:
@@ -60,19 +58,8 @@ def namespace() -> str:
 
 def namespace_at(path: Path) -> str:
     """The name of the network namespace that a file (/run/netns/NAME, /proc/PID/ns/net) stands for."""
-    found: list[str] = []
-
-    def enter() -> None:  # a thread of its own: nothing else of the process is to be there
-        with suppress(OSError), open(path) as file:
-            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) == 0:
-                found.append(f"{PREFIX}{_cookie()}")
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    if not found:
-        raise KernelError(f"{path} is not a network namespace")
-    return found[0]
+    with netns.inside(path):
+        return f"{PREFIX}{_cookie()}"
 
 
 def escape(name: str) -> str:
@@ -133,11 +120,29 @@ def _locked_by(path: Path) -> int | None:
     return None
 
 
+def owners(*roles: str) -> set[int]:
+    """The processes that own one of these roles, in whatever network namespace.
+
+    Asked of the kernel (proc_locks(5)): who tried the locks would be in the way of those who take them.
+    """
+    locks = {f"{os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}:{s.st_ino}" for s in _locks(roles)}
+    held = (line.split() for line in Path("/proc/locks").read_text().splitlines())
+    return {int(fields[4]) for fields in held if fields[1] == "FLOCK" and fields[5] in locks}
+
+
+def _locks(roles: Collection[str]) -> Iterator[os.stat_result]:
+    for role in roles:
+        for path in RUN.glob(f"{PREFIX}*-{role}.lock"):
+            with suppress(OSError):  # it has gone meanwhile
+                yield path.stat()
+
+
 @contextmanager
-def own(role: str, what: str) -> Iterator[None]:
+def own(role: str, what: str, process: int = 0) -> Iterator[None]:
     """Be the one owner of a role while in the context; it ends with the process too.
 
-    Raises :class:`KernelError` if a live process has it; ``what`` names the role to a person.  What namespaces that are
+    Raises :class:`KernelError` if a live process has it; ``what`` names the role to a person, ``process`` the one that
+    is to be ended if it is not this one.  What namespaces that are
     no more have left is removed first.
     """
     RUN.mkdir(parents=True, exist_ok=True)
@@ -151,10 +156,12 @@ def own(role: str, what: str) -> Iterator[None]:
             pid = os.read(fd, 32).decode() or "another process"
             raise KernelError(f"{what} is run already by process {pid}; stop it first") from None
         os.ftruncate(fd, 0)
-        os.write(fd, str(os.getpid()).encode())
-        _link_old_name()
-        yield
-        path.unlink(missing_ok=True)
+        os.write(fd, str(process or os.getpid()).encode())
+        try:
+            _link_old_name()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         os.close(fd)
         tidy()
@@ -162,28 +169,16 @@ def own(role: str, what: str) -> Iterator[None]:
 
 def _link_old_name() -> None:
     """For a version of before that is to take over what this one leaves."""
-    root().mkdir(exist_ok=True)
     old = root() / str(os.stat("/proc/thread-self/ns/net").st_ino)
     if old.is_symlink() and os.readlink(old) != namespace():
         old.unlink(missing_ok=True)
-    with suppress(FileExistsError):
-        old.symlink_to(namespace())
+    while not old.is_symlink() and not old.exists():
+        root().mkdir(exist_ok=True)
+        with suppress(FileExistsError, FileNotFoundError):  # another process tidies up
+            old.symlink_to(namespace())
 
 
 # ---- namespaces that are no more ----
-
-
-def _places() -> Iterable[Path]:
-    """Files that stand for the network namespaces there are: of processes, and of mounts."""
-    for process in Path("/proc").glob("[0-9]*"):
-        yield process / "ns/net"
-    for view in ("self", "1"):
-        with suppress(OSError):
-            for line in Path(f"/proc/{view}/mountinfo").read_text().splitlines():
-                fields, _, kind = line.partition(" - ")
-                if kind.startswith("nsfs ") and fields.split()[3].startswith("net:["):
-                    mounted = fields.split()[4].encode().decode("unicode_escape")  # \040 for a space
-                    yield Path(f"/proc/{view}/root{mounted}")
 
 
 def _alive() -> tuple[set[int], set[str]]:
@@ -193,7 +188,7 @@ def _alive() -> tuple[set[int], set[str]]:
     Raises :class:`KernelError` if there is one that cannot be entered to ask for its name.
     """
     found = {0: FIRST}
-    for place in _places():
+    for place in netns.places():
         try:
             inode = os.stat(place).st_ino
         except OSError:  # it has ended meanwhile

@@ -31,7 +31,7 @@ RTAX_MTU = 2
 RTM_GETADDR, IFA_ADDRESS, IFA_LOCAL = 22, 1, 2
 NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
-SOCK_DIAG_BY_FAMILY, IPPROTO_TCP = 20, 6
+SOCK_DIAG_BY_FAMILY, IPPROTO_TCP, INET_DIAG_SKV6ONLY = 20, 6, 11
 NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, NETDEV_A_DEV_XDP_FEATURES = 1, 1, 3
 
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port id
@@ -46,7 +46,7 @@ DIAG_REQUEST = struct.Struct("=BBxxI48x")
 DIAG = struct.Struct("=BBxx2s46x4xI12x")
 #: The same with the whole struct inet_diag_sockid, and the socket's inode number.
 DIAG_WHOLE = struct.Struct("=BBxx2s2s16s16s28xI")
-TCP_SYN_SENT, TCP_FIN_WAIT2 = 2, 5
+TCP_SYN_SENT, TCP_FIN_WAIT2, TCP_LISTEN = 2, 5, 10
 #: All but closed, listening, and those of which only the last segments are waited for.
 TCP_OPEN = sum(1 << state for state in (1, 2, 4, 5, 8, 9, 11))
 #: Bytes that a datagram of answers may have.
@@ -238,6 +238,31 @@ def tcp_addresses(family: int, states: int) -> list[bytes]:
         found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
     size = 4 if family == socket.AF_INET else 16
     return [message.body[8 : 8 + size] for message in found]
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """``address``: unspecified for all of its family; ``both``: for all of IPv4 as well."""
+
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    port: int
+    both: bool = False
+
+
+def tcp_listeners() -> Iterator[Listener]:
+    """Who listens in this network namespace."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with Netlink(NETLINK_SOCK_DIAG) as netlink:
+            found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, 1 << TCP_LISTEN))
+        for message in found:
+            _, _, port, _, local, *_ = DIAG_WHOLE.unpack_from(message.body)
+            number = int.from_bytes(port, "big")
+            if family == socket.AF_INET:
+                yield Listener(ipaddress.IPv4Address(local[:4]), number)
+                continue
+            address = ipaddress.IPv6Address(local)
+            only = any(attributes(message.body[DIAG_WHOLE.size :]).get(INET_DIAG_SKV6ONLY, b""))
+            yield Listener(address.ipv4_mapped or address, number, address.is_unspecified and not only)
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ def test_lb_at_every_length(lb, family):
 
 @pytest.fixture
 def client(namespace) -> Iterator[Counted]:
-    with bpf.Object(bpf.object_path("client"), max_entries=dict.fromkeys(offering.FLOW_MAPS, FLOWS)) as loaded:
+    with bpf.Object(bpf.object_path("client"), max_entries={offering.TABLE: FLOWS}) as loaded:
         loaded.map("client_settings").update(0, offering.settings(FLOWS))
         for family in (4, 6):
             loaded.map("client_vips").update(parse_vip(url(VIP[family], 80)).key(), 0)

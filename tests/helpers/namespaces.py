@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from crablb.kernel import pins
+
 CLONE_NEWNET = 0x40000000
 _numbers = itertools.count()
 
@@ -68,3 +70,60 @@ class Pair:
                 yield pair
         finally:
             subprocess.run(["ip", "netns", "del", pair.netns], check=True)
+
+
+class Island:
+    """Processes, network namespaces and pins of its own: a command that works in all there are sees no others."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "run").mkdir()
+        (folder / "bpf").mkdir()
+        private = (
+            f"mount --bind {folder}/run /run/crablb; mount -t bpf bpf /sys/fs/bpf; mount -t tmpfs none /run/netns"
+            "; ip link set lo up; echo ready; exec cat"
+        )
+        pins.RUN.mkdir(parents=True, exist_ok=True)
+        Path("/run/netns").mkdir(parents=True, exist_ok=True)
+        unshared = [
+            "unshare",
+            "--mount",
+            "--net",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sh",
+            "-ec",
+            private,
+        ]
+        self._first = subprocess.Popen(unshared, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._first.stdout
+        assert self._first.stdout.readline() == "ready\n"
+        (child,) = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children").read_text().split()
+        self._enter = ["nsenter", "--target", child, "--mount", "--pid", "--net", "--"]
+        self._started: list[subprocess.Popen[str]] = []
+
+    def run(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*self._enter, *args], text=True, capture_output=True, check=check)
+
+    def popen(self, *args: str) -> subprocess.Popen[str]:
+        """Its pid is nsenter's, whose child it is: end it by :meth:`kill`."""
+        child = subprocess.Popen(
+            [*self._enter, *args], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self._started.append(child)
+        return child
+
+    def ip(self, *lines: str, netns: str = "") -> None:
+        for line in lines:
+            self.run("ip", *(["-n", netns] if netns else []), *line.split())
+
+    def __enter__(self) -> Island:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The first process takes all the others with it, and with them what is theirs."""
+        self._first.kill()
+        self._first.communicate()
+        for child in self._started:
+            child.communicate()

@@ -122,7 +122,7 @@ def test_what_is_detached_is_attached_again(world: World):
     assert done.returncode == 0
     assert {
         "mended: the agent's program is not attached to lo",
-        "mended: the program that offers was not attached",
+        f"mended: the program that offers is not attached to cgroup {client.cgroup}",
     } <= set(done.stdout.splitlines())
     assert exchange(held, "still here") == "still here"
     assert redirected(world)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from collections.abc import Callable
 
 import pytest
+from crablb._native import ffi
 
-from crablb.kernel import pins
+from crablb.agent import ClientAgent
+from crablb.kernel import bpf, pins
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb
 from tests.helpers.namespaces import inside
@@ -171,6 +174,48 @@ def test_another_version_waits_for_the_connections_of_the_one_before(world: Worl
     assert exchange(held, "still here") == "still here"
     held.communicate()
     done = client.run(*crablb("agent", *args, "--detach"))
+    assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
+
+
+def test_tables_of_another_size(world: World):
+    """Those of the agent before are kept while connections need them, which is said; then they are made anew."""
+    client = world.lab.client
+    args = ["client", "--vip", f"tcp://{VIP4}:80", "--backends", "10.0.0.0/24", "--cgroup", str(client.cgroup)]
+
+    def install(*more: str) -> str:
+        return str(client.run(*crablb("agent", *args, "--detach", *more)).stderr)
+
+    def told() -> tuple[int, float]:
+        found = agent_status(client)["client"]
+        return found["room"], found["retransmission"]
+
+    def timeout() -> float:
+        """What the program goes by, which has the clock's resolution and may be a little later."""
+        with inside(client.netns), bpf.Map.from_pin(pins.folder("client") / "client_settings") as settings:
+            value = ffi.from_buffer("struct crab_client_settings *", settings.lookup(0))
+            return float(value.rto / value.hz)
+
+    assert install("--flows", "2048", "--retransmission", "0.1") == ""
+    assert told() == (2048, 0.1)
+    assert 0.1 <= timeout() < 0.13
+    shown = client.run(*crablb("agent", "status")).stdout
+    assert "0 redirected connections, room for 2,048\n  a SYN that offered is sent again after 0.1 s\n" in shown
+    held = world.python(client, "hold", str(VIP4), "80", ready=True)
+    assert install("--retransmission", "0") == ""  # of the same size, as none was asked for
+    assert told() == (2048, 0)
+    assert timeout() == 0
+    assert "is sent again as the system does\n" in client.run(*crablb("agent", "status")).stdout
+    (line,) = (json.loads(text) for text in install("--flows", "4096").splitlines())
+    assert (line["level"], line["room"], line["asked_for"], line["connections"]) == ("warning", 2048, 4096, 1)
+    assert "--flows does nothing" in line["event"]
+    assert told() == (2048, 0.25)
+    assert exchange(held, "still here") == "still here"
+    held.communicate()
+    with inside(client.netns):
+        until(lambda: not ClientAgent.live())
+    (line,) = (json.loads(text) for text in install("--flows", "4096").splitlines())
+    assert (line["level"], line["room"], line["before"]) == ("info", 4096, 2048)
+    assert told() == (4096, 0.25)
     assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
 
 

@@ -160,7 +160,7 @@ def test_the_agent_leaves_nothing(make_lab):
     server.run(*install)
     assert "xdp" in server.run("ip", "link", "show", "eth0").stdout
     assert str(VIP4) in server.run("ip", "addr", "show", "lo").stdout
-    assert set(agent_status(server)["server"]["counters"]) >= {"dsr_decapsulated", "dsr_clamped"}
+    assert set(agent_status(server, 1)["server"]["counters"]) >= {"dsr_decapsulated", "dsr_clamped"}
     server.run(*install)  # over itself
     assert "removed" in server.run(*crablb("agent", "remove", "server")).stdout
     assert server.run("sh", "-c", shown).stdout == before

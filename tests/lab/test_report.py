@@ -16,7 +16,7 @@ from tests.helpers.world import World, agent_status, status
 
 
 def counted(world: World, vip: str = f"tcp://{VIP4}:80") -> int:
-    return int(agent_status(world.lab.servers[0])["server"]["connections"][vip])
+    return int(agent_status(world.lab.servers[0], None)["server"]["connections"][vip])
 
 
 def seen_by_ss(world: World) -> int:

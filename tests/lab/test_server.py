@@ -349,6 +349,6 @@ def test_another_set_replaces_only_if_asked(make_world):
     assert f"{OTHER} would be new" in said
     assert "--replace" in said
     assert "--dsr" in install("--vip", VIPS[0], *cgroup, "--dsr", rc=2)
-    assert agent_status(server)["server"]["vips"] == [VIPS[0]]
+    assert agent_status(server, 1)["server"]["vips"] == [VIPS[0]]
     assert "replaced the agent that was there" in install("--vip", OTHER, *cgroup, "--replace")
-    assert agent_status(server)["server"]["vips"] == [OTHER]
+    assert agent_status(server, 1)["server"]["vips"] == [OTHER]

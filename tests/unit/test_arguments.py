@@ -106,6 +106,42 @@ WRONG = [
         "crablb: --backends x: 'x' is not a prefix (10.0.0.0/8 or fd00::/8)",
     ),
     (
+        ["agent", "client", "--vip", "x", "--backends", "10.0.0.0/24", "--flows", "1023", "--retransmission", "0.01"],
+        "--vip x: 'x' has no protocol; write tcp://x\n"
+        "crablb: --flows 1023: 1023 is not a whole number from 1024 to 16777216\n"
+        "crablb: --retransmission 0.01: is neither 0, for the system's own time, nor seconds from 0.05 to less than 1",
+    ),
+    *(
+        (
+            ["agent", "client", "--vip", "x", "--backends", "10.0.0.0/24", f"--flows={flows}"],
+            f"--vip x: 'x' has no protocol; write tcp://x\n"
+            f"crablb: --flows {flows}: {shown} is not a whole number from 1024 to 16777216",
+        )
+        for flows, shown in (("16777217", "16777217"), ("-5", "-5"), ("many", "'many'"), ("", "''"), ("1e6", "'1e6'"))
+    ),
+    *(
+        (
+            ["agent", "client", "--vip", "x", "--backends", "10.0.0.0/24", f"--retransmission={seconds}"],
+            "--vip x: 'x' has no protocol; write tcp://x\n"
+            f"crablb: --retransmission {seconds}: is neither 0, for the system's own time, nor seconds from 0.05 to"
+            " less than 1",
+        )
+        for seconds in ("1", "-0.2", "nan", "inf", "", "0.049", "250ms")
+    ),
+    (
+        ["agent", "server", "--vip", "tcp://10.0.0.100:80", "--netns", "/nowhere", "--netns", "/proc/self/ns/mnt"],
+        "--netns /nowhere: there is no such file\ncrablb: --netns /proc/self/ns/mnt: is not a network namespace",
+    ),
+    (
+        [
+            *["agent", "server", "--vip", "x", "--netns", "/proc/self/ns/net", "--netns", "/proc/thread-self/ns/net"],
+            *["--report", "10.0.0.2", "--report-key", "/nowhere"],
+        ],
+        "--vip x: 'x' has no protocol; write tcp://x\n"
+        "crablb: --report is one backend's; with it name one network namespace at the most: --netns\n"
+        "crablb: --netns /proc/thread-self/ns/net: is the same as /proc/self/ns/net; name it once",
+    ),
+    (
         ["key", "backend", "10.0.0.11", "--master", "/nowhere/key"],
         "/nowhere/key: cannot be read: No such file or directory; make a key: crablb key new",
     ),
@@ -130,6 +166,8 @@ def test_typed_wrong(args, words, capsys):
         (["demo", "--topology", "star"], "--topology"),
         (["agent", "client", "--option", "42"], "--option"),
         (["agent", "remove", "both"], "'both'"),
+        (["agent", "repair", "both"], "'both'"),
+        (["agent", "status", "--netns", "x", "--all-netns"], "--all-netns"),
         (["completion", "sh"], "'sh'"),
         (["bench", "--quick", "--tiny"], "--tiny"),
     ],

@@ -1,0 +1,199 @@
+"""``crablb agent status``, ``repair`` and ``remove``: of what is in the kernel, whoever put it there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from crablb.agent import ClientAgent, ServerAgent
+from crablb.agent.base import Agent
+from crablb.cli.agent.namespaces import chosen, in_each, prefix, require_root
+from crablb.errors import ConfigError, KernelError, Problems
+from crablb.kernel.netns import Namespace
+
+ROLES: dict[str, type[Agent]] = {"client": ClientAgent, "server": ServerAgent}
+
+
+def seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,5}(\.\d+)?", text):
+        raise ConfigError("is not a number of seconds (0 to 99999)")
+    return float(text)
+
+
+def _roles(args: argparse.Namespace) -> Mapping[str, type[Agent]]:
+    return {role: cls for role, cls in ROLES.items() if args.role in (None, role)}
+
+
+# ---- status ----
+
+
+def run_status(args: argparse.Namespace) -> int:
+    require_root()
+    problems = Problems()
+    found = in_each(chosen(args), problems, _statuses)
+    if args.all_netns:
+        found = {one: statuses for one, statuses in found.items() if statuses}
+    if args.json:
+        named = {one.name: statuses for one, statuses in found.items() if one}
+        print(json.dumps(found.get(None, named)))
+    elif not found:
+        print("no agent in any network namespace")
+    else:
+        for one, statuses in found.items():
+            if one:
+                print(f"{one}:")
+            _show(statuses)
+    problems.finish()
+    return int(any(status["faults"] for statuses in found.values() for status in statuses.values()))
+
+
+def _statuses(_: Namespace | None) -> dict[str, dict[str, Any]]:
+    return {role: status for role, cls in ROLES.items() if (status := cls.status())}
+
+
+def _show(statuses: Mapping[str, Mapping[str, Any]]) -> None:
+    if not statuses:
+        print("no agent in this network namespace")
+    for role, status in statuses.items():
+        where = f"process {status['pid']}" if status["pid"] else "detached"
+        print(f"{role}: {where}, {', '.join(status['vips'])}, cgroup {status['cgroup']}")
+        if "routes" in status:
+            _show_client(status)
+        for vip, n in status.get("connections", {}).items():
+            print(f"  {vip:28} {n:>14,} open connections")
+        for name, value in status["counters"].items():
+            if value:
+                print(f"  {name:28} {value:>14,}")
+        for fault in status["faults"]:
+            print(f"  wrong: {fault}")
+
+
+def _show_client(status: Mapping[str, Any]) -> None:
+    room = f"{status['flows']:,} redirected connections, room for {status['room']:,}"
+    print(f"  backends {', '.join(status['backends'])}, {room}")
+    if "retransmission" in status:  # an agent of before did not note it
+        when = f"after {status['retransmission']:g} s" if status["retransmission"] else "as the system does"
+        print(f"  a SYN that offered is sent again {when}")
+    for vip in status["vips"]:
+        print(f"  {vip:28} {_vip(status, vip)}")
+        for entry in status["redirects"]:
+            minute = {name: n for name, n in entry["minute"].items() if n}
+            if entry["vip"] == vip and minute:
+                said = ", ".join(f"{n:,} {name}" for name, n in minute.items())
+                print(f"    {entry['backend'] or 'in the last minute':26} {said}")
+
+
+ROUTES = {"agent": "by the agent's route", "other": "by a route that is not the agent's", "none": "no route"}
+
+
+#: enum crab_client_failure, as a person says it.
+REASONS = {
+    "lost": "no redirect came",
+    "source": "the backend is outside of --backends",
+    "route": "the SYN left by another route",
+    "no_echo": "the backend answers without the redirect",
+    "not_taken": "this host drops the redirect (rp_filter, firewall)",
+    "silent": "the backend does not hear this client",
+}
+
+
+def _vip(status: Mapping[str, Any], vip: str) -> str:
+    said = "offers no more, removal is waited for" if status.get("withdrawn") else "offering"
+    for entry in status["redirects"]:
+        if entry["vip"] == vip and entry["backend"] is None and entry["reason"] and not status.get("withdrawn"):
+            blamed = f" at {entry['blamed']}" if entry["blamed"] else ""
+            reason = REASONS.get(entry["reason"], entry["reason"])
+            said = f"no offers for {entry['backing_off']:.0f} s: {reason}{blamed}, for {entry['since']:.0f} s"
+    return f"{said}, {ROUTES[status['routes'][vip]]}"
+
+
+# ---- repair ----
+
+
+def run_repair(args: argparse.Namespace) -> int:
+    require_root()
+    roles = _roles(args)
+    which = f"{args.role} agent" if args.role else "agent"
+
+    def repair(namespace: Namespace | None) -> list[bool]:
+        installed = [cls for cls in roles.values() if cls.state() is not None]
+        if not installed and not args.all_netns:
+            raise KernelError(f"there is no {which} in this network namespace")
+        return [_mended(cls, prefix(namespace)) for cls in installed]
+
+    problems = Problems()
+    mended = [each for done in in_each(chosen(args), problems, repair).values() for each in done]
+    problems.finish()
+    if not mended:
+        raise KernelError(f"there is no {which} in any network namespace")
+    return int(not all(mended))
+
+
+def _mended(cls: type[Agent], before: str) -> bool:
+    """Mend what can be; whether that is all."""
+    found = cls.faults()
+    refused: list[str] = []
+    try:
+        cls.repair()
+    except KernelError as error:
+        refused = str(error).splitlines()
+    left = cls.faults()
+    left += [why for why in refused if why not in left]
+    for fault in found:
+        if fault not in left:
+            print(f"{before}mended: {fault}")
+    for fault in left:
+        print(f"{before}not mended: {fault}")
+    return not left
+
+
+# ---- remove ----
+
+
+def run_remove(args: argparse.Namespace) -> int:
+    problems = Problems()
+    wait = problems.each("--wait", [args.wait] if args.wait is not None else [], seconds)
+    problems.finish()
+    require_root()
+    end = time.monotonic() + wait[0] if wait else None
+    with ExitStack() as owned:
+
+        def begin(namespace: Namespace | None) -> list[type[Agent]]:
+            with ExitStack() as all_or_none:
+                found = [cls for cls in _roles(args).values() if cls.present() or not args.all_netns]
+                for cls in found:
+                    all_or_none.enter_context(cls.owned())
+                owned.push(all_or_none.pop_all())
+            for cls in () if args.now else found:
+                cls.withdraw()
+                if left := cls.live():
+                    print(f"{prefix(namespace)}{cls.role}: offers no more; {left} connections go on", flush=True)
+            return found
+
+        def finish(namespace: Namespace | None) -> None:
+            for cls in begun[namespace]:
+                left = 0
+                if not args.now:
+                    left = cls.drain(None if end is None else end - time.monotonic(), _pause)
+                removed = cls.remove()
+                cut = f", and {left} connections with it" if left else ""
+                said = f"removed{cut}" if removed else "there was none"
+                print(f"{prefix(namespace)}{cls.role}: {said}", flush=True)
+
+        # All of them offer no more before any is waited for, so that the time is for all together.
+        begun = in_each(chosen(args), problems, begin)
+        in_each(list(begun), problems, finish)
+    problems.finish()
+    if not any(begun.values()):
+        print("no agent in any network namespace")
+    return 0
+
+
+def _pause(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False

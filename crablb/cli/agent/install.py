@@ -1,0 +1,247 @@
+"""``crablb agent server`` and ``client``: from arguments to agents."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from crablb import log as logging
+from crablb.agent import ClientAgent, ServerAgent, offering
+from crablb.agent.base import find_cgroup
+from crablb.agent.reporter import Reporter
+from crablb.agent.server import open_connections, redirects
+from crablb.cli.agent.ask import seconds
+from crablb.cli.agent.namespaces import chosen, in_each, named, prefix, require_root
+from crablb.cli.agent.process import Signals, Work, serve
+from crablb.cli.agent.supervisor import Supervisor
+from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
+from crablb.errors import ConfigError, KernelError, Problems
+from crablb.kernel import bpf, pins, rtnetlink
+from crablb.kernel.netns import Namespace
+from crablb.kernel.rtnetlink import Netlink
+from crablb.model import OptionForm, Vip
+from crablb.values import parse_interface, read_key, whole
+
+log = structlog.get_logger()
+
+#: Redirected connections that there may be room for: at least, and at most.
+FLOWS = (1 << 10, 1 << 24)
+#: The least time until a SYN that offered is sent again: shorter ones are sent again on ways that work.
+SOONEST = 0.05
+
+
+def _changed_vips(args: argparse.Namespace) -> list[Vip]:
+    """Raises :class:`ConfigError`."""
+    problems = Problems()
+    if args.vip:
+        problems.add("", "--vip is of use to install an agent only; name the VIPs behind add or remove")
+    vips = [problems.attempt(text, parse_vip, text) for text in args.vips]
+    problems.finish()
+    return list(dict.fromkeys(vip for vip in vips if vip))
+
+
+def _change(args: argparse.Namespace, change: Callable[[], dict[Vip, str]]) -> int:
+    """``change`` is for the network namespace where it is called, and says what became of each VIP."""
+    logging.set_up()
+    require_root()
+
+    def make(namespace: Namespace | None) -> None:
+        if ServerAgent.present() or not args.all_netns:
+            for vip, said in change().items():
+                print(f"{prefix(namespace)}{vip}: {said}")
+
+    problems = Problems()
+    in_each(chosen(args), problems, make)
+    problems.finish()
+    return 0
+
+
+def run_server_add(args: argparse.Namespace) -> int:
+    vips = _changed_vips(args)
+
+    def change() -> dict[Vip, str]:
+        new = ServerAgent.add(vips)
+        return {vip: "added" if vip in new else "was served already" for vip in vips}
+
+    return _change(args, change)
+
+
+def run_server_remove(args: argparse.Namespace) -> int:
+    vips = _changed_vips(args)
+
+    def change() -> dict[Vip, str]:
+        ServerAgent.drop(vips, now=args.now)
+        return dict.fromkeys(vips, "removed")
+
+    return _change(args, change)
+
+
+def _run(work: Work, namespaces: list[Namespace], every: bool) -> int:
+    """``namespaces``: others than the process's own; ``every``: all that there are, and will be."""
+    logging.set_up()
+    require_root()
+    if work.detach and not bpf.pins_last():
+        raise KernelError(
+            "--detach: what is to stay would go with this mount namespace (ip netns exec makes one); mount the BPF file"
+            " system outside of it: mount -t bpf bpf /sys/fs/bpf, or enter by nsenter --net=/run/netns/NAME"
+        )
+    if every or namespaces:
+        Supervisor(work, namespaces, every).run()
+    else:
+        serve(work, Signals())
+    return 0
+
+
+# ---- server ----
+
+
+def run_server(args: argparse.Namespace) -> int:
+    problems = Problems()
+    if not args.vip:
+        problems.add("", "the following arguments are required: --vip (see crablb agent server --help)")
+    vips = problems.each("--vip", args.vip or [], parse_vip)
+    interfaces = problems.each("--interface", args.interface, parse_interface)
+    problems.attempt("", find_cgroup, args.cgroup)
+    if args.interface and not args.dsr:
+        problems.add("", "--interface says where tunnels come in, and is of use with --dsr only")
+    reporting = problems.attempt("", _reporting, args)
+    namespaces = named(args, problems)
+
+    def agent() -> ServerAgent:
+        agent = ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=interfaces)
+        # One that is run by a process cannot be replaced, and is told of.
+        changes = agent.differs() if not args.replace and not pins.owner(ServerAgent.role) else []
+        if changes:
+            raise ConfigError(
+                [
+                    "there is another server agent in this network namespace:",
+                    *(f"  {change}" for change in changes),
+                    "replace it: --replace; or change its VIPs: crablb agent server add VIP, ... remove VIP",
+                ]
+            )
+        return agent
+
+    def make() -> ServerAgent:
+        _warn_of_own(vips)
+        return agent()
+
+    if os.geteuid() == 0 and not problems.found:
+        in_each(namespaces, problems, lambda _: agent())
+    problems.finish()
+    return _run(Work(make, args.detach, reporting or nullcontext), namespaces, args.all_netns)
+
+
+def _warn_of_own(vips: Sequence[Vip]) -> None:
+    """On the loopback a VIP is for direct server return; elsewhere this host answers for it."""
+    with Netlink() as netlink:
+        own = rtnetlink.addresses(netlink)
+    for vip in vips:
+        name = _interface_name(own.get(str(vip.address), 0))
+        if name not in ("", "lo"):
+            log.warning("a VIP is an address of this host, which answers ARP for it", vip=str(vip), interface=name)
+
+
+def _interface_name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
+
+
+def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which reports are sent.  Raises :class:`ConfigError`."""
+    if args.report is None:
+        extra = [name for name in ("report_key", "report_as", "report_figure") if getattr(args, name) is not None]
+        if extra:
+            flags = ", ".join("--" + name.replace("_", "-") for name in extra)
+            raise ConfigError(f"{flags}: of use with --report only")
+        return nullcontext
+    problems = []
+    if args.detach:
+        problems.append("--report needs a process; leave out --detach")
+    if args.all_netns or len(args.netns) > 1:
+        problems.append("--report is one backend's; with it name one network namespace at the most: --netns")
+    if args.report_key is None:
+        problems.append("--report needs --report-key FILE (made where the master key is: crablb key backend ADDRESS)")
+    if problems:
+        raise ConfigError(problems)
+    targets = [parse_endpoint(text.strip()) for text in args.report.split(",")]
+    key = read_key(args.report_key)
+    backend = parse_backend(args.report_as).address if args.report_as is not None else None
+    figure = Path(args.report_figure) if args.report_figure else None
+
+    @contextmanager
+    def report() -> Iterator[None]:
+        with (
+            bpf.Map.from_pin(ServerAgent.folder() / "server_connections") as opened,
+            bpf.Map.from_pin(ServerAgent.folder() / "server_redirects") as begun,
+        ):
+            reporter = Reporter(
+                lambda: open_connections(opened), lambda: redirects(begun), targets, key, backend, figure
+            )
+            reporter.start()
+            try:
+                yield
+            finally:
+                reporter.stop()
+
+    return report
+
+
+# ---- client ----
+
+
+def _flows(text: str) -> int:
+    return whole(*FLOWS, int(text) if re.fullmatch(r"-?\d{1,9}", text) else text)
+
+
+def _retransmission(text: str) -> float:
+    if re.fullmatch(r"\d(\.\d{1,9})?", text) and (not float(text) or SOONEST <= float(text) < offering.SYSTEM_RTO):
+        return float(text)
+    raise ConfigError(
+        f"is neither 0, for the system's own time, nor seconds from {SOONEST} to less than {offering.SYSTEM_RTO:g}"
+    )
+
+
+def run_client(args: argparse.Namespace) -> int:
+    problems = Problems()
+    vips = problems.each("--vip", args.vip, parse_vip)
+    backends = problems.each("--backends", args.backends, parse_prefix)
+    interfaces = problems.each("--interface", args.interface, parse_interface)
+    flows = problems.each("--flows", [args.flows] if args.flows is not None else [], _flows)
+    retransmission = problems.each("--retransmission", [args.retransmission], _retransmission)
+    wait = problems.each("--wait", [args.wait], seconds)
+    problems.attempt("", find_cgroup, args.cgroup)
+    namespaces = named(args, problems)
+
+    def check(_: Namespace | None) -> None:
+        if found := ClientAgent.problems(vips, backends, interfaces):
+            raise ConfigError(found)
+
+    # Who is not root may ask of this one only, and is told so if that is all that is wrong.
+    if os.geteuid() == 0 or (problems.found and not args.netns):
+        in_each([] if args.all_netns else namespaces if args.netns else [None], problems, check)
+    problems.finish()
+
+    def make() -> ClientAgent:
+        return ClientAgent(
+            vips,
+            backends,
+            option=OptionForm(args.option),
+            cgroup=args.cgroup,
+            interfaces=interfaces,
+            flows=flows[0] if flows else None,
+            retransmission=retransmission[0],
+        )
+
+    return _run(
+        Work(make, args.detach, partial(ClientAgent.watched, verify=args.verify), wait[0]), namespaces, args.all_netns
+    )

@@ -1,0 +1,101 @@
+"""An agent's process: it installs, says that it is ready, and waits until it is to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from crablb.agent.base import Agent
+from crablb.control.notify import notify
+
+log = structlog.get_logger()
+
+SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+@dataclass
+class Work:
+    """``make`` gives the agent of the network namespace where it is called, and raises what is wrong there.
+
+    ``meanwhile``: what else is to be done while it works; ``wait``: seconds for connections to end, at the end.
+    """
+
+    make: Callable[[], Agent]
+    detach: bool
+    meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext
+    wait: float = 0
+
+
+class Orders(Protocol):
+    """By what an agent's process is told what to do.  ``process``: the one to be ended if the agent is to end."""
+
+    process: int
+
+    def begin(self) -> None:
+        """Before anything is installed."""
+
+    def stays(self) -> bool:
+        """Whether what is installed is to stay so."""
+
+    def until_end(self) -> bool:
+        """Wait until it is to end; false if nobody is there any more who has connections."""
+
+    def asked(self, seconds: float) -> bool:
+        """Wait so long for word to end at once; whether it came."""
+
+
+def serve(work: Work, orders: Orders) -> None:
+    agent = work.make()
+    orders.begin()
+    with agent.owned(orders.process):
+        agent.install()
+        if not orders.stays():
+            agent.remove()
+            return
+        if work.detach:
+            return
+        left = 0
+        try:
+            with work.meanwhile():
+                if orders.until_end():
+                    agent.withdraw()
+                    left = agent.drain(work.wait, orders.asked)
+        finally:
+            if not left:
+                agent.remove()
+    if left:
+        log.warning("connections go on by what stays in the kernel", connections=left, remove="crablb agent remove")
+
+
+def ready() -> None:
+    notify("READY=1")
+    print("ready", flush=True)
+
+
+class Signals:
+    """Of a process of its own: a service manager's, or a terminal's."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def begin(self) -> None:
+        # Waited for below; blocked before anything is installed, so that none comes in between.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def stays(self) -> bool:
+        return True
+
+    def until_end(self) -> bool:
+        ready()
+        signal.sigwait(SIGNALS)
+        notify("STOPPING=1")
+        return True
+
+    def asked(self, seconds: float) -> bool:
+        return signal.sigtimedwait(SIGNALS, seconds) is not None

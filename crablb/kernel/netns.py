@@ -1,0 +1,143 @@
+"""Network namespaces: which there are, by what names, and going into one.
+
+setns(2) concerns one thread: what it does, and the programs that it starts, are there.  A socket stays where it was
+made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from crablb.errors import ConfigError, KernelError
+
+__all__ = ["Namespace", "enter", "every", "find", "inside", "places"]
+
+#: Where ip netns keeps those that have names.
+NAMED = Path("/run/netns")
+OWN = Path("/proc/thread-self/ns/net")
+SELF = Path("/proc/self/ns/net")
+CLONE_NEWNET = 0x40000000
+NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """``name``: as a person calls it, and --netns takes it; ``inode``: nobody else's while somebody is inside."""
+
+    name: str
+    path: Path
+    inode: int
+
+    def __str__(self) -> str:
+        return f"netns {self.name}"
+
+    @property
+    def stands(self) -> bool:
+        """Whether its path still stands for it; if not, it may be there without."""
+        try:
+            return os.stat(self.path).st_ino == self.inode
+        except OSError:
+            return False
+
+
+def _open(path: Path) -> int:
+    """Without waiting, whatever it is."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _enter(namespace: int, name: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, CLONE_NEWNET):
+        number = ctypes.get_errno()
+        if number == errno.EINVAL:
+            raise KernelError(f"{name} is not a network namespace")
+        raise KernelError(f"cannot enter network namespace {name}: {os.strerror(number)}")
+
+
+def enter(path: Path) -> None:
+    """Take this thread into the network namespace that a file stands for.  Raises :class:`KernelError`."""
+    try:
+        there = _open(path)
+    except OSError as error:
+        raise KernelError(f"cannot enter network namespace {path}: {error.strerror}") from None
+    try:
+        _enter(there, str(path))
+    finally:
+        os.close(there)
+
+
+@contextmanager
+def inside(path: Path) -> Iterator[None]:
+    """This thread is in a network namespace while in the context.  Raises :class:`KernelError`."""
+    home = _open(OWN)
+    try:
+        enter(path)
+        try:
+            yield
+        finally:
+            _enter(home, "that this process began in")
+    finally:
+        os.close(home)
+
+
+def find(text: str) -> Namespace:
+    """By the name that ip netns knows, or by a path.  Raises :class:`ConfigError`."""
+    path = Path(text) if "/" in text else NAMED / text
+    try:
+        there = _open(path)
+    except FileNotFoundError:
+        if path.parent != NAMED:
+            raise ConfigError("there is no such file") from None
+        names = ", ".join(sorted(one.name for one in NAMED.glob("*"))) or "none"
+        raise ConfigError(f"there is no such name; there are: {names} (without a name: /proc/PID/ns/net)") from None
+    except OSError as error:
+        raise ConfigError(f"cannot be opened: {error.strerror}") from None
+    except ValueError as error:  # a NUL in it
+        raise ConfigError(f"cannot be opened: {error}") from None
+    try:
+        kind = 0
+        with suppress(OSError):  # not a namespace at all
+            kind = fcntl.ioctl(there, NS_GET_NSTYPE)
+        if kind != CLONE_NEWNET:
+            raise ConfigError("is not a network namespace")
+        return Namespace(text, path, os.fstat(there).st_ino)
+    finally:
+        os.close(there)
+
+
+def places(but: Collection[int] = ()) -> Iterator[Path]:
+    """Files that stand for the network namespaces there are: of processes, except for some, and of mounts."""
+    for process in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*")):
+        if process not in but:
+            yield Path(f"/proc/{process}/ns/net")
+    for view in ("self", "1"):
+        with suppress(OSError):
+            for line in Path(f"/proc/{view}/mountinfo").read_text().splitlines():
+                fields, _, kind = line.partition(" - ")
+                if kind.startswith("nsfs ") and fields.split()[3].startswith("net:["):
+                    mounted = fields.split()[4].encode().decode("unicode_escape")  # \040 for a space
+                    yield Path(f"/proc/{view}/root{mounted}")
+
+
+def every(but: Collection[int] = ()) -> list[Namespace]:
+    """All network namespaces: those that have names by these, this process's own, the others by a process or a mount.
+
+    ``but``: processes that do not count, as they are there for the sake of others.
+    """
+    found: dict[int, Namespace] = {}
+    named = sorted(NAMED.glob("*"))
+    for place in (*named, SELF, *places(but)):
+        try:
+            inode = os.stat(place).st_ino
+            if inode not in found:
+                found[inode] = find(place.name if place in named else str(place))
+        except (OSError, ConfigError):  # it has ended meanwhile, or is a name that is yet to stand for one
+            continue
+    return list(found.values())
