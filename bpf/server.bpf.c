@@ -69,6 +69,21 @@ struct {
     __type(value, struct answer);
 } server_answer SEC(".maps");
 
+/* SO_NETNS_COOKIE of the network namespace whose connections are ours: others may be in the cgroup as well. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, __u64);
+} server_netns SEC(".maps");
+
+static __always_inline int ours(struct bpf_sock_ops *ctx)
+{
+    __u32 zero = 0;
+    __u64 *cookie = bpf_map_lookup_elem(&server_netns, &zero);
+    return cookie && *cookie == bpf_get_netns_cookie(ctx);
+}
+
 /* A redirect that is not to be echoed. */
 #define REFUSED (-1)
 
@@ -167,7 +182,7 @@ static __always_inline void opened(struct bpf_sock_ops *ctx)
     __u32 port = READ(ctx->local_port);
     struct crab_vip vip;
     struct bpf_sock *sk = ctx->sk;
-    if (!sk || !bpf_map_lookup_elem(&server_ports, &port))
+    if (!sk || !bpf_map_lookup_elem(&server_ports, &port) || !ours(ctx))
         return;
     __u32 before = READ(ctx->bpf_sock_ops_cb_flags), flags = before;
     if (!bpf_sk_storage_get(&server_shared, sk, NULL, 0))
@@ -208,7 +223,7 @@ static __always_inline void arm(struct bpf_sock_ops *ctx)
     __u32 port = READ(ctx->local_port), *state = bpf_map_lookup_elem(&server_ports, &port), flags, one = 1;
     struct bpf_sock *sk = ctx->sk;
     int on = 1;
-    if (!sk || !state || *state == DISARMED)
+    if (!sk || !state || *state == DISARMED || !ours(ctx))
         return;
     flags = READ(ctx->bpf_sock_ops_cb_flags);
     if (flags & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG) {
@@ -230,7 +245,7 @@ static __always_inline void reserve(struct bpf_sock_ops *ctx)
     if (!answer)
         return;
     answer->length = 0;
-    int n = redirect_of_syn(ctx, answer->option);
+    int n = ours(ctx) ? redirect_of_syn(ctx, answer->option) : 0;
     if (!n)
         return;
     if (n == REFUSED) {

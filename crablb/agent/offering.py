@@ -4,7 +4,6 @@ struct crab_client_health in bpf/maps.h."""
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crablb._native import ffi, lib
-from crablb.kernel import bpf
+from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.model import Address, Vip, unmapped
 
@@ -27,18 +26,11 @@ FLOWS: int = lib.CRAB_CLIENT_FLOWS
 #: The table of connections; of versions before, that of those that are translated outward.
 TABLE, TABLE_BEFORE = "client_flows", "client_out"
 
-SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 CLOCK_MONOTONIC_COARSE = 6
 RETRIES = Path("/proc/sys/net/ipv4/tcp_syn_retries")
 LINEAR = Path("/proc/sys/net/ipv4/tcp_syn_linear_timeouts")
 #: The system's own timeout of a SYN (RFC 6298, 2.1).
 SYSTEM_RTO = 1.0
-
-
-def netns_cookie() -> int:
-    """What the kernel knows this network namespace by."""
-    with socket.socket() as sock:
-        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
 
 
 def whole(first: float, count: int, linear: int) -> float:
@@ -54,7 +46,7 @@ def settings(flows: int, *, retransmission: float = RETRANSMISSION, offering: bo
     hz = round(1 / time.clock_getres(CLOCK_MONOTONIC_COARSE))
     linear = int(LINEAR.read_text()) if LINEAR.exists() else 0
     value = ffi.new("struct crab_client_settings *")
-    value.netns_cookie = netns_cookie()
+    value.netns_cookie = pins.cookie()
     value.backoff_ns, value.backoff_max_ns = int(BACK_OFF * 1e9), int(LONGEST_BACK_OFF * 1e9)
     value.proven_ns = int(PROVEN * 1e9)
     value.flows, value.hz, value.offering = flows, hz, offering

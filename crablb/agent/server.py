@@ -135,6 +135,7 @@ class ServerAgent(Agent):
 
     def set_up(self, program: bpf.Object) -> None:
         self.remember()
+        program.map("server_netns").update(0, pins.cookie())
         for vip in self.vips:
             program.map("server_vips").update(vip.key(), 1)
             program.map("server_ports").update(vip.port, self._new)

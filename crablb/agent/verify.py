@@ -70,6 +70,7 @@ class Verifier:
         self._folder = folder
         self._since = 0
         self._said = ""
+        self._may = True
 
     def forget(self) -> None:
         """Routes have changed: what was proven before may not hold any more."""
@@ -80,7 +81,12 @@ class Verifier:
         self._ends = bpf.Map.from_pin(self._folder / "client_verifier")
         self._asks = bpf.Map.from_pin(self._folder / "client_asks")
         self._held = bpf.Map.from_pin(self._folder / "client_held")
-        self._renew()
+        try:
+            socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW).close()
+            self._renew()
+        except PermissionError:
+            log.warning("backends are not verified, as that needs CAP_NET_RAW; give it, or say --no-verify")
+            self._may = False
         self._thread = threading.Thread(target=self._run, name="crablb-verify", daemon=True)
         self._thread.start()
         return self
@@ -108,7 +114,8 @@ class Verifier:
                 poll.register(self._stop, select.POLLHUP)
                 while self._stop not in dict(poll.poll(RENEWAL * 1000)):
                     ring.consume()
-                    self._renew()
+                    if self._may:
+                        self._renew()
         except KernelError as error:  # the programs go on without, as with --no-verify
             log.error("backends are not verified any more", reason=str(error))
 

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from crablb.errors import ConfigError, KernelError
 
-__all__ = ["Namespace", "enter", "every", "find", "inside", "places"]
+__all__ = ["Namespace", "all_seen", "enter", "every", "find", "inside", "places"]
 
 #: Where ip netns keeps those that have names.
 NAMED = Path("/run/netns")
 OWN = Path("/proc/thread-self/ns/net")
 SELF = Path("/proc/self/ns/net")
 CLONE_NEWNET = 0x40000000
+PROC_PID_INIT_INO = 0xEFFFFFFC  # linux/proc_ns.h: of the PID namespace that sees all processes
 NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
 
 
@@ -110,6 +111,11 @@ def find(text: str) -> Namespace:
         return Namespace(text, path, os.fstat(there).st_ino)
     finally:
         os.close(there)
+
+
+def all_seen() -> bool:
+    """Whether this process sees those of all namespaces."""
+    return os.stat("/proc/self/ns/pid").st_ino == PROC_PID_INIT_INO
 
 
 def places(but: Collection[int] = ()) -> Iterator[Path]:

@@ -28,7 +28,7 @@ FIRST = f"{PREFIX}1"
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 
 
-def _cookie() -> int:
+def cookie() -> int:
     """Of this thread's network namespace."""
     with socket.socket(socket.AF_UNIX) as sock:
         return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
@@ -41,7 +41,7 @@ def root() -> Path:
 
 def namespace() -> str:
     """The name of this thread's network namespace, for folders and files.  What a version of before left is renamed."""
-    name = f"{PREFIX}{_cookie()}"
+    name = f"{PREFIX}{cookie()}"
     inode = os.stat("/proc/thread-self/ns/net").st_ino
     old = root() / str(inode)
     adopted = old.is_dir() and not old.is_symlink() and not (root() / name).exists()
@@ -59,7 +59,7 @@ def namespace() -> str:
 def namespace_at(path: Path) -> str:
     """The name of the network namespace that a file (/run/netns/NAME, /proc/PID/ns/net) stands for."""
     with netns.inside(path):
-        return f"{PREFIX}{_cookie()}"
+        return f"{PREFIX}{cookie()}"
 
 
 def escape(name: str) -> str:
@@ -203,7 +203,12 @@ def _alive() -> tuple[set[int], set[str]]:
 
 
 def collect() -> None:
-    """Remove what network namespaces that are no more have left."""
+    """Remove what network namespaces that are no more have left.
+
+    Not in a PID namespace (a container's): it hides the processes of others, whose pins may be here.
+    """
+    if not netns.all_seen():
+        return
     folders = [path for path in root().glob("*") if path.is_dir() and not path.is_symlink()]
     files = list(RUN.glob(f"{PREFIX}*-*"))
     mine = namespace()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -67,6 +69,25 @@ def test_what_a_dead_namespace_left_is_collected(netns: Callable[[], str]):
     assert [path.exists() for path in paths[alive]] == [True, True]
     with inside(alive):
         assert cli.main(["agent", "remove"]) == 0
+
+
+def test_nothing_is_collected_where_processes_are_hidden(netns: Callable[[], str]):
+    """As in a container: those whose pins are there may be among them."""
+    other = netns()
+    process = subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; exec cat"], stdin=-1, stdout=-1)
+    try:
+        assert process.stdout and process.stdout.readline()
+        args = crablb("agent", "server", "--vip", VIPS[0], "--detach")
+        entered = ["nsenter", f"--net=/proc/{process.pid}/ns/net"]  # no name keeps it
+        subprocess.run([*entered, *args], check=True, capture_output=True)
+        code = "from crablb.kernel import pins\nwith pins.own('server', 'a test'): pass"
+        hidden = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+        subprocess.run(["nsenter", f"--net=/run/netns/{other}", *hidden], check=True)
+        told = subprocess.run([*entered, *crablb("agent", "status", "--json")], capture_output=True, check=False)
+        assert "server" in json.loads(told.stdout)
+        subprocess.run([*entered, *crablb("agent", "remove")], check=True, capture_output=True)
+    finally:
+        process.communicate()
 
 
 def test_by_ip_netns_exec(lab: Lab):

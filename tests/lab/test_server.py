@@ -352,3 +352,21 @@ def test_another_set_replaces_only_if_asked(make_world):
     assert agent_status(server, 1)["server"]["vips"] == [VIPS[0]]
     assert "replaced the agent that was there" in install("--vip", OTHER, *cgroup, "--replace")
     assert agent_status(server, 1)["server"]["vips"] == [OTHER]
+
+
+def test_agents_of_namespaces_that_share_a_cgroup(make_world: Callable[..., World]):
+    """Each knows the connections of its own network namespace, though its program hears of all."""
+    world = make_world(servers=2)
+    for server in world.lab.servers:
+        world.python(server, "serve", server.name, "80", ready=True)
+        start_agent(server, "server", "--cgroup", str(server.cgroup.parent))
+    world.client()
+    world.serve()
+    for family in (4, 6):
+        seen = world.echoes(VIP[family], 8)
+        assert {one["server"] for one in seen} == {server.name for server in world.lab.servers}
+    assert sum(counters(world, i)["echoed"] for i in range(2)) == 16
+    assert world.client_counters()["redirected"] == 16
+    for i in range(2):
+        told = counters(world, i)
+        assert (told["no_room"], told["unknown_vip"]) == (0, 0)

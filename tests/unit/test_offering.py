@@ -6,6 +6,7 @@ import pytest
 from crablb._native import ffi
 
 from crablb.agent import offering
+from crablb.kernel import pins
 
 
 def given_up(first: float, count: int, linear: int) -> float:
@@ -52,7 +53,7 @@ def test_default_costs_a_dead_vip_next_to_nothing(monkeypatch, tmp_path):
 def test_as_the_system_does(retransmission):
     told = ffi.from_buffer("struct crab_client_settings *", offering.settings(7, retransmission=retransmission))
     assert (told.rto, list(told.more), told.flows, told.offering) == (0, [0] * 7, 7, 1)
-    assert told.netns_cookie == offering.netns_cookie() > 0
+    assert told.netns_cookie == pins.cookie() > 0
 
 
 @pytest.mark.parametrize(("age", "expected"), [(0, 67), (30, 37), (59, 8), (60, 7), (90, 4), (120, 0), (10**9, 0)])
