@@ -381,7 +381,6 @@ enum crab_client_counter {
     CRAB_CLIENT_RESET_ROUTE,      /* SYN-ACK refused by RST: the SYN left by another route than the agent's */
     CRAB_CLIENT_RESET_LATE,       /* SYN-ACK refused by RST: another one was accepted before */
     CRAB_CLIENT_RESET_COLLISION,  /* SYN-ACK refused by RST: another local connection has the four-tuple */
-    CRAB_CLIENT_RESET_FULL,       /* SYN-ACK refused by RST: too many connections */
     CRAB_CLIENT_PACKETS_IN,       /* translated from DIP to VIP */
     CRAB_CLIENT_PACKETS_OUT,      /* translated from VIP to DIP */
     CRAB_CLIENT_ICMP,             /* ICMP errors translated */
