@@ -67,9 +67,11 @@ class World:
     def serve(self, *more: str, **where: object) -> subprocess.Popen[str]:
         return self._kept(start_serve(self.lab, self.folder, *more, **where))  # type: ignore[arg-type]
 
-    def python(self, node: Node, *args: str, ready: bool = False, **more: object) -> subprocess.Popen[str]:
-        """A program of tests/helpers/peers.py; with ``ready``, on return it has said so."""
-        child = self.program(node, sys.executable, "-m", "tests.helpers.peers", *args, **more)
+    def python(
+        self, node: Node, *args: str, ready: bool = False, module: str = "peers", **more: object
+    ) -> subprocess.Popen[str]:
+        """A program of a module in tests/helpers; with ``ready``, on return it has said so."""
+        child = self.program(node, sys.executable, "-m", f"tests.helpers.{module}", *args, **more)
         if ready:
             assert answer(child) == "ready"
         return child
