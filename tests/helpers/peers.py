@@ -361,35 +361,6 @@ def syn_acks(source: str, destination: str, mac: str) -> None:
         print(json.dumps(seen), flush=True)
 
 
-def appending(vip: str, backend: str, mac: str) -> None:
-    """A load balancer that knows nothing of offers: it appends the redirect to the options of every SYN to the VIP."""
-    from ipaddress import ip_address
-
-    from scapy.config import conf
-    from scapy.layers.inet import IP, TCP
-    from scapy.layers.inet6 import IPv6
-    from scapy.layers.l2 import Ether
-    from scapy.packet import Raw
-
-    conf.verb = 0
-    layer = IPv6 if ":" in vip else IP
-    redirect = (42).to_bytes() + (2 + len(ip_address(vip).packed)).to_bytes() + ip_address(vip).packed + b"\1\1"
-    sock = conf.L2socket(iface="eth0")
-    print("ready", flush=True)
-    while True:
-        packet = sock.recv()
-        if packet is None or layer not in packet or packet[layer].dst != vip or TCP not in packet:
-            continue
-        ip, tcp = packet[layer], packet[TCP]
-        segment = bytes(tcp)[: (ip.len - 4 * ip.ihl) if layer is IP else ip.plen]
-        options, data = segment[20 : tcp.dataofs * 4], segment[tcp.dataofs * 4 :]
-        if tcp.flags & 0x17 != 2 or len(options) + len(redirect) > 40:
-            continue
-        new = TCP(sport=tcp.sport, dport=tcp.dport, seq=tcp.seq, flags=tcp.flags, window=tcp.window)
-        new.dataofs = 5 + (len(options) + len(redirect)) // 4
-        sock.send(Ether(dst=mac) / layer(src=ip.src, dst=backend) / new / Raw(options + redirect + data))
-
-
 def fast_open_server(port: str) -> None:
     """Tell each request, and echo it."""
     with _listener(int(port)) as sock:

@@ -173,8 +173,9 @@ def client(vip: str, source: str, mac: str, count: str) -> None:
     print(" ".join(served), flush=True)
 
 
-def server(name: str, dip: str) -> None:
-    """The reference's server, an echo server: its SYN-ACK repeats the SYN's redirect, NOPs before it."""
+def server(name: str, dip: str, mac: str) -> None:
+    """The reference's server, which echoes to clients behind a link-layer address: its SYN-ACK repeats the SYN's
+    redirect, NOPs before it."""
     sock = conf.L2socket(iface="eth0")
     peers: dict[tuple[str, int], Peer] = {}
     counts: dict[tuple[str, int], int] = {}
@@ -184,7 +185,7 @@ def server(name: str, dip: str) -> None:
         if segment.flags & SYN:
             wanted = 6 if segment.layer is IP else 18
             echoed = [option for kind, option in walk(segment.options) if kind == 42 and len(option) == wanted]
-            peer = Peer(sock, Ether(dst=segment.mac) / segment.layer(src=dip, dst=segment.ip.src), 80, key[1])
+            peer = Peer(sock, Ether(dst=mac) / segment.layer(src=dip, dst=segment.ip.src), 80, key[1])
             peers[key], counts[key] = peer, 0
             peer.got = segment.tcp.seq + 1
             peer.send("SA", options=b"\2\4\5\xb4" + b"".join(NOPS + option for option in echoed))

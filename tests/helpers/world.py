@@ -94,6 +94,20 @@ class World:
             child.wait()
         self._started.clear()
 
+    def always_redirect(self, where: str = "behind", form: str = "crab") -> subprocess.Popen[str]:
+        """In place of ours, a load balancer that always redirects, to all servers in turn (standins.redirecting)."""
+        return self._standin("redirecting", where, form)
+
+    def forget(self) -> subprocess.Popen[str]:
+        """In place of ours, a load balancer that remembers no connection (standins.forgetful)."""
+        return self._standin("forgetful")
+
+    def _standin(self, *program: str) -> subprocess.Popen[str]:
+        servers = self.lab.servers
+        four = ",".join(f"{server.ip4}/{server.mac()}" for server in servers)
+        six = ",".join(f"{server.ip6}/{server.mac()}" for server in servers)
+        return self.python(self.lab.lb, *program, f"{VIP4}={four}", f"{VIP6}={six}", module="standins", ready=True)
+
     def echo(self, host: object, *more: str, port: int = 80, node: Node | None = None) -> dict[str, object]:
         """Connect from the client (or another node), send, compare the echo; what it saw."""
         seen: dict[str, object] = self._told(node or self.lab.client, "echo", str(host), str(port), *more)

@@ -60,14 +60,6 @@ class Numbered:
         """Install the server's agent."""
         self.agents[server.name] = start_agent(server, "server", *(["--dsr"] if self.dsr else []))
 
-    def standin(self, *program: str) -> subprocess.Popen[str]:
-        """A load balancer that is not ours, in front of all servers."""
-        lab = self.lab
-        services = [
-            f"{vip}=" + ",".join(f"{s.ip6 if ':' in vip else s.ip4}/{s.mac()}" for s in lab.servers) for vip in HOSTS
-        ]
-        return self.world.python(lab.lb, *program, *services, module="standins", ready=True)
-
     def ask(self, how: str, ports: str, *, patience: int = 30) -> Asked:
         """One connection to each VIP from each port, all at once."""
         first = next(self._firsts)
@@ -199,7 +191,7 @@ def test_lost_packets(make_world, kind):
     if kind == "always redirected":
         balancer.terminate()
         balancer.wait()
-        numbered.standin("redirecting", "behind", "crab")
+        world.always_redirect()
     if kind != "unprepared":
         world.client()
     opened = numbered.fast_opened()
@@ -379,7 +371,7 @@ def test_a_load_balancer_that_forgets_is_seen(make_world):
     """A SYN's data is executed, and its SYN-ACK lost; the second SYN goes to another server."""
     world = make_world(servers=2, offload=False)
     numbered = Numbered(world)
-    numbered.standin("forgetful")
+    world.forget()
     numbered.ask("fastopen", "19000-19001").end()  # for cookies
     numbered.held()
     # Two connections to each VIP: the next one is the first server's again.
