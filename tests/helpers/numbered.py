@@ -14,7 +14,6 @@ import os
 import socket
 import struct
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +42,8 @@ def request(number: int, last: bool) -> bytes:
 class Log:
     """What happened to requests."""
 
-    executed: Counter[int] = field(default_factory=Counter)
+    #: By whom, and for what address and port, each was executed.
+    executed: dict[int, list[str]] = field(default_factory=dict)
     acknowledged: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
@@ -54,8 +54,8 @@ class Log:
         log = cls()
         for path in folder.glob("*.executed"):
             for line in path.read_text().splitlines():
-                number, what = line.split()
-                log.executed[int(number)] += 1
+                number, what, peer = line.split()
+                log.executed.setdefault(int(number), []).append(f"{path.stem} for {peer}")
                 if what != "whole":
                     log.broken.append(line)
         for path in folder.glob("*.asked"):
@@ -69,9 +69,9 @@ class Log:
 
     def hold(self) -> None:
         """What must hold, whatever happened."""
-        twice = sorted(number for number, times in self.executed.items() if times > 1)
-        assert not twice, f"executed twice: {twice[:20]} of {len(self.executed)}"
-        missing = sorted(self.acknowledged - set(self.executed))
+        twice = {number: where for number, where in self.executed.items() if len(where) > 1}
+        assert not twice, f"executed twice, of {len(self.executed)}: {twice}"
+        missing = sorted(self.acknowledged - self.executed.keys())
         assert not missing, f"acknowledged, and not executed: {missing[:20]} of {len(self.acknowledged)}"
         assert not self.broken, f"not as it was sent: {self.broken[:20]}"
 
@@ -88,13 +88,15 @@ def serve(log: str) -> None:
     written = _append(log)
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port, *_ = writer.get_extra_info("peername")
         try:
             last = False
             while not last:
                 head = await reader.readexactly(HEAD.size)
                 number, size, last = HEAD.unpack(head)
                 got = await reader.readexactly(size)
-                os.write(written, f"{number} {'whole' if got == body(number, size) else 'broken'}\n".encode())
+                what = "whole" if got == body(number, size) else "broken"
+                os.write(written, f"{number} {what} {host}:{port}\n".encode())
                 writer.write(head + got)
                 await writer.drain()
         except (asyncio.IncompleteReadError, OSError):
