@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 
 CHUNK = 1 << 16
 
@@ -65,7 +66,9 @@ def _connect(host: str, port: str, local_port: str = "0") -> socket.socket:
 
 def _echoed(host: str, port: str, size: str, local_port: str = "0") -> dict[str, object]:
     sent = os.urandom(int(size))
+    begun = time.monotonic()
     with _connect(host, port, local_port) as conn:
+        connected = (time.monotonic() - begun) * 1000
         peer = conn.getpeername()[0]
         name, address = _line(conn).split()
 
@@ -80,7 +83,8 @@ def _echoed(host: str, port: str, size: str, local_port: str = "0") -> dict[str,
             got += data
         thread.join()
     tail = f"{len(sent)}\n".encode()
-    return {"peer": peer, "server": name, "accepted_on": address, "intact": bytes(got) == sent + tail}
+    intact = bytes(got) == sent + tail
+    return {"peer": peer, "server": name, "accepted_on": address, "intact": intact, "connect_ms": connected}
 
 
 def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> None:
@@ -88,9 +92,9 @@ def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> 
     print(json.dumps(_echoed(host, port, size, local_port)))
 
 
-def echoes(host: str, port: str, count: str) -> None:
-    """``count`` connections, one after the other, each for ten bytes."""
-    print(json.dumps([_echoed(host, port, "10") for _ in range(int(count))]))
+def echoes(host: str, port: str, count: str, size: str = "10") -> None:
+    """``count`` connections, one after the other, each for ``size`` bytes."""
+    print(json.dumps([_echoed(host, port, size) for _ in range(int(count))]))
 
 
 def hold(host: str, port: str, local_port: str = "0") -> None:

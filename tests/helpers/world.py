@@ -113,9 +113,9 @@ class World:
         seen: dict[str, object] = self._told(node or self.lab.client, "echo", str(host), str(port), *more)
         return seen
 
-    def echoes(self, host: object, count: int) -> list[dict[str, object]]:
+    def echoes(self, host: object, count: int, size: int = 10) -> list[dict[str, Any]]:
         """``count`` small echoes from the client, one after the other; what each saw."""
-        seen: list[dict[str, object]] = self._told(self.lab.client, "echoes", str(host), "80", str(count))
+        seen: list[dict[str, Any]] = self._told(self.lab.client, "echoes", str(host), "80", str(count), str(size))
         assert all(one["intact"] for one in seen)
         return seen
 
