@@ -4,9 +4,8 @@
                     │
                  servers
 
-Each path is made on the router or at the client (tests/helpers/wiring.py), and is one that an unprepared client gets
-through.  A prepared one gets through as well, every time; what its offer costs is one early retransmission, once: then
-the VIP backs off.
+Each path is made on the router (or at the client), and is one that an unprepared client gets through.  A prepared one
+gets through as well, every time; what its offer costs is one early retransmission, once: then the VIP backs off.
 
 Not here: a way on which a SYN-ACK of a backend comes through, and nothing of what the client sends to it
 (docs/endpoints.md).
