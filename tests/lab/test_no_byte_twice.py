@@ -4,7 +4,7 @@ executed.
 Servers write down the number of each request when it is there to its last byte, before they answer; clients write down
 which were answered, and send none again.  Every test holds one log against the other.
 
-``CRABLB_LONG=N``: everything N times (and ``--timeout=0``).
+``CRABLB_LONG=N``: everything N times (and ``--timeout=0``).  With ``-rP`` it is told how many requests that were.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Numbered:
     def held(self) -> Log:
         """The logs so far, which hold."""
         log = Log.read(self.folder)
+        print(f"{len(log.executed)} requests executed, {len(log.acknowledged)} acknowledged, {len(log.failed)} failed")
         log.hold()
         return log
 
