@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 
 CHUNK = 1 << 16
 
@@ -65,7 +66,9 @@ def _connect(host: str, port: str, local_port: str = "0") -> socket.socket:
 
 def _echoed(host: str, port: str, size: str, local_port: str = "0") -> dict[str, object]:
     sent = os.urandom(int(size))
+    begun = time.monotonic()
     with _connect(host, port, local_port) as conn:
+        connected = (time.monotonic() - begun) * 1000
         peer = conn.getpeername()[0]
         name, address = _line(conn).split()
 
@@ -80,7 +83,8 @@ def _echoed(host: str, port: str, size: str, local_port: str = "0") -> dict[str,
             got += data
         thread.join()
     tail = f"{len(sent)}\n".encode()
-    return {"peer": peer, "server": name, "accepted_on": address, "intact": bytes(got) == sent + tail}
+    intact = bytes(got) == sent + tail
+    return {"peer": peer, "server": name, "accepted_on": address, "intact": intact, "connect_ms": connected}
 
 
 def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> None:
@@ -88,9 +92,9 @@ def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> 
     print(json.dumps(_echoed(host, port, size, local_port)))
 
 
-def echoes(host: str, port: str, count: str) -> None:
-    """``count`` connections, one after the other, each for ten bytes."""
-    print(json.dumps([_echoed(host, port, "10") for _ in range(int(count))]))
+def echoes(host: str, port: str, count: str, size: str = "10") -> None:
+    """``count`` connections, one after the other, each for ``size`` bytes."""
+    print(json.dumps([_echoed(host, port, size) for _ in range(int(count))]))
 
 
 def hold(host: str, port: str, local_port: str = "0") -> None:
@@ -359,35 +363,6 @@ def syn_acks(source: str, destination: str, mac: str) -> None:
             if packet[TCP].dport in (port, port + 1):
                 seen[packet[TCP].dport - port] = bytes(packet[TCP])[20 : packet[TCP].dataofs * 4].hex()
         print(json.dumps(seen), flush=True)
-
-
-def appending(vip: str, backend: str, mac: str) -> None:
-    """A load balancer that knows nothing of offers: it appends the redirect to the options of every SYN to the VIP."""
-    from ipaddress import ip_address
-
-    from scapy.config import conf
-    from scapy.layers.inet import IP, TCP
-    from scapy.layers.inet6 import IPv6
-    from scapy.layers.l2 import Ether
-    from scapy.packet import Raw
-
-    conf.verb = 0
-    layer = IPv6 if ":" in vip else IP
-    redirect = (42).to_bytes() + (2 + len(ip_address(vip).packed)).to_bytes() + ip_address(vip).packed + b"\1\1"
-    sock = conf.L2socket(iface="eth0")
-    print("ready", flush=True)
-    while True:
-        packet = sock.recv()
-        if packet is None or layer not in packet or packet[layer].dst != vip or TCP not in packet:
-            continue
-        ip, tcp = packet[layer], packet[TCP]
-        segment = bytes(tcp)[: (ip.len - 4 * ip.ihl) if layer is IP else ip.plen]
-        options, data = segment[20 : tcp.dataofs * 4], segment[tcp.dataofs * 4 :]
-        if tcp.flags & 0x17 != 2 or len(options) + len(redirect) > 40:
-            continue
-        new = TCP(sport=tcp.sport, dport=tcp.dport, seq=tcp.seq, flags=tcp.flags, window=tcp.window)
-        new.dataofs = 5 + (len(options) + len(redirect)) // 4
-        sock.send(Ether(dst=mac) / layer(src=ip.src, dst=backend) / new / Raw(options + redirect + data))
 
 
 def fast_open_server(port: str) -> None:

@@ -68,9 +68,11 @@ class World:
     def serve(self, *more: str, **where: object) -> subprocess.Popen[str]:
         return self._kept(start_serve(self.lab, self.folder, *more, **where))  # type: ignore[arg-type]
 
-    def python(self, node: Node, *args: str, ready: bool = False, **more: object) -> subprocess.Popen[str]:
-        """A program of tests/helpers/peers.py; with ``ready``, on return it has said so."""
-        child = self.program(node, sys.executable, "-m", "tests.helpers.peers", *args, **more)
+    def python(
+        self, node: Node, *args: str, ready: bool = False, module: str = "peers", **more: object
+    ) -> subprocess.Popen[str]:
+        """A program of a module in tests/helpers; with ``ready``, on return it has said so."""
+        child = self.program(node, sys.executable, "-m", f"tests.helpers.{module}", *args, **more)
         if ready:
             assert answer(child) == "ready"
         return child
@@ -93,14 +95,28 @@ class World:
             child.wait()
         self._started.clear()
 
+    def always_redirect(self, where: str = "behind", form: str = "crab") -> subprocess.Popen[str]:
+        """In place of ours, a load balancer that always redirects, to all servers in turn (standins.redirecting)."""
+        return self._standin("redirecting", where, form)
+
+    def forget(self) -> subprocess.Popen[str]:
+        """In place of ours, a load balancer that remembers no connection (standins.forgetful)."""
+        return self._standin("forgetful")
+
+    def _standin(self, *program: str) -> subprocess.Popen[str]:
+        servers = self.lab.servers
+        four = ",".join(f"{server.ip4}/{server.mac()}" for server in servers)
+        six = ",".join(f"{server.ip6}/{server.mac()}" for server in servers)
+        return self.python(self.lab.lb, *program, f"{VIP4}={four}", f"{VIP6}={six}", module="standins", ready=True)
+
     def echo(self, host: object, *more: str, port: int = 80, node: Node | None = None) -> dict[str, object]:
         """Connect from the client (or another node), send, compare the echo; what it saw."""
         seen: dict[str, object] = self._told(node or self.lab.client, "echo", str(host), str(port), *more)
         return seen
 
-    def echoes(self, host: object, count: int) -> list[dict[str, object]]:
+    def echoes(self, host: object, count: int, size: int = 10) -> list[dict[str, Any]]:
         """``count`` small echoes from the client, one after the other; what each saw."""
-        seen: list[dict[str, object]] = self._told(self.lab.client, "echoes", str(host), "80", str(count))
+        seen: list[dict[str, Any]] = self._told(self.lab.client, "echoes", str(host), "80", str(count), str(size))
         assert all(one["intact"] for one in seen)
         return seen
 

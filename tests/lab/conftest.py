@@ -15,6 +15,23 @@ from tests.helpers.standing import Standing
 from tests.helpers.world import World
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With ``-rP``: what test_never_worse measured, as a table."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    rows = [value for report in reports for name, value in report.user_properties if name == "never worse"]
+    if not rows or "P" not in terminalreporter.config.getoption("reportchars"):
+        return
+    terminalreporter.section("never worse")
+    terminalreporter.line(
+        "connect, in ms: unprepared, the first and the median; prepared, the first and the others' median"
+    )
+    for path, family, *ms, retransmitted, redirected in rows:
+        figures = "".join(f"{one:9.2f}" for one in ms)
+        terminalreporter.line(
+            f"{path:36} IPv{family} {figures}  retransmitted {retransmitted}  redirected {redirected}"
+        )
+
+
 @pytest.fixture
 def make_lab() -> Iterator[Callable[..., Lab]]:
     """``make_lab(topology="bridge", servers=1, offload=True)``: a lab of its own."""

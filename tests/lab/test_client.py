@@ -136,8 +136,7 @@ def test_withdrawn_offer_is_taken_up(make_world, verify, retransmitted):
     world = make_world()
     world.servers()
     world.client(verify)
-    server = world.lab.servers[0]
-    world.python(world.lab.lb, "appending", VIP[4], server.ip4, server.mac(), ready=True)
+    world.always_redirect()
     drop(world.lab.servers[0], "output", f"{SYN_ACK} {FIRST}")
     seen = world.echo(VIP4)
     assert seen["intact"]

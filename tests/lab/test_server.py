@@ -107,7 +107,7 @@ def test_behind_a_load_balancer_that_appends(make_world):
     world.servers()
     world.client()
     server = world.lab.servers[0]
-    world.python(world.lab.lb, "appending", VIP[4], server.ip4, server.mac(), ready=True)
+    world.always_redirect()
     seen = world.echo(VIP4)
     assert seen["intact"]
     assert seen["accepted_on"] == server.ip4
@@ -135,7 +135,7 @@ def test_data_of_a_redirected_syn_is_not_executed(make_world, prepared):
     assert "TcpExtTCPFastOpenPassive" in server.run("nstat", "-as").stdout
     if prepared:
         world.client()
-    world.python(world.lab.lb, "appending", VIP[4], server.ip4, server.mac(), ready=True)
+    world.always_redirect()
     asked = world.python(client, "fast_open", VIP[4], "80", "asked")
     until(lambda: counters(world)["fast_open"] == 1)
     until(lambda: counters(world)["echoed"] >= 1, 20)  # its second SYN, which is a plain one
