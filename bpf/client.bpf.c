@@ -289,7 +289,11 @@ int crab_ingress(struct __sk_buff *skb)
 static __always_inline int egress_syn(struct crab_client_flow *flow, __be32 seq)
 {
     __u32 state = flow->state;
-    if (state == CRAB_CLIENT_TAKEN || flow->ack != bpf_htonl(bpf_ntohl(seq) + 1)) {
+    if (state == CRAB_CLIENT_FREE) {
+        if (!flow->opening)
+            return BPF_OK;
+        wait(flow, seq); /* one that did not offer */
+    } else if (state == CRAB_CLIENT_TAKEN || flow->ack != bpf_htonl(bpf_ntohl(seq) + 1)) {
         forget(flow, state);
         return BPF_OK;
     }

@@ -154,9 +154,18 @@ CRAB_INLINE struct crab_client_flow *claim(const struct crab_client_ports *ports
     }
     flow->state = CRAB_CLIENT_FREE; /* whatever was translated yet */
     flow->ends_ns = 0;
-    flow->offer = flow->flag = flow->syn_count = flow->retransmitted = 0;
+    flow->offer = flow->flag = flow->syn_count = flow->retransmitted = flow->opening = 0;
     flow->rto = 0;
     return flow;
+}
+
+/* The SYN leaves: from now on it may be answered by a redirect. */
+CRAB_INLINE void wait(struct crab_client_flow *flow, __be32 isn)
+{
+    flow->ack = bpf_htonl(bpf_ntohl(isn) + 1);
+    flow->left = flow->again = flow->failed = 0;
+    flow->said = CRAB_CLIENT_NEW;
+    flow->state = CRAB_CLIENT_WAITING;
 }
 
 CRAB_INLINE void delete(const struct crab_client_ports *ports, struct crab_client_flow *flow, __u64 owner)

@@ -115,9 +115,14 @@ static __noinline int connecting(struct bpf_sock_ops *ctx)
     int offers = vip && may_offer(vip, s, flow != NULL, full);
     if (!flow)
         return 0;
-    if (offers) {
+    if (vip && s->offering) { /* a load balancer may redirect what does not offer as well */
+        int experimental = vip->form == CRAB_FORM_EXPERIMENTAL;
         copy(flow->vip, to);
-        flow->kind = vip->form == CRAB_FORM_EXPERIMENTAL ? CRAB_OPT_KIND_EXPERIMENTAL : CRAB_OPT_KIND;
+        flow->kind = experimental ? CRAB_OPT_KIND_EXPERIMENTAL : CRAB_OPT_KIND;
+        flow->size = (is_mapped(to) ? 6 : 18) + (experimental ? 2 : 0);
+        flow->opening = 1;
+    }
+    if (offers) {
         flow->rto = hasten(vip, s);
         flow->offer = CRAB_CLIENT_WANTED;
         flags |= BPF_SOCK_OPS_RTO_CB_FLAG;
@@ -219,8 +224,7 @@ static __noinline int write_offer(struct bpf_sock_ops *ctx)
         count(CRAB_CLIENT_NO_OFFER_OPTIONS);
         goto out;
     }
-    int v4 = is_mapped(flow->vip);
-    if (length + (v4 ? 8 : 20) > 40) {
+    if (length + (is_mapped(flow->vip) ? 8 : 20) > 40) {
         count(CRAB_CLIENT_NO_OFFER_ROOM);
         goto out;
     }
@@ -238,11 +242,7 @@ static __noinline int write_offer(struct bpf_sock_ops *ctx)
         count(CRAB_CLIENT_NO_OFFER_ROOM);
         goto out;
     }
-    flow->ack = bpf_htonl(bpf_ntohl(isn) + 1);
-    flow->size = (__u8)(n + (v4 ? 4 : 16));
-    flow->left = flow->again = flow->failed = 0;
-    flow->said = CRAB_CLIENT_NEW;
-    flow->state = CRAB_CLIENT_WAITING;
+    wait(flow, isn);
     count(CRAB_CLIENT_OFFERED);
     offer = CRAB_CLIENT_OUT;
 out:
@@ -298,38 +298,36 @@ CRAB_INLINE void answered(struct bpf_sock_ops *ctx, const struct crab_client_por
         bpf_setsockopt(ctx, SOL_TCP, TCP_SYNCNT, &n, sizeof n);
         flow->syn_count = 0;
     }
-    if (flow->offer != CRAB_CLIENT_OUT)
+    if (!flow->opening)
         return;
+    flow->opening = 0;
     struct crab_client_vip *vip = vip_of(flow->vip, ports->rport);
     __u64 now = bpf_ktime_get_coarse_ns();
-    if (vip) {
+    __u32 state = flow->state;
+    int offered = flow->offer == CRAB_CLIENT_OUT;
+    if (vip && offered) {
+        __u32 rtt = connected ? READ(ctx->srtt_us) >> 3 : 0, less = vip->rtt_us - vip->rtt_us / 8 + rtt / 8;
         __sync_fetch_and_add(&vip->offered, 1);
         note(&vip->health.minute, CRAB_CLIENT_MINUTE_OFFERED, now);
-    }
-    __u32 state = flow->state;
-    if (connected) {
-        __u32 rtt = READ(ctx->srtt_us) >> 3;
-        if (vip) {
-            __u32 less = vip->rtt_us - vip->rtt_us / 8 + rtt / 8;
+        if (connected)
             vip->rtt_us = rtt > less ? rtt : less;
+    }
+    if (connected && state == CRAB_CLIENT_ACCEPTED && bpf_ntohl(flow->seq) + 1 == READ(ctx->rcv_nxt)) {
+        flow->state = CRAB_CLIENT_TAKEN;
+        if (vip) {
+            __sync_fetch_and_add(&vip->taken, 1);
+            note(&vip->health.minute, CRAB_CLIENT_MINUTE_TAKEN, now);
         }
-        if (state == CRAB_CLIENT_ACCEPTED && bpf_ntohl(flow->seq) + 1 == READ(ctx->rcv_nxt)) {
-            flow->state = CRAB_CLIENT_TAKEN;
-            if (vip) {
-                __sync_fetch_and_add(&vip->taken, 1);
-                note(&vip->health.minute, CRAB_CLIENT_MINUTE_TAKEN, now);
-            }
-            return;
-        }
-        /* By the fallback; without a retransmission the load balancer chose that. */
-        if (flow->retransmitted && !flow->failed) {
-            if (state <= CRAB_CLIENT_WAITING)
-                failed(flow->vip, ports->rport, NULL, CRAB_CLIENT_LOST);
-            else if (state == CRAB_CLIENT_ACCEPTED)
-                failed(flow->vip, ports->rport, flow->dip, CRAB_CLIENT_NOT_TAKEN);
-            else if (unanswered(ports))
-                failed(flow->vip, ports->rport, flow->dip, CRAB_CLIENT_SILENT);
-        }
+        return;
+    }
+    /* By the fallback; without a retransmission the load balancer chose that. */
+    if (connected && offered && flow->retransmitted && !flow->failed) {
+        if (state <= CRAB_CLIENT_WAITING)
+            failed(flow->vip, ports->rport, NULL, CRAB_CLIENT_LOST);
+        else if (state == CRAB_CLIENT_ACCEPTED)
+            failed(flow->vip, ports->rport, flow->dip, CRAB_CLIENT_NOT_TAKEN);
+        else if (unanswered(ports))
+            failed(flow->vip, ports->rport, flow->dip, CRAB_CLIENT_SILENT);
     }
     flow->state = CRAB_CLIENT_FREE;
 }

@@ -318,7 +318,8 @@ struct crab_client_flow {
     __u8 again;    /* it was sent again after a redirect came: another one may come in its place */
     __u8 failed;   /* the offer's failure is remembered */
     __u8 said;     /* CRAB_CLIENT_NEW, ... */
-    __u8 pad[2];
+    __u8 opening;  /* a connection to a VIP whose SYN is not answered yet: a redirect may come, offered or not */
+    __u8 pad;
 };
 #define CRAB_CLIENT_GONE 1 /* cookies are even larger */
 
@@ -330,7 +331,7 @@ struct crab_client_flow {
 
 /* What a flow's state is. */
 #define CRAB_CLIENT_FREE 0     /* nothing of an offer */
-#define CRAB_CLIENT_WAITING 1  /* the SYN offered */
+#define CRAB_CLIENT_WAITING 1  /* the SYN is sent */
 #define CRAB_CLIENT_HELD 2     /* a redirect came, and is held until its sender is known to hear us: see client_proof.h */
 #define CRAB_CLIENT_ACCEPTED 3 /* and was accepted.  The host may drop it yet, or another answer be faster */
 #define CRAB_CLIENT_TAKEN 4    /* and its socket has taken it: what goes out is translated, until it ends */

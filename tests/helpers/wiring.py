@@ -4,7 +4,6 @@ installed."""
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 
 from crablb.lab import Lab, Node
 from crablb.lab.lab import FORWARDING, SYSCTLS
@@ -30,19 +29,8 @@ def bridge(lab: Lab) -> None:
     moved(lab, "br0", "link add br0 type bridge", "link set eth0 master br0")
 
 
-def stacked(kind: str) -> Callable[[Lab], None]:
-    return lambda lab: moved(lab, "over", f"link add link eth0 name over type {kind}")
-
-
-def vlan(lab: Lab) -> None:
-    lab.middle.ip(
-        "link add link client name client.5 type vlan id 5",
-        "addr flush dev client",
-        "link set client.5 up",
-        f"addr add {GATEWAY[4]}/24 dev client.5",
-        f"addr add {GATEWAY[6]}/64 dev client.5 nodad",
-    )
-    stacked("vlan id 5")(lab)
+def macvlan(lab: Lab) -> None:
+    moved(lab, "over", "link add link eth0 name over type macvlan mode bridge")
 
 
 def host(lab: Lab) -> Node:

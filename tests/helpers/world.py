@@ -127,5 +127,5 @@ class World:
         return json.loads(out)
 
     def client_counters(self) -> dict[str, int]:
-        counters: dict[str, int] = agent_status(self.lab.client)["client"]["counters"]
+        counters: dict[str, int] = agent_status(self.lab.client, None)["client"]["counters"]
         return {name: n for name, n in counters.items() if n}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from crablb.lab import VIP4, VIP6
-from tests.helpers.processes import answer
+from crablb.lab.demo import VIPS
+from tests.helpers.processes import answer, until
 from tests.helpers.world import World, agent_status, status
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
@@ -59,6 +60,25 @@ def test_load_balancer_that_always_redirects(make_world, where, form):
         assert counters["redirected"] == counters["completed"] == connections * 2 * CONNECTIONS, (lost, counters)
         assert not how or counters["retransmitted"] > before, (lost, counters)
         assert "failed" not in counters, (lost, counters)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_no_offer_where_everything_is_redirected(make_world, family):
+    """While failures are remembered no offers are made; what is redirected all the same is taken up."""
+    world = make_world()
+    world.servers()
+    world.client()
+    world.always_redirect()
+    server = world.lab.servers[0]
+    rule = "add rule inet t c tcp dport 80 tcp flags & syn == 0 drop"
+    server.run("nft", f"add table inet t; add chain inet t c {{ type filter hook prerouting priority -300; }}; {rule}")
+    world.python(world.lab.client, "ask", VIP[family], "80", "1")
+    vip = VIPS[(4, 6).index(family)]
+    until(lambda: not agent_status(world.lab.client, None)["client"]["offering"][vip])
+    server.run("nft", "delete table inet t")
+    seen = world.echoes(VIP[family], 3)
+    assert {one["peer"] for one in seen} == {VIP[family]}
+    assert {one["accepted_on"] for one in seen} == {server.ip4 if family == 4 else server.ip6}
 
 
 @pytest.mark.parametrize("family", [4, 6])
