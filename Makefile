@@ -50,7 +50,7 @@ man: $(STAMPS)/man-tools
 	@$(VENV)/bin/python docs/manpages.py build/man
 
 test-stacks: $(STAMPS)/tested-tools $(STAMPS)/stacks
-	$(SUDO) $(VENV)/bin/python -m pytest tests/stacks --durations=10 $(ARGS)
+	$(SUDO) $(VENV)/bin/python -m pytest tests/stacks --durations=10 -o tmp_path_retention_policy=failed $(ARGS)
 
 test-distros: $(STAMPS)/distro-packages $(VENV)/bin/python
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/distros.py --commands='$(COMMANDS)' $(DISTROS)
