@@ -26,7 +26,7 @@ PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make p
 # What the benchmarks measure beside crablb, and with.
 BENCH_PACKAGES := haproxy libnginx-mod-stream wrk valgrind
 # Whose connections tests/stacks makes; two more are fetched with their sources.
-STACK_PACKAGES := apache2-bin debian-archive-keyring dpkg-dev litmus mptcpize openssh-client openssh-server openssl tcl
+STACK_PACKAGES := apache2-bin debian-archive-keyring litmus mptcpize openssh-client openssh-server openssl tcl
 # What other machines are made with (tests/machines).
 DISTRO_PACKAGES := debootstrap debian-archive-keyring git
 KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zstd

@@ -2,8 +2,9 @@
 
     python fetch.py FOLDER
 
-makes FOLDER/NAME/program, what the packages hold, and FOLDER/NAME/source for each NAME.  Nothing is installed but the
-libraries that the programs need: no daemon starts, no database is made, and programs and tests are of one version.
+makes FOLDER/NAME/program, what the packages hold, and FOLDER/NAME/source, what their authors released, for each NAME.
+Nothing is installed but the libraries that the programs need: no daemon starts, no database is made, and programs and
+tests are of one version.
 """
 
 from __future__ import annotations
@@ -78,11 +79,14 @@ def fetch(mirror: Mirror, name: str, programs: list[str], headers: list[str], fo
         try:
             mirror.apt("apt-get", "download", *(f"{p}={version}" for p in programs + headers), cwd=folder)
             # A rebuild (+b1) has the source of what was rebuilt.
-            mirror.apt("apt-get", "source", re.sub(r"\+b\d+$", "", f"{name}={version}"), cwd=folder)
+            rebuilt = re.sub(r"\+b\d+$", "", version)
+            mirror.apt("apt-get", "source", "--download-only", "--tar-only", f"{name}={rebuilt}", cwd=folder)
         except Missing as fault:
             faults.append(str(fault))
             continue
-        source = next(path for path in folder.iterdir() if path.is_dir()).rename(folder / "source")
+        source = folder / "source"
+        source.mkdir()
+        run("tar", "-xf", next(folder.glob("*.orig.tar.*")), "-C", source, "--strip-components=1")
         debs = {package: next(folder.glob(f"{package}_*.deb")) for package in programs + headers}
         for deb in debs.values():
             run("dpkg", "-x", deb, folder / "program")
