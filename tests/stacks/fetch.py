@@ -86,7 +86,8 @@ def fetch(mirror: Mirror, name: str, programs: list[str], headers: list[str], fo
             continue
         source = folder / "source"
         source.mkdir()
-        run("tar", "-xf", next(folder.glob("*.orig.tar.*")), "-C", source, "--strip-components=1")
+        tar = next(path for path in folder.glob("*.orig.tar.*") if path.suffix != ".asc")
+        run("tar", "-xf", tar, "-C", source, "--strip-components=1")
         debs = {package: next(folder.glob(f"{package}_*.deb")) for package in programs + headers}
         for deb in debs.values():
             run("dpkg", "-x", deb, folder / "program")
@@ -95,7 +96,7 @@ def fetch(mirror: Mirror, name: str, programs: list[str], headers: list[str], fo
         for archive in set(folder.iterdir()) - {source, folder / "program"}:
             archive.unlink()
         return version
-    raise Missing("\n".join([f"the mirror has no {programs[0]} with its source", *faults]))
+    raise Missing("\n".join([f"apt's mirror has no {programs[0]} with its source; another one may", *faults]))
 
 
 def needs(deb: Path, family: str) -> Iterator[str]:
