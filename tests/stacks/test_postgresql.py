@@ -20,10 +20,11 @@ def program(name: str) -> str:
 def start_postgres(site: Site, server: Node) -> None:
     """One whose data are lost if the machine dies."""
     data = site.folder / server.name
-    server.run(
+    done = server.run(
         *UNPRIVILEGED, program("bin/initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "-E", "UTF8",
-        "--no-locale", "--no-sync",
+        "--no-locale", "--no-sync", check=False,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     with open(data / "pg_hba.conf", "a") as access:
         access.write("host all all all trust\n")
     settings = {"listen_addresses": "*", "port": PORT, "unix_socket_directories": data, "fsync": "off"}
