@@ -23,7 +23,9 @@ LIMIT = 500
 #: In front of a command: not as root, which some servers refuse, but files are open to it as to root.
 UNPRIVILEGED = (
     "setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups",
-    "--inh-caps=+dac_override", "--ambient-caps=+dac_override", "--",
+    "--inh-caps=+dac_override", "--ambient-caps=+dac_override",
+    "--securebits=+no_setuid_fixup",  # or access(2) would not know of it
+    "--",
 )  # fmt: skip
 #: What fetch.py has fetched.
 FETCHED = ROOT / ".stacks"
