@@ -7,7 +7,8 @@ import shutil
 import subprocess
 
 from crablb.lab import VIP4, VIP6, Node
-from tests.stacks.conftest import FETCHED, UNPRIVILEGED, Site
+from tests.helpers.processes import until
+from tests.stacks.conftest import FETCHED, LIMIT, UNPRIVILEGED, Site
 
 PORT = 5432
 FOLDER = FETCHED / "postgresql"
@@ -30,6 +31,8 @@ def start_postgres(site: Site, server: Node) -> None:
     settings = {"listen_addresses": "*", "port": PORT, "unix_socket_directories": data, "fsync": "off"}
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     site.start(server, PORT, *UNPRIVILEGED, program("bin/postgres"), "-D", data, *options)
+    # It listens before it lets anybody in.
+    until(lambda: server.run(program("bin/pg_isready"), *at(server.ip4), check=False).returncode == 0, LIMIT)
 
 
 def at(host: object) -> list[str]:
