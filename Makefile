@@ -4,6 +4,7 @@
 # And
 #   make man     manual pages, into build/man
 #   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
+#   make test-stacks   other people's programs and test suites through the load balancer: nginx, OpenSSH, PostgreSQL, ...
 #   make test-distros   those two on fresh Debian systems (DISTROS='bookworm trixie sid' COMMANDS='demo test')
 #   make test-kernels   every BPF program and the demo in Debian's kernels (KERNELS='6.1 6.12 newest'), by qemu
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
@@ -24,13 +25,15 @@ PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make p
             iproute2 ethtool procps nftables nginx-light curl iperf3 tcpdump
 # What the benchmarks measure beside crablb, and with.
 BENCH_PACKAGES := haproxy libnginx-mod-stream wrk valgrind
+# Whose connections tests/stacks makes; two more are fetched with their sources.
+STACK_PACKAGES := apache2-bin debian-archive-keyring litmus mptcpize openssh-client openssh-server openssl tcl
 # What other machines are made with (tests/machines).
 DISTRO_PACKAGES := debootstrap debian-archive-keyring git
 KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zstd
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo test bench man test-distros test-kernels lint c-test clean help
+.PHONY: demo test bench man test-stacks test-distros test-kernels lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -45,6 +48,9 @@ bench: $(STAMPS)/bench-tools
 
 man: $(STAMPS)/man-tools
 	@$(VENV)/bin/python docs/manpages.py build/man
+
+test-stacks: $(STAMPS)/tested-tools $(STAMPS)/stacks
+	$(SUDO) $(VENV)/bin/python -m pytest tests/stacks --durations=10 -o tmp_path_retention_policy=failed $(ARGS)
 
 test-distros: $(STAMPS)/distro-packages $(VENV)/bin/python
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/distros.py --commands='$(COMMANDS)' $(DISTROS)
@@ -82,6 +88,14 @@ $(STAMPS)/packages: Makefile
 $(STAMPS)/bench-packages: Makefile
 	$(call install,$(BENCH_PACKAGES))
 
+$(STAMPS)/stack-packages: Makefile
+	$(call install,$(STACK_PACKAGES))
+
+$(STAMPS)/stacks: tests/stacks/fetch.py $(STAMPS)/stack-packages $(VENV)/bin/python
+	@echo "==> fetching programs with their test suites into .stacks"
+	@$(SUDO) $(VENV)/bin/python tests/stacks/fetch.py .stacks
+	@touch $@
+
 $(STAMPS)/distro-packages: Makefile
 	$(call install,$(DISTRO_PACKAGES))
 
@@ -117,4 +131,4 @@ $(STAMPS)/tested-tools: $(STAMPS)/bench-tools
 clean:
 	rm -rf $(VENV) $(STAMPS) build dist *.egg-info crablb/kernel/objects native/build bench/build
 	find crablb -name '*.so' -delete
-	[ ! -d .machines ] || $(SUDO) rm -rf .machines
+	[ ! -d .machines ] && [ ! -d .stacks ] || $(SUDO) rm -rf .machines .stacks
