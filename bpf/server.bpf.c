@@ -276,20 +276,8 @@ static __always_inline void echo(struct bpf_sock_ops *ctx)
     answer->length = 0;
 }
 
-struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 64); __type(key,__u32); __type(value,__u64[2]); } server_prof SEC(".maps");
-static __noinline int inner_crab_server(struct bpf_sock_ops *ctx);
 SEC("sockops")
 int crab_server(struct bpf_sock_ops *ctx)
-{
-    __u64 t = bpf_ktime_get_ns();
-    __u32 op = READ(ctx->op);
-    if (op == BPF_SOCK_OPS_STATE_CB) op = 30 + READ(ctx->args[1]);
-    inner_crab_server(ctx);
-    __u64 (*v)[2] = bpf_map_lookup_elem(&server_prof, &op);
-    if (v) { (*v)[0] += bpf_ktime_get_ns() - t; (*v)[1]++; }
-    return 1;
-}
-static __noinline int inner_crab_server(struct bpf_sock_ops *ctx)
 {
     switch (READ(ctx->op)) {
     case BPF_SOCK_OPS_TCP_LISTEN_CB:
