@@ -54,12 +54,15 @@ struct {
     __type(value, struct crab_vip);
 } server_open SEC(".maps");
 
-/* The redirect that the SYN-ACK under way echoes: its options are written on the CPU on which room was made for them. */
+/* The redirect that the SYN-ACK under way echoes: its options are written on the CPU on which room was made for them.  And
+ * the SYN's header, which is not on the stack because Linux 6.1 takes a varying offset into a function's stack for one into
+ * its caller's. */
 struct answer {
     __u64 cookie; /* of the connection's request */
     struct crab_vip vip;
     __u32 length;
     __u8 option[CRAB_REDIRECT];
+    __u8 tcp[CRAB_SYN_ROOM];
 };
 
 struct {
@@ -101,12 +104,12 @@ static __always_inline int has_data(const __u8 ip[8], const __u8 *tcp)
  *
  * A redirect may stand behind our client's offer, of the same kind, so the list is walked (bpf_load_hdr_opt finds the
  * first of a kind). */
-static __attribute__((noinline)) int redirect_of_syn(struct bpf_sock_ops *ctx, __u8 option[CRAB_REDIRECT])
+static __attribute__((noinline)) int redirect_of_syn(struct bpf_sock_ops *ctx, struct answer *answer)
 {
-    __u8 tcp[CRAB_SYN_ROOM] __attribute__((aligned(8))), ip[8] __attribute__((aligned(8)));
+    __u8 *tcp = answer->tcp, ip[8] __attribute__((aligned(8)));
     struct crab_walk walk;
 
-    if (bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN, tcp, sizeof tcp) < CRAB_TCP_HEADER)
+    if (bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN, tcp, sizeof answer->tcp) < CRAB_TCP_HEADER)
         return 0;
     crab_walk(tcp, &walk);
     __u32 at = walk.at;
@@ -114,7 +117,7 @@ static __attribute__((noinline)) int redirect_of_syn(struct bpf_sock_ops *ctx, _
     if (!n || at > CRAB_TCP_OPTIONS)
         return 0;
     for (int i = 0; i < CRAB_REDIRECT; i++)
-        option[i] = tcp[CRAB_TCP_HEADER + at + i];
+        answer->option[i] = tcp[CRAB_TCP_HEADER + at + i];
     bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN_IP, ip, sizeof ip); /* ENOSPC: it is longer */
     return walk.cookie || has_data(ip, tcp) ? REFUSED : n;
 }
@@ -178,18 +181,18 @@ static __always_inline void accepted_on(struct bpf_sock_ops *ctx, struct crab_vi
 /* A connection is established.  Its socket says when it ends, whatever ends it: FIN, RST, a timeout, its process' death. */
 static __always_inline void opened(struct bpf_sock_ops *ctx)
 {
-    __u8 option[CRAB_REDIRECT] = {};
-    __u32 port = READ(ctx->local_port);
+    __u32 port = READ(ctx->local_port), zero = 0;
     struct crab_vip vip;
     struct bpf_sock *sk = ctx->sk;
-    if (!sk || !bpf_map_lookup_elem(&server_ports, &port) || !ours(ctx))
+    struct answer *syn = bpf_map_lookup_elem(&server_answer, &zero);
+    if (!sk || !syn || !bpf_map_lookup_elem(&server_ports, &port) || !ours(ctx))
         return;
     __u32 before = READ(ctx->bpf_sock_ops_cb_flags), flags = before;
     if (!bpf_sk_storage_get(&server_shared, sk, NULL, 0))
         flags &= ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
-    int n = redirect_of_syn(ctx, option);
+    int n = redirect_of_syn(ctx, syn);
     if (n > 0) {
-        vip_of(option, n, (__u16)port, &vip);
+        vip_of(syn->option, n, (__u16)port, &vip);
         completed(&vip);
     } else
         accepted_on(ctx, &vip);
@@ -245,7 +248,7 @@ static __always_inline void reserve(struct bpf_sock_ops *ctx)
     if (!answer)
         return;
     answer->length = 0;
-    int n = ours(ctx) ? redirect_of_syn(ctx, answer->option) : 0;
+    int n = ours(ctx) ? redirect_of_syn(ctx, answer) : 0;
     if (!n)
         return;
     if (n == REFUSED) {
