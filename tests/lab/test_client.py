@@ -389,6 +389,9 @@ def test_what_the_server_closes_goes_soon(make_world):
     prepared(world, "tell", "80")
     asked(world, VIP[4], "80", "5")
     assert world.client_counters()["redirected"] == 5
+    told = redirects(world)
+    here = {"taken": 5, "completed": 5, "failed": 0}  # in the last minute
+    assert (told[None]["minute"], told[world.lab.servers[0].ip4]["minute"]) == ({"offered": 5, **here}, here)
     with pinned(world, "client_flows") as flows:
         until(lambda: not list(flows.keys()), 20)
 
