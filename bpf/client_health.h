@@ -31,6 +31,9 @@ static __noinline struct crab_client_health *path_of(const __u8 vip[16], __be16 
     return bpf_map_lookup_elem(&client_paths, &key);
 }
 
+/* When last a backend was found not to hear us, whom we had thought to: what we know of all others is in doubt (CLOCK_MONOTONIC). */
+static __u64 doubted_ns;
+
 CRAB_INLINE void note(struct crab_client_minute *m, __u32 what, __u64 now)
 {
     __u64 since = m->since_ns;
@@ -90,6 +93,8 @@ static __noinline int failed(const __u8 *to, __be16 port, const __u8 *dip, __u32
             __builtin_memset(vip->blamed, 0, 16);
         return 0;
     }
+    if (reason == CRAB_CLIENT_SILENT)
+        doubted_ns = now;
     __sync_fetch_and_add(&vip->health.failed, 1);
     note(&vip->health.minute, CRAB_CLIENT_MINUTE_FAILED, now);
     struct crab_client_health *path = path_of(to, port, dip);

@@ -55,7 +55,7 @@ CRAB_INLINE int unproven(const struct crab_client_health *path)
     __u64 now = bpf_ktime_get_coarse_ns(), proven = path->proven_ns;
     if (!s || !v || now >= v->until_ns)
         return 0;
-    return !proven || proven < v->since_ns || now >= proven + s->proven_ns;
+    return !proven || proven <= doubted_ns || proven < v->since_ns || now >= proven + s->proven_ns;
 }
 
 /* Keep a SYN-ACK, and have its sender asked.  0, or -1 if that cannot be. */

@@ -31,8 +31,6 @@ log = structlog.get_logger()
 FORMS = {OptionForm.CRAB: lib.CRAB_FORM_CRAB, OptionForm.EXPERIMENTAL: lib.CRAB_FORM_EXPERIMENTAL}
 #: Seconds between looks at what changes without an event, and the least time between two looks.
 LOOK, LEAST = 10.0, 0.1
-#: So many offers, and no redirect among their answers, are told.
-IN_VAIN = 5
 #: Priorities that are tried on kernels without tcx: the lowest number is asked first.
 PRIORITIES = (*range(1, 9), FILTER)
 
@@ -308,6 +306,7 @@ class ClientAgent(Agent):
         about += [ip_network(parse_vip(vip).address) for vip in state["vips"]]
         events = Events()
         told: list[str] = []
+        vain: dict[str, str] = {}
         due = True  # something may have changed before there were events
         poll = select.poll()
         poll.register(events, select.POLLIN)
@@ -332,6 +331,7 @@ class ClientAgent(Agent):
                 ready = dict(poll.poll(LOOK * 1000))
                 if stop in ready:
                     return
+                vain = cls._tell(vain)
                 due = not ready
                 if ready and events.concern(about):
                     due = True
@@ -339,6 +339,17 @@ class ClientAgent(Agent):
                         verifier.forget()
         finally:
             events.close()
+
+    @classmethod
+    def _tell(cls, before: dict[str, str]) -> dict[str, str]:
+        """Log what VIPs' offers have come to since ``before``; what they came to now, by VIP."""
+        told = {one["vip"]: offering.in_vain(one) for one in offering.told(cls.folder()) if one["backend"] is None}
+        for vip, why in told.items():
+            if why and not before.get(vip):
+                log.warning("redirects to a VIP come to nothing; the fallback serves", vip=vip, reason=why)
+            elif before.get(vip) and not why:
+                log.info("redirects to a VIP are taken up again", vip=vip)
+        return told
 
     # ---- the end ----
 
@@ -398,22 +409,17 @@ class ClientAgent(Agent):
         status["redirects"] = offering.told(cls.folder())
         held = {one["vip"] for one in status["redirects"] if one["backend"] is None and one["backing_off"]}
         status["offering"] = {text: not status.get("withdrawn") and text not in held for text in status["vips"]}
-        counters = status["counters"]
-        if counters["offered"] >= IN_VAIN and not counters["redirected"] + counters["refused_port"]:
-            status["faults"].append(
-                f"{counters['offered']} offers, and no redirect: does the load balancer redirect, do backends' packets"
-                f" come in by {', '.join(cls._interfaces())}, and does nothing there drop them?"
-            )
+        if status.get("withdrawn"):
+            if not status["pid"]:
+                status["faults"].append(
+                    "it offers no more, and nobody waits for its connections: crablb agent remove client takes it out,"
+                    " installing it again lets it offer"
+                )
+            return status
+        for one in status["redirects"]:
+            if one["backend"] is None and (why := offering.in_vain(one)):
+                status["faults"].append(f"{one['vip']}: {why}")
         return status
-
-    @classmethod
-    def _interfaces(cls) -> list[str]:
-        """Where the agent's program is attached."""
-        found = []
-        for pin in cls.folder().glob("ingress-*"):
-            with bpf.Link.from_pin(pin) as link:
-                found += [_name(link.target)] if link.target else []
-        return sorted({*found, *(cls.state() or {}).get("filters", {})} - {"lo"})
 
 
 def _wait(descriptor: int, seconds: float) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,33 @@ def room(folder: Path) -> int:
     """
     with bpf.Map.from_pin(folder / (TABLE if (folder / TABLE).exists() else TABLE_BEFORE)) as table:
         return table.max_entries
+
+
+#: So many offers of a minute, and no redirect among their answers, are told.
+IN_VAIN = 5
+
+#: enum crab_client_failure, as a person says it.
+REASONS = {
+    "lost": "no redirect came",
+    "source": "the backend is outside of --backends",
+    "route": "the SYN left by another route",
+    "no_echo": "the backend answers without the redirect: no agent there, or not told of this VIP",
+    "not_taken": "this host drops the redirect (rp_filter, firewall)",
+    "silent": "the backend does not hear this client",
+}
+
+
+def in_vain(redirects: Mapping[str, Any]) -> str:
+    """What is wrong with the redirects of a VIP (:class:`Health`, as plain values); empty: nothing that is known."""
+    if reason := redirects["reason"]:
+        return REASONS[reason] + (f" ({redirects['blamed']})" if redirects["blamed"] else "")
+    minute = redirects["minute"]
+    if minute["offered"] < IN_VAIN or minute["taken"] or minute["failed"]:
+        return ""
+    return (
+        f"{minute['offered']} offers in the last minute, and no redirect: does the load balancer redirect, by the same"
+        " form of the option, and does nothing take the option out of SYNs?"
+    )
 
 
 def translated(folder: Path) -> set[bytes]:

@@ -129,7 +129,13 @@ class Paths:
         rules, routes = self.wanted(program)
         have_rules, have_routes = self.ours
         lacking = [route for route in routes if route not in have_routes]
-        found = [f"the route to {route.to.network_address} is not the agent's" for route in lacking]
+        stale = {(route.to, route.table) for route in have_routes}
+        found = [
+            f"the route to {route.to.network_address} has changed, and the agent's copy has not"
+            if (route.to, route.table) in stale
+            else f"the agent's copy of the route to {route.to.network_address} is missing"
+            for route in lacking
+        ]
         lacking_rules = [rule for rule in rules if rule not in have_rules]
         found += [f"no rule leads packets to the agent's routes (priority {rule.priority})" for rule in lacking_rules]
         if not mend:

@@ -353,6 +353,9 @@ class ServerAgent(Agent):
             status["listening"] = dict.fromkeys(status["vips"], True) | dict.fromkeys(lacking, False)
             if status["counters"]:
                 status["connections"] = {str(vip): n for vip, n in cls.connections().items()}
+                with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(cls.folder() / COUNTED[1]) as counts:
+                    found = redirects(counts).items()
+                    status["redirected"] = {str(vip): {"begun": n, "completed": m} for vip, (n, m) in found}
         return status
 
     @classmethod

@@ -84,7 +84,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         known = tuple(flag for each in commands for action in each._actions for flag in action.option_strings)
         flags = [word for word in unknown if word.startswith("-")] or unknown
         see = f"see {' '.join(['crablb', *names])} --help"
-        raise ConfigError([f"unknown argument {word!r}; {near(word, known, see)}" for word in flags])
+        raise ConfigError(
+            [
+                f"argument {word!r} is of no use here, or stands in the wrong place; {see}"
+                if word in known
+                else f"unknown argument {word!r}; {near(word, known, see)}"
+                for word in flags
+            ]
+        )
     return args
 
 

@@ -145,10 +145,14 @@ def own(role: str, what: str, process: int = 0) -> Iterator[None]:
     is to be ended if it is not this one.  What namespaces that are
     no more have left is removed first.
     """
-    RUN.mkdir(parents=True, exist_ok=True)
-    collect()
-    path = _lock_path(role)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        RUN.mkdir(parents=True, exist_ok=True)
+        collect()
+        path = _lock_path(role)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        where = error.filename or RUN
+        raise KernelError(f"cannot write {where}: {error.strerror}; crablb keeps its state in {RUN}") from None
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

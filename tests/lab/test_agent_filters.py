@@ -243,4 +243,4 @@ def test_offers_that_nobody_takes_up_are_told(make_world: Callable[..., World]):
     world.client()
     world.echoes(VIP4, 5)
     (fault,) = agent_status(world.lab.client, 1)["client"]["faults"]
-    assert fault.startswith("5 offers, and no redirect:")
+    assert fault.startswith(f"tcp://{VIP4}:80: 5 offers in the last minute, and no redirect:")

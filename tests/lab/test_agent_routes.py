@@ -258,7 +258,7 @@ def test_a_detached_agent_is_told_and_mended(make_world: Callable[..., World]):
     client.ip("link set eth0 down", "link set eth0 up", f"route add {VIP4} via {world.lab.lb.ip4}")
     wrong = agent_status(client, 1)["client"]
     assert wrong["routes"] == {vip: "other"}
-    assert wrong["faults"] == [f"the route to {VIP4} is not the agent's"]
+    assert wrong["faults"] == [f"the agent's copy of the route to {VIP4} is missing"]
     told = client.run(*crablb("agent", "status"), check=False)
     assert told.returncode == 1
     assert "by a route that is not the agent's" in told.stdout and "wrong: the route to" in told.stdout
@@ -271,7 +271,7 @@ def test_a_detached_agent_is_told_and_mended(make_world: Callable[..., World]):
     )
     client.ip("addr add 10.0.0.1/24 dev eth0", f"route add {VIP4} via {world.lab.lb.ip4}")
     done = client.run(*crablb("agent", "repair"))
-    assert f"mended: the route to {VIP4} is not the agent's\n" in done.stdout
+    assert f"mended: the agent's copy of the route to {VIP4} is missing\n" in done.stdout
     assert agent_status(client)["client"]["routes"] == {vip: "agent"}
     assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
 

@@ -354,10 +354,10 @@ def test_detached_in_all_of_them(tmp_path: Path, cgroup: Path) -> None:
         assert [line for line in shown.stdout.splitlines() if "netns" in line or "wrong" in line] == [
             "netns green:",
             "netns red:",
-            f"  wrong: the route to {VIP4} is not the agent's",
+            f"  wrong: the agent's copy of the route to {VIP4} is missing",
         ]
         mended = island.run(*crablb("agent", "repair", "--all-netns")).stdout
-        assert mended == f"netns red: mended: the route to {VIP4} is not the agent's\n"
+        assert mended == f"netns red: mended: the agent's copy of the route to {VIP4} is missing\n"
         gone = island.run(*crablb("agent", "remove", "--all-netns")).stdout
         assert gone == "netns green: client: removed\nnetns red: client: removed\n"
         said = "no agent in any network namespace"

@@ -44,8 +44,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     client.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="find out whether a backend hears this client, before its first redirect is taken up (not with --detach)",
+        default=None,
+        help="find out whether a backend hears this client, before its first redirect is taken up (default: yes, but"
+        " not with --detach, as that takes a process)",
     )
     client.add_argument(
         "--option", default="crab", choices=[f.value for f in OptionForm], help="the form of the CR option"

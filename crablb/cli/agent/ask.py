@@ -14,6 +14,7 @@ from crablb.agent import ClientAgent, ServerAgent
 from crablb.agent.base import Agent
 from crablb.cli.agent.namespaces import chosen, in_each, prefix, require_root
 from crablb.errors import ConfigError, KernelError, Problems
+from crablb.kernel import pins
 from crablb.kernel.netns import Namespace
 
 ROLES: dict[str, type[Agent]] = {"client": ClientAgent, "server": ServerAgent}
@@ -66,6 +67,8 @@ def _show(statuses: Mapping[str, Mapping[str, Any]]) -> None:
             _show_client(status)
         for vip, n in status.get("connections", {}).items():
             print(f"  {vip:28} {n:>14,} open connections")
+        for vip, n in status.get("redirected", {}).items():
+            print(f"  {vip:28} {n['begun']:>14,} redirects begun, {n['completed']:,} completed")
         for name, value in status["counters"].items():
             if value:
                 print(f"  {name:28} {value:>14,}")
@@ -74,7 +77,7 @@ def _show(statuses: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _show_client(status: Mapping[str, Any]) -> None:
-    room = f"{status['flows']:,} redirected connections, room for {status['room']:,}"
+    room = f"{status['flows']:,} redirected connections (closed ones for a while), room for {status['room']:,}"
     print(f"  backends {', '.join(status['backends'])}, {room}")
     if "retransmission" in status:  # an agent of before did not note it
         when = f"after {status['retransmission']:g} s" if status["retransmission"] else "as the system does"
@@ -91,24 +94,12 @@ def _show_client(status: Mapping[str, Any]) -> None:
 ROUTES = {"agent": "by the agent's route", "other": "by a route that is not the agent's", "none": "no route"}
 
 
-#: enum crab_client_failure, as a person says it.
-REASONS = {
-    "lost": "no redirect came",
-    "source": "the backend is outside of --backends",
-    "route": "the SYN left by another route",
-    "no_echo": "the backend answers without the redirect",
-    "not_taken": "this host drops the redirect (rp_filter, firewall)",
-    "silent": "the backend does not hear this client",
-}
-
-
 def _vip(status: Mapping[str, Any], vip: str) -> str:
-    said = "offers no more, removal is waited for" if status.get("withdrawn") else "offering"
+    said = "offers no more" if status.get("withdrawn") else "offering"
     for entry in status["redirects"]:
         if entry["vip"] == vip and entry["backend"] is None and entry["reason"] and not status.get("withdrawn"):
-            blamed = f" at {entry['blamed']}" if entry["blamed"] else ""
-            reason = REASONS.get(entry["reason"], entry["reason"])
-            said = f"no offers for {entry['backing_off']:.0f} s: {reason}{blamed}, for {entry['since']:.0f} s"
+            when = f"in {entry['backing_off']:.0f} s" if entry["backing_off"] else "by the next connection"
+            said = f"no offers since {entry['since']:.0f} s ago, tried again {when}"
     return f"{said}, {ROUTES[status['routes'][vip]]}"
 
 
@@ -149,6 +140,8 @@ def _mended(cls: type[Agent], before: str) -> bool:
             print(f"{before}mended: {fault}")
     for fault in left:
         print(f"{before}not mended: {fault}")
+    if not found + left:
+        print(f"{before}{cls.role}: nothing to mend")
     return not left
 
 
@@ -167,6 +160,11 @@ def run_remove(args: argparse.Namespace) -> int:
             with ExitStack() as all_or_none:
                 found = [cls for cls in _roles(args).values() if cls.present() or not args.all_netns]
                 for cls in found:
+                    if pid := pins.owner(cls.role):
+                        raise KernelError(
+                            f"the {cls.role} agent is run by process {pid}; end that (kill {pid}, or systemctl stop):"
+                            " then it goes"
+                        )
                     all_or_none.enter_context(cls.owned())
                 owned.push(all_or_none.pop_all())
             for cls in () if args.now else found:
@@ -177,11 +175,11 @@ def run_remove(args: argparse.Namespace) -> int:
 
         def finish(namespace: Namespace | None) -> None:
             for cls in begun[namespace]:
-                left = 0
+                left = cls.live() if args.now else 0
                 if not args.now:
                     left = cls.drain(None if end is None else end - time.monotonic(), _pause)
                 removed = cls.remove()
-                cut = f", and {left} connections with it" if left else ""
+                cut = f", and {left} connections end by it" if left else ""
                 said = f"removed{cut}" if removed else "there was none"
                 print(f"{prefix(namespace)}{cls.role}: {said}", flush=True)
 

@@ -219,6 +219,8 @@ def run_client(args: argparse.Namespace) -> int:
     flows = problems.each("--flows", [args.flows] if args.flows is not None else [], _flows)
     retransmission = problems.each("--retransmission", [args.retransmission], _retransmission)
     wait = problems.each("--wait", [args.wait], seconds)
+    if args.verify and args.detach:
+        problems.add("", "--verify needs a process; leave out --detach")
     problems.attempt("", find_cgroup, args.cgroup)
     namespaces = named(args, problems)
 
@@ -242,6 +244,5 @@ def run_client(args: argparse.Namespace) -> int:
             retransmission=retransmission[0],
         )
 
-    return _run(
-        Work(make, args.detach, partial(ClientAgent.watched, verify=args.verify), wait[0]), namespaces, args.all_netns
-    )
+    watched = partial(ClientAgent.watched, verify=args.verify is not False)
+    return _run(Work(make, args.detach, watched, wait[0]), namespaces, args.all_netns)
