@@ -104,6 +104,12 @@ static __always_inline int refuse(struct crab_client_flow *flow, const struct pa
     return TC_ACT_SHOT;
 }
 
+/* Is the SYN that offered yet to be sent again, for the fallback? */
+static __always_inline int asks_again(const struct crab_client_flow *flow)
+{
+    return flow->offer == CRAB_CLIENT_OUT && !flow->retransmitted;
+}
+
 /* A SYN-ACK or a RST whose acknowledgement number says that a SYN of ours is answered. */
 static __noinline int answer(struct __sk_buff *skb, const struct packet *p, struct crab_client_flow *flow)
 {
@@ -119,11 +125,13 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *p, stru
         return refuse(flow, p, p->peer, CRAB_CLIENT_SOURCE);
     }
     if (p->tcp.rst) {
-        /* A closed port: its RST carries no option; the acknowledgement number proves it. */
+        /* A closed port, whose RST carries no option; or a firewall on the way there.  The fallback may do better. */
+        count(CRAB_CLIENT_REFUSED_PORT);
+        if (asks_again(flow))
+            return refuse(flow, p, p->peer, CRAB_CLIENT_REFUSED);
         __u32 diff = (__u32)bpf_csum_diff((void *)p->peer, 16, (void *)flow->vip, 16, 0);
         if (translate(skb, p, 1, flow->vip, diff))
             return TC_ACT_SHOT;
-        count(CRAB_CLIENT_REFUSED_PORT);
         return TC_ACT_UNSPEC;
     }
     if (!redirects_to(skb, p, flow)) {
@@ -162,8 +170,7 @@ static __noinline int proven(struct __sk_buff *skb, struct packet *p, struct cra
     if (path)
         path->proven_ns = bpf_ktime_get_coarse_ns();
     count(CRAB_CLIENT_VERIFIED);
-    if (p->tcp.rst || release_held(skb, p)) {
-        /* It keeps no SYNs.  A firewall in between has seen the RST, and may not let pass what comes after it. */
+    if (release_held(skb, p)) {
         flow->failed = 1;
         flow->state = CRAB_CLIENT_WAITING;
         return TC_ACT_SHOT;
@@ -207,8 +214,8 @@ static __always_inline int ingress_tcp(struct __sk_buff *skb, struct packet *p)
         else if (!from)
             return TC_ACT_UNSPEC;
         else if (state == CRAB_CLIENT_HELD) {
-            if (p->tcp.rst ? bpf_ntohl(p->tcp.seq) != bpf_ntohl(flow->seq) + 1 : !answers)
-                return TC_ACT_UNSPEC;
+            if (p->tcp.rst || !answers)
+                return TC_ACT_SHOT;
             verdict = proven(skb, p, flow);
         }
         if (verdict != GO_ON)
@@ -250,6 +257,8 @@ static __always_inline int ingress_icmp(struct __sk_buff *skb, const struct pack
     if (!to && (flow->state == CRAB_CLIENT_TAKEN || flow->ack != bpf_htonl(bpf_ntohl(tcp.seq) + 1) ||
                 !in_prefixes(p.peer)))
         return TC_ACT_UNSPEC;
+    if (!to && asks_again(flow))
+        return refuse(flow, &p, p.peer, CRAB_CLIENT_REFUSED);
     copy(vip, flow->vip);
     if (p.v6) {
         __s64 diff = bpf_csum_diff((void *)p.peer, 16, (void *)vip, 16, 0);

@@ -159,12 +159,16 @@ CRAB_INLINE struct crab_client_flow *claim(const struct crab_client_ports *ports
     return flow;
 }
 
+/* How long an answer may take. */
+#define ANSWER_NS (100 * 1000000ull)
+
 /* The SYN leaves: from now on it may be answered by a redirect. */
 CRAB_INLINE void wait(struct crab_client_flow *flow, __be32 isn)
 {
     flow->ack = bpf_htonl(bpf_ntohl(isn) + 1);
     flow->left = flow->again = flow->failed = 0;
     flow->said = CRAB_CLIENT_NEW;
+    flow->ends_ns = bpf_ktime_get_coarse_ns();
     flow->state = CRAB_CLIENT_WAITING;
 }
 

@@ -71,13 +71,15 @@ CRAB_INLINE struct crab_client_flow *own(struct bpf_sock_ops *ctx, struct crab_c
 /* ---- it begins ---- */
 
 /* May this connection to a VIP offer?  If not, that is counted. */
-CRAB_INLINE int may_offer(struct crab_client_vip *vip, const struct crab_client_settings *s, int alone, int full)
+CRAB_INLINE int may_offer(struct crab_client_vip *vip, const struct crab_client_settings *s, int alone, int full, int bound)
 {
     __u32 why;
     if (!s->offering)
         return 0;
     if (full || used > (__s32)(s->flows - s->flows / 16)) /* some room for those that go straight to a backend */
         why = CRAB_CLIENT_NO_OFFER_FULL;
+    else if (bound)
+        why = CRAB_CLIENT_NO_OFFER_BOUND;
     else if (!alone)
         why = CRAB_CLIENT_NO_OFFER_SHARED;
     else if (held_back(&vip->health))
@@ -104,7 +106,8 @@ static __noinline int connecting(struct bpf_sock_ops *ctx)
     struct crab_client_ports ports __attribute__((aligned(4)));
     __u8 to[16] __attribute__((aligned(4)));
     int full = 0, flags = BPF_SOCK_OPS_STATE_CB_FLAG;
-    if (!s || !ctx->sk || bpf_get_netns_cookie(ctx) != s->netns_cookie)
+    struct bpf_sock *sk = ctx->sk;
+    if (!s || !sk || bpf_get_netns_cookie(ctx) != s->netns_cookie)
         return 0;
     ports_of(ctx, &ports);
     remote_of(ctx, to);
@@ -112,10 +115,10 @@ static __noinline int connecting(struct bpf_sock_ops *ctx)
     if (!vip && !in_prefixes(to))
         return 0;
     struct crab_client_flow *flow = claim(&ports, bpf_get_socket_cookie(ctx), &full);
-    int offers = vip && may_offer(vip, s, flow != NULL, full);
+    int bound = READ(sk->bound_dev_if) != 0, offers = vip && may_offer(vip, s, flow != NULL, full, bound);
     if (!flow)
         return 0;
-    if (vip && s->offering) { /* a load balancer may redirect what does not offer as well */
+    if (vip && s->offering && !bound) { /* a load balancer may redirect what does not offer as well */
         int experimental = vip->form == CRAB_FORM_EXPERIMENTAL;
         copy(flow->vip, to);
         flow->kind = experimental ? CRAB_OPT_KIND_EXPERIMENTAL : CRAB_OPT_KIND;
@@ -313,6 +316,7 @@ CRAB_INLINE void answered(struct bpf_sock_ops *ctx, const struct crab_client_por
             vip->rtt_us = rtt > less ? rtt : less;
     }
     if (connected && state == CRAB_CLIENT_ACCEPTED && bpf_ntohl(flow->seq) + 1 == READ(ctx->rcv_nxt)) {
+        flow->ends_ns = 0;
         flow->state = CRAB_CLIENT_TAKEN;
         if (vip) {
             __sync_fetch_and_add(&vip->taken, 1);
@@ -320,8 +324,11 @@ CRAB_INLINE void answered(struct bpf_sock_ops *ctx, const struct crab_client_por
         }
         return;
     }
-    /* By the fallback; without a retransmission the load balancer chose that. */
-    if (connected && offered && flow->retransmitted && !flow->failed) {
+    /* By the fallback, which without a retransmission the load balancer chose.  Or not at all, because the application did
+     * not wait for it; if it did, the VIP is dead, which says nothing against redirects. */
+    int early = !connected && !flow->retransmitted &&
+                now >= flow->ends_ns + ANSWER_NS + (vip ? 2000ull * vip->rtt_us : 0);
+    if (offered && !flow->failed && ((connected && flow->retransmitted) || early)) {
         if (state <= CRAB_CLIENT_WAITING)
             failed(flow->vip, ports->rport, NULL, CRAB_CLIENT_LOST);
         else if (state == CRAB_CLIENT_ACCEPTED)

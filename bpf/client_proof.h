@@ -4,9 +4,10 @@
  *
  * So the first SYN-ACK from a backend is held, and the agent's process sends an ACK with the connection's own ports and
  * numbers, a little below what the backend expects (much as a keep-alive, RFC 9293 3.8.4), by the host's own routes.  The
- * backend, which has the SYN, answers an ACK that is out of its window by another one (3.10.7.4), or by a RST if it does
- * not remember SYNs (SYN cookies).  The ACK is made the SYN-ACK that was held, and the redirect taken up; that costs the
- * first connection a round trip.  If no answer comes the SYN is sent again and takes the fallback.
+ * backend, which has the SYN, answers an ACK that is out of its window by another one (3.10.7.4).  That is made the SYN-ACK
+ * that was held, and the redirect taken up; it costs the first connection a round trip.  If no answer comes the SYN is sent
+ * again and takes the fallback.  A RST is none: a backend sends one if it does not remember SYNs (SYN cookies), but so do
+ * firewalls.
  *
  * Without a process nobody sends; then it shows after the handshake, in one connection a back-off period. */
 #ifndef CRAB_CLIENT_PROOF_H
@@ -19,8 +20,6 @@
 /* How much below.  Linux's SYN cookies are the sequence number and an index into a table of four sizes, added up: what is
  * fewer than four below may be a good cookie, of another size, and made a connection. */
 #define BELOW 16
-/* How long an answer may take. */
-#define ANSWER_NS (100 * 1000000ull)
 
 struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);

@@ -235,6 +235,7 @@ enum crab_client_failure {
     CRAB_CLIENT_SOURCE,    /* the redirect came from outside the backend prefixes */
     CRAB_CLIENT_NO_ECHO,   /* the backend answered without the redirect */
     CRAB_CLIENT_NOT_TAKEN, /* the redirect came in, but this host dropped it before its socket (rp_filter, firewall) */
+    CRAB_CLIENT_REFUSED,   /* a RST or an ICMP error answered the redirected SYN, before the fallback was asked */
     CRAB_CLIENT_SILENT     /* the redirect came, and then nothing from the backend: it does not hear us */
 };
 
@@ -300,7 +301,7 @@ struct crab_client_ports {
 /* Value of map `client_flows`: whose the ports are, and what became of its offer. */
 struct crab_client_flow {
     __u64 owner;   /* cookie of the first socket that has the ports; 0: it has ended; CRAB_CLIENT_GONE: being deleted */
-    __u64 ends_ns; /* when a closed connection's translation ends (CLOCK_MONOTONIC); 0: it lives */
+    __u64 ends_ns; /* of one that is taken: when its translation ends (CLOCK_MONOTONIC), 0: it lives; before: when its SYN left */
     __u8 vip[16];
     __u8 dip[16];  /* the redirect's, from CRAB_CLIENT_HELD on */
     __u32 state;   /* CRAB_CLIENT_FREE, ... */
@@ -369,10 +370,11 @@ enum crab_client_counter {
     CRAB_CLIENT_REDIRECTED,       /* SYN-ACKs with a redirect accepted */
     CRAB_CLIENT_COMPLETED,        /* redirects after which the backend spoke */
     CRAB_CLIENT_FAILED,           /* offers that came to nothing: see crab_client_failure */
-    CRAB_CLIENT_REFUSED_PORT,     /* RSTs from a backend to a redirected SYN, passed on as the VIP's */
+    CRAB_CLIENT_REFUSED_PORT,     /* RSTs from a backend to a redirected SYN */
     CRAB_CLIENT_NO_OFFER_SHARED,  /* no offer: another connection has the same local port and remote port */
     CRAB_CLIENT_NO_OFFER_ROOM,    /* no offer: it, or the redirect, does not fit beside the other options */
     CRAB_CLIENT_NO_OFFER_OPTIONS, /* no offer: data in the SYN, or options that need not survive a redirect */
+    CRAB_CLIENT_NO_OFFER_BOUND,   /* no offer: a socket that is bound to an interface, as a translated packet is not */
     CRAB_CLIENT_NO_OFFER_FULL,    /* no offer: too many connections */
     CRAB_CLIENT_NO_OFFER_BACKOFF, /* no offer: those before came to nothing */
     CRAB_CLIENT_VERIFIED,         /* backends that were found to hear us, before a redirect of theirs was taken up */

@@ -92,7 +92,18 @@ class ClientAgent(Agent):
         problems = self.problems(self.vips, self.backends, self.interfaces)
         if problems:
             raise ConfigError(problems)
+        self._check_left_out()
         super().install()
+
+    def _check_left_out(self) -> None:
+        """A VIP that is not named any more loses its routes, and its redirected connections with them."""
+        told = {parse_vip(text) for text in (self.state() or {}).get("vips", ())}
+        left_out = told - {*self.vips}
+        if used := [str(vip) for vip in sorted(left_out, key=str) if self._live({vip})]:
+            raise ConfigError(
+                f"redirected connections to {', '.join(used)} need the agent that is installed; name it as well, or let"
+                " them end: crablb agent remove client (with --now they break)"
+            )
 
     def _loaded(self) -> bpf.Object:
         """Its tables are as large as asked for, unless connections are in those of the agent before."""
@@ -369,19 +380,21 @@ class ClientAgent(Agent):
 
     @classmethod
     def live(cls) -> int:
+        return cls._live({parse_vip(text) for text in (cls.state() or {}).get("vips", ())})
+
+    @classmethod
+    def _live(cls, vips: Collection[Vip]) -> int:
         """Connections to VIPs that are translated and have not ended, or that may still be redirected."""
         try:
             translated = offering.translated(cls.folder())
         except bpf.BpfNotFoundError:
             return 0
-        vips = {(mapped(vip.address), vip.port) for vip in map(parse_vip, (cls.state() or {}).get("vips", ()))}
+        keys = {(mapped(vip.address), vip.port) for vip in vips}
         count = 0
         for one in rtnetlink.tcp_connections():
-            key = one.local + one.local_port + one.remote_port + one.remote
-            if one.connecting:
-                count += (one.remote, int.from_bytes(one.remote_port, "big")) in vips
-            else:
-                count += key in translated
+            if (one.remote, int.from_bytes(one.remote_port, "big")) in keys:
+                key = one.local + one.local_port + one.remote_port + one.remote
+                count += one.connecting or key in translated
         return count
 
     @classmethod

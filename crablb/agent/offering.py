@@ -158,6 +158,7 @@ REASONS = {
     "route": "the SYN left by another route",
     "no_echo": "the backend answers without the redirect: no agent there, or not told of this VIP",
     "not_taken": "this host drops the redirect (rp_filter, firewall)",
+    "refused": "the redirected SYN is answered by a RST or an ICMP error",
     "silent": "the backend does not hear this client",
 }
 

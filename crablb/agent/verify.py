@@ -128,7 +128,13 @@ class Verifier:
                 with suppress(bpf.BpfError):  # it has gone
                     self._held.update(ports, bytes(changed), EXIST)
             send(ask)
-        except OSError as error:  # no route, or a firewall of this host
+        except PermissionError as error:  # by a firewall of this host, which the connection's own packets may pass
+            log.warning(
+                "backends are not verified any more, as this host's firewall drops what is sent", reason=str(error)
+            )
+            self._may = False
+            self._write(0)
+        except OSError as error:  # no route
             if str(error) != self._said:
                 _, target, _ = probe(ask)
                 log.warning(

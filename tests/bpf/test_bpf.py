@@ -177,7 +177,7 @@ def place(family: int, port: int = 4242) -> bytes:
 
 def put(client: Counted, family: int, port: int = 4242, **fields: object) -> bytes:
     """Note a connection of ours to the VIP; ``fields`` of struct crab_client_flow.  Returns its key."""
-    known = {"owner": OWNER, "vip": mapped(ip_address(VIP[family])), "offer": lib.CRAB_CLIENT_OUT}
+    known = {"owner": OWNER, "vip": mapped(ip_address(VIP[family])), "offer": lib.CRAB_CLIENT_OUT, "opening": 1}
     value = ffi.new("struct crab_client_flow *", {**known, **fields})
     client.maps["client_flows"].update(place(family, port), bytes(ffi.buffer(value)))
     return place(family, port)
@@ -188,12 +188,16 @@ def number(value: int) -> int:
     return int.from_bytes(value.to_bytes(4, "big"), "little")
 
 
-def pend(client: Counted, family: int, *, isn: int = 999, port: int = 4242, form: int = 0, left: bool = True) -> bytes:
-    """Note a SYN of ours as sent with an offer; with ``left``, egress has seen it."""
+def waiting(family: int, *, isn: int = 999, form: int = 0, left: bool = True) -> dict[str, object]:
+    """What a SYN that was sent with an offer leaves in a flow; with ``left``, egress has seen it."""
     kind, size = (253, 4) if form else (42, 2)
     size += len(ip_address(VIP[family]).packed)
-    waiting = {"state": lib.CRAB_CLIENT_WAITING, "ack": number(isn + 1), "kind": kind, "size": size, "left": left}
-    return put(client, family, port, **waiting)
+    return {"state": lib.CRAB_CLIENT_WAITING, "ack": number(isn + 1), "kind": kind, "size": size, "left": left}
+
+
+def pend(client: Counted, family: int, *, port: int = 4242, **how: Any) -> bytes:
+    """Note a SYN of ours as sent."""
+    return put(client, family, port, **waiting(family, **how))
 
 
 def redirected(client: Counted, family: int, port: int = 4242, **fields: object) -> bytes:
@@ -495,11 +499,35 @@ def test_client_hears_that_a_backend_is_mute(client, family):
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_client_closed_port(client, family):
-    key = pend(client, family)
+    """Or a firewall that rejects: the fallback may do better.  Where there is none the socket is told."""
+    run = client.programs["crab_ingress"].test_run
     frame = bytes(answer(family, flags="RA", options=[], seq=0))
-    assert client.programs["crab_ingress"].test_run(frame).data == as_from_vip(frame, family)
+    key = pend(client, family)
+    got = run(frame)
+    assert (got.retval, got.data) == (TC_SHOT, frame)
     assert flow_at(client, key).state == lib.CRAB_CLIENT_WAITING  # the socket's end takes it away
-    assert client.counts() == {"refused_port": 1}
+    assert {h.reason for h in healths(client)} == {None, "refused"}
+    for fields in ({"retransmitted": 1}, {"offer": lib.CRAB_CLIENT_NONE}):
+        put(client, family, **waiting(family), **fields)
+        assert run(frame).data == as_from_vip(frame, family)
+    assert client.counts() == {"refused_port": 3, "failed": 1}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_icmp_about_a_redirected_syn(client, family):
+    l3 = layer(family)
+    quoted = l3(src=CLIENT[family], dst=DIP[family]) / TCP(sport=4242, dport=80, seq=999, flags="S")
+    error = ICMP(type=3, code=13) if family == 4 else ICMPv6DestUnreach(code=1)
+    router = "10.0.0.254" if family == 4 else "fd00::fe"
+    frame = bytes(ether() / l3(src=router, dst=CLIENT[family]) / error / quoted)
+    run = client.programs["crab_ingress"].test_run
+    pend(client, family)
+    assert run(frame).retval == TC_SHOT
+    assert {h.reason for h in healths(client)} == {None, "refused"}
+    put(client, family, **waiting(family), retransmitted=1)
+    got = run(frame)
+    assert (got.retval, client.counts()["icmp"]) == (TC_UNSPEC, 1)
+    assert got.data != frame
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -644,17 +672,15 @@ def test_client_asks_a_backend_first(verifying, family, size):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_client_backend_that_keeps_no_syns(verifying, family):
-    """It answers by a RST: it hears us, but this connection takes the fallback."""
+def test_client_rst_proves_nothing(verifying, family):
+    """A backend sends one if it keeps no SYNs; a firewall as well."""
     client, _, _ = verifying
     run = client.programs["crab_ingress"].test_run
     key = pend(client, family)
     run(bytes(full_answer(family)))
-    for seq, verdict, state in ((7, TC_UNSPEC, "HELD"), (6, TC_SHOT, "WAITING")):
-        assert run(bytes(answer(family, flags="R", seq=seq, ack=0, options=[]))).retval == verdict
-        assert flow_at(client, key).state == getattr(lib, f"CRAB_CLIENT_{state}")
-    assert client.counts() == {"verified": 1}
-    assert run(bytes(full_answer(family))).retval == TC_UNSPEC  # the SYN-ACK again is as good as any
+    assert run(bytes(answer(family, flags="R", seq=6, ack=0, options=[]))).retval == TC_SHOT
+    assert flow_at(client, key).state == lib.CRAB_CLIENT_HELD
+    assert client.counts() == {}
 
 
 PROOFS = {

@@ -53,21 +53,23 @@ def _line(conn: socket.socket) -> str:
     return got.decode().strip()
 
 
-def _connect(host: str, port: str, local_port: str = "0") -> socket.socket:
+def _connect(host: str, port: str, local_port: str = "0", interface: str = "") -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if local_port != "0":
         sock.bind(("", int(local_port)))
+    if interface:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
     sock.settimeout(30)
     sock.connect((host, int(port)))
     return sock
 
 
-def _echoed(host: str, port: str, size: str, local_port: str = "0") -> dict[str, object]:
+def _echoed(host: str, port: str, size: str, *how: str) -> dict[str, object]:
     sent = os.urandom(int(size))
     begun = time.monotonic()
-    with _connect(host, port, local_port) as conn:
+    with _connect(host, port, *how) as conn:
         connected = (time.monotonic() - begun) * 1000
         peer = conn.getpeername()[0]
         name, address = _line(conn).split()
@@ -87,9 +89,24 @@ def _echoed(host: str, port: str, size: str, local_port: str = "0") -> dict[str,
     return {"peer": peer, "server": name, "accepted_on": address, "intact": intact, "connect_ms": connected}
 
 
-def echo(host: str, port: str, size: str = "1000000", local_port: str = "0") -> None:
-    """Send ``size`` bytes, end the sending direction, read them back, and the server's count."""
-    print(json.dumps(_echoed(host, port, size, local_port)))
+def echo(host: str, port: str, size: str = "1000000", *how: str) -> None:
+    """Send ``size`` bytes, end the sending direction, read them back, and the server's count.
+
+    ``how``: local port, interface.
+    """
+    print(json.dumps(_echoed(host, port, size, *how)))
+
+
+def impatient(host: str, port: str, count: str, seconds: str) -> None:
+    """``count`` connections, one after the other, each given so long to come about; what became of each."""
+    for _ in range(int(count)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            sock.settimeout(float(seconds))
+            try:
+                sock.connect((host, int(port)))
+                print("connected")
+            except TimeoutError:
+                print("given-up")
 
 
 def echoes(host: str, port: str, count: str, size: str = "10") -> None:

@@ -198,7 +198,10 @@ def test_tables_of_another_size(world: World):
     assert told() == (2048, 0.1)
     assert 0.1 <= timeout() < 0.13
     shown = client.run(*crablb("agent", "status")).stdout
-    assert "0 redirected connections, room for 2,048\n  a SYN that offered is sent again after 0.1 s\n" in shown
+    assert (
+        "0 redirected connections (also closed ones), room for 2,048\n  a SYN that offered is sent again after 0.1 s\n"
+        in shown
+    )
     held = world.python(client, "hold", str(VIP4), "80", ready=True)
     assert install("--retransmission", "0") == ""  # of the same size, as none was asked for
     assert told() == (2048, 0)

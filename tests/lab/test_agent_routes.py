@@ -261,7 +261,9 @@ def test_a_detached_agent_is_told_and_mended(make_world: Callable[..., World]):
     assert wrong["faults"] == [f"the agent's copy of the route to {VIP4} is missing"]
     told = client.run(*crablb("agent", "status"), check=False)
     assert told.returncode == 1
-    assert "by a route that is not the agent's" in told.stdout and "wrong: the route to" in told.stdout
+    assert (
+        "by a route that is not the agent's" in told.stdout and "wrong: the agent's copy of the route to" in told.stdout
+    )
     client.ip(f"route del {VIP4}", "addr flush dev eth0")
     assert agent_status(client, 1)["client"]["routes"] == {vip: "none"}
     done = client.run(*crablb("agent", "repair"), check=False)

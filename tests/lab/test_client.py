@@ -396,6 +396,30 @@ def test_what_the_server_closes_goes_soon(make_world):
         until(lambda: not list(flows.keys()), 20)
 
 
+def test_application_that_gives_up_early(make_world):
+    """Sooner than its SYN would be sent again: that its offer came to nothing is remembered all the same."""
+    world = make_world()
+    world.servers()
+    world.client()
+    world.serve()
+    drop(world.lab.servers[0], "output", f"{SYN_ACK} {REDIRECTED}")
+    child = world.python(world.lab.client, "impatient", VIP[4], "80", "10", "0.2")
+    out, err = child.communicate(timeout=60)
+    assert [word == "connected" for word in out.split()] == [False] + [True] * 9, (out, err)
+    assert redirects(world)[None]["reason"] == "lost"
+
+
+def test_sockets_that_are_bound_to_an_interface(make_world):
+    """A translated packet is routed as any; theirs are not, so they make no offer."""
+    world = make_world()
+    world.servers()
+    world.client()
+    world.serve()
+    seen = world.echo(VIP4, "10", "0", "eth0")
+    assert (seen["intact"], seen["accepted_on"]) == (True, VIP[4])
+    assert world.client_counters() == {"no_offer_bound": 1}
+
+
 NEIGHBOUR = """
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>

@@ -175,12 +175,12 @@ def test_a_service_manager_signals_all_of_them(world: World) -> None:
     held = world.python(lab.client, "hold", str(VIP4), "80", ready=True)
     for pid in (*children(agent), agent.pid):
         subprocess.run(["kill", "-TERM", str(pid)], check=True)
-    until(lambda: agent_status(lab.client)["client"].get("withdrawn"))
+    until(lambda: agent_status(lab.client, None)["client"].get("withdrawn"))
     assert exchange(held, "still here") == "still here"
     assert agent.poll() is None
     agent.send_signal(signal.SIGTERM)
     assert agent.wait(timeout=30) == 0
-    assert agent_status(lab.client)["client"]["pid"] is None  # it stays, for what it translates
+    assert agent_status(lab.client, 1)["client"]["pid"] is None  # it stays, for what it translates
     assert exchange(held, "and here") == "and here"
 
 

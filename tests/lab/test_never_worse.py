@@ -106,6 +106,24 @@ PATHS = {
     "backends filtered": Path(
         rules('chain forward { type filter hook forward priority filter; iifname "client" oifname "br0" drop; }')
     ),
+    "backends filtered by resets": Path(
+        rules(
+            "chain forward { type filter hook forward priority filter;"
+            ' iifname "client" oifname "br0" meta l4proto tcp reject with tcp reset; }'
+        )
+    ),
+    "SYN to servers reset": Path(
+        rules(
+            "chain forward { type filter hook forward priority filter;"
+            ' iifname "lb" oifname "br0" meta l4proto tcp reject with tcp reset; }'
+        )
+    ),
+    "SYN to servers rejected": Path(
+        rules(
+            "chain forward { type filter hook forward priority filter;"
+            ' iifname "lb" oifname "br0" meta l4proto tcp reject; }'
+        )
+    ),
     "option stripped in SYN-ACK": Path(
         rules(
             "chain forward { type filter hook forward priority filter;"

@@ -77,7 +77,7 @@ def _show(statuses: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _show_client(status: Mapping[str, Any]) -> None:
-    room = f"{status['flows']:,} redirected connections (closed ones for a while), room for {status['room']:,}"
+    room = f"{status['flows']:,} redirected connections (also closed ones), room for {status['room']:,}"
     print(f"  backends {', '.join(status['backends'])}, {room}")
     if "retransmission" in status:  # an agent of before did not note it
         when = f"after {status['retransmission']:g} s" if status["retransmission"] else "as the system does"
@@ -140,8 +140,6 @@ def _mended(cls: type[Agent], before: str) -> bool:
             print(f"{before}mended: {fault}")
     for fault in left:
         print(f"{before}not mended: {fault}")
-    if not found + left:
-        print(f"{before}{cls.role}: nothing to mend")
     return not left
 
 
