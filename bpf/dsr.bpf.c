@@ -17,6 +17,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "address.h"
 #include "maps.h"
 
 #define TCPOPT_MSS 2
@@ -70,6 +71,7 @@ int crab_decap(struct xdp_md *ctx)
     void *inner;
     __u8 proto;
     __u32 outer;
+    int foreign = 0; /* to or from an IPv4-mapped address, which is no VIP's */
 
     if ((void *)(eth + 1) > end)
         return XDP_PASS;
@@ -83,6 +85,8 @@ int crab_decap(struct xdp_md *ctx)
     } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
         struct ipv6hdr *ip = (void *)(eth + 1);
         if ((void *)(ip + 1) > end)
+            return XDP_PASS;
+        if (crab_either_is_mapped((void *)&ip->saddr))
             return XDP_PASS;
         proto = ip->nexthdr;
         outer = sizeof *ip;
@@ -104,11 +108,12 @@ int crab_decap(struct xdp_md *ctx)
         if ((void *)(ip + 1) > end || ip->version != 6)
             return XDP_PASS;
         __builtin_memcpy(vip.addr, &ip->daddr, 16);
+        foreign = crab_either_is_mapped((void *)&ip->saddr);
         type = bpf_htons(ETH_P_IPV6);
     } else {
         return XDP_PASS;
     }
-    if (!is_vip(&vip)) {
+    if (foreign || !is_vip(&vip)) {
         count(CRAB_DSR_NOT_VIP);
         return XDP_PASS;
     }
@@ -177,6 +182,8 @@ int crab_clamp(struct __sk_buff *skb)
         if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof ip) || ip.nexthdr != IPPROTO_TCP)
             return TC_ACT_UNSPEC;
         __builtin_memcpy(vip.addr, &ip.saddr, 16);
+        if (crab_is_mapped(vip.addr))
+            return TC_ACT_UNSPEC;
         l4 = ETH_HLEN + sizeof ip;
         family = 1;
     } else {

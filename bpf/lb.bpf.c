@@ -17,6 +17,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "address.h"
 #include "maps.h"
 #include "match.h"
 #include "siphash.h"
@@ -164,6 +165,7 @@ struct packet {
     __u32 frame;   /* bytes */
     __u16 l3, len; /* of the IP packet: offset, length in bytes */
     __u8 class, v6;
+    __u8 mapped; /* an IPv4-mapped address is in it: nobody's connection */
 };
 
 /* Put an IP header in front of the frame's own (RFC 2003, RFC 2473, RFC 4213). */
@@ -338,6 +340,7 @@ static __always_inline int parse_quote(void *quote, void *end, struct packet *p)
             return -1;
         __builtin_memcpy(p->vip.addr, &ip->saddr, 16);
         __builtin_memcpy(p->client, &ip->daddr, 16);
+        p->mapped |= crab_is_mapped(p->vip.addr) || crab_is_mapped(p->client);
         ports = (void *)(ip + 1);
     } else {
         struct iphdr *ip = quote;
@@ -424,6 +427,7 @@ int crab_lb(struct xdp_md *ctx)
         __builtin_memcpy(p.client, &ip->saddr, 16);
         p.class = (__u8)(bpf_ntohl(*(__be32 *)ip) >> 20);
         p.len = (__u16)(bpf_ntohs(ip->payload_len) + sizeof *ip);
+        p.mapped = crab_is_mapped(p.vip.addr) || crab_is_mapped(p.client);
         p.v6 = 1;
         __u32 *words = (void *)&ip->saddr;
         for (int i = 0; i < 8; i++)
@@ -458,12 +462,16 @@ int crab_lb(struct xdp_md *ctx)
     if (!icmp && !(flags & SYN))
         incomplete = tcp->check == p.pseudo;
     int verdict = -1;
-    if ((__u32)p.l3 + p.len <= p.frame && !incomplete)
+    if ((__u32)p.l3 + p.len <= p.frame && !incomplete && !p.mapped)
         verdict = forward(ctx, &p, flags);
     if (verdict >= 0)
         return verdict;
     if (!bpf_map_lookup_elem(&services, &p.vip))
         return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
+    if (p.mapped) {
+        count(CRAB_XDP_DROP_MAPPED);
+        return XDP_DROP;
+    }
 
     verdict = to_socket(ctx, XDP_DROP);
     if (verdict != XDP_REDIRECT)

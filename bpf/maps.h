@@ -139,6 +139,7 @@ enum crab_xdp_counter {
     CRAB_XDP_HANDLER,           /* no VIP's, but a handler's: handed to an AF_XDP socket */
     CRAB_XDP_FLOW,              /* a known flow's packet, forwarded by the program alone */
     CRAB_XDP_DROP_NO_SOCKET,    /* a VIP's packet, and no daemon has a socket on this queue */
+    CRAB_XDP_DROP_MAPPED,       /* to an IPv4 VIP, or from an IPv4 address, but in an IPv6 header (IPv4-mapped) */
     CRAB_XDP_COUNTERS
 };
 
@@ -283,7 +284,7 @@ struct crab_client_path {
     __u8 pad;
 };
 
-/* Key of map `client_backends`, an LPM trie of the prefixes that backends may have. */
+/* Key of map `client_backends`, an LPM trie of the prefixes that backends may have.  Its value is the prefix' family, 4 or 6. */
 struct crab_lpm {
     __u32 bits; /* an IPv4 prefix counts its 96 mapped bits too */
     __u8 addr[16];

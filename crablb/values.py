@@ -159,15 +159,21 @@ def parse_weight(value: object) -> int:
     return value
 
 
+def _unmapped(prefix: Network) -> Network:
+    first = prefix.network_address
+    if isinstance(first, ipaddress.IPv6Address) and first.ipv4_mapped and prefix.prefixlen >= 96:
+        plain = f"{first.ipv4_mapped}/{prefix.prefixlen - 96}"
+        raise ConfigError(f"{prefix} is a prefix of IPv4-mapped addresses; write {plain}")
+    return prefix
+
+
 def parse_prefix(value: object) -> Network:
     """``10.0.0.0/8`` or ``fd00::/8``.  Raises :class:`ConfigError`."""
-    if isinstance(value, Network):
-        return value
-    text = string(value)
     try:
-        return ipaddress.ip_network(text)
+        return _unmapped(value if isinstance(value, Network) else ipaddress.ip_network(string(value)))
     except ValueError:
         pass
+    text = string(value)
     try:
         loose = ipaddress.ip_network(text, strict=False)
     except ValueError:

@@ -285,6 +285,7 @@ enum crab_counter {
     CRAB_C_DROP_MALFORMED,
     CRAB_C_DROP_FLAGS,    /* SYN together with ACK, RST or FIN */
     CRAB_C_DROP_CHECKSUM, /* wrong IPv4 header or TCP checksum */
+    CRAB_C_DROP_MAPPED,   /* IPv6 with an IPv4-mapped address, which there is none of on the wire */
     CRAB_C_DROP_NO_BACKEND,
     CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
     CRAB_C_DROP_TOO_BIG,  /* does not fit on the way, and may be fragmented: that is for the sender to do */

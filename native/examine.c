@@ -23,6 +23,12 @@ static inline const uint16_t *slot_of(const struct crab_snapshot *s, const struc
     return &it->service->table[crab_slot(hash, s->table_size)];
 }
 
+/* A packet with an IPv4-mapped address, to addr and a port: whether it pretends to be a service's. */
+CRAB_APART enum crab_counter refuse_mapped(const struct crab_snapshot *s, const uint8_t addr[16], uint16_t port_be)
+{
+    return crab_service_find(s, load64(addr), load64(addr + 8), port_be) ? CRAB_C_DROP_MAPPED : CRAB_C_DROP_NOT_SERVICE;
+}
+
 /* An ICMP error: its connection is that of the packet which it quotes. */
 CRAB_APART enum crab_counter examine_icmp(const struct crab_core *core, const struct crab_snapshot *s,
                                           const uint8_t *frame, uint32_t len, struct crab_item *it)
@@ -30,6 +36,9 @@ CRAB_APART enum crab_counter examine_icmp(const struct crab_core *core, const st
     uint8_t tuple[36];
     if (!crab_parse_icmp(frame, len, &it->packet, tuple))
         return CRAB_C_DROP_NOT_SERVICE;
+    if (it->packet.family == 6 &&
+        (crab_either_is_mapped(tuple) || crab_either_is_mapped(frame + it->packet.l3 + CRAB_IP6_SRC)))
+        return refuse_mapped(s, tuple + 16, load16(tuple + 34));
     if (it->packet.family == 4) {
         it->hash = crab_hash4(&s->hash_init, tuple, tuple + 8);
         it->service = crab_service_find(s, 0, 0xffff0000ull | (uint64_t)load32(tuple + 4) << 32, load16(tuple + 10));
@@ -45,10 +54,11 @@ CRAB_APART enum crab_counter examine_icmp(const struct crab_core *core, const st
     return CRAB_COUNTERS;
 }
 
-static bool prefix_holds(const struct crab_prefix *prefix, const uint8_t addr[16])
+/* addr: an IPv4 or an IPv6 client's, as `four` says.  A prefix as short as ::/0 would hold mapped addresses too. */
+static bool prefix_holds(const struct crab_prefix *prefix, const uint8_t addr[16], bool four)
 {
     uint32_t bytes = prefix->bits / 8, rest = prefix->bits % 8;
-    if (memcmp(prefix->addr, addr, bytes))
+    if ((prefix->bits >= 96 && crab_is_mapped(prefix->addr)) != four || memcmp(prefix->addr, addr, bytes))
         return false;
     return !rest || !((prefix->addr[bytes] ^ addr[bytes]) >> (8 - rest));
 }
@@ -65,7 +75,7 @@ CRAB_APART bool may_be_redirected(const struct crab_snapshot *s, const struct cr
         memcpy(client, ip + CRAB_IP6_SRC, 16);
     }
     for (uint32_t i = 0; i < service->prefix_count; i++)
-        if (prefix_holds(&s->prefixes[service->first_prefix + i], client))
+        if (prefix_holds(&s->prefixes[service->first_prefix + i], client, family == 4))
             return true;
     return false;
 }
@@ -122,6 +132,9 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     } else {
         a = load64(ip + CRAB_IP6_DST);
         b = load64(ip + CRAB_IP6_DST + 8);
+        /* whose first eight bytes are zero */
+        if (crab_unlikely(!a || !load64(addrs)) && crab_either_is_mapped(addrs))
+            return refuse_mapped(s, ip + CRAB_IP6_DST, load16(tcp + 2));
         it->hash = crab_hash6(&s->hash_init, addrs, tcp);
     }
     it->service = crab_service_find(s, a, b, load16(tcp + 2));

@@ -133,7 +133,10 @@ CRAB_APART enum crab_counter fall_back(struct crab_core *core, const struct crab
     } else {
         uint8_t list[CRAB_MAX_OPTIONS], *options = frame->data + p->l4 + CRAB_TCP_MIN;
         uint32_t n = fallback_options(it, options, p->tcp_header - CRAB_TCP_MIN, s->form, list);
-        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, n, NULL);
+        uint8_t *moved = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, n, NULL);
+        if (crab_unlikely(!moved))
+            return CRAB_C_DROP_MALFORMED;
+        frame->data = moved;
     }
     return send_by_dsr(core, frame, it, backend, why);
 }
@@ -147,16 +150,18 @@ CRAB_APART enum crab_counter redirect(struct crab_core *core, const struct crab_
     uint32_t flags = crab_backend_flags(s, it->service, (uint16_t)(backend - s->backends));
     if (!(flags & CRAB_BACKEND_CR) || !same_family(p, backend))
         return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_CR_BACKEND);
-    if (!it->room)
-        return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_ROOM);
+    uint8_t *moved = NULL;
     if (it->straight) {
-        frame->data = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)it->word, it->redirect, backend);
-    } else {
+        moved = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    } else if (it->room) {
         int n = crab_option_rewrite(frame->data + p->l4 + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN, s->form,
                                     it->service->addr, list);
-        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n,
-                                   p->family == 4 ? backend->addr + 12 : backend->addr);
+        moved = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n,
+                             p->family == 4 ? backend->addr + 12 : backend->addr);
     }
+    if (!moved)
+        return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_ROOM);
+    frame->data = moved;
     send_to(frame, p, backend);
     return CRAB_C_REDIRECTED;
 }
@@ -214,7 +219,10 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
             it->outcome = (uint8_t)decide_by_copies(it, copies, now);
         return forward_syn_otherwise(core, s, frame, it, backend);
     }
-    frame->data = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    uint8_t *moved = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    if (crab_unlikely(!moved))
+        return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_ROOM);
+    frame->data = moved;
     send_to(frame, &p, backend);
     return CRAB_C_REDIRECTED;
 }

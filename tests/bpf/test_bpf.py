@@ -145,6 +145,40 @@ def test_lb_at_every_length(lb, family):
     assert lb.counts() == {"pass_malformed": len(frame) - 14}
 
 
+MAPPED = {
+    "source": (f"::ffff:{CLIENT[4]}", VIP[6]),
+    "destination": (CLIENT[6], f"::ffff:{VIP[4]}"),
+    "both": (f"::ffff:{CLIENT[4]}", f"::ffff:{VIP[4]}"),
+}
+
+
+@pytest.mark.parametrize("flags", ["S", "A", "icmp"])
+@pytest.mark.parametrize("where", MAPPED)
+def test_mapped_addresses_on_the_wire_are_nobodys(flows, where, flags):
+    """Dropped and counted, even if they are a known flow's; whoever they are sent to otherwise, they are let alone."""
+    client, vip = MAPPED[where]
+    packed = ip_address(client).packed + ip_address(vip).packed
+
+    def frame(to: str, port: int) -> bytes:
+        if flags == "icmp":
+            quoted = IPv6(src=to, dst=client) / TCP(sport=port, dport=4242)
+            return bytes(ether() / IPv6(src="fd00::fe", dst=VIP[6]) / ICMPv6PacketTooBig(mtu=1300) / quoted)
+        return bytes(ether() / IPv6(src=client, dst=to) / TCP(sport=4242, dport=port, flags=flags))
+
+    know(flows, 6, DIP[6])
+    flows.table.places["hash"] = 0
+    assert flows.table.add(siphash(SEED, packed + ports(4242)), 7, 6, age=0, flags=0)
+    assert flows.table.add(flowmap.flow_hash(SEED, ip_address(CLIENT[4]), 4242, ip_address(VIP[4]), 80), 7, 4)
+    run = flows.programs["crab_lb"].test_run
+    assert run(frame(vip, 80)).retval == XDP_DROP
+    assert flows.counts() == {"drop_mapped": 1}
+    for to, port in ((vip, 81), (f"::ffff:{DIP[4]}", 80)):
+        other = frame(to, port)
+        got = run(other)
+        assert (got.retval, got.data) == (XDP_PASS, other)
+    assert flows.counts() == {"drop_mapped": 1, "pass_not_vip": 2}
+
+
 # ---- client ----
 
 
@@ -156,7 +190,9 @@ def client(namespace) -> Iterator[Counted]:
             loaded.map("client_vips").update(parse_vip(url(VIP[family], 80)).key(), 0)
         for prefix in (ip_network("10.0.0.0/24"), ip_network("fd00::/64")):
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
-            loaded.map("client_backends").update(bits.to_bytes(4, "little") + mapped(prefix.network_address), 1)
+            loaded.map("client_backends").update(
+                bits.to_bytes(4, "little") + mapped(prefix.network_address), prefix.version
+            )
         yield Counted(loaded, "client_counters", counter_names("crab_client_counter", "CRAB_CLIENT_"))
 
 
@@ -308,6 +344,50 @@ def test_client_refuses_what_is_forged(client, family, name):
     assert flow_at(client, key).state == lib.CRAB_CLIENT_WAITING
     client.programs["crab_ingress"].test_run(bytes(answer(family)))
     assert client.counts()["redirected"] == 1
+
+
+@pytest.mark.parametrize("where", ["ours", "theirs", "both"])
+def test_client_knows_no_mapped_addresses_on_the_wire(client, where):
+    """An IPv6 header with IPv4-mapped addresses is not the IPv4 connection's."""
+    mine = f"::ffff:{CLIENT[4]}" if where != "theirs" else CLIENT[6]
+
+    def on_wire(packet: Packet, source: str, target: str) -> bytes:
+        return bytes(ether() / IPv6(src=source, dst=target) / packet[TCP])
+
+    def theirs(address: str) -> str:
+        return f"::ffff:{address}" if where != "ours" else DIP[6]
+
+    key = pend(client, 4)
+    ingress, egress = client.programs["crab_ingress"].test_run, client.programs["crab_egress"].test_run
+    frame = on_wire(answer(4), theirs(DIP[4]), mine)
+    run = ingress(frame)
+    assert (run.retval, run.data, flow_at(client, key).state) == (TC_UNSPEC, frame, lib.CRAB_CLIENT_WAITING)
+    key = redirected(client, 4)
+    before = client.maps["client_flows"].lookup(key)
+    frame = on_wire(answer(4, flags="PA", options=[]), theirs(DIP[4]), mine)
+    assert ingress(frame).data == frame
+    frame = on_wire(sent(4), mine, theirs(VIP[4]))
+    run = egress(frame)
+    assert (run.retval, run.data[14:]) == (LWT_OK, frame[14:])
+    quoted = IPv6(src=mine, dst=theirs(DIP[4])) / TCP(sport=4242, dport=80, seq=999)
+    frame = bytes(ether() / IPv6(src="fd00::fe", dst=CLIENT[6]) / ICMPv6DestUnreach() / quoted)
+    run = ingress(frame)
+    assert (run.retval, run.data) == (TC_UNSPEC, frame)
+    assert client.maps["client_flows"].lookup(key) == before
+    assert client.counts() == {}
+
+
+def test_client_prefixes_are_of_one_family(client):
+    """::/0 holds IPv4-mapped addresses; it is no prefix of IPv4 backends."""
+    prefixes = client.maps["client_backends"]
+    for key in list(prefixes.keys()):
+        prefixes.delete(key)
+    prefixes.update(bytes(20), 6)
+    for family, state in ((4, lib.CRAB_CLIENT_WAITING), (6, lib.CRAB_CLIENT_ACCEPTED)):
+        key = pend(client, family)
+        client.programs["crab_ingress"].test_run(bytes(answer(family)))
+        assert flow_at(client, key).state == state
+    assert client.counts()["drop_source"] == 1
 
 
 def is_reset(run: bpf.TestRun, family: int, to: str) -> bool:
@@ -1085,6 +1165,29 @@ def test_decapsulation(dsr, inner, outer):
     other = bytes(ether() / layer(outer)(dst=DIP[outer]) / layer(inner)(dst=OTHER_VIP[inner]) / TCP())
     assert dsr.programs["crab_decap"].test_run(other).data == other
     assert dsr.counts() == {"decapsulated": 1, "not_vip": 1}
+
+
+@pytest.mark.parametrize(
+    ("outer", "source", "target"),
+    [
+        (None, f"::ffff:{CLIENT[4]}", VIP[6]),
+        (None, CLIENT[6], f"::ffff:{VIP[4]}"),
+        (None, f"::ffff:{CLIENT[4]}", f"::ffff:{VIP[4]}"),
+        ((f"::ffff:{TUNNEL_SRC[4]}", f"::ffff:{DIP[4]}"), CLIENT[6], VIP[6]),
+    ],
+)
+def test_mapped_addresses_are_not_decapsulated(dsr, outer, source, target):
+    inner = IPv6(src=source, dst=target) / TCP(dport=80, flags="A")
+    for family in (4, 6):
+        ends = outer or (TUNNEL_SRC[family], DIP[family])
+        tunnel = IPv6 if outer else layer(family)
+        frame = bytes(ether() / tunnel(src=ends[0], dst=ends[1]) / inner)
+        run = dsr.programs["crab_decap"].test_run(frame)
+        assert (run.retval, run.data) == (XDP_PASS, frame)
+    assert "decapsulated" not in dsr.counts()
+    options = [("MSS", 1460)]
+    frame = bytes(ether() / IPv6(src=f"::ffff:{VIP[4]}", dst=CLIENT[6]) / TCP(sport=80, flags="SA", options=options))
+    assert dsr.programs["crab_clamp"].test_run(frame).data == frame
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -122,6 +122,9 @@ def test_bad_backends(text):
 def test_bad_prefixes():
     with pytest.raises(ConfigError, match=r"^10.0.0.1/24 has bits set behind the prefix; write 10.0.0.0/24$"):
         parse_prefix("10.0.0.1/24")
+    for mapped in ("::ffff:10.0.0.0/104", ip_network("::ffff:10.0.0.0/104")):
+        with pytest.raises(ConfigError, match=r"is a prefix of IPv4-mapped addresses; write 10.0.0.0/8$"):
+            parse_prefix(mapped)
     with pytest.raises(ConfigError, match=r"^'here' is not a prefix \(10.0.0.0/8 or fd00::/8\)$"):
         parse_prefix("here")
 

@@ -146,15 +146,17 @@ def frames(draw):
     """Mostly sound TCP packets to one of the services, made by Scapy, with whatever may go wrong."""
     v6 = draw(st.booleans())
     port = draw(st.sampled_from([80, 80, 80, 443, 81, 9]))
-    source = draw(
-        st.sampled_from(["fd00::1", "fd00:5::1", "fd00:5:8000::1"] if v6 else ["10.0.0.1", "10.1.2.3", "10.3.0.1"])
-    )
+    if v6:
+        source = draw(st.sampled_from(["fd00::1", "fd00:5::1", "fd00:5:8000::1", "::1", "::ffff:10.0.0.1"]))
+        vip = draw(st.sampled_from([str(ipaddress.ip_address(VIP6))] * 5 + ["::ffff:10.0.0.100", "::10.0.0.100"]))
+    else:
+        source, vip = draw(st.sampled_from(["10.0.0.1", "10.1.2.3", "10.3.0.1"])), "10.0.0.100"
     layer = (
-        IPv6(src=source, dst=str(ipaddress.ip_address(VIP6)))
+        IPv6(src=source, dst=vip)
         if v6
         else IP(
             src=source,
-            dst=str(ipaddress.ip_address(VIP4)),
+            dst=vip,
             id=draw(st.integers(0, 65535)),
             flags=draw(st.sampled_from(["DF", 0])),
         )
@@ -209,6 +211,47 @@ def test_frames(sequence, experimental, mode, fallback, elsewhere):
     for frame in sequence:
         assert core.outcome(frame) == expected.handle(frame)
         assert core.elsewhere == expected.elsewhere
+
+
+MAPPED = {"source": ("::ffff:10.0.0.1", "fd00::100"), "destination": ("fd00:5::1", "::ffff:10.0.0.100"),
+          "both": ("::ffff:10.0.0.1", "::ffff:10.0.0.100")}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", MAPPED)
+@pytest.mark.parametrize("mode", ["negotiated", "always", "never"])
+@pytest.mark.parametrize("quoted", [False, True])
+def test_mapped_addresses_on_the_wire_are_nobodys(where, mode, quoted):
+    """An IPv4 service's backends are of either family: in an IPv6 header its address would be one of theirs."""
+    expected = reference(mode=mode, fallback="ipip")
+    expected.services[0].table = expected.services[2].table  # IPv6 backends
+    core = Core(expected)
+    client, vip = MAPPED[where]
+    head = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
+    for tags in range(3):
+        for port in (80, 443, 9):
+            for flags, options in (("S", [*LINUX, *OFFER]), ("S", OFFER), ("A", [])):
+                tcp = TCP(sport=7, dport=port, flags=flags, options=options)
+                frame = head / IPv6(src=client, dst=vip) / tcp
+                if quoted:
+                    error = IPv6(src="fd00::fe", dst="fd00::100") / ICMPv6PacketTooBig(mtu=1300)
+                    frame = head / error / IPv6(src=vip, dst=client) / TCP(sport=port, dport=7)
+                service = port == 80 or (port == 443 and where != "source")
+                outcome = "drop_mapped" if service else "drop_not_service"
+                assert core.outcome(bytes(frame)) == (outcome, None)
+        head /= Dot1Q(vlan=tags)
+
+
+def test_prefixes_are_of_one_family():
+    """::/0 holds the mapped addresses of IPv4 clients; it is no prefix of theirs."""
+    expected = reference()
+    for backend in expected.backends:
+        backend.cr = True
+    expected.services[0].prefixes = [ipaddress.ip_network("::/0")]
+    core = Core(expected)
+    tcp = TCP(sport=7, dport=80, flags="S", options=[*LINUX, *OFFER])
+    frame = bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src="10.0.0.1", dst="10.0.0.100") / tcp)
+    assert core.outcome(frame) == expected.handle(frame)
+    assert core.counts()["fallback_prefix"] == 1
 
 
 @settings(max_examples=200)
