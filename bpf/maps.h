@@ -22,6 +22,20 @@
 
 /* ---- load balancer (lb.bpf.c) ---- */
 
+/* What a packet is to valid.h. */
+enum crab_verdict {
+    CRAB_V_OK,
+    CRAB_V_NOT_TCP,    /* not IPv4 or IPv6 with TCP */
+    CRAB_V_FRAGMENT,   /* IPv4 fragment (IPv6 fragments have an extension header) */
+    CRAB_V_IP_OPTIONS, /* IPv4 options or IPv6 extension headers */
+    CRAB_V_MALFORMED   /* truncated, or lengths that contradict each other */
+};
+
+/* A TCP checksum. */
+#define CRAB_CSUM_OK 0
+#define CRAB_CSUM_PARTIAL 1 /* the field holds the folded pseudo-header sum: the sender left it to its network card */
+#define CRAB_CSUM_BAD 2
+
 #define CRAB_MAX_SERVICES 65536
 #define CRAB_MAX_QUEUES 256 /* of all interfaces together */
 #define CRAB_MAX_INTERFACES 64

@@ -70,14 +70,6 @@ size_t crab_option_answer(const uint8_t *options, size_t len);
 
 /* ---- packet ---- */
 
-enum crab_verdict {
-    CRAB_V_OK,
-    CRAB_V_NOT_TCP,    /* not IPv4 or IPv6 with TCP */
-    CRAB_V_FRAGMENT,   /* IPv4 fragment (IPv6 fragments have an extension header) */
-    CRAB_V_IP_OPTIONS, /* IPv4 options or IPv6 extension headers */
-    CRAB_V_MALFORMED   /* truncated, or lengths that contradict each other */
-};
-
 /* A parsed frame: offsets from its first byte. */
 struct crab_packet {
     uint16_t l3;        /* IP header */
@@ -91,10 +83,6 @@ struct crab_packet {
 /* Parse Ethernet, at most two VLAN tags (802.1Q or 802.1ad), IPv4 without options or IPv6 without extension headers, and
  * TCP.  Returns a crab_verdict; *out is valid only with CRAB_V_OK. */
 int crab_packet_parse(const uint8_t *frame, size_t len, struct crab_packet *out);
-
-#define CRAB_CSUM_OK 0
-#define CRAB_CSUM_PARTIAL 1 /* the field holds the folded pseudo-header sum: the sender left it to its network card */
-#define CRAB_CSUM_BAD 2
 
 /* State (CRAB_CSUM_*) of the TCP checksum of an IPv4 or IPv6 datagram without options or extension headers, as
  * crab_packet_parse finds it right, and, unless it is bad, the checksum that it should carry (in memory order) in *right. */

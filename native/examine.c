@@ -31,15 +31,16 @@ CRAB_APART enum crab_counter refuse_mapped(const struct crab_snapshot *s, const 
 
 /* An ICMP error: its connection is that of the packet which it quotes. */
 CRAB_APART enum crab_counter examine_icmp(const struct crab_core *core, const struct crab_snapshot *s,
-                                          const uint8_t *frame, uint32_t len, struct crab_item *it)
+                                          const uint8_t *frame, uint32_t len, struct crab_item *it, uint32_t l3,
+                                          int family)
 {
     uint8_t tuple[36];
-    if (!crab_parse_icmp(frame, len, &it->packet, tuple))
+    if (!crab_parse_icmp(frame, len, l3, family, &it->packet, tuple))
         return CRAB_C_DROP_NOT_SERVICE;
-    if (it->packet.family == 6 &&
-        (crab_either_is_mapped(tuple) || crab_either_is_mapped(frame + it->packet.l3 + CRAB_IP6_SRC)))
+    if (family == 6 &&
+        (crab_either_is_mapped(tuple) || crab_either_is_mapped(frame + l3 + CRAB_IP6_SRC)))
         return refuse_mapped(s, tuple + 16, load16(tuple + 34));
-    if (it->packet.family == 4) {
+    if (family == 4) {
         it->hash = crab_hash4(&s->hash_init, tuple, tuple + 8);
         it->service = crab_service_find(s, 0, 0xffff0000ull | (uint64_t)load32(tuple + 4) << 32, load16(tuple + 10));
     } else {
@@ -49,6 +50,8 @@ CRAB_APART enum crab_counter examine_icmp(const struct crab_core *core, const st
     it->kind = CRAB_KIND_ICMP;
     if (!it->service)
         return CRAB_C_DROP_NOT_SERVICE;
+    if (!crab_icmp_sum_is_right(frame, &it->packet))
+        return CRAB_C_DROP_CHECKSUM;
     it->bucket = crab_flows_bucket(&core->flows, it->hash);
     it->slot = slot_of(s, it, tuple);
     return CRAB_COUNTERS;
@@ -117,7 +120,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     int verdict = crab_parse_at(frame, len, l3, family, p);
     if (crab_unlikely(verdict != CRAB_V_OK)) {
         if (verdict == CRAB_V_NOT_TCP)
-            return examine_icmp(core, s, frame, len, it);
+            return examine_icmp(core, s, frame, len, it, l3, family);
         return verdict == CRAB_V_MALFORMED ? CRAB_C_DROP_MALFORMED : CRAB_C_DROP_NOT_SERVICE;
     }
     const uint8_t *ip = frame + l3, *tcp = ip + (family == 4 ? 20 : 40);
@@ -126,7 +129,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     if (family == 4) {
         a = 0;
         b = 0xffff0000ull | (uint64_t)load32(ip + CRAB_IP4_DST) << 32;
-        if (crab_unlikely(!crab_is_whole(crab_sum_more(0, ip, 20))))
+        if (crab_unlikely(!crab_valid_ip4_sum(ip)))
             return CRAB_C_DROP_CHECKSUM;
         it->hash = crab_hash4(&s->hash_init, addrs, tcp);
     } else {
@@ -144,7 +147,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     __builtin_prefetch(it->bucket, 1);
     it->slot = slot_of(s, it, addrs);
     __builtin_prefetch(it->slot);
-    if (crab_unlikely((p->tcp_flags & CRAB_SYN) && (p->tcp_flags & (CRAB_ACK | CRAB_RST | CRAB_FIN))))
+    if (crab_unlikely(!crab_valid_flags(p->tcp_flags)))
         return CRAB_C_DROP_FLAGS;
     it->sum = crab_tcp_sum(tcp, (size_t)(p->end - p->l4), addrs, family == 4 ? 8 : 32);
     if (crab_unlikely(it->sum.state == CRAB_CSUM_BAD))
