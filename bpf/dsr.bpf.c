@@ -18,6 +18,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "address.h"
+#include "mac.h"
 #include "maps.h"
 
 #define TCPOPT_MSS 2
@@ -43,6 +44,14 @@ struct {
     __type(key, __u32);
     __type(value, __u64);
 } dsr_counters SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 1024);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, __u32);
+    __type(value, struct crab_macs);
+} dsr_macs SEC(".maps");
 
 static __always_inline void count(__u32 what)
 {
@@ -115,6 +124,11 @@ int crab_decap(struct xdp_md *ctx)
     }
     if (foreign || !is_vip(&vip)) {
         count(CRAB_DSR_NOT_VIP);
+        return XDP_PASS;
+    }
+    __u32 ifindex = ctx->ingress_ifindex;
+    if (!crab_is_to(bpf_map_lookup_elem(&dsr_macs, &ifindex), data)) {
+        count(CRAB_DSR_OTHER_MAC);
         return XDP_PASS;
     }
     __builtin_memcpy(&saved, eth, sizeof saved);

@@ -17,6 +17,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "mac.h"
 #include "maps.h"
 #include "match.h"
 #include "siphash.h"
@@ -75,6 +76,14 @@ struct {
     __type(value, struct crab_queues);
 } interfaces SEC(".maps");
 
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, CRAB_MAX_INTERFACES);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, __u32);
+    __type(value, struct crab_macs);
+} macs SEC(".maps");
+
 /* Not preallocated: a change is then seen whole or not at all. */
 struct {
     __uint(type, BPF_MAP_TYPE_HASH);
@@ -127,8 +136,8 @@ static __always_inline int to_socket(struct xdp_md *ctx, __u64 otherwise)
 }
 
 /* A packet of no VIP: a handler's, or the kernel's.  Without a socket it is the kernel's, as it was before there was a
- * handler. */
-static __noinline int pass(struct xdp_md *ctx, __u32 why)
+ * handler.  foreign: it is for another machine. */
+static __noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
 {
     __u32 zero = 0;
     struct crab_matches *matches = bpf_map_lookup_elem(&handlers, &zero);
@@ -142,7 +151,7 @@ static __noinline int pass(struct xdp_md *ctx, __u32 why)
                 return XDP_REDIRECT;
             }
     }
-    count(why);
+    count(foreign ? CRAB_XDP_PASS_OTHER_MAC : why);
     return XDP_PASS;
 }
 
@@ -417,14 +426,17 @@ int crab_lb(struct xdp_md *ctx)
     int icmp, verdict;
 
     if (l3 > end)
-        return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+        return pass(ctx, CRAB_XDP_PASS_MALFORMED, 0);
+    __u32 ifindex = ctx->ingress_ifindex;
+    int ours = crab_is_to(bpf_map_lookup_elem(&macs, &ifindex), data);
+    int foreign = !ours && !(eth->h_dest[0] & 1); /* and no group's, as ARP's and neighbour discovery's are */
     __be16 type = eth->h_proto;
 #pragma unroll
     for (int tags = 0; tags < 2; tags++) {
         if (type != bpf_htons(ETH_P_8021Q) && type != bpf_htons(ETH_P_8021AD))
             break;
         if (l3 + 4 > end)
-            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
         type = *(__be16 *)(l3 + 2);
         l3 += 4;
     }
@@ -433,7 +445,7 @@ int crab_lb(struct xdp_md *ctx)
     if (type == bpf_htons(ETH_P_IP)) {
         struct iphdr *ip = l3;
         if ((void *)(ip + 1) > end)
-            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
         icmp = ip->protocol == IPPROTO_ICMP;
         verdict = crab_valid_header(l3, 4, icmp ? IPPROTO_ICMP : IPPROTO_TCP);
         p.vip.addr[10] = p.vip.addr[11] = p.client[10] = p.client[11] = 0xff;
@@ -449,7 +461,7 @@ int crab_lb(struct xdp_md *ctx)
     } else if (type == bpf_htons(ETH_P_IPV6)) {
         struct ipv6hdr *ip = l3;
         if ((void *)(ip + 1) > end)
-            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
         icmp = ip->nexthdr == IPPROTO_ICMPV6;
         verdict = ip->nexthdr == IPPROTO_FRAGMENT ? CRAB_V_FRAGMENT
                                                   : crab_valid_header(l3, 6, icmp ? IPPROTO_ICMPV6 : IPPROTO_TCP);
@@ -466,29 +478,29 @@ int crab_lb(struct xdp_md *ctx)
         p.pseudo = fold(sum);
         l4 = ip + 1;
     } else {
-        return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
+        return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
     }
     switch (verdict) {
     case CRAB_V_OK:
         break;
     case CRAB_V_FRAGMENT:
-        return pass(ctx, CRAB_XDP_PASS_FRAGMENT);
+        return pass(ctx, CRAB_XDP_PASS_FRAGMENT, foreign);
     case CRAB_V_IP_OPTIONS:
-        return pass(ctx, CRAB_XDP_PASS_IP_OPTIONS);
+        return pass(ctx, CRAB_XDP_PASS_IP_OPTIONS, foreign);
     case CRAB_V_MALFORMED:
-        return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+        return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
     default:
-        return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
+        return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
     }
     if (icmp) {
         __builtin_memset(&p.vip.addr, 0, 16);
         __builtin_memset(&p.client, 0, 16);
         if (!p.len || parse_icmp(l4, end, &p))
-            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
+            return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
     } else {
         struct tcphdr *tcp = l4;
         if ((void *)(tcp + 1) > end)
-            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
         p.vip.port = tcp->dest;
         p.cport = tcp->source;
         p.check = tcp->check;
@@ -498,12 +510,16 @@ int crab_lb(struct xdp_md *ctx)
     }
     p.l4 = (__u16)(l4 - data);
     verdict = -1;
-    if (p.len && !p.mapped)
+    if (p.len && !p.mapped && ours)
         verdict = forward(ctx, &p, flags, icmp);
     if (verdict >= 0)
         return verdict;
     if (!bpf_map_lookup_elem(&services, &p.vip))
-        return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
+        return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
+    if (!ours) { /* the workers would take it */
+        count(foreign ? CRAB_XDP_PASS_OTHER_MAC : CRAB_XDP_PASS_NOT_VIP);
+        return XDP_PASS;
+    }
     if (p.mapped) {
         count(CRAB_XDP_DROP_MAPPED);
         return XDP_DROP;

@@ -46,6 +46,13 @@ struct crab_queues {
     __u32 count;
 };
 
+/* Value of maps `macs` and `dsr_macs` (key: ifindex, __u32): the MAC addresses to which what comes in by an interface is sent,
+ * as numbers whose lowest byte is the first; all are filled, with one of them again if need be. */
+#define CRAB_MAX_MACS 16
+struct crab_macs {
+    __u64 list[CRAB_MAX_MACS];
+};
+
 /* Key of map `services`. */
 struct crab_vip {
     __u8 addr[16];
@@ -153,6 +160,7 @@ enum crab_xdp_counter {
     CRAB_XDP_HANDLER,           /* no VIP's, but a handler's: handed to an AF_XDP socket */
     CRAB_XDP_FLOW,              /* a known flow's packet, forwarded by the program alone */
     CRAB_XDP_DROP_NO_SOCKET,    /* a VIP's packet, and no daemon has a socket on this queue */
+    CRAB_XDP_PASS_OTHER_MAC,    /* sent to another machine's MAC address: given to the kernel, which drops it */
     CRAB_XDP_DROP_MAPPED,       /* to an IPv4 VIP, or from an IPv4 address, but in an IPv6 header (IPv4-mapped) */
     CRAB_XDP_COUNTERS
 };
@@ -216,6 +224,7 @@ enum crab_dsr_counter {
     CRAB_DSR_DECAPSULATED, /* packets whose outer header was taken off */
     CRAB_DSR_NOT_VIP,      /* IP in IP, but not to a VIP of ours: left to the kernel */
     CRAB_DSR_CLAMPED,      /* SYN-ACKs whose MSS was lowered */
+    CRAB_DSR_OTHER_MAC,    /* IP in IP to another machine's MAC address: left to the kernel, which drops it */
     CRAB_DSR_COUNTERS
 };
 

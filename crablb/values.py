@@ -33,6 +33,7 @@ __all__ = [
 
 PORT = 7171  # of reports
 MAX_WEIGHT = 65535
+MAX_MACS = 14  # CRAB_MAX_MACS of bpf/maps.h, less an interface's own and its master's
 E = TypeVar("E", bound=Enum)
 
 
@@ -151,6 +152,23 @@ def parse_backend(value: object) -> Backend:
 def parse_address(value: object) -> Address:
     """A backend's address.  Raises :class:`ConfigError`."""
     return value if isinstance(value, Address) else parse_backend(value).address
+
+
+def parse_macs(value: object) -> tuple[str, ...]:
+    """A list of MAC addresses.  Raises :class:`ConfigError`."""
+    macs = tuple(dict.fromkeys(_mac(each) for each in listed(value)))
+    if len(macs) > MAX_MACS:
+        raise ConfigError(f"{len(macs)} MAC addresses; the limit is {MAX_MACS}")
+    return macs
+
+
+def _mac(value: object) -> str:
+    text = string(value).lower()
+    if not re.fullmatch(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", text):
+        raise ConfigError(f"{shown(value)} is not a MAC address (00:00:5e:00:01:07)")
+    if text in ("00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff"):
+        raise ConfigError(f"{text} is nobody's MAC address")
+    return text
 
 
 def parse_weight(value: object) -> int:

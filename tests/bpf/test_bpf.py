@@ -36,6 +36,7 @@ from crablb.kernel.counters import counter_names
 from crablb.kernel.xsk import XskSocket
 from crablb.model import mapped
 from tests.helpers.frames import ether
+from tests.helpers.native import compiled
 from tests.helpers.processes import until
 from tests.reference import packets as reference
 from tests.reference.siphash import siphash
@@ -1139,6 +1140,52 @@ def test_icmp_errors_follow_the_flow(flows, family, kind):
         assert run(frame[:length]).retval in (XDP_PASS, XDP_REDIRECT)
 
 
+# ---- whose frames ----
+
+
+def macs(*own: str) -> bytes:
+    """``struct crab_macs``."""
+    listed = [bytes.fromhex(mac.replace(":", "")) + bytes(2) for mac in own]
+    return b"".join(listed + listed[:1] * (lib.CRAB_MAX_MACS - len(listed)))
+
+
+OURS, ROUTERS, FOREIGN = "02:00:00:00:00:02", "00:00:5e:00:01:07", "02:00:00:00:99:99"
+
+
+def sent_to(mac: str, frame: bytes) -> bytes:
+    return bytes.fromhex(mac.replace(":", "")) + frame[6:]
+
+
+@pytest.mark.parametrize("tunnel", [False, True])
+@pytest.mark.parametrize("family", [4, 6])
+def test_frames_to_another_mac_address_are_let_alone(flows, family, tunnel):
+    know(flows, family, DIP[family], tunnel=tunnel)
+    flows.maps["macs"].update(LO, macs(OURS, ROUTERS))
+    quoted = layer(family)(src=VIP[family], dst=CLIENT[family]) / TCP(sport=80, dport=4242)
+    frames = [bytes(ether() / to_vip(family, flags=flags)) for flags in ("A", "S")]
+    frames += [bytes(ether() / Dot1Q(vlan=5) / to_vip(family)), icmp_error(family, 3, quoted)]
+    run = flows.programs["crab_lb"].test_run
+    for frame in frames:
+        for mac in (FOREIGN, "00:00:00:00:00:00", "02:00:00:00:00:03", "03:00:00:00:00:02", "ff:ff:ff:ff:ff:ff"):
+            got = run(sent_to(mac, frame))
+            assert (got.retval, got.data) == (XDP_PASS, sent_to(mac, frame))
+    assert flows.counts() == {"pass_other_mac": 3 * len(frames), "pass_not_vip": 2 * len(frames)}
+    for mac in (OURS, ROUTERS):
+        know(flows, family, DIP[family], tunnel=tunnel)  # the SYN has it asked about
+        assert {run(sent_to(mac, frame)).retval for frame in frames} == {XDP_TX, XDP_REDIRECT}
+    # A handler may have what is no VIP's, and nothing else.
+    flows.maps["handlers"].update(0, bytes(ffi.buffer(compiled([{"protocol": 6}, {"ethertype": 0x0806}]))))
+    other = bytes(ether() / layer(family)(dst=OTHER_VIP[family]) / TCP(dport=80))
+    for mac in (FOREIGN, "ff:ff:ff:ff:ff:ff"):
+        assert run(sent_to(mac, frames[0])).retval == XDP_PASS
+        assert run(sent_to(mac, other)).retval == XDP_REDIRECT
+        assert run(sent_to(mac, bytes(ether() / ARP()))).retval == XDP_REDIRECT
+    # What is said of another interface is nothing to this one.
+    flows.maps["macs"].delete(LO)
+    flows.maps["macs"].update(LO + 1, macs(ROUTERS))
+    assert run(sent_to(FOREIGN, frames[1])).retval == XDP_REDIRECT
+
+
 # ---- direct server return on the server ----
 
 
@@ -1165,6 +1212,18 @@ def test_decapsulation(dsr, inner, outer):
     other = bytes(ether() / layer(outer)(dst=DIP[outer]) / layer(inner)(dst=OTHER_VIP[inner]) / TCP())
     assert dsr.programs["crab_decap"].test_run(other).data == other
     assert dsr.counts() == {"decapsulated": 1, "not_vip": 1}
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+def test_tunnels_to_another_mac_address_are_let_alone(dsr, outer):
+    dsr.maps["dsr_macs"].update(LO, macs(OURS))
+    frame = bytes(ether() / layer(outer)(src=TUNNEL_SRC[outer], dst=DIP[outer]) / to_vip(4, flags="A"))
+    run = dsr.programs["crab_decap"].test_run
+    for mac in (FOREIGN, "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"):
+        assert run(sent_to(mac, frame)).data == sent_to(mac, frame)
+    assert dsr.counts() == {"other_mac": 4}
+    assert len(run(frame).data) < len(frame)
+    assert dsr.counts() == {"other_mac": 4, "decapsulated": 1}
 
 
 @pytest.mark.parametrize(
