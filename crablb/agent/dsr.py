@@ -158,7 +158,12 @@ def sync(
     if stale := bool(mss and told and told != mss):
         found.append(f"SYN-ACKs from VIPs offer an MSS of {told[0]}, and what the interfaces take is {mss[0]}")
     macs = {socket.if_nametoindex(name): _macs(links, name) for name in there}
-    others = [name for name in there if _told_macs(folder, name) not in (macs[socket.if_nametoindex(name)], None)]
+    others = [
+        name
+        for name in there
+        if (name, "crab_decap") not in lacking
+        and _told_macs(folder, name) not in (macs[socket.if_nametoindex(name)], None)
+    ]
     found += [f"tunnelled packets to the MAC address that {name} has now are let alone" for name in others]
     if mend and (lacking or stale or others):
         _mend(lacking, mss, macs, state, folder, note)
