@@ -17,6 +17,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "hop.h"
 #include "mac.h"
 #include "maps.h"
 #include "match.h"
@@ -300,6 +301,16 @@ static __always_inline int checksum(struct xdp_md *ctx, const struct packet *p, 
     return !icmp && p->check == p->pseudo ? CRAB_CSUM_PARTIAL : CRAB_CSUM_BAD;
 }
 
+/* Does a backend merely send back what was sent to it?  Unless it is the connection's client too. */
+static __always_inline int is_sent_back(const __u8 *frame, const struct packet *p, const struct crab_path *path)
+{
+    const __u16 *from = (const void *)(frame + 6), *to = (const void *)path->macs;
+    const __u32 *client = (const void *)p->client, *backend = (const void *)path->addr;
+    if ((from[0] ^ to[0]) | (from[1] ^ to[1]) | (from[2] ^ to[2]))
+        return 0;
+    return ((client[0] ^ backend[0]) | (client[1] ^ backend[1]) | (client[2] ^ backend[2]) | (client[3] ^ backend[3])) != 0;
+}
+
 /* Forward a known flow's packet; flags: its TCP flags.  Returns an XDP action, or -1: it is none, or user space decides. */
 static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, __u8 flags, int icmp)
 {
@@ -362,6 +373,20 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         outer = path->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
     if ((tunnel || !back) && p->len + outer > path->mtu)
         return -1; /* user space tells the client */
+    if (!tunnel) {
+        void *data = (void *)(long)ctx->data;
+        if (data + ETH_HLEN + sizeof(struct iphdr) > (void *)(long)ctx->data_end)
+            return XDP_DROP;
+        __u32 why = 0;
+        if (is_sent_back(data, p, path))
+            why = CRAB_XDP_DROP_SENT_BACK;
+        else if (!crab_has_hop(data + ETH_HLEN, p->v6 ? 6 : 4))
+            why = CRAB_XDP_DROP_HOPS;
+        if (why) {
+            count(why);
+            return XDP_DROP;
+        }
+    }
     if (flow.seen != now)
         f->seen = now;
     if (flags & CRAB_RST)
@@ -378,9 +403,10 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
             return XDP_DROP;
     } else {
         void *data = (void *)(long)ctx->data;
-        if (data + 12 > (void *)(long)ctx->data_end)
+        if (data + ETH_HLEN + sizeof(struct iphdr) > (void *)(long)ctx->data_end)
             return XDP_DROP;
         __builtin_memcpy(data, path->macs, 12);
+        crab_take_hop(data + ETH_HLEN, p->v6 ? 6 : 4);
     }
     count(CRAB_XDP_FLOW);
     counters->packets++;

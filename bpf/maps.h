@@ -160,6 +160,8 @@ enum crab_xdp_counter {
     CRAB_XDP_HANDLER,           /* no VIP's, but a handler's: handed to an AF_XDP socket */
     CRAB_XDP_FLOW,              /* a known flow's packet, forwarded by the program alone */
     CRAB_XDP_DROP_NO_SOCKET,    /* a VIP's packet, and no daemon has a socket on this queue */
+    CRAB_XDP_DROP_HOPS,         /* a known flow's packet that has no hop left (TTL, hop limit) */
+    CRAB_XDP_DROP_SENT_BACK,    /* a known flow's packet, from the backend that it would be sent to, which is not its source */
     CRAB_XDP_PASS_OTHER_MAC,    /* sent to another machine's MAC address: given to the kernel, which drops it */
     CRAB_XDP_DROP_MAPPED,       /* to an IPv4 VIP, or from an IPv4 address, but in an IPv6 header (IPv4-mapped) */
     CRAB_XDP_COUNTERS

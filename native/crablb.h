@@ -277,6 +277,8 @@ enum crab_counter {
     CRAB_C_DROP_NO_BACKEND,
     CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
     CRAB_C_DROP_TOO_BIG,  /* does not fit on the way, and may be fragmented: that is for the sender to do */
+    CRAB_C_DROP_HOPS,     /* no hop is left (TTL, hop limit) to forward it by MAC address */
+    CRAB_C_DROP_SENT_BACK, /* from the backend that it would be sent to by MAC address, which is not its source */
     CRAB_C_DROP_HANDLER,  /* its handler failed */
     CRAB_C_DROP_TX,       /* the kernel refused to send */
     /* seen on the way, beside one of the above */

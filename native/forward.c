@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Second pass: decide about each frame, and rewrite it. */
 #include "batch.h"
+#include "hop.h"
 #include "rewrite.h"
 
 #define BACKENDS_AHEAD 8
@@ -72,6 +73,16 @@ static inline bool same_family(const struct crab_packet *p, const struct crab_ba
     return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
 }
 
+/* Does a backend merely send back what was sent to it?  Unless it is the packet's source: it may be a client too. */
+static inline bool is_sent_back(const uint8_t *frame, const struct crab_packet *p, const struct crab_backend *backend)
+{
+    const uint8_t *ip = frame + p->l3;
+    if (crab_likely(memcmp(frame + 6, backend->dst_mac, 6)))
+        return false;
+    return p->family == 4 ? memcmp(ip + CRAB_IP4_SRC, backend->addr + 12, 4)
+                          : memcmp(ip + CRAB_IP6_SRC, backend->addr, 16);
+}
+
 /* Forward a frame, whose headers are right otherwise, by direct server return.  Returns `outcome`, or the counter of
  * what became of it instead. */
 CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_frame *frame, const struct crab_item *it,
@@ -83,6 +94,13 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
     bool by_mac = on_link && how != CRAB_FALLBACK_IPIP && same_family(p, backend);
     if (crab_unlikely(!by_mac && how == CRAB_FALLBACK_L2))
         return CRAB_C_DROP_NO_PATH;
+    if (by_mac) {
+        const uint8_t *ip = frame->data + p->l3;
+        if (crab_unlikely(is_sent_back(frame->data, p, backend)))
+            return CRAB_C_DROP_SENT_BACK;
+        if (crab_unlikely(!crab_has_hop(ip, p->family)))
+            return CRAB_C_DROP_HOPS;
+    }
     uint32_t outer = by_mac ? 0 : crab_outer_header(backend);
     /* On the segment that it came from it fits: there no router would say so either. */
     bool must_fit = !by_mac || frame->ifindex != backend->ifindex;
@@ -94,7 +112,9 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
         frame->data = crab_answer_too_big(frame->data, &frame->len, p, backend->mtu - outer);
         return CRAB_C_TOO_BIG;
     }
-    if (!by_mac) {
+    if (by_mac) {
+        crab_take_hop(frame->data + p->l3, p->family);
+    } else {
         frame->data = crab_encapsulate(frame->data, &frame->len, p, backend, it->hash);
         core->counters[CRAB_C_ENCAPSULATED]++;
     }

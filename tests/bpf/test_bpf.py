@@ -35,7 +35,7 @@ from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.kernel.xsk import XskSocket
 from crablb.model import mapped
-from tests.helpers.frames import ether
+from tests.helpers.frames import a_hop_less, ether
 from tests.helpers.native import compiled
 from tests.helpers.processes import until
 from tests.reference import packets as reference
@@ -954,7 +954,7 @@ def test_flow_by_mac(flows, family):
     frame = bytes(ether() / to_vip(family, flags="PA") / b"data")
     run = flows.programs["crab_lb"].test_run(frame)
     assert run.retval == XDP_TX
-    assert run.data == MACS + frame[12:]
+    assert run.data == a_hop_less(MACS + frame[12:])
     assert flows.counts() == {"flow": 1}
     counted = statistics.read_services(flows.maps["services"], flows.maps["service_counters"])
     assert counted[url(VIP[family], 80)] == {"packets": 1, "bytes": len(frame)}
@@ -1036,6 +1036,43 @@ def test_flow_user_space_is_asked(flows, family, name):
     frame = bytes(ether() / to_vip(family, **fields))
     run = flows.programs["crab_lb"].test_run(frame)
     assert (run.retval, run.data) == (XDP_REDIRECT, frame)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_flow_loses_a_hop(flows, family):
+    """By MAC address: what would go round ends.  Through a tunnel the inner packet stays as it is."""
+    run = flows.programs["crab_lb"].test_run
+    hops = "ttl" if family == 4 else "hlim"
+
+    def frame(left: int) -> bytes:
+        packet = to_vip(family, flags="FA")
+        setattr(packet, hops, left)
+        return bytes(ether() / packet)
+
+    hash_ = know(flows, family, DIP[family])
+    for left in (1, 0):
+        assert run(frame(left)).retval == XDP_DROP
+    assert known(flows, hash_)["state"] == lib.CRAB_FLOW_OPEN  # it was not forwarded: nothing has happened
+    assert flows.counts() == {"drop_hops": 2}
+    for left in (2, 64, 255):
+        assert run(frame(left)).data == a_hop_less(MACS + frame(left)[12:])
+    know(flows, family, DIP[family], tunnel=True)
+    assert run(frame(1)).data.endswith(frame(1)[14:])
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_flow_that_its_backend_sends_back(flows, family):
+    """It ends here.  A backend that is the client itself is served, and so is everybody else that it forwards for."""
+    run = flows.programs["crab_lb"].test_run
+    frame = bytes(ether() / to_vip(family, flags="A"))
+    back = frame[:6] + MACS[:6] + frame[12:]
+    know(flows, family, DIP[family])
+    assert run(back).retval == XDP_DROP
+    assert flows.counts() == {"drop_sent_back": 1}
+    know(flows, family, CLIENT[family])  # the backend's address is the packet's source
+    assert run(back).retval == XDP_TX
+    know(flows, family, DIP[family], tunnel=True)
+    assert run(back).retval == XDP_TX
 
 
 def test_flow_too_large_for_the_tunnel(flows):
@@ -1130,7 +1167,7 @@ def test_icmp_errors_follow_the_flow(flows, family, kind):
     know(flows, family, DIP[family])
     got = run(frame)
     assert got.retval == (XDP_TX if kind in errors else XDP_PASS)
-    assert got.data == (MACS + frame[12:] if kind in errors else frame)
+    assert got.data == (a_hop_less(MACS + frame[12:]) if kind in errors else frame)
     for wrong in (
         layer(family)(src=DIP[family], dst=CLIENT[family]) / TCP(sport=80, dport=4242),
         layer(family)(src=VIP[family], dst=CLIENT[family]) / TCP(sport=81, dport=4242),

@@ -10,6 +10,7 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from crablb.lab import VIP4, VIP6, Lab, Node
+from crablb.lab.demo import start_agent
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import exchange, until
 from tests.helpers.world import World, agent_status, command, status
@@ -101,3 +102,48 @@ def test_two_load_balancers_and_a_switch_that_floods(make_world):
     until(lambda: status(world.lab, second)["xdp"]["pass_other_mac"] > 0)
     until(lambda: status(world.lab, second)["xdp"]["pass_other_mac"] > 2)  # the client's retransmissions
     assert received() - before < 200
+
+
+def without_vips(world: World, server: Node) -> None:
+    """The VIPs are no addresses of a server any more, but a route's, through the load balancer."""
+    server.ip(f"addr del {VIP4}/32 dev lo", f"addr del {VIP6}/128 dev lo")
+    server.ip(f"route add {VIP4}/32 via {world.lab.lb.ip4}", f"route add {VIP6}/128 via {world.lab.lb.ip6}")
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_backend_that_sends_back(make_world, family):
+    """It forwards, and has no VIP: its packets end at the load balancer."""
+    world = make_world(offload=False)
+    server = world.lab.servers[0]
+    without_vips(world, server)
+    server.set({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1, "net.ipv4.conf.all.send_redirects": 0})
+    world.serve("--mode", "never")
+    client = world.python(world.lab.client, "echo", VIP[family], "80", "1")
+    until(lambda: status(world.lab)["total"]["drop_sent_back"] > 1)  # the SYN, and once more
+    client.kill()
+    client.wait()
+    total = status(world.lab)["total"]
+    assert total["drop_sent_back"] <= total["fallback_mode"]
+    assert total["received"] == total["drop_sent_back"] + total["fallback_mode"]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_backend_that_is_a_client_too(make_world, family):
+    """By the fallback and by redirection."""
+    world = make_world(servers=2, offload=False)
+    world.servers()
+    first, second = world.lab.servers
+    without_vips(world, second)
+    what = [f"tcp://{VIP4}:80={first.ip4},{second.ip4}*0", f"tcp://[{VIP6}]:80={first.ip6},{second.ip6}*0"]
+    world.serve(what=what)
+    seen = world.echo(VIP[family], node=second)
+    assert (seen["intact"], seen["server"], seen["peer"]) == (True, "server1", VIP[family])
+    prefixes = [part for prefix in world.lab.prefixes() for part in ("--backends", prefix)]
+    agent = start_agent(second, "client", *prefixes, "--no-verify")
+    seen = world.echo(VIP[family], node=second)
+    assert seen["intact"]
+    assert seen["accepted_on"] == (first.ip4 if family == 4 else first.ip6)
+    total = status(world.lab)["total"]
+    assert (total["redirected"], total["drop_sent_back"]) == (1, 0)
+    agent.terminate()
+    assert agent.wait() == 0

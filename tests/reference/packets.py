@@ -281,12 +281,21 @@ class LoadBalancer:
             return "drop_no_path", None
         by_mac = backend.on_link and same and service.fallback != "ipip"
         v4 = len(service.vip) == 4
+        source = ip[12:16] if v4 else ip[8:24]
+        if by_mac and ethernet[6:12] == backend.mac and source != backend.address:
+            return "drop_sent_back", None
+        hops = 8 if v4 else 7
+        if by_mac and ip[hops] <= 1:
+            return "drop_hops", None
         fits = backend.mtu - (0 if by_mac else 20 if len(backend.address) == 4 else 40)
         if len(ip) > fits and (not by_mac or backend.elsewhere):
             if v4 and not ip[6] & 0x40:
                 return "drop_too_big", None
             return "too_big", ethernet[6:12] + ethernet[:6] + ethernet[12:] + too_big(ip, fits)
         if by_mac:
+            ip = ip[:hops] + bytes([ip[hops] - 1]) + ip[hops + 1 :]
+            if v4:
+                ip = ip[:10] + struct.pack("!H", checksum(ip[:10] + b"\0\0" + ip[12:20])) + ip[12:]
             return outcome, self.ethernet(ethernet, backend) + ip
         traffic_class = ip[1] if v4 else int.from_bytes(ip[:2], "big") >> 4 & 0xFF
         protocol = 4 if v4 else 41
