@@ -39,7 +39,7 @@ def packet(i: int) -> bytes:
     tcp = struct.pack("!HHIIBBHHH", port, VIP.port, 1, 1, 0x50, 0x10, 500, 0, 0)
     right = ffi.new("uint16_t *")
     lib.crab_csum_state(bytes(ip) + tcp, len(ip) + len(tcp), right)
-    return bytes(12) + b"\x08\x00" + bytes(ip) + tcp[:16] + bytes(ffi.buffer(right)) + tcp[18:] + bytes(6)
+    return bytes(6) + b"\x02\0\0\0\0\x01\x08\0" + bytes(ip) + tcp[:16] + bytes(ffi.buffer(right)) + tcp[18:] + bytes(6)
 
 
 def fill(table: flowmap.FlowTable, count: int, tunnel: bool) -> list[int]:
