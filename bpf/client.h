@@ -10,6 +10,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "address.h"
 #include "length.h"
 #include "maps.h"
 
@@ -95,7 +96,7 @@ CRAB_INLINE void map_v4(void *addr, __be32 v4)
 CRAB_INLINE int is_mapped(const __u8 addr[16])
 {
     const __u32 *w = (const void *)addr;
-    return !w[0] && !w[1] && w[2] == bpf_htonl(0xffff);
+    return crab_words_are_mapped(w[0], w[1], w[2]);
 }
 
 CRAB_INLINE int same(const __u8 a[16], const __u8 b[16])
@@ -108,7 +109,8 @@ CRAB_INLINE int in_prefixes(const __u8 addr[16])
 {
     struct crab_lpm key = {.bits = 128};
     copy(key.addr, addr);
-    return bpf_map_lookup_elem(&client_backends, &key) != NULL;
+    __u32 *family = bpf_map_lookup_elem(&client_backends, &key);
+    return family && !(*family == 6 && is_mapped(addr)); /* ::/0 holds mapped addresses too */
 }
 
 CRAB_INLINE struct crab_client_vip *vip_of(const __u8 addr[16], __be16 port)

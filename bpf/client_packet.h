@@ -51,6 +51,8 @@ CRAB_INLINE int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __be
             return -1;
         copy(src, &ip->saddr);
         copy(dst, &ip->daddr);
+        if (is_mapped(src) || is_mapped(dst)) /* on the wire it is nobody's */
+            return -1;
         p->l4 = l3 + sizeof *ip;
         p->proto = ip->nexthdr;
         p->v6 = 1;

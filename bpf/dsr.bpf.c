@@ -17,6 +17,8 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "address.h"
+#include "mac.h"
 #include "maps.h"
 
 #define TCPOPT_MSS 2
@@ -42,6 +44,14 @@ struct {
     __type(key, __u32);
     __type(value, __u64);
 } dsr_counters SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 1024);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, __u32);
+    __type(value, struct crab_macs);
+} dsr_macs SEC(".maps");
 
 static __always_inline void count(__u32 what)
 {
@@ -70,6 +80,7 @@ int crab_decap(struct xdp_md *ctx)
     void *inner;
     __u8 proto;
     __u32 outer;
+    int foreign = 0; /* to or from an IPv4-mapped address, which is no VIP's */
 
     if ((void *)(eth + 1) > end)
         return XDP_PASS;
@@ -83,6 +94,8 @@ int crab_decap(struct xdp_md *ctx)
     } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
         struct ipv6hdr *ip = (void *)(eth + 1);
         if ((void *)(ip + 1) > end)
+            return XDP_PASS;
+        if (crab_either_is_mapped((void *)&ip->saddr))
             return XDP_PASS;
         proto = ip->nexthdr;
         outer = sizeof *ip;
@@ -104,12 +117,18 @@ int crab_decap(struct xdp_md *ctx)
         if ((void *)(ip + 1) > end || ip->version != 6)
             return XDP_PASS;
         __builtin_memcpy(vip.addr, &ip->daddr, 16);
+        foreign = crab_either_is_mapped((void *)&ip->saddr);
         type = bpf_htons(ETH_P_IPV6);
     } else {
         return XDP_PASS;
     }
-    if (!is_vip(&vip)) {
+    if (foreign || !is_vip(&vip)) {
         count(CRAB_DSR_NOT_VIP);
+        return XDP_PASS;
+    }
+    __u32 ifindex = ctx->ingress_ifindex;
+    if (!crab_is_to(bpf_map_lookup_elem(&dsr_macs, &ifindex), data)) {
+        count(CRAB_DSR_OTHER_MAC);
         return XDP_PASS;
     }
     __builtin_memcpy(&saved, eth, sizeof saved);
@@ -177,6 +196,8 @@ int crab_clamp(struct __sk_buff *skb)
         if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof ip) || ip.nexthdr != IPPROTO_TCP)
             return TC_ACT_UNSPEC;
         __builtin_memcpy(vip.addr, &ip.saddr, 16);
+        if (crab_is_mapped(vip.addr))
+            return TC_ACT_UNSPEC;
         l4 = ETH_HLEN + sizeof ip;
         family = 1;
     } else {

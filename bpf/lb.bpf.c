@@ -17,11 +17,12 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "hop.h"
+#include "mac.h"
 #include "maps.h"
 #include "match.h"
 #include "siphash.h"
-
-#define IP_MF_OFFSET 0x3fff /* more-fragments flag and fragment offset */
+#include "valid.h"
 
 struct {
     __uint(type, BPF_MAP_TYPE_HASH);
@@ -76,6 +77,14 @@ struct {
     __type(value, struct crab_queues);
 } interfaces SEC(".maps");
 
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, CRAB_MAX_INTERFACES);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, __u32);
+    __type(value, struct crab_macs);
+} macs SEC(".maps");
+
 /* Not preallocated: a change is then seen whole or not at all. */
 struct {
     __uint(type, BPF_MAP_TYPE_HASH);
@@ -128,8 +137,8 @@ static __always_inline int to_socket(struct xdp_md *ctx, __u64 otherwise)
 }
 
 /* A packet of no VIP: a handler's, or the kernel's.  Without a socket it is the kernel's, as it was before there was a
- * handler. */
-static __noinline int pass(struct xdp_md *ctx, __u32 why)
+ * handler.  foreign: it is for another machine. */
+static __noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
 {
     __u32 zero = 0;
     struct crab_matches *matches = bpf_map_lookup_elem(&handlers, &zero);
@@ -143,7 +152,7 @@ static __noinline int pass(struct xdp_md *ctx, __u32 why)
                 return XDP_REDIRECT;
             }
     }
-    count(why);
+    count(foreign ? CRAB_XDP_PASS_OTHER_MAC : why);
     return XDP_PASS;
 }
 
@@ -160,10 +169,13 @@ struct packet {
     struct crab_vip vip;
     __u8 client[16];
     __be16 cport;
-    __u32 pseudo; /* sum of the TCP pseudo-header */
-    __u32 frame;   /* bytes */
-    __u16 l3, len; /* of the IP packet: offset, length in bytes */
+    __be16 check;   /* of TCP */
+    __u32 pseudo;   /* sum of the pseudo-header */
+    __u32 frame;    /* bytes */
+    __u32 len;      /* bytes of the IP packet; 0: it is not what its headers say, and user space refuses it */
+    __u16 l3, l4;   /* offsets of the headers */
     __u8 class, v6;
+    __u8 mapped; /* an IPv4-mapped address is in it: nobody's connection */
 };
 
 /* Put an IP header in front of the frame's own (RFC 2003, RFC 2473, RFC 4213). */
@@ -188,7 +200,7 @@ static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *
         __u32 label = (__u32)p->cport ^ p->pseudo; /* RFC 6438: any function of the flow */
         __builtin_memcpy(&six->eth, path->macs, 12);
         six->eth.h_proto = bpf_htons(ETH_P_IPV6);
-        struct ipv6hdr ip = {.payload_len = bpf_htons(p->len), .nexthdr = proto, .hop_limit = 64};
+        struct ipv6hdr ip = {.payload_len = bpf_htons((__u16)p->len), .nexthdr = proto, .hop_limit = 64};
         *(__be32 *)&ip = bpf_htonl(6u << 28 | (__u32)p->class << 20 | (label & 0xfffff));
         __builtin_memcpy(&ip.saddr, path->tunnel_src, 16);
         __builtin_memcpy(&ip.daddr, path->addr, 16);
@@ -222,10 +234,6 @@ static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *
     return 0;
 }
 
-#define FIN 1
-#define SYN 2
-#define RST 4
-
 /* The connection's hash, as crab_hash4 and crab_hash6 of native/hash.h have it. */
 static __always_inline __u64 flow_hash(const struct crab_hashing *h, const struct packet *p)
 {
@@ -243,8 +251,68 @@ static __always_inline __u64 flow_hash(const struct crab_hashing *h, const struc
     return crab_sip_end(&s, ports | 36ull << 56);
 }
 
+/* The sum of len bytes at an offset, in 32 bits; 0 (which no packet's is), if they are too many.  By the helper, in pieces of
+ * so many bytes that both it and the verifier take them.  Global, so that it is verified once. */
+__noinline __u32 sum_of(struct xdp_md *ctx, __u32 at, __u32 len)
+{
+    void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+    __u32 sum = 0;
+#define SUM(size)                                                \
+    do {                                                         \
+        at &= 0x3fff;                                            \
+        if (data + at + (size) > end)                            \
+            return 0;                                            \
+        sum = (__u32)bpf_csum_diff(NULL, 0, data + at, size, sum); \
+        at += (size);                                            \
+    } while (0)
+    if (len >= 0x2000)
+        return 0;
+    for (int i = 0; i < 16 && len >= 512; i++) {
+        SUM(512);
+        len -= 512;
+    }
+#pragma unroll
+    for (__u32 size = 256; size >= 4; size /= 2)
+        if (len & size)
+            SUM(size);
+#undef SUM
+    __u64 rest = sum;
+    at &= 0x3fff;
+    if (len & 2) {
+        if (data + at + 2 > end)
+            return 0;
+        rest += *(__u16 *)(data + at);
+        at += 2;
+    }
+    if (len & 1) { /* the first byte of a word whose second is zero */
+        if (data + at + 1 > end)
+            return 0;
+        rest += *(__u8 *)(data + at);
+    }
+    return (__u32)((rest & 0xffffffff) + (rest >> 32));
+}
+
+/* The checksum of a packet's TCP segment or ICMP message: CRAB_CSUM_*. */
+static __always_inline int checksum(struct xdp_md *ctx, const struct packet *p, int icmp)
+{
+    __u32 sum = sum_of(ctx, p->l4, p->len - (p->l4 - p->l3));
+    if (sum && crab_is_whole((__u64)sum + p->pseudo))
+        return CRAB_CSUM_OK;
+    return !icmp && p->check == p->pseudo ? CRAB_CSUM_PARTIAL : CRAB_CSUM_BAD;
+}
+
+/* Does a backend merely send back what was sent to it?  Unless it is the connection's client too. */
+static __always_inline int is_sent_back(const __u8 *frame, const struct packet *p, const struct crab_path *path)
+{
+    const __u16 *from = (const void *)(frame + 6), *to = (const void *)path->macs;
+    const __u32 *client = (const void *)p->client, *backend = (const void *)path->addr;
+    if ((from[0] ^ to[0]) | (from[1] ^ to[1]) | (from[2] ^ to[2]))
+        return 0;
+    return ((client[0] ^ backend[0]) | (client[1] ^ backend[1]) | (client[2] ^ backend[2]) | (client[3] ^ backend[3])) != 0;
+}
+
 /* Forward a known flow's packet; flags: its TCP flags.  Returns an XDP action, or -1: it is none, or user space decides. */
-static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, __u32 flags)
+static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, __u8 flags, int icmp)
 {
     __u32 zero = 0;
     struct crab_hashing *h = bpf_map_lookup_elem(&hashing, &zero);
@@ -275,7 +343,10 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     } flow = {.word = *(volatile __u64 *)&f->backend};
     if (f->hash != hash)
         return -1;
-    if (flags & SYN) {
+    int sum = checksum(ctx, p, icmp);
+    if (sum == CRAB_CSUM_BAD)
+        return -1;
+    if (flags & CRAB_SYN) {
         f->flags = flow.flags | CRAB_FLOW_ASK;
         return -1;
     }
@@ -285,7 +356,9 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         f->hash = 0;
         return -1;
     }
-    if (flow.flags & CRAB_FLOW_ASK || p->l3 != ETH_HLEN)
+    /* A virtual neighbour (veth, virtio) may have left the checksum to a network card that does not exist: user space
+     * completes it. */
+    if (sum != CRAB_CSUM_OK || flow.flags & CRAB_FLOW_ASK || p->l3 != ETH_HLEN)
         return -1;
     __u32 backend = flow.backend, service = flow.service;
     struct crab_path *path = bpf_map_lookup_elem(&paths, &backend);
@@ -300,11 +373,25 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         outer = path->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
     if ((tunnel || !back) && p->len + outer > path->mtu)
         return -1; /* user space tells the client */
+    if (!tunnel) {
+        void *data = (void *)(long)ctx->data;
+        if (data + ETH_HLEN + sizeof(struct iphdr) > (void *)(long)ctx->data_end)
+            return XDP_DROP;
+        __u32 why = 0;
+        if (is_sent_back(data, p, path))
+            why = CRAB_XDP_DROP_SENT_BACK;
+        else if (!crab_has_hop(data + ETH_HLEN, p->v6 ? 6 : 4))
+            why = CRAB_XDP_DROP_HOPS;
+        if (why) {
+            count(why);
+            return XDP_DROP;
+        }
+    }
     if (flow.seen != now)
         f->seen = now;
-    if (flags & RST)
+    if (flags & CRAB_RST)
         f->hash = 0;
-    else if (flags & FIN)
+    else if (flags & CRAB_FIN)
         f->state = CRAB_FLOW_ENDING;
 
     if (tunnel) {
@@ -316,9 +403,10 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
             return XDP_DROP;
     } else {
         void *data = (void *)(long)ctx->data;
-        if (data + 12 > (void *)(long)ctx->data_end)
+        if (data + ETH_HLEN + sizeof(struct iphdr) > (void *)(long)ctx->data_end)
             return XDP_DROP;
         __builtin_memcpy(data, path->macs, 12);
+        crab_take_hop(data + ETH_HLEN, p->v6 ? 6 : 4);
     }
     count(CRAB_XDP_FLOW);
     counters->packets++;
@@ -326,33 +414,30 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     return tx ? XDP_TX : (int)bpf_redirect(ifindex, 0);
 }
 
-/* What an ICMP error quotes: the beginning of a packet from a VIP.  0 if it is one. */
-static __always_inline int parse_quote(void *quote, void *end, struct packet *p)
+/* An ICMP error: what it quotes is the beginning of a packet from a VIP.  0 if it is one. */
+static __always_inline int parse_icmp(void *icmp, void *end, struct packet *p)
 {
-    struct {
-        __be16 source, dest;
-    } *ports;
+    __u8 *quote = icmp + CRAB_ICMP_HEADER;
+    __be16 *ports;
     if (p->v6) {
-        struct ipv6hdr *ip = quote;
-        if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
+        if (icmp + CRAB_ICMP_ERROR(6) > end || !crab_valid_icmp(icmp, 6))
             return -1;
+        struct ipv6hdr *ip = (void *)quote;
         __builtin_memcpy(p->vip.addr, &ip->saddr, 16);
         __builtin_memcpy(p->client, &ip->daddr, 16);
+        p->mapped |= crab_is_mapped(p->vip.addr) || crab_is_mapped(p->client);
         ports = (void *)(ip + 1);
     } else {
-        struct iphdr *ip = quote;
-        if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
-            (ip->frag_off & bpf_htons(0x1fff)))
+        if (icmp + CRAB_ICMP_ERROR(4) > end || !crab_valid_icmp(icmp, 4))
             return -1;
+        struct iphdr *ip = (void *)quote;
         p->vip.addr[10] = p->vip.addr[11] = p->client[10] = p->client[11] = 0xff;
         __builtin_memcpy(p->vip.addr + 12, &ip->saddr, 4);
         __builtin_memcpy(p->client + 12, &ip->daddr, 4);
         ports = (void *)(ip + 1);
     }
-    if ((void *)(ports + 2) > end) /* eight bytes, as RFC 792 has it */
-        return -1;
-    p->vip.port = ports->source;
-    p->cport = ports->dest;
+    p->vip.port = ports[0];
+    p->cport = ports[1];
     return 0;
 }
 
@@ -362,20 +447,22 @@ int crab_lb(struct xdp_md *ctx)
     void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
     struct ethhdr *eth = data;
     struct packet p = {.vip.proto = IPPROTO_TCP};
-    struct tcphdr *tcp;
-    void *l3 = eth + 1, *icmp = NULL;
-    __u32 flags = 0;
-    __u64 sum = 0;
+    void *l3 = eth + 1, *l4;
+    __u8 flags = 0;
+    int icmp, verdict;
 
     if (l3 > end)
-        return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+        return pass(ctx, CRAB_XDP_PASS_MALFORMED, 0);
+    __u32 ifindex = ctx->ingress_ifindex;
+    int ours = crab_is_to(bpf_map_lookup_elem(&macs, &ifindex), data);
+    int foreign = !ours && !(eth->h_dest[0] & 1); /* and no group's, as ARP's and neighbour discovery's are */
     __be16 type = eth->h_proto;
 #pragma unroll
     for (int tags = 0; tags < 2; tags++) {
         if (type != bpf_htons(ETH_P_8021Q) && type != bpf_htons(ETH_P_8021AD))
             break;
         if (l3 + 4 > end)
-            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
         type = *(__be16 *)(l3 + 2);
         l3 += 4;
     }
@@ -384,92 +471,91 @@ int crab_lb(struct xdp_md *ctx)
     if (type == bpf_htons(ETH_P_IP)) {
         struct iphdr *ip = l3;
         if ((void *)(ip + 1) > end)
-            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
-        if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_ICMP)
-            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
-        if (ip->ihl != 5)
-            return pass(ctx, CRAB_XDP_PASS_IP_OPTIONS);
-        if (ip->frag_off & bpf_htons(IP_MF_OFFSET))
-            return pass(ctx, CRAB_XDP_PASS_FRAGMENT);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
+        icmp = ip->protocol == IPPROTO_ICMP;
+        verdict = crab_valid_header(l3, 4, icmp ? IPPROTO_ICMP : IPPROTO_TCP);
         p.vip.addr[10] = p.vip.addr[11] = p.client[10] = p.client[11] = 0xff;
         __builtin_memcpy(p.vip.addr + 12, &ip->daddr, 4);
         __builtin_memcpy(p.client + 12, &ip->saddr, 4);
         p.class = ip->tos;
-        p.len = bpf_ntohs(ip->tot_len);
-        sum = (__u64)ip->saddr + ip->daddr + bpf_htons((__u16)(p.len - sizeof *ip));
-        tcp = (void *)(ip + 1);
-        if (ip->protocol == IPPROTO_ICMP)
-            icmp = tcp;
+        p.len = crab_valid_length(l3, 4, icmp ? CRAB_ICMP_ERROR(4) : CRAB_TCP_HEADER, p.frame - p.l3);
+        if (!crab_valid_ip4_sum(l3))
+            p.len = 0;
+        p.pseudo = icmp ? 0 : fold((__u64)ip->saddr + ip->daddr + bpf_htons((__u16)(p.len - sizeof *ip)) +
+                                   bpf_htons(IPPROTO_TCP));
+        l4 = ip + 1;
     } else if (type == bpf_htons(ETH_P_IPV6)) {
         struct ipv6hdr *ip = l3;
         if ((void *)(ip + 1) > end)
-            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
-        switch (ip->nexthdr) {
-        case IPPROTO_TCP:
-            break;
-        case IPPROTO_ICMPV6:
-            icmp = ip + 1;
-            break;
-        case IPPROTO_FRAGMENT:
-            return pass(ctx, CRAB_XDP_PASS_FRAGMENT);
-        case IPPROTO_HOPOPTS:
-        case IPPROTO_ROUTING:
-        case IPPROTO_DSTOPTS:
-        case IPPROTO_AH:
-            return pass(ctx, CRAB_XDP_PASS_IP_OPTIONS);
-        default:
-            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
-        }
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
+        icmp = ip->nexthdr == IPPROTO_ICMPV6;
+        verdict = ip->nexthdr == IPPROTO_FRAGMENT ? CRAB_V_FRAGMENT
+                                                  : crab_valid_header(l3, 6, icmp ? IPPROTO_ICMPV6 : IPPROTO_TCP);
         __builtin_memcpy(p.vip.addr, &ip->daddr, 16);
         __builtin_memcpy(p.client, &ip->saddr, 16);
         p.class = (__u8)(bpf_ntohl(*(__be32 *)ip) >> 20);
-        p.len = (__u16)(bpf_ntohs(ip->payload_len) + sizeof *ip);
+        p.len = crab_valid_length(l3, 6, icmp ? CRAB_ICMP_ERROR(6) : CRAB_TCP_HEADER, p.frame - p.l3);
+        p.mapped = crab_is_mapped(p.vip.addr) || crab_is_mapped(p.client);
         p.v6 = 1;
         __u32 *words = (void *)&ip->saddr;
+        __u64 sum = bpf_htons((__u16)(p.len - sizeof *ip)) + bpf_htons(ip->nexthdr);
         for (int i = 0; i < 8; i++)
             sum += words[i];
-        sum += ip->payload_len;
-        tcp = (void *)(ip + 1);
+        p.pseudo = fold(sum);
+        l4 = ip + 1;
     } else {
-        return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
+        return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
+    }
+    switch (verdict) {
+    case CRAB_V_OK:
+        break;
+    case CRAB_V_FRAGMENT:
+        return pass(ctx, CRAB_XDP_PASS_FRAGMENT, foreign);
+    case CRAB_V_IP_OPTIONS:
+        return pass(ctx, CRAB_XDP_PASS_IP_OPTIONS, foreign);
+    case CRAB_V_MALFORMED:
+        return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
+    default:
+        return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
     }
     if (icmp) {
-        __u8 *kind = icmp;
-        if (icmp + 8 > end)
-            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
-        /* destination unreachable, time exceeded, parameter problem; ICMPv6: the same and packet too big */
-        if (p.v6 ? !(*kind >= 1 && *kind <= 4) : *kind != 3 && *kind != 11 && *kind != 12)
-            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
         __builtin_memset(&p.vip.addr, 0, 16);
         __builtin_memset(&p.client, 0, 16);
-        if (parse_quote(icmp + 8, end, &p))
-            return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
+        if (!p.len || parse_icmp(l4, end, &p))
+            return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
     } else {
+        struct tcphdr *tcp = l4;
         if ((void *)(tcp + 1) > end)
-            return pass(ctx, CRAB_XDP_PASS_MALFORMED);
+            return pass(ctx, CRAB_XDP_PASS_MALFORMED, foreign);
         p.vip.port = tcp->dest;
         p.cport = tcp->source;
-        p.pseudo = fold(sum + bpf_htons(IPPROTO_TCP));
-        flags = (tcp->syn ? SYN : 0) | (tcp->fin ? FIN : 0) | (tcp->rst ? RST : 0);
+        p.check = tcp->check;
+        flags = ((__u8 *)l4)[13];
+        if (p.len && !(crab_valid_tcp(l4, p.len - (__u32)(l4 - l3)) && crab_valid_flags(flags)))
+            p.len = 0;
     }
-    /* A virtual neighbour (veth, virtio) may have left the checksum to a network card that does not exist: the field holds
-     * the pseudo-header's sum alone.  User space completes it. */
-    int incomplete = 0;
-    if (!icmp && !(flags & SYN))
-        incomplete = tcp->check == p.pseudo;
-    int verdict = -1;
-    if ((__u32)p.l3 + p.len <= p.frame && !incomplete)
-        verdict = forward(ctx, &p, flags);
+    p.l4 = (__u16)(l4 - data);
+    verdict = -1;
+    if (p.len && !p.mapped && ours)
+        verdict = forward(ctx, &p, flags, icmp);
     if (verdict >= 0)
         return verdict;
     if (!bpf_map_lookup_elem(&services, &p.vip))
-        return pass(ctx, CRAB_XDP_PASS_NOT_VIP);
+        return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
+    if (!ours) { /* the workers would take it */
+        count(foreign ? CRAB_XDP_PASS_OTHER_MAC : CRAB_XDP_PASS_NOT_VIP);
+        return XDP_PASS;
+    }
+    if (p.mapped) {
+        count(CRAB_XDP_DROP_MAPPED);
+        return XDP_DROP;
+    }
 
     verdict = to_socket(ctx, XDP_DROP);
     if (verdict != XDP_REDIRECT)
         count(CRAB_XDP_DROP_NO_SOCKET);
     else
-        count(icmp ? CRAB_XDP_ICMP : flags & SYN ? CRAB_XDP_SYN : CRAB_XDP_OTHER);
+        count(icmp ? CRAB_XDP_ICMP : flags & CRAB_SYN ? CRAB_XDP_SYN : CRAB_XDP_OTHER);
     return verdict;
 }
 

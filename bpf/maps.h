@@ -22,6 +22,20 @@
 
 /* ---- load balancer (lb.bpf.c) ---- */
 
+/* What a packet is to valid.h. */
+enum crab_verdict {
+    CRAB_V_OK,
+    CRAB_V_NOT_TCP,    /* not IPv4 or IPv6 with TCP */
+    CRAB_V_FRAGMENT,   /* IPv4 fragment (IPv6 fragments have an extension header) */
+    CRAB_V_IP_OPTIONS, /* IPv4 options or IPv6 extension headers */
+    CRAB_V_MALFORMED   /* truncated, or lengths that contradict each other */
+};
+
+/* A TCP checksum. */
+#define CRAB_CSUM_OK 0
+#define CRAB_CSUM_PARTIAL 1 /* the field holds the folded pseudo-header sum: the sender left it to its network card */
+#define CRAB_CSUM_BAD 2
+
 #define CRAB_MAX_SERVICES 65536
 #define CRAB_MAX_QUEUES 256 /* of all interfaces together */
 #define CRAB_MAX_INTERFACES 64
@@ -30,6 +44,13 @@
 struct crab_queues {
     __u32 first;
     __u32 count;
+};
+
+/* Value of maps `macs` and `dsr_macs` (key: ifindex, __u32): the MAC addresses to which what comes in by an interface is sent,
+ * as numbers whose lowest byte is the first; all are filled, with one of them again if need be. */
+#define CRAB_MAX_MACS 16
+struct crab_macs {
+    __u64 list[CRAB_MAX_MACS];
 };
 
 /* Key of map `services`. */
@@ -139,6 +160,10 @@ enum crab_xdp_counter {
     CRAB_XDP_HANDLER,           /* no VIP's, but a handler's: handed to an AF_XDP socket */
     CRAB_XDP_FLOW,              /* a known flow's packet, forwarded by the program alone */
     CRAB_XDP_DROP_NO_SOCKET,    /* a VIP's packet, and no daemon has a socket on this queue */
+    CRAB_XDP_DROP_HOPS,         /* a known flow's packet that has no hop left (TTL, hop limit) */
+    CRAB_XDP_DROP_SENT_BACK,    /* a known flow's packet, from the backend that it would be sent to, which is not its source */
+    CRAB_XDP_PASS_OTHER_MAC,    /* sent to another machine's MAC address: given to the kernel, which drops it */
+    CRAB_XDP_DROP_MAPPED,       /* to an IPv4 VIP, or from an IPv4 address, but in an IPv6 header (IPv4-mapped) */
     CRAB_XDP_COUNTERS
 };
 
@@ -201,6 +226,7 @@ enum crab_dsr_counter {
     CRAB_DSR_DECAPSULATED, /* packets whose outer header was taken off */
     CRAB_DSR_NOT_VIP,      /* IP in IP, but not to a VIP of ours: left to the kernel */
     CRAB_DSR_CLAMPED,      /* SYN-ACKs whose MSS was lowered */
+    CRAB_DSR_OTHER_MAC,    /* IP in IP to another machine's MAC address: left to the kernel, which drops it */
     CRAB_DSR_COUNTERS
 };
 
@@ -284,7 +310,7 @@ struct crab_client_path {
     __u8 pad;
 };
 
-/* Key of map `client_backends`, an LPM trie of the prefixes that backends may have. */
+/* Key of map `client_backends`, an LPM trie of the prefixes that backends may have.  Its value is the prefix' family, 4 or 6. */
 struct crab_lpm {
     __u32 bits; /* an IPv4 prefix counts its 96 mapped bits too */
     __u8 addr[16];

@@ -3,7 +3,7 @@
 #ifndef CRAB_MATCH_H
 #define CRAB_MATCH_H
 
-#include "maps.h"
+#include "address.h"
 
 #define CRAB_ETH_TYPE 12
 
@@ -18,8 +18,6 @@ CRAB_INLINE __be16 crab_match_be16(__u16 value)
 {
     return __builtin_bswap16(value);
 }
-
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "as everywhere in the hot loop");
 
 /* What a frame has.  Only what is wholly there counts: later fragments have no port, nor has a frame that ends before it. */
 CRAB_INLINE struct crab_match crab_match_of(const __u8 *frame, const __u8 *end)
@@ -53,9 +51,12 @@ CRAB_INLINE struct crab_match crab_match_of(const __u8 *frame, const __u8 *end)
     } else if (m.ethertype == crab_match_be16(0x86dd)) {
         if (l3 + 40 > end || l3[0] >> 4 != 6)
             return m;
-        __builtin_memcpy(m.addr, l3 + 24, 16);
         m.proto = l3[6];
-        m.fields |= CRAB_MATCH_ADDR | CRAB_MATCH_PROTO;
+        m.fields |= CRAB_MATCH_PROTO;
+        if (!crab_is_mapped(l3 + 24)) { /* it would be an IPv4 one */
+            __builtin_memcpy(m.addr, l3 + 24, 16);
+            m.fields |= CRAB_MATCH_ADDR;
+        }
         l4 = l3 + 40;
     } else {
         return m;

@@ -12,6 +12,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "address.h"
 #include "length.h"
 #include "server.h"
 #include "syn.h"
@@ -122,7 +123,7 @@ static __attribute__((noinline)) int redirect_of_syn(struct bpf_sock_ops *ctx, s
     return walk.cookie || has_data(ip, tcp) ? REFUSED : n;
 }
 
-/* The VIP and port that a redirect of n bytes names. */
+/* The VIP and port that a redirect of n bytes names; none (port 0), if it is an IPv4 VIP in an IPv6 redirect. */
 static __always_inline void vip_of(const __u8 option[CRAB_REDIRECT], int n, __u16 port, struct crab_vip *vip)
 {
     *vip = (struct crab_vip){.proto = 6, .port = bpf_htons(port)};
@@ -142,6 +143,8 @@ static __always_inline void vip_of(const __u8 option[CRAB_REDIRECT], int n, __u1
     }
     if (n < 10)
         vip->addr[10] = vip->addr[11] = 0xff;
+    else if (crab_is_mapped(vip->addr))
+        vip->port = 0;
 }
 
 /* A SYN-ACK echoes the redirect.  Repeated it does not count: then the SYN's link-layer header is not there, which

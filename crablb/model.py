@@ -174,6 +174,7 @@ class Config:
     flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections
     ack_bypass: Bypass = Bypass.AUTO
     announce: Announce = Announce.NONE
+    macs: tuple[str, ...] = ()  # that the interfaces take frames to beside their own: 00:00:5e:00:01:07
     report_listen: tuple[Address, int] | None = None  # where servers report to; None: nowhere
     report_key: bytes | None = None  # 32 bytes: the master key of their reports
 

@@ -263,6 +263,21 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         scope=Config,
+        name="macs",
+        kind=Kind(
+            says=f"a list of MAC addresses, at most {values.MAX_MACS}",
+            metavar="MAC,...",
+            parse=values.parse_macs,
+            read=_commas(str),
+        ),
+        help="MAC addresses that packets to the VIPs come to beside the interface's own (and that of the bridge or bond"
+        " which it is a port of): a virtual router's (VRRP), a macvlan's. Frames to others are not the load balancer's",
+        unset="none",
+        example=["00:00:5e:00:01:07"],
+        reload=True,
+    ),
+    Option(
+        scope=Config,
         name="report_listen",
         kind=Kind(
             says=f"`address:port` or an address (port {values.PORT})",

@@ -33,6 +33,7 @@ __all__ = [
 
 PORT = 7171  # of reports
 MAX_WEIGHT = 65535
+MAX_MACS = 14  # CRAB_MAX_MACS of bpf/maps.h, less an interface's own and its master's
 E = TypeVar("E", bound=Enum)
 
 
@@ -153,21 +154,44 @@ def parse_address(value: object) -> Address:
     return value if isinstance(value, Address) else parse_backend(value).address
 
 
+def parse_macs(value: object) -> tuple[str, ...]:
+    """A list of MAC addresses.  Raises :class:`ConfigError`."""
+    macs = tuple(dict.fromkeys(_mac(each) for each in listed(value)))
+    if len(macs) > MAX_MACS:
+        raise ConfigError(f"{len(macs)} MAC addresses; the limit is {MAX_MACS}")
+    return macs
+
+
+def _mac(value: object) -> str:
+    text = string(value).lower()
+    if not re.fullmatch(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", text):
+        raise ConfigError(f"{shown(value)} is not a MAC address (00:00:5e:00:01:07)")
+    if text in ("00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff"):
+        raise ConfigError(f"{text} is nobody's MAC address")
+    return text
+
+
 def parse_weight(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_WEIGHT:
         raise ConfigError(f"{shown(value)} is not a weight (0 to {MAX_WEIGHT})")
     return value
 
 
+def _unmapped(prefix: Network) -> Network:
+    first = prefix.network_address
+    if isinstance(first, ipaddress.IPv6Address) and first.ipv4_mapped and prefix.prefixlen >= 96:
+        plain = f"{first.ipv4_mapped}/{prefix.prefixlen - 96}"
+        raise ConfigError(f"{prefix} is a prefix of IPv4-mapped addresses; write {plain}")
+    return prefix
+
+
 def parse_prefix(value: object) -> Network:
     """``10.0.0.0/8`` or ``fd00::/8``.  Raises :class:`ConfigError`."""
-    if isinstance(value, Network):
-        return value
-    text = string(value)
     try:
-        return ipaddress.ip_network(text)
+        return _unmapped(value if isinstance(value, Network) else ipaddress.ip_network(string(value)))
     except ValueError:
         pass
+    text = string(value)
     try:
         loose = ipaddress.ip_network(text, strict=False)
     except ValueError:

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "address.h"
+
 #define crab_likely(x) __builtin_expect(!!(x), 1)
 #define crab_unlikely(x) __builtin_expect(!!(x), 0)
 
@@ -57,10 +59,5 @@ static inline void store16_be(uint8_t *p, uint16_t v)
 
 /* The first 12 bytes of an IPv4-mapped address (RFC 4291, 2.5.5.2). */
 static const uint8_t crab_mapped_prefix[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
-
-static inline int crab_is_mapped(const uint8_t addr[16])
-{
-    return memcmp(addr, crab_mapped_prefix, sizeof crab_mapped_prefix) == 0;
-}
 
 #endif

@@ -7,6 +7,7 @@
 #define CRAB_CHECKSUM_H
 
 #include "bytes.h"
+#include "valid.h"
 
 /* One's-complement addition: two instructions. */
 static inline uint64_t crab_add(uint64_t a, uint64_t b)
@@ -59,13 +60,6 @@ static inline uint16_t crab_fold(uint64_t sum)
     uint32_t half = (uint32_t)(sum >> 32);
     half += half << 16 | half >> 16;
     return (uint16_t)(half >> 16);
-}
-
-/* Does it fold to 0xffff, as what has the right checksum in it does?  Then it is a multiple of 65,535, and of those alone the
- * product with the inverse of 65,535 is so small (Granlund and Montgomery 1994, section 9).  sum: not 0. */
-static inline int crab_is_whole(uint64_t sum)
-{
-    return sum * 0xfffefffefffeffffull <= UINT64_MAX / 0xffff;
 }
 
 /* ~sum, as a number to add: taking words away is adding their complement (RFC 1624, equation 3). */

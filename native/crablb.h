@@ -70,14 +70,6 @@ size_t crab_option_answer(const uint8_t *options, size_t len);
 
 /* ---- packet ---- */
 
-enum crab_verdict {
-    CRAB_V_OK,
-    CRAB_V_NOT_TCP,    /* not IPv4 or IPv6 with TCP */
-    CRAB_V_FRAGMENT,   /* IPv4 fragment (IPv6 fragments have an extension header) */
-    CRAB_V_IP_OPTIONS, /* IPv4 options or IPv6 extension headers */
-    CRAB_V_MALFORMED   /* truncated, or lengths that contradict each other */
-};
-
 /* A parsed frame: offsets from its first byte. */
 struct crab_packet {
     uint16_t l3;        /* IP header */
@@ -91,10 +83,6 @@ struct crab_packet {
 /* Parse Ethernet, at most two VLAN tags (802.1Q or 802.1ad), IPv4 without options or IPv6 without extension headers, and
  * TCP.  Returns a crab_verdict; *out is valid only with CRAB_V_OK. */
 int crab_packet_parse(const uint8_t *frame, size_t len, struct crab_packet *out);
-
-#define CRAB_CSUM_OK 0
-#define CRAB_CSUM_PARTIAL 1 /* the field holds the folded pseudo-header sum: the sender left it to its network card */
-#define CRAB_CSUM_BAD 2
 
 /* State (CRAB_CSUM_*) of the TCP checksum of an IPv4 or IPv6 datagram without options or extension headers, as
  * crab_packet_parse finds it right, and, unless it is bad, the checksum that it should carry (in memory order) in *right. */
@@ -285,9 +273,12 @@ enum crab_counter {
     CRAB_C_DROP_MALFORMED,
     CRAB_C_DROP_FLAGS,    /* SYN together with ACK, RST or FIN */
     CRAB_C_DROP_CHECKSUM, /* wrong IPv4 header or TCP checksum */
+    CRAB_C_DROP_MAPPED,   /* IPv6 with an IPv4-mapped address, which there is none of on the wire */
     CRAB_C_DROP_NO_BACKEND,
     CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
     CRAB_C_DROP_TOO_BIG,  /* does not fit on the way, and may be fragmented: that is for the sender to do */
+    CRAB_C_DROP_HOPS,     /* no hop is left (TTL, hop limit) to forward it by MAC address */
+    CRAB_C_DROP_SENT_BACK, /* from the backend that it would be sent to by MAC address, which is not its source */
     CRAB_C_DROP_HANDLER,  /* its handler failed */
     CRAB_C_DROP_TX,       /* the kernel refused to send */
     /* seen on the way, beside one of the above */

@@ -23,14 +23,24 @@ static inline const uint16_t *slot_of(const struct crab_snapshot *s, const struc
     return &it->service->table[crab_slot(hash, s->table_size)];
 }
 
+/* A packet with an IPv4-mapped address, to addr and a port: whether it pretends to be a service's. */
+CRAB_APART enum crab_counter refuse_mapped(const struct crab_snapshot *s, const uint8_t addr[16], uint16_t port_be)
+{
+    return crab_service_find(s, load64(addr), load64(addr + 8), port_be) ? CRAB_C_DROP_MAPPED : CRAB_C_DROP_NOT_SERVICE;
+}
+
 /* An ICMP error: its connection is that of the packet which it quotes. */
 CRAB_APART enum crab_counter examine_icmp(const struct crab_core *core, const struct crab_snapshot *s,
-                                          const uint8_t *frame, uint32_t len, struct crab_item *it)
+                                          const uint8_t *frame, uint32_t len, struct crab_item *it, uint32_t l3,
+                                          int family)
 {
     uint8_t tuple[36];
-    if (!crab_parse_icmp(frame, len, &it->packet, tuple))
+    if (!crab_parse_icmp(frame, len, l3, family, &it->packet, tuple))
         return CRAB_C_DROP_NOT_SERVICE;
-    if (it->packet.family == 4) {
+    if (family == 6 &&
+        (crab_either_is_mapped(tuple) || crab_either_is_mapped(frame + l3 + CRAB_IP6_SRC)))
+        return refuse_mapped(s, tuple + 16, load16(tuple + 34));
+    if (family == 4) {
         it->hash = crab_hash4(&s->hash_init, tuple, tuple + 8);
         it->service = crab_service_find(s, 0, 0xffff0000ull | (uint64_t)load32(tuple + 4) << 32, load16(tuple + 10));
     } else {
@@ -40,15 +50,18 @@ CRAB_APART enum crab_counter examine_icmp(const struct crab_core *core, const st
     it->kind = CRAB_KIND_ICMP;
     if (!it->service)
         return CRAB_C_DROP_NOT_SERVICE;
+    if (!crab_icmp_sum_is_right(frame, &it->packet))
+        return CRAB_C_DROP_CHECKSUM;
     it->bucket = crab_flows_bucket(&core->flows, it->hash);
     it->slot = slot_of(s, it, tuple);
     return CRAB_COUNTERS;
 }
 
-static bool prefix_holds(const struct crab_prefix *prefix, const uint8_t addr[16])
+/* addr: an IPv4 or an IPv6 client's, as `four` says.  A prefix as short as ::/0 would hold mapped addresses too. */
+static bool prefix_holds(const struct crab_prefix *prefix, const uint8_t addr[16], bool four)
 {
     uint32_t bytes = prefix->bits / 8, rest = prefix->bits % 8;
-    if (memcmp(prefix->addr, addr, bytes))
+    if ((prefix->bits >= 96 && crab_is_mapped(prefix->addr)) != four || memcmp(prefix->addr, addr, bytes))
         return false;
     return !rest || !((prefix->addr[bytes] ^ addr[bytes]) >> (8 - rest));
 }
@@ -65,7 +78,7 @@ CRAB_APART bool may_be_redirected(const struct crab_snapshot *s, const struct cr
         memcpy(client, ip + CRAB_IP6_SRC, 16);
     }
     for (uint32_t i = 0; i < service->prefix_count; i++)
-        if (prefix_holds(&s->prefixes[service->first_prefix + i], client))
+        if (prefix_holds(&s->prefixes[service->first_prefix + i], client, family == 4))
             return true;
     return false;
 }
@@ -107,7 +120,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     int verdict = crab_parse_at(frame, len, l3, family, p);
     if (crab_unlikely(verdict != CRAB_V_OK)) {
         if (verdict == CRAB_V_NOT_TCP)
-            return examine_icmp(core, s, frame, len, it);
+            return examine_icmp(core, s, frame, len, it, l3, family);
         return verdict == CRAB_V_MALFORMED ? CRAB_C_DROP_MALFORMED : CRAB_C_DROP_NOT_SERVICE;
     }
     const uint8_t *ip = frame + l3, *tcp = ip + (family == 4 ? 20 : 40);
@@ -116,12 +129,15 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     if (family == 4) {
         a = 0;
         b = 0xffff0000ull | (uint64_t)load32(ip + CRAB_IP4_DST) << 32;
-        if (crab_unlikely(!crab_is_whole(crab_sum_more(0, ip, 20))))
+        if (crab_unlikely(!crab_valid_ip4_sum(ip)))
             return CRAB_C_DROP_CHECKSUM;
         it->hash = crab_hash4(&s->hash_init, addrs, tcp);
     } else {
         a = load64(ip + CRAB_IP6_DST);
         b = load64(ip + CRAB_IP6_DST + 8);
+        /* whose first eight bytes are zero */
+        if (crab_unlikely(!a || !load64(addrs)) && crab_either_is_mapped(addrs))
+            return refuse_mapped(s, ip + CRAB_IP6_DST, load16(tcp + 2));
         it->hash = crab_hash6(&s->hash_init, addrs, tcp);
     }
     it->service = crab_service_find(s, a, b, load16(tcp + 2));
@@ -131,7 +147,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     __builtin_prefetch(it->bucket, 1);
     it->slot = slot_of(s, it, addrs);
     __builtin_prefetch(it->slot);
-    if (crab_unlikely((p->tcp_flags & CRAB_SYN) && (p->tcp_flags & (CRAB_ACK | CRAB_RST | CRAB_FIN))))
+    if (crab_unlikely(!crab_valid_flags(p->tcp_flags)))
         return CRAB_C_DROP_FLAGS;
     it->sum = crab_tcp_sum(tcp, (size_t)(p->end - p->l4), addrs, family == 4 ? 8 : 32);
     if (crab_unlikely(it->sum.state == CRAB_CSUM_BAD))

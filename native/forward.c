@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Second pass: decide about each frame, and rewrite it. */
 #include "batch.h"
+#include "hop.h"
 #include "rewrite.h"
 
 #define BACKENDS_AHEAD 8
@@ -72,6 +73,16 @@ static inline bool same_family(const struct crab_packet *p, const struct crab_ba
     return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
 }
 
+/* Does a backend merely send back what was sent to it?  Unless it is the packet's source: it may be a client too. */
+static inline bool is_sent_back(const uint8_t *frame, const struct crab_packet *p, const struct crab_backend *backend)
+{
+    const uint8_t *ip = frame + p->l3;
+    if (crab_likely(memcmp(frame + 6, backend->dst_mac, 6)))
+        return false;
+    return p->family == 4 ? memcmp(ip + CRAB_IP4_SRC, backend->addr + 12, 4)
+                          : memcmp(ip + CRAB_IP6_SRC, backend->addr, 16);
+}
+
 /* Forward a frame, whose headers are right otherwise, by direct server return.  Returns `outcome`, or the counter of
  * what became of it instead. */
 CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_frame *frame, const struct crab_item *it,
@@ -83,6 +94,13 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
     bool by_mac = on_link && how != CRAB_FALLBACK_IPIP && same_family(p, backend);
     if (crab_unlikely(!by_mac && how == CRAB_FALLBACK_L2))
         return CRAB_C_DROP_NO_PATH;
+    if (by_mac) {
+        const uint8_t *ip = frame->data + p->l3;
+        if (crab_unlikely(is_sent_back(frame->data, p, backend)))
+            return CRAB_C_DROP_SENT_BACK;
+        if (crab_unlikely(!crab_has_hop(ip, p->family)))
+            return CRAB_C_DROP_HOPS;
+    }
     uint32_t outer = by_mac ? 0 : crab_outer_header(backend);
     /* On the segment that it came from it fits: there no router would say so either. */
     bool must_fit = !by_mac || frame->ifindex != backend->ifindex;
@@ -94,7 +112,9 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
         frame->data = crab_answer_too_big(frame->data, &frame->len, p, backend->mtu - outer);
         return CRAB_C_TOO_BIG;
     }
-    if (!by_mac) {
+    if (by_mac) {
+        crab_take_hop(frame->data + p->l3, p->family);
+    } else {
         frame->data = crab_encapsulate(frame->data, &frame->len, p, backend, it->hash);
         core->counters[CRAB_C_ENCAPSULATED]++;
     }
@@ -133,7 +153,10 @@ CRAB_APART enum crab_counter fall_back(struct crab_core *core, const struct crab
     } else {
         uint8_t list[CRAB_MAX_OPTIONS], *options = frame->data + p->l4 + CRAB_TCP_MIN;
         uint32_t n = fallback_options(it, options, p->tcp_header - CRAB_TCP_MIN, s->form, list);
-        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, n, NULL);
+        uint8_t *moved = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, n, NULL);
+        if (crab_unlikely(!moved))
+            return CRAB_C_DROP_MALFORMED;
+        frame->data = moved;
     }
     return send_by_dsr(core, frame, it, backend, why);
 }
@@ -147,16 +170,18 @@ CRAB_APART enum crab_counter redirect(struct crab_core *core, const struct crab_
     uint32_t flags = crab_backend_flags(s, it->service, (uint16_t)(backend - s->backends));
     if (!(flags & CRAB_BACKEND_CR) || !same_family(p, backend))
         return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_CR_BACKEND);
-    if (!it->room)
-        return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_ROOM);
+    uint8_t *moved = NULL;
     if (it->straight) {
-        frame->data = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)it->word, it->redirect, backend);
-    } else {
+        moved = crab_rewrite_word(frame->data, &frame->len, p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    } else if (it->room) {
         int n = crab_option_rewrite(frame->data + p->l4 + CRAB_TCP_MIN, p->tcp_header - CRAB_TCP_MIN, s->form,
                                     it->service->addr, list);
-        frame->data = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n,
-                                   p->family == 4 ? backend->addr + 12 : backend->addr);
+        moved = crab_rewrite(frame->data, &frame->len, p, &it->sum, list, (uint32_t)n,
+                             p->family == 4 ? backend->addr + 12 : backend->addr);
     }
+    if (!moved)
+        return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_ROOM);
+    frame->data = moved;
     send_to(frame, p, backend);
     return CRAB_C_REDIRECTED;
 }
@@ -214,7 +239,10 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
             it->outcome = (uint8_t)decide_by_copies(it, copies, now);
         return forward_syn_otherwise(core, s, frame, it, backend);
     }
-    frame->data = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    uint8_t *moved = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
+    if (crab_unlikely(!moved))
+        return fall_back(core, s, frame, it, backend, CRAB_C_FALLBACK_NO_ROOM);
+    frame->data = moved;
     send_to(frame, &p, backend);
     return CRAB_C_REDIRECTED;
 }

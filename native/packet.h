@@ -21,11 +21,6 @@
 #define CRAB_TCP_FLAGS 13
 #define CRAB_TCP_CSUM 16
 
-#define CRAB_FIN 0x01
-#define CRAB_SYN 0x02
-#define CRAB_RST 0x04
-#define CRAB_ACK 0x10
-
 struct crab_tcp_sum {
     uint64_t body; /* sum of pseudo-header and segment, the checksum field taken as zero */
     uint8_t state; /* CRAB_CSUM_* */
@@ -61,38 +56,17 @@ static inline bool crab_is_tag(uint16_t ethertype)
 CRAB_TEMPLATE int crab_parse_at(const uint8_t *frame, size_t len, size_t l3, int family, struct crab_packet *out)
 {
     const uint8_t *ip = frame + l3;
-    size_t l4 = l3 + (family == 4 ? 20 : 40), end;
+    size_t l4 = l3 + CRAB_IP_HEADER(family);
     if (crab_unlikely(len < l4 || len > UINT16_MAX))
         return CRAB_V_MALFORMED;
-    if (family == 4) {
-        if (crab_unlikely(ip[0] != 0x45)) {
-            if (ip[0] >> 4 != 4 || (ip[0] & 15) < 5)
-                return CRAB_V_MALFORMED;
-            return ip[9] == 6 ? CRAB_V_IP_OPTIONS : CRAB_V_NOT_TCP;
-        }
-        if (crab_unlikely(ip[9] != 6))
-            return CRAB_V_NOT_TCP;
-        if (crab_unlikely(load16(ip + 6) & htons(0x3fff)))
-            return CRAB_V_FRAGMENT;
-        end = l3 + load16_be(ip + CRAB_IP4_LEN);
-    } else {
-        if (crab_unlikely(ip[0] >> 4 != 6))
-            return CRAB_V_MALFORMED;
-        if (crab_unlikely(ip[6] != 6)) {
-            /* hop-by-hop, routing, fragment, AH, destination options, mobility, HIP, shim6 */
-            switch (ip[6]) {
-            case 0: case 43: case 44: case 51: case 60: case 135: case 139: case 140:
-                return CRAB_V_IP_OPTIONS;
-            default:
-                return CRAB_V_NOT_TCP;
-            }
-        }
-        end = l4 + load16_be(ip + CRAB_IP6_LEN);
-    }
-    if (crab_unlikely(end > len || end < l4 + CRAB_TCP_MIN))
+    int verdict = crab_valid_header(ip, family, CRAB_PROTO_TCP);
+    if (crab_unlikely(verdict != CRAB_V_OK))
+        return verdict;
+    size_t length = crab_valid_length(ip, family, CRAB_TCP_MIN, (uint32_t)(len - l3)), end = l3 + length;
+    if (crab_unlikely(!length))
         return CRAB_V_MALFORMED;
-    size_t tcp_header = (frame[l4 + CRAB_TCP_DOFF] >> 4) * 4u;
-    if (crab_unlikely(tcp_header < CRAB_TCP_MIN || l4 + tcp_header > end))
+    uint32_t tcp_header = crab_valid_tcp(frame + l4, (uint32_t)(end - l4));
+    if (crab_unlikely(!tcp_header))
         return CRAB_V_MALFORMED;
     *out = (struct crab_packet){.l3 = (uint16_t)l3, .l4 = (uint16_t)l4, .end = (uint16_t)end, .family = (uint8_t)family,
                                 .tcp_header = (uint8_t)tcp_header, .tcp_flags = frame[l4 + CRAB_TCP_FLAGS]};
@@ -126,49 +100,38 @@ static inline int crab_parse(const uint8_t *frame, size_t len, struct crab_packe
     return type == htons(0x86dd) ? crab_parse_at(frame, len, l3, 6, out) : CRAB_V_NOT_TCP;
 }
 
-/* Parse a frame that crab_parse calls CRAB_V_NOT_TCP as an ICMP error about a TCP packet (RFC 792, RFC 4443).  tuple: the
- * quoted packet's addresses and ports the other way round, as they lie in a packet of the connection's client: source and
- * destination address, then source and destination port.  Returns whether it is one; *out has l3, l4, end and family. */
-static inline bool crab_parse_icmp(const uint8_t *frame, size_t len, struct crab_packet *out, uint8_t tuple[36])
+/* Parse what crab_parse_at calls CRAB_V_NOT_TCP as an ICMP error about a TCP packet.  tuple: the quoted packet's addresses and
+ * ports the other way round, as they lie in a packet of the connection's client: source and destination address, then source
+ * and destination port.  Returns whether it is one; *out has l3, l4, end and family. */
+static inline bool crab_parse_icmp(const uint8_t *frame, size_t len, size_t l3, int family, struct crab_packet *out,
+                                   uint8_t tuple[36])
 {
-    size_t l3 = CRAB_ETH_LEN;
-    uint16_t type = load16(frame + 12);
-    for (int tags = 0; crab_is_tag(type) && tags < CRAB_MAX_TAGS; tags++) {
-        type = load16(frame + l3 + 2);
-        l3 += 4;
-    }
-    const uint8_t *ip = frame + l3, *icmp, *quote;
-    size_t size = type == htons(0x0800) ? 4 : 16, header = size == 4 ? 20 : 40, end;
-    if (type != htons(0x0800) && type != htons(0x86dd))
+    const uint8_t *ip = frame + l3, *icmp = ip + CRAB_IP_HEADER(family), *quote = icmp + CRAB_ICMP_HEADER;
+    if (crab_valid_header(ip, family, CRAB_PROTO_ICMP(family)) != CRAB_V_OK)
         return false;
-    if (len < l3 + 2 * header + 16)
+    uint32_t length = crab_valid_length(ip, family, CRAB_ICMP_ERROR(family), (uint32_t)(len - l3));
+    if (!length || !crab_valid_icmp(icmp, family))
         return false;
-    icmp = ip + header;
-    quote = icmp + 8;
-    if (size == 4) {
-        if (ip[0] != 0x45 || ip[9] != 1 || (load16(ip + 6) & htons(0x3fff)) ||
-            (icmp[0] != 3 && icmp[0] != 11 && icmp[0] != 12))
-            return false;
-        end = l3 + load16_be(ip + CRAB_IP4_LEN);
-        if (quote[0] != 0x45 || quote[9] != 6 || (load16(quote + 6) & htons(0x1fff)))
-            return false;
-    } else {
-        if (ip[0] >> 4 != 6 || ip[6] != 58 || icmp[0] < 1 || icmp[0] > 4)
-            return false;
-        end = l3 + 40 + load16_be(ip + CRAB_IP6_LEN);
-        if (quote[0] >> 4 != 6 || quote[6] != 6)
-            return false;
-    }
-    if (end > len || end < l3 + 2 * header + 16 || end > UINT16_MAX)
-        return false;
-    const uint8_t *from = quote + (size == 4 ? CRAB_IP4_SRC : CRAB_IP6_SRC), *ports = quote + header;
+    size_t size = family == 4 ? 4 : 16;
+    const uint8_t *from = quote + (family == 4 ? CRAB_IP4_SRC : CRAB_IP6_SRC), *ports = quote + CRAB_IP_HEADER(family);
     memcpy(tuple, from + size, size);
     memcpy(tuple + size, from, size);
     memcpy(tuple + 2 * size, ports + 2, 2);
     memcpy(tuple + 2 * size + 2, ports, 2);
-    *out = (struct crab_packet){.l3 = (uint16_t)l3, .l4 = (uint16_t)(l3 + header), .end = (uint16_t)end,
-                                .family = size == 4 ? 4 : 6};
+    *out = (struct crab_packet){.l3 = (uint16_t)l3, .l4 = (uint16_t)(icmp - frame), .end = (uint16_t)(l3 + length),
+                                .family = (uint8_t)family};
     return true;
+}
+
+/* Is the checksum of an ICMP message right, and that of its IPv4 header? */
+static inline bool crab_icmp_sum_is_right(const uint8_t *frame, const struct crab_packet *p)
+{
+    const uint8_t *ip = frame + p->l3;
+    uint32_t len = p->end - p->l4;
+    uint64_t sum = crab_sum(frame + p->l4, len);
+    if (p->family == 4)
+        return crab_valid_ip4_sum(ip) && crab_is_whole(sum);
+    return crab_is_whole(sum + crab_sum(ip + CRAB_IP6_SRC, 32) + htons((uint16_t)len) + htons(CRAB_PROTO_ICMP(6)));
 }
 
 #endif

@@ -50,12 +50,14 @@ static inline void crab_settle(uint8_t *moved, uint32_t *len, struct crab_packet
  * belong to it.
  *
  * The payload stays; what is in front of it moves by the difference of the options' lengths, into the headroom when
- * they grow.  options_len is a multiple of 4, at most 40; the front of the frame has CRAB_HEADROOM bytes.  Returns the
- * frame's new first byte and updates *len and *p. */
+ * they grow.  options_len is a multiple of 4; the front of the frame has CRAB_HEADROOM bytes.  Returns the frame's new first
+ * byte and updates *len and *p; NULL, and nothing is changed, if they do not fit. */
 static inline uint8_t *crab_rewrite(uint8_t *frame, uint32_t *len, struct crab_packet *p,
                                     const struct crab_tcp_sum *sum, const uint8_t *options, uint32_t options_len,
                                     const uint8_t *dip)
 {
+    if (crab_unlikely(options_len > CRAB_MAX_OPTIONS))
+        return NULL;
     int32_t growth = (int32_t)(options_len + CRAB_TCP_MIN) - p->tcp_header;
     uint8_t *old_options = frame + p->l4 + CRAB_TCP_MIN;
     uint64_t body = sum->body + crab_sum_less(crab_sum(old_options, (size_t)(p->tcp_header - CRAB_TCP_MIN)));
@@ -87,12 +89,15 @@ static inline void crab_move_front(uint8_t *to, const uint8_t *from, size_t n)
 }
 
 /* The usual redirect: one word of the options, which holds the offer, becomes r, and the others stay; the destination
- * becomes the backend. */
-static inline uint8_t *crab_rewrite_word(uint8_t *frame, uint32_t *len, const struct crab_packet *p,
+ * becomes the backend.  All of it is of one family.  Returns as crab_rewrite does. */
+CRAB_TEMPLATE uint8_t *crab_rewrite_word(uint8_t *frame, uint32_t *len, const struct crab_packet *p,
                                          const struct crab_tcp_sum *sum, uint32_t word, const struct crab_redirect *r,
                                          const struct crab_backend *backend)
 {
-    size_t before = (size_t)p->l4 + CRAB_TCP_MIN + 4 * word, growth = r->len - 4;
+    size_t before = (size_t)p->l4 + CRAB_TCP_MIN + 4 * word, size = p->family == 4 ? 8 : 20, growth = size - 4;
+    if (crab_unlikely(r->len != size || CRAB_TCP_MIN + 4 * word >= p->tcp_header ||
+                      p->tcp_header + growth > CRAB_TCP_MIN + CRAB_MAX_OPTIONS))
+        return NULL;
     uint8_t *moved = frame - growth, *ip = moved + p->l3, *tcp = moved + p->l4;
     /* All that is read, is read where it was: what was just stored in large pieces is slow to read in small ones. */
     uint64_t body = sum->body + (uint32_t)~load32(frame + before) + r->tcp_change + backend->sum;

@@ -161,6 +161,7 @@ static struct world *make_world(int family, uint32_t backends, uint32_t services
     struct crab_maglev_member *members = memory(backends * sizeof *members);
     for (uint32_t i = 0; i < backends; i++) {
         set_address(w->backends[i].addr, family, 1, i);
+        w->backends[i].dst_mac[0] = 2; /* not the frames' source, which is zero */
         memcpy(members[i].addr, w->backends[i].addr, 16);
         members[i].weight = 1;
         members[i].backend = (uint16_t)i;

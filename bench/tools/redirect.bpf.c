@@ -17,6 +17,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "redirect.h"
+#include "hop.h"
 #include "siphash.h"
 
 struct {
@@ -238,6 +239,10 @@ static __always_inline int handle(struct xdp_md *ctx)
     __u32 grow = v6 ? 16 : 4;
     if (word < 0 || header + grow > 60) {
         count(REDIRECT_FALLBACK);
+        __u8 *ip = (void *)(eth + 1);
+        if (!crab_has_hop(ip, v6 ? 6 : 4))
+            return XDP_DROP;
+        crab_take_hop(ip, v6 ? 6 : 4);
         return send(ctx, b);
     }
     __u8 *old = (__u8 *)(tcp + 1) + 4 * (word & 15);

@@ -133,7 +133,7 @@ class ClientAgent(Agent):
         for prefix in self.backends:
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
             key = bits.to_bytes(4, "little") + mapped(prefix.network_address)
-            program.map("client_backends").update(key, 1)
+            program.map("client_backends").update(key, prefix.version)
         for name in ("crab_ingress", "crab_egress", "crab_offer"):
             pins.put(program.program(name), self.folder() / name)
         before = self.state() or {}

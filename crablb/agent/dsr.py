@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from crablb._native import lib
 from crablb.agent.base import FILTER, detach_filters, tool
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
@@ -24,19 +25,26 @@ from crablb.model import Address, Vip, mapped
 SILENT = {"net/ipv4/conf/all/arp_ignore": 1, "net/ipv4/conf/all/arp_announce": 2}
 OUTER = 40  # bytes of the larger outer header, IPv6's
 HEADERS = {4: 40, 6: 60}  # IP and TCP
-MAPS = ("dsr_vips", "dsr_mss", "dsr_counters")
+MAPS = ("dsr_vips", "dsr_mss", "dsr_macs", "dsr_counters")
 #: The programs on each interface, and what they are for.
 PARTS = {"crab_clamp": "lowers the MSS", "crab_decap": "decapsulates"}
 
 
-def _mtus() -> dict[str, int]:
-    """Of every interface that there is."""
-    return {link["ifname"]: int(link["mtu"]) for link in json.loads(tool("ip", "-j", "link", "show"))}
+def _links() -> dict[str, dict[str, Any]]:
+    """Every interface that there is."""
+    return {link["ifname"]: link for link in json.loads(tool("ip", "-j", "link", "show"))}
+
+
+def _macs(links: Mapping[str, dict[str, Any]], name: str) -> bytes:
+    """``struct crab_macs``: the MAC addresses that frames to an interface have, its own and its bridge's or bond's."""
+    masters = [links[name]["master"]] if links[name].get("master") in links else []
+    macs = [bytes.fromhex(links[each]["address"].replace(":", "")) + bytes(2) for each in (name, *masters)]
+    return b"".join(macs + macs[:1] * (lib.CRAB_MAX_MACS - len(macs)))
 
 
 def _interfaces(wanted: Sequence[str]) -> list[str]:
     """The interfaces named, by default every Ethernet interface that is up."""
-    links = {link["ifname"]: link for link in json.loads(tool("ip", "-j", "link", "show"))}
+    links = _links()
     for name in wanted:
         if name not in links:
             raise KernelError(f"interface {name} does not exist; there are: {', '.join(links)}")
@@ -133,34 +141,45 @@ def sync(
         found += [f"{address} is no address of this host, and packets to it are dropped" for address in lost]
         if mend:
             _take(lost, state, note)
-    mtus = _mtus()
-    for name in [name for name in state["interfaces"] if name not in mtus]:
+    links = _links()
+    for name in [name for name in state["interfaces"] if name not in links]:
         if name in state.get("named", ()):
             found.append(f"interface {name} does not exist")
         elif mend:  # it was one of all that were up
             (folder / _pin(name)).unlink(missing_ok=True)
             del state["interfaces"][name]
             note(state)
-    there = [name for name in state["interfaces"] if name in mtus]
+    there = [name for name in state["interfaces"] if name in links]
     lacking = [(name, part) for name in there for part in PARTS if not _attached(folder, name, part)]
     found += [f"the program that {PARTS[part]} is not attached to {name}" for name, part in lacking]
-    mss = [min(mtus[name] for name in there) - OUTER - headers for headers in HEADERS.values()] if there else []
+    least = min((int(links[name]["mtu"]) for name in there), default=0)
+    mss = [least - OUTER - headers for headers in HEADERS.values()] if there else []
     told = _told(folder)
     if stale := bool(mss and told and told != mss):
         found.append(f"SYN-ACKs from VIPs offer an MSS of {told[0]}, and what the interfaces take is {mss[0]}")
-    if mend and (lacking or stale):
-        _mend(lacking, mss, state, folder, note)
+    macs = {socket.if_nametoindex(name): _macs(links, name) for name in there}
+    others = [
+        name
+        for name in there
+        if (name, "crab_decap") not in lacking
+        and _told_macs(folder, name) not in (macs[socket.if_nametoindex(name)], None)
+    ]
+    found += [f"tunnelled packets to the MAC address that {name} has now are let alone" for name in others]
+    if mend and (lacking or stale or others):
+        _mend(lacking, mss, macs, state, folder, note)
     return found
 
 
 def _mend(
     lacking: Sequence[tuple[str, str]],
     mss: Sequence[int],
+    macs: Mapping[int, bytes],
     state: dict[str, Any],
     folder: Path,
     note: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Attach the programs that are lacking, of the maps that are pinned, and tell them the MSS to offer."""
+    """Attach the programs that are lacking, of the maps that are pinned, and tell them the MSS to offer, and
+    whose frames to take, by interface."""
     refused = []
     with ExitStack() as stack:
         maps = {}
@@ -171,6 +190,9 @@ def _mend(
         for i, most in enumerate(mss):
             program.map("dsr_mss").update(i, most)
         pins.put(program.map("dsr_mss"), folder / "dsr_mss")
+        for index, own in macs.items():
+            program.map("dsr_macs").update(index, own)
+        pins.put(program.map("dsr_macs"), folder / "dsr_macs")
         for name, part in lacking:
             index = socket.if_nametoindex(name)
             if part == "crab_clamp":
@@ -217,6 +239,15 @@ def _told(folder: Path) -> list[int]:
             return [int.from_bytes(mss.lookup(i) or b"", "little") for i in range(len(HEADERS))]
     except bpf.BpfNotFoundError:
         return []
+
+
+def _told_macs(folder: Path, interface: str) -> bytes | None:
+    """``struct crab_macs`` as the program has it, empty if there is none; None if an agent of before did not pin it."""
+    try:
+        with bpf.Map.from_pin(folder / "dsr_macs") as macs:
+            return macs.lookup(socket.if_nametoindex(interface)) or b""
+    except bpf.BpfNotFoundError:
+        return None
 
 
 def tear_down(state: dict[str, Any], folder: Path) -> None:

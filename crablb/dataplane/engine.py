@@ -213,7 +213,7 @@ class Engine:
         if program.flows:
             self._queues.learn(program.flows.writer)
 
-        self._nexthops = NextHops(self._hops_changed)
+        self._nexthops = NextHops(self._hops_changed, self._own)
         await self._nexthops.start(self._registry.backends)
         self._publish()
         await self._resolve()
@@ -325,6 +325,7 @@ class Engine:
         # A VIP's packets come only while the workers know it.
         self._running.serve((s.vip for s in self.config.services if s.vip in served), self._registry.services)
         self.config = config
+        self._own()
         self._applied.append(config)
         self._nexthops.follow(self._registry.backends)
         self._publish()
@@ -348,6 +349,15 @@ class Engine:
                 self._tell(Event("backend-up", address))
             elif address in before and before[address].state is HopState.RESOLVED:
                 self._tell(Event("backend-down", address, reason=hop.reason))
+
+    def _own(self) -> None:
+        """Have the XDP program know which frames are sent to us."""
+        if not (self._program and self._nexthops):
+            return
+        more = [bytes.fromhex(mac.replace(":", "")) for mac in self.config.macs]
+        for attachment in self._attachments:
+            if macs := self._nexthops.macs(attachment.info.index):  # it may be gone
+                self._program.own(attachment.info.index, [*macs, *more])
 
     def _publish(self) -> None:
         """Have the XDP program and the workers see what is there now."""

@@ -11,6 +11,7 @@ hashing            the seed
 flows              each worker's flow cache, which decides; the map is learned from it
 paths              :class:`.paths.Paths`
 interfaces sockets :class:`.queues.Queues`
+macs               the configuration, and :class:`crablb.kernel.netlink.NextHops`
 handlers           :class:`.handlers.Handlers`
 worker_counters    the same memory, mapped; so are flows
 daemon_counters    :class:`.statistics.DaemonCounters`
@@ -20,7 +21,7 @@ xdp_counters       nowhere; nor are service_counters
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from crablb._native import ffi, lib
@@ -102,6 +103,12 @@ class Program:
             services.delete(key)
         for key in wanted.keys() - there:
             services.update(key, indices[wanted[key]])
+
+    def own(self, index: int, macs: Sequence[bytes]) -> None:
+        """Take what comes to these MAC addresses (those that there is room for) by an interface, and no others."""
+        kept = macs[: lib.CRAB_MAX_MACS]
+        filled = [*kept, *[kept[0]] * (lib.CRAB_MAX_MACS - len(kept))]
+        self.maps["macs"].update(index, b"".join(mac + bytes(2) for mac in filled))
 
     def count_from_zero(self, index: int) -> None:
         """A service has got this index, which may have been another one's."""

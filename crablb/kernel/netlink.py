@@ -82,6 +82,7 @@ class _Link(NamedTuple):
     mtu: int
     ethernet: bool
     redirect: bool
+    master: int  # index of the bridge or bond that it is a port of; 0: none
 
 
 class _Tables(NamedTuple):
@@ -112,6 +113,7 @@ def _link(message: Message, features: Mapping[int, int]) -> tuple[int, _Link]:
         rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
         kind == ARPHRD_ETHER,
         bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT),
+        rtnetlink.number(found.get(rtnetlink.IFLA_MASTER)),
     )
 
 
@@ -143,13 +145,19 @@ class NextHops:
     """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current.
 
     ``on_change`` is called in the event loop with those that changed, as they were (those that were known) and as they
-    are.  :attr:`current` is what is known now, of those that are followed.  To be used in the network namespace of the
-    load balancer: :meth:`start`, then :meth:`close`.
+    are; ``on_links``, when MAC addresses of interfaces may have changed.  :attr:`current` is what is known now, of
+    those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then
+    :meth:`close`.
     """
 
-    def __init__(self, on_change: Callable[[Mapping[Address, NextHop], Mapping[Address, NextHop]], None]) -> None:
+    def __init__(
+        self,
+        on_change: Callable[[Mapping[Address, NextHop], Mapping[Address, NextHop]], None],
+        on_links: Callable[[], None] = lambda: None,
+    ) -> None:
         self.current: dict[Address, NextHop] = {}
         self._on_change = on_change
+        self._on_links = on_links
         self._wanted: frozenset[Address] = frozenset()
         self._tables = _Tables({}, {}, {})
         self._vias: set[tuple[int, str]] = set()  # the neighbours that the routes need
@@ -177,6 +185,13 @@ class NextHops:
         self._wanted = frozenset(addresses)
         self._full = True
         self._dirty.set()
+
+    def macs(self, index: int) -> list[bytes]:
+        """The MAC addresses that frames to an interface have: its own, and its bridge's or bond's."""
+        links = self._tables.links
+        here = links.get(index)
+        found = [link.mac for link in (here, links.get(here.master) if here else None) if link]
+        return [mac for mac in dict.fromkeys(found) if len(mac) == 6]
 
     async def close(self) -> None:
         """Stop following, and give up the managed neighbour entries."""
@@ -238,6 +253,7 @@ class NextHops:
             # Events that come meanwhile are newer than the dump; they wait in the socket and are read after it.
             self._tables = await loop.run_in_executor(self._thread, self._ask)
             self._managed &= self._tables.neighbours.keys()  # a link that went down took its entries with it
+            self._on_links()
         routes, neighbours, _ = self._tables
         self._vias = {r.neighbour(address) for address, r in routes.items() if r.state is HopState.RESOLVED}
         # An entry that the administrator made permanent is his: not managed, and never removed by us.

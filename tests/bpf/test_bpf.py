@@ -35,7 +35,8 @@ from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.kernel.xsk import XskSocket
 from crablb.model import mapped
-from tests.helpers.frames import ether
+from tests.helpers.frames import a_hop_less, ether
+from tests.helpers.native import compiled
 from tests.helpers.processes import until
 from tests.reference import packets as reference
 from tests.reference.siphash import siphash
@@ -145,6 +146,40 @@ def test_lb_at_every_length(lb, family):
     assert lb.counts() == {"pass_malformed": len(frame) - 14}
 
 
+MAPPED = {
+    "source": (f"::ffff:{CLIENT[4]}", VIP[6]),
+    "destination": (CLIENT[6], f"::ffff:{VIP[4]}"),
+    "both": (f"::ffff:{CLIENT[4]}", f"::ffff:{VIP[4]}"),
+}
+
+
+@pytest.mark.parametrize("flags", ["S", "A", "icmp"])
+@pytest.mark.parametrize("where", MAPPED)
+def test_mapped_addresses_on_the_wire_are_nobodys(flows, where, flags):
+    """Dropped and counted, even if they are a known flow's; whoever they are sent to otherwise, they are let alone."""
+    client, vip = MAPPED[where]
+    packed = ip_address(client).packed + ip_address(vip).packed
+
+    def frame(to: str, port: int) -> bytes:
+        if flags == "icmp":
+            quoted = IPv6(src=to, dst=client) / TCP(sport=port, dport=4242)
+            return bytes(ether() / IPv6(src="fd00::fe", dst=VIP[6]) / ICMPv6PacketTooBig(mtu=1300) / quoted)
+        return bytes(ether() / IPv6(src=client, dst=to) / TCP(sport=4242, dport=port, flags=flags))
+
+    know(flows, 6, DIP[6])
+    flows.table.places["hash"] = 0
+    assert flows.table.add(siphash(SEED, packed + ports(4242)), 7, 6, age=0, flags=0)
+    assert flows.table.add(flowmap.flow_hash(SEED, ip_address(CLIENT[4]), 4242, ip_address(VIP[4]), 80), 7, 4)
+    run = flows.programs["crab_lb"].test_run
+    assert run(frame(vip, 80)).retval == XDP_DROP
+    assert flows.counts() == {"drop_mapped": 1}
+    for to, port in ((vip, 81), (f"::ffff:{DIP[4]}", 80)):
+        other = frame(to, port)
+        got = run(other)
+        assert (got.retval, got.data) == (XDP_PASS, other)
+    assert flows.counts() == {"drop_mapped": 1, "pass_not_vip": 2}
+
+
 # ---- client ----
 
 
@@ -156,7 +191,9 @@ def client(namespace) -> Iterator[Counted]:
             loaded.map("client_vips").update(parse_vip(url(VIP[family], 80)).key(), 0)
         for prefix in (ip_network("10.0.0.0/24"), ip_network("fd00::/64")):
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
-            loaded.map("client_backends").update(bits.to_bytes(4, "little") + mapped(prefix.network_address), 1)
+            loaded.map("client_backends").update(
+                bits.to_bytes(4, "little") + mapped(prefix.network_address), prefix.version
+            )
         yield Counted(loaded, "client_counters", counter_names("crab_client_counter", "CRAB_CLIENT_"))
 
 
@@ -312,6 +349,50 @@ def test_client_refuses_what_is_forged(client, family, name):
     assert flow_at(client, key).state == lib.CRAB_CLIENT_WAITING
     client.programs["crab_ingress"].test_run(bytes(answer(family)))
     assert client.counts()["redirected"] == 1
+
+
+@pytest.mark.parametrize("where", ["ours", "theirs", "both"])
+def test_client_knows_no_mapped_addresses_on_the_wire(client, where):
+    """An IPv6 header with IPv4-mapped addresses is not the IPv4 connection's."""
+    mine = f"::ffff:{CLIENT[4]}" if where != "theirs" else CLIENT[6]
+
+    def on_wire(packet: Packet, source: str, target: str) -> bytes:
+        return bytes(ether() / IPv6(src=source, dst=target) / packet[TCP])
+
+    def theirs(address: str) -> str:
+        return f"::ffff:{address}" if where != "ours" else DIP[6]
+
+    key = pend(client, 4)
+    ingress, egress = client.programs["crab_ingress"].test_run, client.programs["crab_egress"].test_run
+    frame = on_wire(answer(4), theirs(DIP[4]), mine)
+    run = ingress(frame)
+    assert (run.retval, run.data, flow_at(client, key).state) == (TC_UNSPEC, frame, lib.CRAB_CLIENT_WAITING)
+    key = redirected(client, 4)
+    before = client.maps["client_flows"].lookup(key)
+    frame = on_wire(answer(4, flags="PA", options=[]), theirs(DIP[4]), mine)
+    assert ingress(frame).data == frame
+    frame = on_wire(sent(4), mine, theirs(VIP[4]))
+    run = egress(frame)
+    assert (run.retval, run.data[14:]) == (LWT_OK, frame[14:])
+    quoted = IPv6(src=mine, dst=theirs(DIP[4])) / TCP(sport=4242, dport=80, seq=999)
+    frame = bytes(ether() / IPv6(src="fd00::fe", dst=CLIENT[6]) / ICMPv6DestUnreach() / quoted)
+    run = ingress(frame)
+    assert (run.retval, run.data) == (TC_UNSPEC, frame)
+    assert client.maps["client_flows"].lookup(key) == before
+    assert client.counts() == {}
+
+
+def test_client_prefixes_are_of_one_family(client):
+    """::/0 holds IPv4-mapped addresses; it is no prefix of IPv4 backends."""
+    prefixes = client.maps["client_backends"]
+    for key in list(prefixes.keys()):
+        prefixes.delete(key)
+    prefixes.update(bytes(20), 6)
+    for family, state in ((4, lib.CRAB_CLIENT_WAITING), (6, lib.CRAB_CLIENT_ACCEPTED)):
+        key = pend(client, family)
+        client.programs["crab_ingress"].test_run(bytes(answer(family)))
+        assert flow_at(client, key).state == state
+    assert client.counts()["drop_source"] == 1
 
 
 def is_reset(run: bpf.TestRun, family: int, to: str) -> bool:
@@ -899,7 +980,7 @@ def test_flow_by_mac(flows, family):
     frame = bytes(ether() / to_vip(family, flags="PA") / b"data")
     run = flows.programs["crab_lb"].test_run(frame)
     assert run.retval == XDP_TX
-    assert run.data == MACS + frame[12:]
+    assert run.data == a_hop_less(MACS + frame[12:])
     assert flows.counts() == {"flow": 1}
     counted = statistics.read_services(flows.maps["services"], flows.maps["service_counters"])
     assert counted[url(VIP[family], 80)] == {"packets": 1, "bytes": len(frame)}
@@ -981,6 +1062,43 @@ def test_flow_user_space_is_asked(flows, family, name):
     frame = bytes(ether() / to_vip(family, **fields))
     run = flows.programs["crab_lb"].test_run(frame)
     assert (run.retval, run.data) == (XDP_REDIRECT, frame)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_flow_loses_a_hop(flows, family):
+    """By MAC address: what would go round ends.  Through a tunnel the inner packet stays as it is."""
+    run = flows.programs["crab_lb"].test_run
+    hops = "ttl" if family == 4 else "hlim"
+
+    def frame(left: int) -> bytes:
+        packet = to_vip(family, flags="FA")
+        setattr(packet, hops, left)
+        return bytes(ether() / packet)
+
+    hash_ = know(flows, family, DIP[family])
+    for left in (1, 0):
+        assert run(frame(left)).retval == XDP_DROP
+    assert known(flows, hash_)["state"] == lib.CRAB_FLOW_OPEN  # it was not forwarded: nothing has happened
+    assert flows.counts() == {"drop_hops": 2}
+    for left in (2, 64, 255):
+        assert run(frame(left)).data == a_hop_less(MACS + frame(left)[12:])
+    know(flows, family, DIP[family], tunnel=True)
+    assert run(frame(1)).data.endswith(frame(1)[14:])
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_flow_that_its_backend_sends_back(flows, family):
+    """It ends here.  A backend that is the client itself is served, and so is everybody else that it forwards for."""
+    run = flows.programs["crab_lb"].test_run
+    frame = bytes(ether() / to_vip(family, flags="A"))
+    back = frame[:6] + MACS[:6] + frame[12:]
+    know(flows, family, DIP[family])
+    assert run(back).retval == XDP_DROP
+    assert flows.counts() == {"drop_sent_back": 1}
+    know(flows, family, CLIENT[family])  # the backend's address is the packet's source
+    assert run(back).retval == XDP_TX
+    know(flows, family, DIP[family], tunnel=True)
+    assert run(back).retval == XDP_TX
 
 
 def test_flow_too_large_for_the_tunnel(flows):
@@ -1075,7 +1193,7 @@ def test_icmp_errors_follow_the_flow(flows, family, kind):
     know(flows, family, DIP[family])
     got = run(frame)
     assert got.retval == (XDP_TX if kind in errors else XDP_PASS)
-    assert got.data == (MACS + frame[12:] if kind in errors else frame)
+    assert got.data == (a_hop_less(MACS + frame[12:]) if kind in errors else frame)
     for wrong in (
         layer(family)(src=DIP[family], dst=CLIENT[family]) / TCP(sport=80, dport=4242),
         layer(family)(src=VIP[family], dst=CLIENT[family]) / TCP(sport=81, dport=4242),
@@ -1083,6 +1201,52 @@ def test_icmp_errors_follow_the_flow(flows, family, kind):
         assert run(icmp_error(family, kind, wrong)).retval == XDP_PASS
     for length in range(14, len(frame)):
         assert run(frame[:length]).retval in (XDP_PASS, XDP_REDIRECT)
+
+
+# ---- whose frames ----
+
+
+def macs(*own: str) -> bytes:
+    """``struct crab_macs``."""
+    listed = [bytes.fromhex(mac.replace(":", "")) + bytes(2) for mac in own]
+    return b"".join(listed + listed[:1] * (lib.CRAB_MAX_MACS - len(listed)))
+
+
+OURS, ROUTERS, FOREIGN = "02:00:00:00:00:02", "00:00:5e:00:01:07", "02:00:00:00:99:99"
+
+
+def sent_to(mac: str, frame: bytes) -> bytes:
+    return bytes.fromhex(mac.replace(":", "")) + frame[6:]
+
+
+@pytest.mark.parametrize("tunnel", [False, True])
+@pytest.mark.parametrize("family", [4, 6])
+def test_frames_to_another_mac_address_are_let_alone(flows, family, tunnel):
+    know(flows, family, DIP[family], tunnel=tunnel)
+    flows.maps["macs"].update(LO, macs(OURS, ROUTERS))
+    quoted = layer(family)(src=VIP[family], dst=CLIENT[family]) / TCP(sport=80, dport=4242)
+    frames = [bytes(ether() / to_vip(family, flags=flags)) for flags in ("A", "S")]
+    frames += [bytes(ether() / Dot1Q(vlan=5) / to_vip(family)), icmp_error(family, 3, quoted)]
+    run = flows.programs["crab_lb"].test_run
+    for frame in frames:
+        for mac in (FOREIGN, "00:00:00:00:00:00", "02:00:00:00:00:03", "03:00:00:00:00:02", "ff:ff:ff:ff:ff:ff"):
+            got = run(sent_to(mac, frame))
+            assert (got.retval, got.data) == (XDP_PASS, sent_to(mac, frame))
+    assert flows.counts() == {"pass_other_mac": 3 * len(frames), "pass_not_vip": 2 * len(frames)}
+    for mac in (OURS, ROUTERS):
+        know(flows, family, DIP[family], tunnel=tunnel)  # the SYN has it asked about
+        assert {run(sent_to(mac, frame)).retval for frame in frames} == {XDP_TX, XDP_REDIRECT}
+    # A handler may have what is no VIP's, and nothing else.
+    flows.maps["handlers"].update(0, bytes(ffi.buffer(compiled([{"protocol": 6}, {"ethertype": 0x0806}]))))
+    other = bytes(ether() / layer(family)(dst=OTHER_VIP[family]) / TCP(dport=80))
+    for mac in (FOREIGN, "ff:ff:ff:ff:ff:ff"):
+        assert run(sent_to(mac, frames[0])).retval == XDP_PASS
+        assert run(sent_to(mac, other)).retval == XDP_REDIRECT
+        assert run(sent_to(mac, bytes(ether() / ARP()))).retval == XDP_REDIRECT
+    # What is said of another interface is nothing to this one.
+    flows.maps["macs"].delete(LO)
+    flows.maps["macs"].update(LO + 1, macs(ROUTERS))
+    assert run(sent_to(FOREIGN, frames[1])).retval == XDP_REDIRECT
 
 
 # ---- direct server return on the server ----
@@ -1111,6 +1275,41 @@ def test_decapsulation(dsr, inner, outer):
     other = bytes(ether() / layer(outer)(dst=DIP[outer]) / layer(inner)(dst=OTHER_VIP[inner]) / TCP())
     assert dsr.programs["crab_decap"].test_run(other).data == other
     assert dsr.counts() == {"decapsulated": 1, "not_vip": 1}
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+def test_tunnels_to_another_mac_address_are_let_alone(dsr, outer):
+    dsr.maps["dsr_macs"].update(LO, macs(OURS))
+    frame = bytes(ether() / layer(outer)(src=TUNNEL_SRC[outer], dst=DIP[outer]) / to_vip(4, flags="A"))
+    run = dsr.programs["crab_decap"].test_run
+    for mac in (FOREIGN, "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"):
+        assert run(sent_to(mac, frame)).data == sent_to(mac, frame)
+    assert dsr.counts() == {"other_mac": 4}
+    assert len(run(frame).data) < len(frame)
+    assert dsr.counts() == {"other_mac": 4, "decapsulated": 1}
+
+
+@pytest.mark.parametrize(
+    ("outer", "source", "target"),
+    [
+        (None, f"::ffff:{CLIENT[4]}", VIP[6]),
+        (None, CLIENT[6], f"::ffff:{VIP[4]}"),
+        (None, f"::ffff:{CLIENT[4]}", f"::ffff:{VIP[4]}"),
+        ((f"::ffff:{TUNNEL_SRC[4]}", f"::ffff:{DIP[4]}"), CLIENT[6], VIP[6]),
+    ],
+)
+def test_mapped_addresses_are_not_decapsulated(dsr, outer, source, target):
+    inner = IPv6(src=source, dst=target) / TCP(dport=80, flags="A")
+    for family in (4, 6):
+        ends = outer or (TUNNEL_SRC[family], DIP[family])
+        tunnel = IPv6 if outer else layer(family)
+        frame = bytes(ether() / tunnel(src=ends[0], dst=ends[1]) / inner)
+        run = dsr.programs["crab_decap"].test_run(frame)
+        assert (run.retval, run.data) == (XDP_PASS, frame)
+    assert "decapsulated" not in dsr.counts()
+    options = [("MSS", 1460)]
+    frame = bytes(ether() / IPv6(src=f"::ffff:{VIP[4]}", dst=CLIENT[6]) / TCP(sport=80, flags="SA", options=options))
+    assert dsr.programs["crab_clamp"].test_run(frame).data == frame
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -19,6 +19,18 @@ def ether() -> Packet:
     return Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
 
 
+def a_hop_less(frame: bytes) -> bytes:
+    """An untagged or tagged frame, its TTL or hop limit one less."""
+    l3 = 14 + 4 * (frame[12:14] in (b"\x81\x00", b"\x88\xa8")) + 4 * (frame[16:18] in (b"\x81\x00", b"\x88\xa8"))
+    ip = bytearray(frame[l3:])
+    if ip[0] >> 4 == 6:
+        ip[7] -= 1
+    else:
+        ip[8] -= 1
+        ip[10:12] = packets.checksum(bytes(ip[:10] + b"\0\0" + ip[12:20])).to_bytes(2, "big")
+    return frame[:l3] + bytes(ip)
+
+
 def syn(port: int, client: str = "10.0.0.1") -> bytes:
     options = [("MSS", 1460), (42, b""), ("NOP", None), ("NOP", None)]
     tcp = TCP(sport=port, dport=80, flags="S", seq=port, options=options)

@@ -65,6 +65,10 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
+def is_mapped(address: bytes) -> bool:
+    return len(address) == 16 and ipaddress.IPv6Address(address).ipv4_mapped is not None
+
+
 def pseudo(source: bytes, destination: bytes, length: int) -> bytes:
     if len(source) == 4:
         return source + destination + struct.pack("!BBH", 0, 6, length)
@@ -127,6 +131,10 @@ class LoadBalancer:
     def is_usable(self, service: Service, backend: int) -> bool:
         return self.backends[backend].usable and not self.is_dead(service, backend)
 
+    def service_at(self, address: bytes, tcp: bytes) -> Service | None:
+        port = int.from_bytes(tcp[2:4], "big")
+        return next((s for s in self.services if s.vip == address and s.port == port), None)
+
     def handle(self, frame: bytes) -> tuple[str, bytes | None]:
         """What becomes of a frame: the counter's name, and the frame that is sent (None: none is)."""
         self.elsewhere = False
@@ -165,9 +173,10 @@ class LoadBalancer:
             return "drop_malformed", None
         if header == 20 and checksum(ip[:20]) != 0:
             return "drop_checksum", None
-        service = next(
-            (s for s in self.services if s.vip == destination and s.port == int.from_bytes(tcp[2:4], "big")), None
-        )
+        if is_mapped(source) or is_mapped(destination):
+            pretended = destination[12:] if is_mapped(destination) else destination
+            return ("drop_mapped" if self.service_at(pretended, tcp) else "drop_not_service"), None
+        service = self.service_at(destination, tcp)
         if service is None:
             return "drop_not_service", None
         flags = tcp[13]
@@ -272,12 +281,21 @@ class LoadBalancer:
             return "drop_no_path", None
         by_mac = backend.on_link and same and service.fallback != "ipip"
         v4 = len(service.vip) == 4
+        source = ip[12:16] if v4 else ip[8:24]
+        if by_mac and ethernet[6:12] == backend.mac and source != backend.address:
+            return "drop_sent_back", None
+        hops = 8 if v4 else 7
+        if by_mac and ip[hops] <= 1:
+            return "drop_hops", None
         fits = backend.mtu - (0 if by_mac else 20 if len(backend.address) == 4 else 40)
         if len(ip) > fits and (not by_mac or backend.elsewhere):
             if v4 and not ip[6] & 0x40:
                 return "drop_too_big", None
             return "too_big", ethernet[6:12] + ethernet[:6] + ethernet[12:] + too_big(ip, fits)
         if by_mac:
+            ip = ip[:hops] + bytes([ip[hops] - 1]) + ip[hops + 1 :]
+            if v4:
+                ip = ip[:10] + struct.pack("!H", checksum(ip[:10] + b"\0\0" + ip[12:20])) + ip[12:]
             return outcome, self.ethernet(ethernet, backend) + ip
         traffic_class = ip[1] if v4 else int.from_bytes(ip[:2], "big") >> 4 & 0xFF
         protocol = 4 if v4 else 41

@@ -6,12 +6,14 @@ import os
 from ipaddress import ip_address, ip_network
 
 import pytest
+from crablb._native import lib
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crablb.config import config_from_args, load_config, parse_backend, parse_prefix, parse_service, parse_vip
 from crablb.errors import ConfigError
 from crablb.model import Announce, Backend, Bypass, Fallback, Mode, OnDead, OptionForm, State, Vip, XdpMode
+from crablb.values import MAX_MACS, parse_macs
 
 GOOD = """
 interface = "eth1"
@@ -119,9 +121,31 @@ def test_bad_backends(text):
     assert str(caught.value) == BAD_BACKENDS[text]
 
 
+@pytest.mark.parametrize(
+    ("macs", "fault"),
+    [
+        (["10.0.0.1"], r"^'10.0.0.1' is not a MAC address \(00:00:5e:00:01:07\)$"),
+        ([7], "^7 is not a string$"),
+        ("00:00:5e:00:01:07", "is not a list$"),
+        (["ff:ff:ff:ff:ff:ff"], "^ff:ff:ff:ff:ff:ff is nobody's MAC address$"),
+        ([f"02:00:00:00:00:{i:02x}" for i in range(15)], "^15 MAC addresses; the limit is 14$"),
+    ],
+)
+def test_bad_macs(macs, fault):
+    with pytest.raises(ConfigError, match=fault):
+        parse_macs(macs)
+
+
+def test_there_is_room_for_all_macs():
+    assert MAX_MACS + 2 == lib.CRAB_MAX_MACS
+
+
 def test_bad_prefixes():
     with pytest.raises(ConfigError, match=r"^10.0.0.1/24 has bits set behind the prefix; write 10.0.0.0/24$"):
         parse_prefix("10.0.0.1/24")
+    for mapped in ("::ffff:10.0.0.0/104", ip_network("::ffff:10.0.0.0/104")):
+        with pytest.raises(ConfigError, match=r"is a prefix of IPv4-mapped addresses; write 10.0.0.0/8$"):
+            parse_prefix(mapped)
     with pytest.raises(ConfigError, match=r"^'here' is not a prefix \(10.0.0.0/8 or fd00::/8\)$"):
         parse_prefix("here")
 

@@ -13,7 +13,7 @@ from scapy.layers.inet import ICMP, IP, TCP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 
-from tests.helpers.frames import SEED, VIP4, VIP6, reference
+from tests.helpers.frames import SEED, VIP4, VIP6, a_hop_less, reference
 from tests.helpers.native import Core, mapped
 from tests.reference import maglev, packets
 from tests.reference.options import offer, parse
@@ -146,15 +146,19 @@ def frames(draw):
     """Mostly sound TCP packets to one of the services, made by Scapy, with whatever may go wrong."""
     v6 = draw(st.booleans())
     port = draw(st.sampled_from([80, 80, 80, 443, 81, 9]))
-    source = draw(
-        st.sampled_from(["fd00::1", "fd00:5::1", "fd00:5:8000::1"] if v6 else ["10.0.0.1", "10.1.2.3", "10.3.0.1"])
-    )
+    if v6:
+        source = draw(st.sampled_from(["fd00::1", "fd00:5::1", "fd00:5:8000::1", "::1", "::ffff:10.0.0.1", "fd00::14"]))
+        vip = draw(st.sampled_from([str(ipaddress.ip_address(VIP6))] * 5 + ["::ffff:10.0.0.100", "::10.0.0.100"]))
+    else:
+        source, vip = draw(st.sampled_from(["10.0.0.1", "10.1.2.3", "10.3.0.1", "10.0.0.11"])), "10.0.0.100"
+    hops = draw(st.sampled_from([64] * 6 + [255, 2, 1, 0]))
     layer = (
-        IPv6(src=source, dst=str(ipaddress.ip_address(VIP6)))
+        IPv6(src=source, dst=vip, hlim=hops)
         if v6
         else IP(
             src=source,
-            dst=str(ipaddress.ip_address(VIP4)),
+            dst=vip,
+            ttl=hops,
             id=draw(st.integers(0, 65535)),
             flags=draw(st.sampled_from(["DF", 0])),
         )
@@ -169,7 +173,9 @@ def frames(draw):
     tag = draw(
         st.sampled_from([None] * 8 + [Dot1Q(vlan=5), Dot1AD(vlan=9) / Dot1Q(vlan=5), Dot1Q() / Dot1Q() / Dot1Q()])
     )
-    ether = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
+    # from a client, or sent back by a backend, which may be a client itself
+    sender = draw(st.sampled_from(["02:00:00:00:00:01"] * 6 + ["02:00:00:00:01:00", "02:00:00:00:02:03"]))
+    ether = Ether(src=sender, dst="02:00:00:00:00:02")
     packet = (ether / tag if tag else ether) / layer
     # Scapy lays out options itself; ours may be rubbish, so they are put in front of the payload by hand.
     raw = bytearray(bytes(packet / tcp / (options + payload)))
@@ -209,6 +215,47 @@ def test_frames(sequence, experimental, mode, fallback, elsewhere):
     for frame in sequence:
         assert core.outcome(frame) == expected.handle(frame)
         assert core.elsewhere == expected.elsewhere
+
+
+MAPPED = {"source": ("::ffff:10.0.0.1", "fd00::100"), "destination": ("fd00:5::1", "::ffff:10.0.0.100"),
+          "both": ("::ffff:10.0.0.1", "::ffff:10.0.0.100")}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", MAPPED)
+@pytest.mark.parametrize("mode", ["negotiated", "always", "never"])
+@pytest.mark.parametrize("quoted", [False, True])
+def test_mapped_addresses_on_the_wire_are_nobodys(where, mode, quoted):
+    """An IPv4 service's backends are of either family: in an IPv6 header its address would be one of theirs."""
+    expected = reference(mode=mode, fallback="ipip")
+    expected.services[0].table = expected.services[2].table  # IPv6 backends
+    core = Core(expected)
+    client, vip = MAPPED[where]
+    head = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
+    for tags in range(3):
+        for port in (80, 443, 9):
+            for flags, options in (("S", [*LINUX, *OFFER]), ("S", OFFER), ("A", [])):
+                tcp = TCP(sport=7, dport=port, flags=flags, options=options)
+                frame = head / IPv6(src=client, dst=vip) / tcp
+                if quoted:
+                    error = IPv6(src="fd00::fe", dst="fd00::100") / ICMPv6PacketTooBig(mtu=1300)
+                    frame = head / error / IPv6(src=vip, dst=client) / TCP(sport=port, dport=7)
+                service = port == 80 or (port == 443 and where != "source")
+                outcome = "drop_mapped" if service else "drop_not_service"
+                assert core.outcome(bytes(frame)) == (outcome, None)
+        head /= Dot1Q(vlan=tags)
+
+
+def test_prefixes_are_of_one_family():
+    """::/0 holds the mapped addresses of IPv4 clients; it is no prefix of theirs."""
+    expected = reference()
+    for backend in expected.backends:
+        backend.cr = True
+    expected.services[0].prefixes = [ipaddress.ip_network("::/0")]
+    core = Core(expected)
+    tcp = TCP(sport=7, dport=80, flags="S", options=[*LINUX, *OFFER])
+    frame = bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src="10.0.0.1", dst="10.0.0.100") / tcp)
+    assert core.outcome(frame) == expected.handle(frame)
+    assert core.counts()["fallback_prefix"] == 1
 
 
 @settings(max_examples=200)
@@ -286,7 +333,8 @@ def test_hard_syns(name):
         if outcome == "redirected":
             rest = [*rest, (42, packed), ("NOP", None), ("NOP", None)]
     to = str(ipaddress.ip_address(backend.address)) if outcome == "redirected" else vip
-    assert out == frame("02:00:00:00:00:02", backend.mac.hex(":"), to, rest)
+    there = frame("02:00:00:00:00:02", backend.mac.hex(":"), to, rest)
+    assert out == (there if outcome == "redirected" else a_hop_less(there))
 
 
 @pytest.mark.parametrize("v6", [False, True])
@@ -314,7 +362,7 @@ def test_icmp_errors_go_where_the_packets_go(v6, fallback, tags):
         compared += 1
         assert out[:12] == data[:12]
         inner = 14 + 4 * tags
-        assert out.endswith(frame[inner:])
+        assert out.endswith(frame[inner:] if fallback == "ipip" else a_hop_less(frame)[inner:])
         assert len(out) - len(frame) == {"l2": 0, "ipip": 40 if v6 else 20}[fallback]
     assert compared > 10
     assert core.counts()["fallback_icmp"] == compared

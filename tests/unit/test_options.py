@@ -98,6 +98,11 @@ SAME = {
     "flows": (["--flows", "1024"], 1024, 1024),
     "ack_bypass": (["--ack-bypass", "off"], "off", Bypass.OFF),
     "announce": (["--announce", "arp"], "arp", Announce.ARP),
+    "macs": (
+        ["--macs", "00:00:5E:00:01:07, 02:00:00:00:00:09"],
+        ["00:00:5e:00:01:07", "02:00:00:00:00:09"],
+        ("00:00:5e:00:01:07", "02:00:00:00:00:09"),
+    ),
     "report_listen": (["--report-listen", "10.0.0.2"], "10.0.0.2", (ip_address("10.0.0.2"), 7171)),
     "report_key_file": (["--report-key", "{key}"], "{key}", bytes.fromhex("ab" * 32)),
     "mode": (["--mode", "never"], "never", Mode.NEVER),
