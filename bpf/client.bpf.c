@@ -189,8 +189,16 @@ static __always_inline int ingress_tcp(struct __sk_buff *skb, struct packet *p)
     int answers = p->tcp.ack && p->tcp.ack_seq == flow->ack, from = same(flow->dip, p->peer);
     if (state == CRAB_CLIENT_TAKEN) {
         if (!from) {
+            if (flow->ends_ns || !same(flow->vip, p->peer))
+                return TC_ACT_UNSPEC;
+            /* While our route is gone, packets go untranslated to the VIP, whose servers do not know the connection.  They
+             * are lost, and sent again when the route is back. */
+            if (p->tcp.rst) {
+                count(CRAB_CLIENT_DROP_RESET);
+                return TC_ACT_SHOT;
+            }
             /* The fallback's answer to a retransmission, after the redirect's. */
-            if (!p->tcp.syn || !answers || flow->ends_ns || !same(flow->vip, p->peer))
+            if (!p->tcp.syn || !answers)
                 return TC_ACT_UNSPEC;
             count(CRAB_CLIENT_RESET_LATE);
             return answer_by_reset(skb, p);

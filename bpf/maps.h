@@ -407,6 +407,7 @@ enum crab_client_counter {
     CRAB_CLIENT_RETRANSMITTED,    /* SYNs sent again, without their offer: they ask for the fallback */
     CRAB_CLIENT_DROP_SOURCE,      /* answer to a SYN of ours from outside the backend prefixes */
     CRAB_CLIENT_DROP_VIP,         /* SYN-ACK to a SYN of ours whose redirect is missing or names another VIP */
+    CRAB_CLIENT_DROP_RESET,       /* RST from the VIP about a redirected connection, which went there by a lost route */
     CRAB_CLIENT_RESET_ROUTE,      /* SYN-ACK refused by RST: the SYN left by another route than the agent's */
     CRAB_CLIENT_RESET_LATE,       /* SYN-ACK refused by RST: another one was accepted before */
     CRAB_CLIENT_RESET_COLLISION,  /* SYN-ACK refused by RST: another local connection has the four-tuple */

@@ -485,6 +485,21 @@ def test_client_another_vips_packets(client, family):
     assert flow_at(client, key).state == lib.CRAB_CLIENT_TAKEN
 
 
+@pytest.mark.parametrize("lives", [True, False])
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_reset_by_the_vip(client, family, lives):
+    """What a redirected connection sends while the route is lost goes to the VIP, where nobody knows it."""
+    redirected(client, family, ends_ns=0 if lives else time.monotonic_ns() + 10**10)
+    reset = answer(family, flags="R", seq=7, ack=0, options=[])
+    reset[layer(family)].src = VIP[family]
+    run = client.programs["crab_ingress"].test_run(bytes(reset))
+    assert (run.retval, client.counts()) == ((TC_SHOT, {"drop_reset": 1}) if lives else (TC_UNSPEC, {}))
+    # Its backend's is a reset.
+    reset[layer(family)].src = DIP[family]
+    assert client.programs["crab_ingress"].test_run(bytes(reset)).retval == TC_UNSPEC
+    assert client.counts()["packets_in"] == 1
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_client_direct_connection_from_the_ports_of_a_closed_one(client, family):
     """By a program outside of the cgroup, straight to the backend: its SYN-ACK is another one than the redirect's."""

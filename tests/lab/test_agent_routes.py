@@ -245,6 +245,25 @@ def test_what_changes_is_mended(make_world: Callable[..., World], name: str):
     assert agent_status(client)["client"]["counters"]["redirected"] == before + 2
 
 
+def test_a_connection_outlives_the_loss_of_its_route(make_world: Callable[..., World]):
+    """What it sends meanwhile goes to the VIP, where a server that does not know it resets it."""
+    world = make_world()
+    world.servers(dsr=True)
+    world.serve()
+    client = world.lab.client
+    assert install(client).returncode == 0
+    held = world.python(client, "hold", str(VIP4), "80", ready=True)
+    assert exchange(held, "before") == "before"
+    client.ip("link set eth0 down", "link set eth0 up", f"route add {VIP4} via {world.lab.lb.ip4}")
+    assert held.stdin and held.stdout
+    held.stdin.write("meanwhile\n")
+    held.stdin.flush()
+    until(lambda: agent_status(client, 1)["client"]["counters"]["drop_reset"])
+    client.run(*crablb("agent", "repair"))
+    assert held.stdout.readline() == "meanwhile\n"
+    assert exchange(held, "after") == "after"
+
+
 def test_a_detached_agent_is_told_and_mended(make_world: Callable[..., World]):
     """Nobody follows what changes; a person asks, and has it mended."""
     world = make_world()
