@@ -155,9 +155,9 @@ def test_connection_refused(make_world, family):
     world.serve()
     child = world.python(world.lab.client, "refused", VIP[family], "80")
     assert child.communicate()[0].strip() == "ConnectionRefusedError"
+    # By the fallback, which was asked because something on the way to the backend might have said it.
     counters = world.client_counters()
-    assert counters["refused_port"] == 1
-    assert "retransmitted" not in counters
+    assert (counters["refused_port"], counters["retransmitted"]) == (1, 1)
 
 
 def test_reset(standing):
