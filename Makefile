@@ -1,9 +1,10 @@
 # Two commands do everything on a fresh machine:
 #   make demo    real connections through the load balancer, in a network of namespaces
-#   make test    every test
+#   make test    every test but the long ones
 # And
 #   make man     manual pages, into build/man
 #   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
+#   make test-long     what takes minutes: no byte twice, nobody worse off, load balancers of others
 #   make test-stacks   other people's programs and test suites through the load balancer: nginx, OpenSSH, PostgreSQL, ...
 #   make test-distros   those two on fresh Debian systems (DISTROS='bookworm trixie sid' COMMANDS='demo test')
 #   make test-kernels   every BPF program and the demo in Debian's kernels (KERNELS='6.1 6.12 newest'), by qemu
@@ -33,7 +34,7 @@ KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zst
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo test bench man test-stacks test-distros test-kernels lint c-test clean help
+.PHONY: demo test test-long bench man test-stacks test-distros test-kernels lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -42,6 +43,9 @@ demo: $(STAMPS)/built
 
 test: $(STAMPS)/tested-tools c-test lint
 	$(SUDO) $(VENV)/bin/python -m pytest --durations=10 $(ARGS)
+
+test-long: $(STAMPS)/tested-tools
+	$(SUDO) $(VENV)/bin/python -m pytest -m long --durations=10 $(ARGS)
 
 bench: $(STAMPS)/bench-tools
 	@$(SUDO) $(VENV)/bin/crablb bench $(ARGS)

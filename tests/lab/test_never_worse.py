@@ -23,6 +23,8 @@ from crablb.lab.demo import start_agent
 from tests.helpers import wiring
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.long
+
 VIP = {4: str(VIP4), 6: str(VIP6)}
 #: How many connections are made, one after the other; a back-off is longer than they take.
 CONNECTIONS = 4

@@ -28,6 +28,8 @@ from tests.helpers.processes import answer, exchange, until
 from tests.helpers.world import World, agent_status
 from tests.lab.test_never_worse import PATHS
 
+pytestmark = pytest.mark.long
+
 LONG = int(os.environ.get("CRABLB_LONG", "1"))
 HOSTS = (str(VIP4), str(VIP6))
 #: Servers that share one know each other's cookies.

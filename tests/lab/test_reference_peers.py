@@ -12,6 +12,8 @@ from crablb.lab.demo import VIPS
 from tests.helpers.processes import answer, until
 from tests.helpers.world import World, agent_status, status
 
+pytestmark = pytest.mark.long
+
 VIP = {4: str(VIP4), 6: str(VIP6)}
 CONNECTIONS = 20
 SYN, SYN_ACK = "tcp flags & (syn | ack) == syn", "tcp flags & (syn | ack) == syn | ack"
