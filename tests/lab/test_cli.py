@@ -299,7 +299,9 @@ def test_agent_remove_while_one_runs(lab):
     child = start_agent(lab.servers[0], "server")
     done = lab.servers[0].run(*crablb("agent", "remove"), check=False)
     assert done.returncode == 2
-    assert f"is run already by process {child.pid}; stop it first" in done.stderr
+    assert (
+        f"the server agent is run by process {child.pid}; end that (kill {child.pid}, or systemctl stop)" in done.stderr
+    )
     assert agent_status(lab.servers[0], 1)["server"]["pid"] == child.pid  # nothing listens there
     assert lab.client.run(*crablb("agent", "status")).stdout == "no agent in this network namespace\n"
     assert lab.client.run(*crablb("agent", "remove")).stdout == "client: there was none\nserver: there was none\n"
