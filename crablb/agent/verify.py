@@ -18,6 +18,7 @@ import structlog
 from crablb._native import ffi
 from crablb.errors import KernelError
 from crablb.kernel import bpf
+from crablb.kernel.checksum import checksum
 from crablb.model import unmapped
 
 log = structlog.get_logger()
@@ -30,14 +31,6 @@ WINDOW = 0xFFFF
 HOPS = 64
 
 
-def _sum(data: bytes) -> int:
-    """The Internet checksum (RFC 1071)."""
-    total: int = sum(word for (word,) in struct.iter_unpack("!H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total ^ 0xFFFF
-
-
 def probe(ask: bytes) -> tuple[str, str, bytes]:
     """The packet that a struct crab_client_ask asks for, with its IP header: source, destination, bytes."""
     asked = ffi.from_buffer("struct crab_client_ask *", ask)
@@ -45,7 +38,7 @@ def probe(ask: bytes) -> tuple[str, str, bytes]:
     ports = ask[16:20]  # as on the wire, like the numbers behind the other address
     tcp = ports + ask[36:44] + struct.pack("!BBHHH", 5 << 4, ACK, WINDOW, 0, 0)
     pseudo = source.packed + target.packed + struct.pack("!II", len(tcp), socket.IPPROTO_TCP)
-    tcp = tcp[:16] + _sum(pseudo + tcp).to_bytes(2, "big") + tcp[18:]
+    tcp = tcp[:16] + checksum(pseudo + tcp) + tcp[18:]
     if source.version == 4:  # the kernel fills in its checksum
         ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, HOPS, socket.IPPROTO_TCP, 0)
     else:

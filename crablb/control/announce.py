@@ -10,14 +10,13 @@ import asyncio
 import ctypes
 import socket
 import struct
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 import structlog
 
-from crablb._native import lib
+from crablb.kernel.checksum import checksum
 from crablb.model import Address
 
 __all__ = ["Announcer", "Question", "answer", "parse"]
@@ -58,16 +57,10 @@ class Question:
     sender: Address | None  # None: a probe by somebody who wants the address
 
 
-def _checksum(data: bytes) -> bytes:
-    """The field that makes the sum right; zero of data that holds a right one."""
-    folded: int = lib.crab_csum(data, len(data))
-    return (~folded & 0xFFFF).to_bytes(2, sys.byteorder)
-
-
 def _icmpv6(source: IPv6Address, destination: IPv6Address, body: bytes) -> bytes:
     """An IPv6 packet with an ICMPv6 message whose checksum field is zero."""
     pseudo = source.packed + destination.packed + struct.pack("!II", len(body), 58)
-    body = body[:2] + _checksum(pseudo + body) + body[4:]
+    body = body[:2] + checksum(pseudo + body) + body[4:]
     return struct.pack("!IHBB", 6 << 28, len(body), 58, 255) + source.packed + destination.packed + body
 
 
@@ -84,7 +77,7 @@ def parse(frame: bytes) -> Question | None:
     if kind == b"\x86\xdd" and len(frame) >= 78 and frame[20] == 58 and frame[21] == 255:
         length = int.from_bytes(frame[18:20], "big")
         body = frame[54 : 54 + length]
-        if len(body) != length or _checksum(frame[22:54] + struct.pack("!II", length, 58) + body) != b"\0\0":
+        if len(body) != length or checksum(frame[22:54] + struct.pack("!II", length, 58) + body) != b"\0\0":
             return None
         source, target6 = IPv6Address(frame[22:38]), IPv6Address(body[8:24])
         if body[0] == SOLICITATION:

@@ -38,6 +38,7 @@ from crablb.model import mapped
 from tests.helpers.frames import a_hop_less, ether
 from tests.helpers.native import compiled
 from tests.helpers.processes import until
+from tests.helpers.programs import LO, forwarding
 from tests.reference import packets as reference
 from tests.reference.siphash import siphash
 
@@ -47,7 +48,6 @@ VIP = {4: "10.0.0.100", 6: "fd00::100"}
 OTHER_VIP = {4: "10.0.0.101", 6: "fd00::101"}
 OUTSIDE = {4: "203.0.113.9", 6: "2001:db8::9"}
 XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = 1, 2, 3, 4
-LO = 1  # ifindex that test runs come in by
 TC_UNSPEC, TC_SHOT, TC_REDIRECT = 0xFFFFFFFF, 2, 7
 LWT_OK, LWT_REROUTE = 0, 128
 
@@ -977,15 +977,7 @@ def known(lb: Counted, hash_: int) -> np.void | None:
 
 @pytest.fixture
 def flows(namespace) -> Iterator[Counted]:
-    with (
-        bpf.Object(bpf.object_path("lb"), max_entries={"flows": 64, "service_counters": 8}) as loaded,
-        XskSocket("veth0", load_program=False) as xsk,
-    ):
-        xsk.register(loaded.map("sockets"))
-        loaded.map("interfaces").update(LO, struct.pack("=II", 0, 1))
-        loaded.map("hashing").update(0, flowmap.hashing(SEED, 64))
-        for family in (4, 6):
-            loaded.map("services").update(parse_vip(url(VIP[family], 80)).key(), family)
+    with forwarding(SEED) as loaded:
         yield Counted(loaded, "xdp_counters", list(statistics.XDP_COUNTERS))
 
 

@@ -14,13 +14,12 @@ from scapy.layers.inet import ICMP, IP, TCP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.packet import Packet, Raw
 
-from crablb.config import parse_vip
 from crablb.dataplane import flows as flowmap
 from crablb.dataplane import paths
 from crablb.kernel import bpf
-from crablb.kernel.xsk import XskSocket
 from tests.helpers.frames import SEED, a_hop_less, ether
 from tests.helpers.native import Core
+from tests.helpers.programs import LO, forwarding
 from tests.reference import packets
 
 CLIENT = {4: ip_address("10.0.0.1"), 6: ip_address("fd00::1")}
@@ -29,7 +28,6 @@ DIP = {4: ip_address("10.0.0.11"), 6: ip_address("fd00::11")}
 ROUTER = {4: "10.0.0.254", 6: "fd00::fe"}
 MACS = bytes.fromhex("020000000b0b020000000202")
 XDP_TX, XDP_REDIRECT = 3, 4
-LO = 1
 HASHES = {f: flowmap.flow_hash(SEED, CLIENT[f], 4242, VIP[f], 80) for f in (4, 6)}
 
 
@@ -59,16 +57,8 @@ class Both:
 
 @pytest.fixture
 def both(namespace) -> Iterator[Both]:
-    with (
-        bpf.Object(bpf.object_path("lb"), max_entries={"flows": 64, "service_counters": 8}) as loaded,
-        XskSocket("veth0", load_program=False) as xsk,
-    ):
-        xsk.register(loaded.map("sockets"))
-        loaded.map("interfaces").update(LO, struct.pack("=II", 0, 1))
-        loaded.map("hashing").update(0, flowmap.hashing(SEED, 64))
+    with forwarding(SEED) as loaded:
         for i, family in enumerate((4, 6)):
-            host = str(VIP[family]) if family == 4 else f"[{VIP[family]}]"
-            loaded.map("services").update(parse_vip(f"tcp://{host}:80").key(), family)
             loaded.map("paths").update(i, paths.path(DIP[family], MACS, 1500, None, LO, tx=True, redirect=False))
         yield Both(loaded)
 
