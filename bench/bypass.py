@@ -16,7 +16,7 @@ from crablb._native import ffi, lib
 
 from bench.context import Context
 from crablb.dataplane import flows as flowmap
-from crablb.dataplane.paths import path
+from crablb.dataplane.paths import Ways, path
 from crablb.kernel import bpf
 from crablb.model import Vip
 
@@ -104,7 +104,7 @@ class Programs:
         with bpf.Object(bpf.object_path("lb"), max_entries={"flows": buckets}) as program:
             program.map("services").update(VIP.key(), 0)
             program.map("hashing").update(0, flowmap.hashing(SEED, buckets))
-            there = path(BACKEND, bytes(12), 1500, IPv4Address("10.0.0.2"), LO, tx=True, redirect=False)
+            there = path(BACKEND, bytes(12), 1500, IPv4Address("10.0.0.2"), LO, Ways(tx=True))
             program.map("paths").update(0, there)
             numbers = fill(flowmap.FlowTable(program.map("flows")), count, tunnel)
             yield Loaded(program.program("crab_lb"), self._mac, numbers)

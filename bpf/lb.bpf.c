@@ -292,12 +292,16 @@ __noinline __u32 sum_of(struct xdp_md *ctx, __u32 at, __u32 len)
     return (__u32)((rest & 0xffffffff) + (rest >> 32));
 }
 
-/* The checksum of a packet's TCP segment or ICMP message: CRAB_CSUM_*. */
-static __always_inline int checksum(struct xdp_md *ctx, const struct packet *p, int icmp)
+/* The checksum of a packet's TCP segment or ICMP message: CRAB_CSUM_*.  right: what it should be, where it is partial: the
+ * field holds the pseudo-header's sum, so that the segment's is the whole one. */
+static __always_inline int checksum(struct xdp_md *ctx, const struct packet *p, int icmp, __u16 *right)
 {
     __u32 sum = sum_of(ctx, p->l4, p->len - (p->l4 - p->l3));
-    if (sum && crab_is_whole((__u64)sum + p->pseudo))
+    if (!sum)
+        return CRAB_CSUM_BAD;
+    if (crab_is_whole((__u64)sum + p->pseudo))
         return CRAB_CSUM_OK;
+    *right = (__u16)~fold(sum);
     return !icmp && p->check == p->pseudo ? CRAB_CSUM_PARTIAL : CRAB_CSUM_BAD;
 }
 
@@ -343,7 +347,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     } flow = {.word = *(volatile __u64 *)&f->backend};
     if (f->hash != hash)
         return -1;
-    int sum = checksum(ctx, p, icmp);
+    __u16 right = 0;
+    int sum = checksum(ctx, p, icmp, &right);
     if (sum == CRAB_CSUM_BAD)
         return -1;
     if (flags & CRAB_SYN) {
@@ -356,9 +361,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         f->hash = 0;
         return -1;
     }
-    /* A virtual neighbour (veth, virtio) may have left the checksum to a network card that does not exist: user space
-     * completes it. */
-    if (sum != CRAB_CSUM_OK || flow.flags & CRAB_FLOW_ASK || p->l3 != ETH_HLEN)
+    if (flow.flags & CRAB_FLOW_ASK || p->l3 != ETH_HLEN)
         return -1;
     __u32 backend = flow.backend, service = flow.service;
     struct crab_path *path = bpf_map_lookup_elem(&paths, &backend);
@@ -368,6 +371,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     __u32 tunnel = flow.flags & CRAB_FLOW_TUNNEL, ifindex = path->ifindex, outer = 0;
     int back = ifindex == ctx->ingress_ifindex, tx = back && path->tx;
     if (!tx && !path->redirect)
+        return -1;
+    if (sum == CRAB_CSUM_PARTIAL && path->partial == CRAB_PARTIAL_ASK)
         return -1;
     if (tunnel)
         outer = path->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
@@ -386,6 +391,12 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
             count(why);
             return XDP_DROP;
         }
+    }
+    if (sum == CRAB_CSUM_PARTIAL && path->partial == CRAB_PARTIAL_FINISH) {
+        struct tcphdr *tcp = (void *)(long)ctx->data + ETH_HLEN + (p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+        if ((void *)(tcp + 1) > (void *)(long)ctx->data_end)
+            return XDP_DROP;
+        tcp->check = right;
     }
     if (flow.seen != now)
         f->seen = now;

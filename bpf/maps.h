@@ -114,6 +114,14 @@ struct crab_bucket {
     struct crab_flow flows[CRAB_BUCKET];
 };
 
+/* What the XDP program does with a TCP checksum that the sender left to its network card, as a virtual neighbour (veth,
+ * virtio) does.  A native program's frame is all that there is of the packet.  In generic mode there is a socket buffer
+ * too, which says still that the checksum is left: the interface that it is sent by does it, and would sum up one that is
+ * there already. */
+#define CRAB_PARTIAL_ASK 0 /* nothing: user space does it */
+#define CRAB_PARTIAL_FINISH 1
+#define CRAB_PARTIAL_KEEP 2
+
 /* Value of map `paths` (index: a backend's id): whose it is, and how frames get there.  One cache line. */
 struct crab_path {
     __u8 addr[16];
@@ -124,7 +132,8 @@ struct crab_path {
     __u8 v6;       /* 1: the outer header is an IPv6 one */
     __u8 tx;       /* 1: what came in by that interface may go out again by XDP_TX */
     __u8 redirect; /* 1: the interface takes what is sent by XDP_REDIRECT; with neither, user space forwards */
-    __u8 pad[9];
+    __u8 partial;  /* CRAB_PARTIAL_* */
+    __u8 pad[8];
 };
 
 /* Which frames a handler takes: those that have all the fields named.  Also what a frame has. */

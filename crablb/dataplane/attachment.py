@@ -11,10 +11,12 @@ from contextlib import AbstractContextManager
 
 import structlog
 
+from crablb._native import lib
 from crablb.dataplane.flows import Inherited
+from crablb.dataplane.paths import Ways
 from crablb.dataplane.program import PINNED, Program
 from crablb.errors import KernelError
-from crablb.kernel import bpf, pins
+from crablb.kernel import bpf, ethtool, pins
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import NextHop
 from crablb.model import XdpMode
@@ -37,6 +39,7 @@ class Attachment:
         self.role = f"lb-{name}"
         self.pins = pins.folder(self.role)
         self.mode = ""  # "native" or "generic" while attached
+        self.sums = False  # whether the interface does checksums of any packet, wherever in it they are
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
 
@@ -81,6 +84,7 @@ class Attachment:
                 link.close()
             link = program.main.attach_xdp(self.info.index, want.value)
         self._link, self.mode = link, link.mode
+        self.sums = ethtool.features(self.info.name).get("tx-checksum-ip-generic", ethtool.OFF).active
         pins.remove(self.pins)
         link.pin(self.pins / "link")
         for name in PINNED:
@@ -112,8 +116,8 @@ def inherited(attachments: Sequence[Attachment], seed: bytes) -> Inherited | Non
     return None
 
 
-def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool) -> tuple[bool, bool]:
-    """How the XDP program can send on the interface of a next hop: by XDP_TX what came in there, by a redirect.
+def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool) -> Ways:
+    """How the XDP program can send on the interface of a next hop.
 
     ``forced``: redirect also where the kernel does not say that the interface takes it.
     """
@@ -125,5 +129,10 @@ def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool) -> tu
         and bool(attachment.mode)
         and (attachment.mode == "generic" or attachment.info.kind != "veth")
     )
-    generic = all(a.mode == "generic" for a in attachments)
-    return tx, hop.redirect or generic or forced
+    modes = {a.mode for a in attachments}
+    partial = lib.CRAB_PARTIAL_ASK
+    if modes == {"native"}:
+        partial = lib.CRAB_PARTIAL_FINISH
+    elif modes == {"generic"} and attachment and attachment.sums:
+        partial = lib.CRAB_PARTIAL_KEEP
+    return Ways(tx, hop.redirect or modes == {"generic"} or forced, partial)

@@ -22,6 +22,7 @@ import structlog
 from crablb.dataplane.attachment import Attachment, inherited, ways
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started, Swept
 from crablb.dataplane.handlers import Handle, Handlers, Match
+from crablb.dataplane.paths import Ways
 from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
@@ -384,7 +385,7 @@ class Engine:
         if all(hop.state is HopState.RESOLVED for hop in hops.values()):
             self._resolved.set()
 
-    def _ways(self, hop: NextHop) -> tuple[bool, bool]:
+    def _ways(self, hop: NextHop) -> Ways:
         return ways(self._attachments, hop, forced=self.config.ack_bypass is Bypass.ON)
 
     # ---- now and then ----

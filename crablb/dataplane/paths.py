@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Container, Mapping
+from typing import NamedTuple
 
-from crablb._native import ffi
+from crablb._native import ffi, lib
 from crablb.kernel.bpf import Map
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Address, mapped
 
-__all__ = ["PATH_SIZE", "Paths", "no_path", "path"]
+__all__ = ["PATH_SIZE", "Paths", "Ways", "no_path", "path"]
 
 PATH_SIZE = 64
 assert ffi.sizeof("struct crab_path") == PATH_SIZE
 
 
-def path(
-    backend: Address, macs: bytes, mtu: int, source: Address | None, ifindex: int, *, tx: bool, redirect: bool
-) -> bytes:
+class Ways(NamedTuple):
+    """How the XDP program can send to a backend; as in ``struct crab_path``."""
+
+    tx: bool = False
+    redirect: bool = False
+    partial: int = lib.CRAB_PARTIAL_ASK
+
+
+def path(backend: Address, macs: bytes, mtu: int, source: Address | None, ifindex: int, ways: Ways) -> bytes:
     """``struct crab_path``, a value of map ``paths``.  ``macs``: destination, source; ``mtu``: of an IP packet."""
     outer = mapped(source) if source else bytes(16)
-    return mapped(backend) + outer + macs + struct.pack("=IIBBB9x", mtu, ifindex, backend.version == 6, tx, redirect)
+    return mapped(backend) + outer + macs + struct.pack("=IIBBBB8x", mtu, ifindex, backend.version == 6, *ways)
 
 
 def no_path(backend: Address) -> bytes:
     """The value for a backend that the XDP program does not reach: its packets go to user space."""
-    return path(backend, bytes(12), 0, None, 0, tx=False, redirect=False)
+    return path(backend, bytes(12), 0, None, 0, Ways())
 
 
 class Paths:
@@ -43,10 +50,10 @@ class Paths:
         self,
         ids: Mapping[Address, int],
         hops: Mapping[Address, NextHop],
-        ways: Callable[[NextHop], tuple[bool, bool]],
+        ways: Callable[[NextHop], Ways],
         dead: Container[Address],
     ) -> None:
-        """Write down how to get to each backend, if ``ways`` (by XDP_TX, by a redirect) says that there is one.
+        """Write down how to get to each backend, if ``ways`` says that there is one.
 
         ``dead``: those that are dead for some service, whose own entries the program does not know: user space
         decides about their packets.
@@ -55,12 +62,10 @@ class Paths:
         for address, backend_id in ids.items():
             found, hop = no_path(address), hops.get(address)
             if hop and hop.state is HopState.RESOLVED and address not in dead:
-                tx, redirect = ways(hop)
-                if tx or redirect:
+                how = ways(hop)
+                if how.tx or how.redirect:
                     reached.add(address)
-                    found = path(
-                        address, hop.dst_mac + hop.src_mac, hop.mtu, hop.source, hop.ifindex, tx=tx, redirect=redirect
-                    )
+                    found = path(address, hop.dst_mac + hop.src_mac, hop.mtu, hop.source, hop.ifindex, how)
             if self._known.get(address) != found:
                 self._map.update(backend_id, found)
                 self._known[address] = found

@@ -31,6 +31,7 @@ from crablb.agent import offering, verify
 from crablb.config import parse_vip
 from crablb.dataplane import flows as flowmap
 from crablb.dataplane import paths, statistics
+from crablb.dataplane.paths import Ways
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.kernel.xsk import XskSocket
@@ -959,14 +960,15 @@ SEED = bytes(range(16))
 
 
 def know(lb: Counted, family: int, backend: str, *, tunnel: bool = False, mtu: int = 1500, age: int = 0,
-         ifindex: int = LO, tx: bool = True, redirect: bool = False) -> int:  # fmt: skip
+         ifindex: int = LO, tx: bool = True, redirect: bool = False,
+         partial: int = lib.CRAB_PARTIAL_FINISH) -> int:  # fmt: skip
     """Make the flow of :func:`to_vip` known, to backend 7; returns its hash."""
     client, vip, address = ip_address(CLIENT[family]), ip_address(VIP[family]), ip_address(backend)
     hash_ = flowmap.flow_hash(SEED, client, 4242, vip, 80)
     flags = lib.CRAB_FLOW_TUNNEL if tunnel else 0
     assert lb.table.add(hash_, 7, family, age=age, flags=flags)
     source = ip_address(TUNNEL_SRC[address.version])
-    lb.maps["paths"].update(7, paths.path(address, MACS, mtu, source, ifindex, tx=tx, redirect=redirect))
+    lb.maps["paths"].update(7, paths.path(address, MACS, mtu, source, ifindex, Ways(tx, redirect, partial)))
     return hash_
 
 
@@ -1003,7 +1005,7 @@ def test_flow_is_found_by_its_hash(flows, client, port, seed, v6):
     address = ip_address(f"fd00::{client >> 16:x}:{client & 0xFFFF:x}") if v6 else ip_address(client)
     flows.maps["hashing"].update(0, flowmap.hashing(key, 64))
     flows.table.places["hash"] = 0
-    flows.maps["paths"].update(7, paths.path(ip_address(DIP[4]), MACS, 1500, None, LO, tx=True, redirect=False))
+    flows.maps["paths"].update(7, paths.path(ip_address(DIP[4]), MACS, 1500, None, LO, Ways(tx=True)))
     message = address.packed + ip_address(VIP[family]).packed + port.to_bytes(2, "big") + (80).to_bytes(2, "big")
     place = (siphash(key, message) & 63) * lib.CRAB_BUCKET + port % lib.CRAB_BUCKET
     flows.table.places[place] = (siphash(key, message), 7, family, flowmap.now() & 0xFFFF, lib.CRAB_FLOW_OPEN, 0)
@@ -1053,7 +1055,6 @@ def test_flow_by_tunnel(flows, inner, outer, padding):
 
 ASKED = {
     "syn": {"flags": "S"},
-    "checksum-left-to-the-card": {"flags": "A", "chksum": "partial"},
     "other-port": {"flags": "A", "sport": 4243},
 }
 
@@ -1062,13 +1063,36 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_flow_user_space_is_asked(flows, family, name):
     know(flows, family, DIP[family])
-    fields = dict(ASKED[name])
-    if fields.get("chksum"):
-        addresses = [ip_address(a).packed for a in (CLIENT[family], VIP[family])]
-        fields["chksum"] = ~reference.checksum(reference.pseudo(*addresses, 20)) & 0xFFFF
-    frame = bytes(ether() / to_vip(family, **fields))
+    frame = bytes(ether() / to_vip(family, **ASKED[name]))
     run = flows.programs["crab_lb"].test_run(frame)
     assert (run.retval, run.data) == (XDP_REDIRECT, frame)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("tunnel", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 1000, 1399])
+def test_flow_whose_checksum_was_left_to_the_card(flows, family, tunnel, size):
+    """It is finished, or, where a socket buffer says that it is still to be done, left so; else user space does it."""
+    run = flows.programs["crab_lb"].test_run
+    data = bytes(range(7, 256)) * 6
+    whole = bytes(ether() / to_vip(family, flags="PA") / data[:size])
+    addresses = [ip_address(a).packed for a in (CLIENT[family], VIP[family])]
+    left = ~reference.checksum(reference.pseudo(*addresses, 20 + size)) & 0xFFFF
+    partial = bytes(ether() / to_vip(family, flags="PA", chksum=left) / data[:size])
+    know(flows, family, DIP[family], tunnel=tunnel)
+    got, wanted = run(partial), run(whole)
+    assert (got.retval, wanted.retval) == (XDP_TX, XDP_TX)
+    assert got.data == wanted.data
+    assert flows.counts() == {"flow": 2}
+    wrong = bytes(ether() / to_vip(family, flags="PA", chksum=(left + 1) & 0xFFFF) / data[:size])
+    assert run(wrong).retval == XDP_REDIRECT
+    know(flows, family, DIP[family], tunnel=tunnel, partial=lib.CRAB_PARTIAL_ASK)
+    asked = run(partial)
+    assert (asked.retval, asked.data) == (XDP_REDIRECT, partial)
+    assert run(whole).retval == XDP_TX
+    know(flows, family, DIP[family], tunnel=tunnel, partial=lib.CRAB_PARTIAL_KEEP)
+    kept = run(partial)
+    assert (kept.retval, kept.data[-len(partial) + 34 :]) == (XDP_TX, partial[34:])
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -16,6 +16,7 @@ from scapy.packet import Packet, Raw
 
 from crablb.dataplane import flows as flowmap
 from crablb.dataplane import paths
+from crablb.dataplane.paths import Ways
 from crablb.kernel import bpf
 from tests.helpers.frames import SEED, a_hop_less, ether
 from tests.helpers.native import Core
@@ -59,7 +60,9 @@ class Both:
 def both(namespace) -> Iterator[Both]:
     with forwarding(SEED) as loaded:
         for i, family in enumerate((4, 6)):
-            loaded.map("paths").update(i, paths.path(DIP[family], MACS, 1500, None, LO, tx=True, redirect=False))
+            loaded.map("paths").update(
+                i, paths.path(DIP[family], MACS, 1500, None, LO, Ways(tx=True, partial=lib.CRAB_PARTIAL_FINISH))
+            )
         yield Both(loaded)
 
 

@@ -204,10 +204,11 @@ def test_a_tunnel_too_narrow_for_ipv6_is_named(make_world):
 # ---- the XDP program alone ----
 
 
-@pytest.mark.parametrize("mode", ["native", "generic"])
+@pytest.mark.parametrize("mode", ["native", "generic", "native-offload"])
 @pytest.mark.parametrize("topology", ["bridge", "routed"])
 def test_known_flows_do_not_enter_user_space(standing, topology, mode):
-    world = standing(topology, offload=False, dsr=True)
+    mode, _, offload = mode.partition("-")
+    world = standing(topology, offload=bool(offload), dsr=True)
     world.serve("--ack-bypass", "on", "--xdp-mode", mode)
     for family in (4, 6):
         assert world.echo(VIP[family], "3000000")["intact"]
@@ -221,16 +222,19 @@ def test_known_flows_do_not_enter_user_space(standing, topology, mode):
     assert now["flows"] == 2  # both have said FIN, and will be forgotten
 
 
-def test_established_flows_go_on_without_a_daemon(make_world):
-    world = make_world(servers=3, offload=False)
+@pytest.mark.parametrize("topology", ["bridge", "routed"])
+@pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_established_flows_go_on_without_a_daemon(make_world, topology, offload, mode):
+    world = make_world(topology, servers=3, offload=offload)
     world.servers(dsr=True)
-    first = world.serve("--ack-bypass", "on")
+    first = world.serve("--ack-bypass", "on", "--xdp-mode", mode)
     held = world.python(world.lab.client, "hold_many", VIP[4], "80", "20", ready=True)
     assert exchange(held, "one") == "20"  # the handshake's ACK, or this, makes the flow known
     first.kill()
     first.wait()
     assert exchange(held, "two") == "20"
-    world.serve("--ack-bypass", "on")
+    world.serve("--ack-bypass", "on", "--xdp-mode", mode)
     assert "took over fallback flows" in (world.folder / "serve.log").read_text()
     assert exchange(held, "three") == "20"
 
