@@ -19,6 +19,7 @@ from typing import NamedTuple
 import structlog
 
 from crablb.kernel import routing, rtnetlink
+from crablb.kernel.pathmtu import PathMtu
 from crablb.kernel.routing import Hop
 from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
@@ -217,6 +218,8 @@ class NextHops:
         # Long tables take their time.  One thread for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
         self._events: socket.socket | None = None
+        self._path_mtu: PathMtu | None = None
+        self._narrower: set[Address] = set()  # those whose way has become so, as a router says
         self._dirty = asyncio.Event()
         self._full = False
         self._task: asyncio.Task[None] | None = None
@@ -227,9 +230,13 @@ class NextHops:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         sock.bind((0, GROUPS))
         self._events = sock
+        self._path_mtu = PathMtu()
         self._wanted = frozenset(addresses)
         await self._refresh(full=True)
-        asyncio.get_running_loop().add_reader(sock, self._read)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sock, self._read)
+        for errors in self._path_mtu.sockets:
+            loop.add_reader(errors, self._read_errors, errors)
         self._task = asyncio.create_task(self._follow())
 
     def follow(self, addresses: Iterable[Address]) -> None:
@@ -253,6 +260,10 @@ class NextHops:
         if self._events:
             asyncio.get_running_loop().remove_reader(self._events)
             self._events.close()
+        if self._path_mtu:
+            for errors in self._path_mtu.sockets:
+                asyncio.get_running_loop().remove_reader(errors)
+            self._path_mtu.close()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
         self._thread.shutdown()
 
@@ -274,6 +285,14 @@ class NextHops:
                     self._full = True
                 elif not self._neighbour(message, gone=message.kind == RTM_NEIGH[1]):
                     continue
+                self._dirty.set()
+
+    def _read_errors(self, sock: socket.socket) -> None:
+        assert self._path_mtu
+        for address, room in self._path_mtu.read(sock):
+            hop = self.current.get(address)
+            if hop and room < hop.mtu:
+                self._narrower.add(address)
                 self._dirty.set()
 
     def _neighbour(self, message: Message, gone: bool = False) -> bool:
@@ -301,11 +320,15 @@ class NextHops:
 
     async def _refresh(self, full: bool) -> None:
         loop = asyncio.get_running_loop()
+        narrower, self._narrower = self._narrower & self._wanted, set()
         if full:
             # Events that come meanwhile are newer than the dump; they wait in the socket and are read after it.
             self._tables = await loop.run_in_executor(self._thread, self._ask)
             self._managed &= self._tables.neighbours.keys()  # a link that went down took its entries with it
             self._on_links()
+        elif narrower:
+            routes = await loop.run_in_executor(self._thread, self._ask_routes, narrower, self._tables.links)
+            self._tables.routes.update(routes)
         routes, neighbours, _ = self._tables
         self._vias = {via for address, route in routes.items() for via in route.neighbours(address)}
         # An entry that the administrator made permanent is his: not managed, and never removed by us.
@@ -353,6 +376,10 @@ class NextHops:
                 for message in rtnetlink.neighbours(netlink, family)
             ]
             return _Tables(routes, dict(filter(None, neighbours)), links)
+
+    def _ask_routes(self, addresses: Iterable[Address], links: Mapping[int, _Link]) -> dict[Address, _Route]:
+        with Netlink() as netlink:
+            return {address: _route(netlink, address, links) for address in addresses}
 
     def _manage(self, wanted: set[tuple[int, str]]) -> None:
         with Netlink() as netlink:
