@@ -4,7 +4,8 @@
  *   crab_decap   xdp: takes the outer header off packets to a VIP of ours (4 in 4, 6 in 6, 4 in 6, 6 in 4), so that the
  *                kernel needs no tunnel device.  XDP, because it comes before GRO, which then sees plain TCP.
  *   crab_clamp   clsact egress: lowers the MSS that SYN-ACKs from a VIP offer, so that what the client sends fits through
- *                the tunnel.  Redirected connections answer from the server's own address: their MSS stays.
+ *                the tunnel, by whichever interface tunnels come in.  Redirected connections answer from the server's
+ *                own address: their MSS stays.
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -20,8 +21,13 @@
 #include "address.h"
 #include "mac.h"
 #include "maps.h"
+#include "valid.h"
 
 #define TCPOPT_MSS 2
+#define OUTER 40 /* bytes of the larger outer header, IPv6's */
+#define ECN_ECT1 1
+#define ECN_ECT0 2
+#define ECN_CE 3
 
 struct {
     __uint(type, BPF_MAP_TYPE_HASH);
@@ -30,13 +36,13 @@ struct {
     __type(value, __u32);
 } dsr_vips SEC(".maps");
 
-/* The largest MSS to offer: [0] over IPv4, [1] over IPv6. */
+/* The interfaces by which tunnels have come in, by index: the SYN that a SYN-ACK answers has come before it. */
 struct {
-    __uint(type, BPF_MAP_TYPE_ARRAY);
-    __uint(max_entries, 2);
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 1024);
     __type(key, __u32);
     __type(value, __u32);
-} dsr_mss SEC(".maps");
+} dsr_tunnels SEC(".maps");
 
 struct {
     __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -72,13 +78,40 @@ static __always_inline void map_v4(struct crab_address *a, __be32 v4)
     __builtin_memcpy(a->addr + 12, &v4, 4);
 }
 
+/* What the inner header's ECN field becomes when the outer one is taken off (RFC 6040, 4.2); -1: the packet is dropped, as
+ * who sent it does not know of marks, and a router that had found no other would have done so. */
+static __always_inline int ecn_after(__u8 outer, __u8 inner)
+{
+    if (outer == ECN_CE)
+        return inner ? ECN_CE : -1;
+    return outer == ECN_ECT1 && inner == ECN_ECT0 ? ECN_ECT1 : inner;
+}
+
+/* Write it; where: of an IPv4 header (whose checksum stays as right as it is, RFC 1624), or of an IPv6 one.  0 or -1. */
+static __always_inline int carry_ecn(__u8 *ip, int family, __u8 outer)
+{
+    __u8 *class = ip + 1, shift = family == 4 ? 0 : 4, inner = *class >> shift & 3;
+    int after = ecn_after(outer, inner);
+    if (after <= 0 || after == inner)
+        return after < 0 ? -1 : 0;
+    *class = (__u8)(*class ^ (after ^ inner) << shift);
+    if (family == 4) {
+        __u32 sum = 0x1fffe - crab_read16(ip + 10) - inner + (__u32)after;
+        sum = ~((sum & 0xffff) + (sum >> 16));
+        ip[10] = (__u8)(sum >> 8);
+        ip[11] = (__u8)sum;
+    }
+    count(CRAB_DSR_MARKED);
+    return 0;
+}
+
 SEC("xdp")
 int crab_decap(struct xdp_md *ctx)
 {
     void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
     struct ethhdr *eth = data, saved;
     void *inner;
-    __u8 proto;
+    __u8 proto, ecn;
     __u32 outer;
     int foreign = 0; /* to or from an IPv4-mapped address, which is no VIP's */
 
@@ -89,6 +122,7 @@ int crab_decap(struct xdp_md *ctx)
         if ((void *)(ip + 1) > end || ip->ihl != 5 || (ip->frag_off & bpf_htons(0x3fff)))
             return XDP_PASS;
         proto = ip->protocol;
+        ecn = ip->tos & 3;
         outer = sizeof *ip;
         inner = ip + 1;
     } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
@@ -98,6 +132,7 @@ int crab_decap(struct xdp_md *ctx)
         if (crab_either_is_mapped((void *)&ip->saddr))
             return XDP_PASS;
         proto = ip->nexthdr;
+        ecn = ((__u8 *)ip)[1] >> 4 & 3;
         outer = sizeof *ip;
         inner = ip + 1;
     } else {
@@ -131,6 +166,12 @@ int crab_decap(struct xdp_md *ctx)
         count(CRAB_DSR_OTHER_MAC);
         return XDP_PASS;
     }
+    if (carry_ecn(inner, proto == IPPROTO_IPIP ? 4 : 6, ecn)) {
+        count(CRAB_DSR_DROP_MARKED);
+        return XDP_DROP;
+    }
+    if (!bpf_map_lookup_elem(&dsr_tunnels, &ifindex))
+        bpf_map_update_elem(&dsr_tunnels, &ifindex, &(__u32){1}, BPF_ANY);
     __builtin_memcpy(&saved, eth, sizeof saved);
     saved.h_proto = type;
     if (bpf_xdp_adjust_head(ctx, (int)outer))
@@ -178,19 +219,35 @@ static __always_inline void clamp(struct __sk_buff *skb, __u32 l4, __u32 length,
     }
 }
 
+struct narrowest {
+    struct __sk_buff *skb;
+    __u32 mtu; /* 0: no tunnels have come in */
+};
+
+static long narrower(void *map, const __u32 *ifindex, __u32 *value, struct narrowest *of)
+{
+    __u32 mtu = 0;
+    (void)map;
+    (void)value;
+    bpf_check_mtu(of->skb, *ifindex, &mtu, 0, 0); /* which says the MTU, fitting or not; 0: it has gone */
+    if (mtu && (!of->mtu || mtu < of->mtu))
+        of->mtu = mtu;
+    return 0;
+}
+
 SEC("tc")
 int crab_clamp(struct __sk_buff *skb)
 {
     struct crab_address vip;
     struct tcphdr tcp;
-    __u32 l4, family;
+    __u32 l4, headers;
     if (skb->protocol == bpf_htons(ETH_P_IP)) {
         struct iphdr ip;
         if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof ip) || ip.protocol != IPPROTO_TCP)
             return TC_ACT_UNSPEC;
         map_v4(&vip, ip.saddr);
         l4 = ETH_HLEN + ip.ihl * 4;
-        family = 0;
+        headers = sizeof ip + sizeof tcp;
     } else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
         struct ipv6hdr ip;
         if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof ip) || ip.nexthdr != IPPROTO_TCP)
@@ -199,15 +256,16 @@ int crab_clamp(struct __sk_buff *skb)
         if (crab_is_mapped(vip.addr))
             return TC_ACT_UNSPEC;
         l4 = ETH_HLEN + sizeof ip;
-        family = 1;
+        headers = sizeof ip + sizeof tcp;
     } else {
         return TC_ACT_UNSPEC;
     }
     if (bpf_skb_load_bytes(skb, l4, &tcp, sizeof tcp) || !tcp.syn || !tcp.ack || tcp.doff < 6 || !is_vip(&vip))
         return TC_ACT_UNSPEC;
-    __u32 *limit = bpf_map_lookup_elem(&dsr_mss, &family);
-    if (limit && *limit)
-        clamp(skb, l4, (__u32)tcp.doff * 4 - 20, *limit);
+    struct narrowest way = {.skb = skb};
+    bpf_for_each_map_elem(&dsr_tunnels, narrower, &way, 0);
+    if (way.mtu > OUTER + headers)
+        clamp(skb, l4, (__u32)tcp.doff * 4 - 20, way.mtu - OUTER - headers);
     return TC_ACT_UNSPEC;
 }
 

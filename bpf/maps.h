@@ -236,6 +236,8 @@ enum crab_dsr_counter {
     CRAB_DSR_NOT_VIP,      /* IP in IP, but not to a VIP of ours: left to the kernel */
     CRAB_DSR_CLAMPED,      /* SYN-ACKs whose MSS was lowered */
     CRAB_DSR_OTHER_MAC,    /* IP in IP to another machine's MAC address: left to the kernel, which drops it */
+    CRAB_DSR_MARKED,       /* packets whose outer header's congestion mark (CE, ECT(1)) the inner one got */
+    CRAB_DSR_DROP_MARKED,  /* packets marked CE outside whose sender does not know of marks */
     CRAB_DSR_COUNTERS
 };
 

@@ -23,35 +23,69 @@ from crablb.model import Address, Vip, mapped
 #: A VIP on the loopback is for receiving only: no answer to ARP for it, and not the sender of ARP requests (the IPv6
 #: stack never answers for an address of another interface).  Documentation/networking/ip-sysctl.rst.
 SILENT = {"net/ipv4/conf/all/arp_ignore": 1, "net/ipv4/conf/all/arp_announce": 2}
-OUTER = 40  # bytes of the larger outer header, IPv6's
-HEADERS = {4: 40, 6: 60}  # IP and TCP
-MAPS = ("dsr_vips", "dsr_mss", "dsr_macs", "dsr_counters")
+MAPS = ("dsr_vips", "dsr_tunnels", "dsr_macs", "dsr_counters")
+BEFORE = ("dsr_mss",)  # maps that versions of before had
+#: Kinds of links whose frames come in by others, their ports: a program is there before GRO, and in the driver.
+MASTERS = {"bridge", "bond", "team", "vrf"}
 #: The programs on each interface, and what they are for.
 PARTS = {"crab_clamp": "lowers the MSS", "crab_decap": "decapsulates"}
 
 
 def _links() -> dict[str, dict[str, Any]]:
     """Every interface that there is."""
-    return {link["ifname"]: link for link in json.loads(tool("ip", "-j", "link", "show"))}
+    return {link["ifname"]: link for link in json.loads(tool("ip", "-j", "-d", "link", "show"))}
+
+
+def _is_master(link: Mapping[str, Any]) -> bool:
+    return link.get("linkinfo", {}).get("info_kind") in MASTERS
+
+
+def _ports(links: Mapping[str, dict[str, Any]], name: str) -> list[str]:
+    """The interfaces that an interface's frames come in by: itself, or the ports of a bridge or bond."""
+    if name not in links or not _is_master(links[name]):
+        return [name]
+    ports = [port for port, link in links.items() if link.get("master") == name]
+    return [each for port in ports for each in _ports(links, port)]
+
+
+def _below(link: Mapping[str, Any]) -> set[str]:
+    """What a link is said to lie on; a tunnel's data has it."""
+    return {str(said["link"]) for said in (link, link.get("linkinfo", {}).get("info_data", {})) if "link" in said}
+
+
+def _height(links: Mapping[str, dict[str, Any]], name: str, above: frozenset[str] = frozenset()) -> int:
+    """How many interfaces lie under one.  The kernel takes no XDP program below another, but the other way round."""
+    above |= {name}  # a veth is said to lie on its peer
+    below = _below(links[name]) | {port for port, link in links.items() if link.get("master") == name}
+    return max((1 + _height(links, each, above) for each in below & links.keys() - above), default=0)
 
 
 def _macs(links: Mapping[str, dict[str, Any]], name: str) -> bytes:
     """``struct crab_macs``: the MAC addresses that frames to an interface have, its own and its bridge's or bond's."""
-    masters = [links[name]["master"]] if links[name].get("master") in links else []
-    macs = [bytes.fromhex(links[each]["address"].replace(":", "")) + bytes(2) for each in (name, *masters)]
-    return b"".join(macs + macs[:1] * (lib.CRAB_MAX_MACS - len(macs)))
+    names = [name]
+    while (master := links[names[-1]].get("master", "")) in links and master not in names:
+        names.append(master)
+    macs = [bytes.fromhex(links[each]["address"].replace(":", "")) + bytes(2) for each in names]
+    return b"".join((macs + macs[:1] * lib.CRAB_MAX_MACS)[: lib.CRAB_MAX_MACS])
 
 
 def _interfaces(wanted: Sequence[str]) -> list[str]:
-    """The interfaces named, by default every Ethernet interface that is up."""
+    """Where tunnels come in at the interfaces named, by default at every Ethernet interface that is up."""
     links = _links()
     for name in wanted:
         if name not in links:
             raise KernelError(f"interface {name} does not exist; there are: {', '.join(links)}")
-    names = wanted or [n for n, link in links.items() if link["link_type"] == "ether" and "UP" in link["flags"]]
+        if not _ports(links, name):
+            kind = links[name]["linkinfo"]["info_kind"]
+            raise KernelError(f"interface {name} is a {kind} without ports, by which nothing comes in; give it one")
+    names = wanted or [
+        n
+        for n, link in links.items()
+        if link["link_type"] == "ether" and "UP" in link["flags"] and not _is_master(link)
+    ]
     if not names:
         raise KernelError("no Ethernet interface is up; bring one up, or name it: --interface eth0")
-    return list(names)
+    return list(dict.fromkeys(port for name in names for port in _ports(links, name)))
 
 
 def _present() -> set[str]:
@@ -142,21 +176,18 @@ def sync(
         if mend:
             _take(lost, state, note)
     links = _links()
-    for name in [name for name in state["interfaces"] if name not in links]:
-        if name in state.get("named", ()):
-            found.append(f"interface {name} does not exist")
-        elif mend:  # it was one of all that were up
+    named = state.get("named", ())
+    found += [f"interface {name} does not exist" for name in named if name not in links]
+    for name in [name for name in state["interfaces"] if name not in links and name not in named]:
+        if mend:  # it was one of all that were up, or a port of one that was named
             (folder / _pin(name)).unlink(missing_ok=True)
             del state["interfaces"][name]
             note(state)
-    there = [name for name in state["interfaces"] if name in links]
+    ports = [port for name in named for port in _ports(links, name)]
+    there = [name for name in dict.fromkeys([*state["interfaces"], *ports]) if name in links]
+    there.sort(key=lambda name: _height(links, name))
     lacking = [(name, part) for name in there for part in PARTS if not _attached(folder, name, part)]
     found += [f"the program that {PARTS[part]} is not attached to {name}" for name, part in lacking]
-    least = min((int(links[name]["mtu"]) for name in there), default=0)
-    mss = [least - OUTER - headers for headers in HEADERS.values()] if there else []
-    told = _told(folder)
-    if stale := bool(mss and told and told != mss):
-        found.append(f"SYN-ACKs from VIPs offer an MSS of {told[0]}, and what the interfaces take is {mss[0]}")
     macs = {socket.if_nametoindex(name): _macs(links, name) for name in there}
     others = [
         name
@@ -165,21 +196,24 @@ def sync(
         and _told_macs(folder, name) not in (macs[socket.if_nametoindex(name)], None)
     ]
     found += [f"tunnelled packets to the MAC address that {name} has now are let alone" for name in others]
-    if mend and (lacking or stale or others):
-        _mend(lacking, mss, macs, state, folder, note)
+    if mend and (lacking or others):
+        if any((folder / name).exists() for name in BEFORE):
+            raise KernelError(
+                "the server agent here is of an older crablb; install it again: crablb agent server --vip ..."
+            )
+        _mend(lacking, macs, state, folder, note)
     return found
 
 
 def _mend(
     lacking: Sequence[tuple[str, str]],
-    mss: Sequence[int],
     macs: Mapping[int, bytes],
     state: dict[str, Any],
     folder: Path,
     note: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Attach the programs that are lacking, of the maps that are pinned, and tell them the MSS to offer, and
-    whose frames to take, by interface."""
+    """Attach the programs that are lacking, of the maps that are pinned, and tell them whose frames to take, by
+    interface."""
     refused = []
     with ExitStack() as stack:
         maps = {}
@@ -187,9 +221,6 @@ def _mend(
             with suppress(bpf.BpfNotFoundError):  # versions of before did not pin all of them
                 maps[name] = stack.enter_context(bpf.Map.from_pin(folder / name))
         program = stack.enter_context(bpf.Object(bpf.object_path("dsr"), reuse=maps))
-        for i, most in enumerate(mss):
-            program.map("dsr_mss").update(i, most)
-        pins.put(program.map("dsr_mss"), folder / "dsr_mss")
         for index, own in macs.items():
             program.map("dsr_macs").update(index, own)
         pins.put(program.map("dsr_macs"), folder / "dsr_macs")
@@ -197,19 +228,27 @@ def _mend(
             index = socket.if_nametoindex(name)
             if part == "crab_clamp":
                 _, made = bpf.attach_tc(program.program(part), index, "egress", priority=FILTER, handle=FILTER)
-                state["interfaces"][name] = made or state["interfaces"][name]
+                state["interfaces"][name] = made or state["interfaces"].get(name, False)
                 note(state)
                 continue
             try:
                 with program.program(part).attach_xdp(index) as link:
                     pins.put(link, folder / _pin(name))
             except bpf.BpfBusyError:
-                refused.append(
-                    f"interface {name} has an XDP program already (id {bpf.xdp_program(index)[0]}), and tunnels are"
-                    " decapsulated by one; remove it, or name other interfaces: --interface"
-                )
+                refused.append(f"{_taken(name, index)}; remove it, or name other interfaces: --interface")
     if refused:
         raise KernelError("\n".join(refused))
+
+
+def _taken(name: str, index: int) -> str:
+    """Why an interface takes no XDP program, in words."""
+    number = bpf.xdp_program(index)[0]
+    if number:
+        return f"interface {name} has an XDP program already (id {number}), and tunnels are decapsulated by one"
+    links = _links()
+    above = [n for n, link in links.items() if n == links[name].get("master") or name in _below(link)]
+    with_program = [n for n in above if bpf.xdp_program(socket.if_nametoindex(n))[0]]
+    return f"an interface above {name} has an XDP program, and so it takes none: {', '.join(with_program or above)}"
 
 
 def _sysctl(name: str) -> Path:
@@ -232,15 +271,6 @@ def _attached(folder: Path, interface: str, part: str) -> bool:
         return False
 
 
-def _told(folder: Path) -> list[int]:
-    """The MSS that SYN-ACKs offer at most, by family; empty if an agent of before did not pin it."""
-    try:
-        with bpf.Map.from_pin(folder / "dsr_mss") as mss:
-            return [int.from_bytes(mss.lookup(i) or b"", "little") for i in range(len(HEADERS))]
-    except bpf.BpfNotFoundError:
-        return []
-
-
 def _told_macs(folder: Path, interface: str) -> bytes | None:
     """``struct crab_macs`` as the program has it, empty if there is none; None if an agent of before did not pin it."""
     try:
@@ -257,7 +287,7 @@ def tear_down(state: dict[str, Any], folder: Path) -> None:
         with bpf.Link.from_pin(pin) as link:
             link.detach()
         pin.unlink()
-    for name in MAPS:
+    for name in (*MAPS, *BEFORE):
         (folder / name).unlink(missing_ok=True)
     for host in state.get("addresses", []):
         subprocess.run(["ip", "addr", "del", host, "dev", "lo"], capture_output=True, check=False)

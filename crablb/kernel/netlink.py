@@ -9,28 +9,40 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 import structlog
 
-from crablb.kernel import rtnetlink
+from crablb.kernel import routing, rtnetlink
+from crablb.kernel.pathmtu import PathMtu
+from crablb.kernel.routing import Hop
 from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
 
 __all__ = ["HopState", "NextHop", "NextHops"]
 
 # include/uapi/linux/rtnetlink.h, neighbour.h
-GROUPS = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10  # link, neigh, ipv4 addr + route, ipv6 addr + route
+#: RTNLGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE, NEXTHOP
+GROUPS = sum(1 << group - 1 for group in (1, 3, 5, 7, 8, 9, 11, 19, 32))
 RTM_NEIGH = (28, 29)
 NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, probe, noarp, permanent
 NUD_PERMANENT = 0x80
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
 NETDEV_XDP_ACT_NDO_XMIT = 4
+
+#: What an address is whose route is no other host's (RTN_*).
+KINDS = {
+    2: "an address of this machine itself, and frames go to others only; leave it out",
+    3: "a broadcast address",
+    4: "an anycast address of this machine itself",
+    5: "a multicast address",
+}
 
 log = structlog.get_logger()
 
@@ -40,6 +52,7 @@ class HopState(Enum):
     UNRESOLVED = "unresolved"
     NO_ROUTE = "no-route"
     NOT_ETHERNET = "not-ethernet"
+    NOT_A_HOST = "not-a-host"  # this machine's own address, or a group's
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +62,7 @@ class NextHop:
     state: HopState
     reason: str = ""
     ifindex: int = 0  # of the interface to send on
-    gateway: Address | None = None
+    gateway: Address | None = None  # of either family
     dst_mac: bytes = b""
     src_mac: bytes = b""
     source: Address | None = None  # what the kernel would send from
@@ -61,19 +74,32 @@ class NextHop:
         return self.gateway is None
 
 
-class _Route(NamedTuple):
-    """What the kernel's table says of an address; the other fields are set if the state is RESOLVED."""
+class _Way(NamedTuple):
+    """One of the next hops of a route."""
 
-    state: HopState
-    reason: str = ""
-    ifindex: int = 0
-    gateway: Address | None = None
-    source: Address | None = None
-    mtu: int = 0
+    ifindex: int
+    gateway: Address | None
+    source: Address | None
+    mtu: int
+
+    @property
+    def hop(self) -> tuple[int, Address | None]:
+        return self.ifindex, self.gateway
 
     def neighbour(self, address: Address) -> tuple[int, str]:
         """Whose link-layer address frames to ``address`` need."""
         return self.ifindex, str(self.gateway or address)
+
+
+class _Route(NamedTuple):
+    """What the kernel's tables say of an address; ``ways``, the kernel's own choice first, if the state is RESOLVED."""
+
+    state: HopState
+    reason: str = ""
+    ways: tuple[_Way, ...] = ()
+
+    def neighbours(self, address: Address) -> set[tuple[int, str]]:
+        return {way.neighbour(address) for way in self.ways}
 
 
 class _Link(NamedTuple):
@@ -117,28 +143,55 @@ def _link(message: Message, features: Mapping[int, int]) -> tuple[int, _Link]:
     )
 
 
-def _route(netlink: Netlink, address: Address, links: Mapping[int, _Link]) -> _Route:
-    try:
-        found = rtnetlink.route(netlink, address).attributes(ROUTE)
-    except OSError as error:
-        return _Route(HopState.NO_ROUTE, f"no route: {error.strerror}")
-    out = rtnetlink.number(found.get(rtnetlink.RTA_OIF))
-    link = links.get(out)
-    if not link:
-        return _Route(HopState.NO_ROUTE, f"no route: interface {out} is gone")
-    if not link.ethernet:
-        reason = f"its route leads through {link.name}, which is not an Ethernet interface"
-        return _Route(HopState.NOT_ETHERNET, reason)
-    gateway, source = (rtnetlink.address(found.get(kind)) for kind in (rtnetlink.RTA_GATEWAY, rtnetlink.RTA_PREFSRC))
+def _way(netlink: Netlink, address: Address, out: int, links: Mapping[int, _Link]) -> _Way | None:
+    """The next hop that packets of this host take, if they leave by an interface (0: by any).  Raises OSError."""
+    message = rtnetlink.route(netlink, address, out)
+    found = message.attributes(ROUTE)
+    hop = next(routing.hops(message), None)
+    link = links.get(hop.ifindex) if hop else None
+    if not hop or not link:
+        return None
+    source = rtnetlink.address(found.get(rtnetlink.RTA_PREFSRC))
     metrics = rtnetlink.attributes(found.get(rtnetlink.RTA_METRICS, b""))
-    return _Route(
-        HopState.RESOLVED,
-        "",
-        out,
-        type(address)(gateway) if gateway else None,
+    return _Way(
+        hop.ifindex,
+        hop.towards,
         type(address)(source) if source else None,
         rtnetlink.number(metrics.get(rtnetlink.RTAX_MTU)) or link.mtu,
     )
+
+
+def _others(netlink: Netlink, address: Address, hops: Iterable[Hop], links: Mapping[int, _Link]) -> Iterator[_Way]:
+    for hop in hops:
+        if hop.dead or hop.ifindex not in links:
+            continue
+        with suppress(OSError):  # it has gone meanwhile, and an event will tell
+            way = _way(netlink, address, hop.ifindex, links)
+            if way and way.ifindex == hop.ifindex:
+                yield way._replace(gateway=hop.towards)
+
+
+def _route(netlink: Netlink, address: Address, links: Mapping[int, _Link]) -> _Route:
+    try:
+        route, chosen = routing.lookup(netlink, address), _way(netlink, address, 0, links)
+    except OSError as error:
+        return _Route(HopState.NO_ROUTE, f"no route: {error.strerror}")
+    if route and not route.unicast:
+        return _Route(HopState.NOT_A_HOST, f"it is {KINDS.get(route.kind, 'no address of a host')}")
+    if not route or not chosen:
+        return _Route(HopState.NO_ROUTE, "no route: its interface is gone")
+    ways = [chosen]
+    # Of several default routes by router advertisements the kernel's choice is not always the tables'.
+    if len(route.hops) > 1 and chosen.hop in {(hop.ifindex, hop.towards) for hop in route.hops}:
+        ways += [way for way in _others(netlink, address, route.hops, links) if way.hop != chosen.hop]
+    wrapping = {(hop.ifindex, hop.towards) for hop in route.hops if hop.encap}
+    usable = tuple(way for way in ways if links[way.ifindex].ethernet and way.hop not in wrapping)
+    if usable:
+        return _Route(HopState.RESOLVED, "", usable)
+    if chosen.hop in wrapping:
+        return _Route(HopState.NOT_ETHERNET, "its route wraps packets (ip route ... encap), as only the kernel does")
+    reason = f"its route leads through {links[chosen.ifindex].name}, which is not an Ethernet interface"
+    return _Route(HopState.NOT_ETHERNET, reason)
 
 
 class NextHops:
@@ -165,6 +218,8 @@ class NextHops:
         # Long tables take their time.  One thread for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
         self._events: socket.socket | None = None
+        self._path_mtu: PathMtu | None = None
+        self._narrower: set[Address] = set()  # those whose way has become so, as a router says
         self._dirty = asyncio.Event()
         self._full = False
         self._task: asyncio.Task[None] | None = None
@@ -175,9 +230,13 @@ class NextHops:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         sock.bind((0, GROUPS))
         self._events = sock
+        self._path_mtu = PathMtu()
         self._wanted = frozenset(addresses)
         await self._refresh(full=True)
-        asyncio.get_running_loop().add_reader(sock, self._read)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sock, self._read)
+        for errors in self._path_mtu.sockets:
+            loop.add_reader(errors, self._read_errors, errors)
         self._task = asyncio.create_task(self._follow())
 
     def follow(self, addresses: Iterable[Address]) -> None:
@@ -201,6 +260,10 @@ class NextHops:
         if self._events:
             asyncio.get_running_loop().remove_reader(self._events)
             self._events.close()
+        if self._path_mtu:
+            for errors in self._path_mtu.sockets:
+                asyncio.get_running_loop().remove_reader(errors)
+            self._path_mtu.close()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
         self._thread.shutdown()
 
@@ -222,6 +285,14 @@ class NextHops:
                     self._full = True
                 elif not self._neighbour(message, gone=message.kind == RTM_NEIGH[1]):
                     continue
+                self._dirty.set()
+
+    def _read_errors(self, sock: socket.socket) -> None:
+        assert self._path_mtu
+        for address, room in self._path_mtu.read(sock):
+            hop = self.current.get(address)
+            if hop and room < hop.mtu:
+                self._narrower.add(address)
                 self._dirty.set()
 
     def _neighbour(self, message: Message, gone: bool = False) -> bool:
@@ -249,13 +320,17 @@ class NextHops:
 
     async def _refresh(self, full: bool) -> None:
         loop = asyncio.get_running_loop()
+        narrower, self._narrower = self._narrower & self._wanted, set()
         if full:
             # Events that come meanwhile are newer than the dump; they wait in the socket and are read after it.
             self._tables = await loop.run_in_executor(self._thread, self._ask)
             self._managed &= self._tables.neighbours.keys()  # a link that went down took its entries with it
             self._on_links()
+        elif narrower:
+            routes = await loop.run_in_executor(self._thread, self._ask_routes, narrower, self._tables.links)
+            self._tables.routes.update(routes)
         routes, neighbours, _ = self._tables
-        self._vias = {r.neighbour(address) for address, r in routes.items() if r.state is HopState.RESOLVED}
+        self._vias = {via for address, route in routes.items() for via in route.neighbours(address)}
         # An entry that the administrator made permanent is his: not managed, and never removed by us.
         permanent = {key for key, (state, mac) in neighbours.items() if state & NUD_PERMANENT and mac}
         self._managed -= permanent
@@ -270,18 +345,23 @@ class NextHops:
             self._on_change(before, changed)
 
     def _hop(self, address: Address) -> NextHop:
+        """By the way that is in use, as long as its neighbour answers; else by the first whose neighbour does."""
         route = self._tables.routes[address]
-        if route.state is not HopState.RESOLVED:
+        if not route.ways:
             return NextHop(route.state, route.reason)
-        via = route.neighbour(address)
-        link = self._tables.links[route.ifindex]
-        nud, mac = self._tables.neighbours.get(via, (0, b""))
-        if not nud & NUD_VALID or len(mac) != 6:
-            reason = f"{via[1]} does not answer on {link.name}"
-            return NextHop(HopState.UNRESOLVED, reason, route.ifindex, route.gateway)
-        return NextHop(
-            HopState.RESOLVED, "", route.ifindex, route.gateway, mac, link.mac, route.source, route.mtu, link.redirect
-        )
+        before = self.current.get(address)
+        ways = sorted(route.ways, key=lambda way: before is None or way.hop != (before.ifindex, before.gateway))
+        silent = []
+        for way in ways:
+            via = way.neighbour(address)
+            link = self._tables.links[way.ifindex]
+            nud, mac = self._tables.neighbours.get(via, (0, b""))
+            if nud & NUD_VALID and len(mac) == 6:
+                return NextHop(
+                    HopState.RESOLVED, "", way.ifindex, way.gateway, mac, link.mac, way.source, way.mtu, link.redirect
+                )
+            silent.append(f"{via[1]} does not answer on {link.name}")
+        return NextHop(HopState.UNRESOLVED, ", ".join(silent), ways[0].ifindex, ways[0].gateway)
 
     # ---- in the netlink thread ----
 
@@ -296,6 +376,10 @@ class NextHops:
                 for message in rtnetlink.neighbours(netlink, family)
             ]
             return _Tables(routes, dict(filter(None, neighbours)), links)
+
+    def _ask_routes(self, addresses: Iterable[Address], links: Mapping[int, _Link]) -> dict[Address, _Route]:
+        with Netlink() as netlink:
+            return {address: _route(netlink, address, links) for address in addresses}
 
     def _manage(self, wanted: set[tuple[int, str]]) -> None:
         with Netlink() as netlink:

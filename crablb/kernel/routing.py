@@ -17,7 +17,7 @@ from crablb.kernel import rtnetlink
 from crablb.kernel.rtnetlink import ROUTE, Message, Netlink, encode
 from crablb.model import Address, Network
 
-__all__ = ["LOCAL_TABLE", "Events", "Hop", "Route", "Rule", "best", "family_of", "hops", "routes", "rules"]
+__all__ = ["LOCAL_TABLE", "Events", "Hop", "Route", "Rule", "best", "family_of", "hops", "lookup", "routes", "rules"]
 
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
@@ -25,7 +25,7 @@ RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RTM_GETNEXTHOP = 106
 RTN_UNICAST, RTN_LOCAL = 1, 2
 RTNH_F_DEAD, RTNH_F_ONLINK = 1, 4
-RTM_F_CLONED = 0x200
+RTM_F_CLONED, RTM_F_FIB_MATCH = 0x200, 0x2000
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_MULTIPATH = 1, 4, 5, 6, 7, 8, 9
 RTA_FLOW, RTA_TABLE, RTA_VIA, RTA_PREF, RTA_ENCAP_TYPE, RTA_ENCAP, RTA_NH_ID = 11, 15, 18, 20, 21, 22, 30
 NHA_ID, NHA_GROUP, NHA_OIF, NHA_GATEWAY, NHA_ENCAP_TYPE = 1, 2, 5, 6, 7
@@ -61,6 +61,12 @@ class Hop:
     dead: bool = False
     encap: int = 0  # LWTUNNEL_ENCAP_*
     program: str = ""  # the name of the BPF program that packets are given to
+
+    @property
+    def towards(self) -> Address | None:
+        """The address of the gateway, which may be of the other family (RFC 8950); None: there is none."""
+        packed = self.gateway or self.via[2:]
+        return ipaddress.ip_address(packed) if packed else None
 
     def _attributes(self, program: int | None) -> dict[int, bytes]:
         found = {RTA_GATEWAY: self.gateway, RTA_VIA: self.via, RTA_FLOW: self.flow}
@@ -206,6 +212,20 @@ def parse_route(message: Message) -> Route | None:
     )
 
 
+def _parse(netlink: Netlink, message: Message) -> Route | None:
+    """As :func:`parse_route`, with the next hops that are objects of their own."""
+    route = parse_route(message)
+    if not route or route.hops:
+        return route
+    number = rtnetlink.number(message.attributes(ROUTE).get(RTA_NH_ID))
+    return replace(route, hops=tuple(_nexthops(netlink, number, message.fields(ROUTE)[0]))) if number else route
+
+
+def lookup(netlink: Netlink, to: Address) -> Route | None:
+    """The route to an address as it stands in the tables, with all its next hops.  Raises OSError: there is none."""
+    return _parse(netlink, rtnetlink.route(netlink, to, flags=RTM_F_FIB_MATCH))
+
+
 def _covers(message: Message, wanted: Iterable[tuple[int, int]]) -> bool:
     """Whether a route has something to do with any of these prefixes (address as a number, length)."""
     bits = message.fields(ROUTE)[1]
@@ -224,11 +244,7 @@ def routes(netlink: Netlink, family: int, about: Iterable[Network], protocol: in
             continue
         if message.fields(ROUTE)[5] != protocol and not _covers(message, wanted):
             continue
-        route = parse_route(message)
-        if route and not route.hops:
-            number = rtnetlink.number(message.attributes(ROUTE).get(RTA_NH_ID))
-            route = replace(route, hops=tuple(_nexthops(netlink, number, family))) if number else route
-        if route:
+        if route := _parse(netlink, message):
             found.append(route)
     return found
 

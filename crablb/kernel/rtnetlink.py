@@ -186,11 +186,15 @@ def link(netlink: Netlink, index: int) -> Message:
     return netlink.ask(RTM_GETLINK, LINK.pack(0, 0, index, 0, 0))[0]
 
 
-def route(netlink: Netlink, to: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Message:
-    """The route to an address, with :data:`ROUTE` and RTA_* attributes."""
+def route(netlink: Netlink, to: ipaddress.IPv4Address | ipaddress.IPv6Address, out: int = 0, flags: int = 0) -> Message:
+    """The route to an address, with :data:`ROUTE` and RTA_* attributes.
+
+    ``out``: index of the interface to leave by; ``flags``: RTM_F_*.
+    """
     family = socket.AF_INET if to.version == 4 else socket.AF_INET6
-    body = ROUTE.pack(family, to.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
-    return netlink.ask(RTM_GETROUTE, body, {RTA_DST: to.packed})[0]
+    body = ROUTE.pack(family, to.max_prefixlen, 0, 0, 0, 0, 0, 0, flags)
+    more = {RTA_DST: to.packed, **({RTA_OIF: struct.pack("=I", out)} if out else {})}
+    return netlink.ask(RTM_GETROUTE, body, more)[0]
 
 
 def addresses(netlink: Netlink) -> dict[str, int]:

@@ -6,13 +6,14 @@ The kernel has no test run for sock_ops and iterators: crab_server, crab_arm and
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -1288,8 +1289,6 @@ def dsr(namespace) -> Iterator[Counted]:
     with bpf.Object(bpf.object_path("dsr")) as loaded:
         for family in (4, 6):
             loaded.map("dsr_vips").update(mapped(ip_address(VIP[family])), 1)
-        loaded.map("dsr_mss").update(0, 1420)
-        loaded.map("dsr_mss").update(1, 1400)
         yield Counted(loaded, "dsr_counters", counter_names("crab_dsr_counter", "CRAB_DSR_"))
 
 
@@ -1343,21 +1342,89 @@ def test_mapped_addresses_are_not_decapsulated(dsr, outer, source, target):
     assert dsr.programs["crab_clamp"].test_run(frame).data == frame
 
 
+def with_ecn(family: int, ecn: int, src: str, dst: str) -> Packet:
+    """An IP header; its other six bits of the class say something too."""
+    return IP(src=src, dst=dst, tos=0xB8 | ecn) if family == 4 else IPv6(src=src, dst=dst, tc=0xB8 | ecn)
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+def test_congestion_marks_survive_decapsulation(dsr, inner, outer):
+    """The table of RFC 6040, 4.2, whatever the checksum is that changes with it."""
+    not_ect, ect1, ect0, ce = range(4)
+    for inside in range(4):
+        for outside, number in itertools.product(range(4), range(0, 0x10000, 0x1111)):
+            packet = with_ecn(inner, inside, CLIENT[inner], VIP[inner]) / TCP(dport=80, flags="A")
+            if inner == 4:
+                packet.id = number
+            got = dsr.programs["crab_decap"].test_run(
+                bytes(ether() / with_ecn(outer, outside, TUNNEL_SRC[outer], DIP[outer]) / packet)
+            )
+            if (inside, outside) == (not_ect, ce):
+                assert got.retval == XDP_DROP
+                continue
+            after = ce if outside == ce else ect1 if (inside, outside) == (ect0, ect1) else inside
+            if inner == 4:
+                packet.tos = 0xB8 | after
+            else:
+                packet.tc = 0xB8 | after
+            assert (got.retval, got.data) == (XDP_PASS, bytes(ether() / packet))
+    counts = dsr.counts()
+    assert counts == {"decapsulated": 15 * 16, "marked": 3 * 16, "drop_marked": 16}
+
+
+def syn_ack(family: int, mss: int, source: str = "", flags: str = "SA", before: Sequence[object] = ()) -> bytes:
+    tcp = TCP(sport=80, flags=flags, options=[*before, ("MSS", mss)])
+    return bytes(ether() / layer(family)(src=source or VIP[family], dst=CLIENT[family]) / tcp)
+
+
+def tunnel_comes_in(dsr: Counted) -> None:
+    """At LO."""
+    frame = bytes(ether() / layer(4)(src=TUNNEL_SRC[4], dst=DIP[4]) / to_vip(4))
+    assert len(dsr.programs["crab_decap"].test_run(frame).data) < len(frame)
+
+
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("before", [[], [("NOP", None)], [("SAckOK", b"")], [("NOP", None), ("Timestamp", (1, 2))]])
-def test_mss_is_clamped(dsr, family, before):
+def test_mss_is_clamped(dsr, namespace, family, before):
     """Wherever the option stands, and only in SYN-ACKs of a VIP."""
+    namespace.ip("link", "set", "lo", "mtu", "1500")
+    tunnel_comes_in(dsr)
     limit = 1420 if family == 4 else 1400
-
-    def syn_ack(source: str, mss: int, flags: str = "SA") -> bytes:
-        tcp = TCP(sport=80, flags=flags, options=[*before, ("MSS", mss)])
-        return bytes(ether() / layer(family)(src=source, dst=CLIENT[family]) / tcp)
-
     run = dsr.programs["crab_clamp"].test_run
-    assert run(syn_ack(VIP[family], 1460)).data == syn_ack(VIP[family], limit)
-    for left in (syn_ack(VIP[family], limit - 1), syn_ack(DIP[family], 1460), syn_ack(VIP[family], 1460, "S")):
+    assert run(syn_ack(family, 1460, before=before)).data == syn_ack(family, limit, before=before)
+    for left in (
+        syn_ack(family, limit - 1, before=before),
+        syn_ack(family, 1460, DIP[family], before=before),
+        syn_ack(family, 1460, flags="S", before=before),
+    ):
         assert run(left).data == left
-    assert dsr.counts() == {"clamped": 1}
+    assert dsr.counts() == {"decapsulated": 1, "clamped": 1}
+
+
+def test_mss_is_what_the_tunnels_interfaces_take(dsr, namespace):
+    """Of those alone that tunnels have come in by, as their MTU is now."""
+
+    def offered() -> int:
+        data = dsr.programs["crab_clamp"].test_run(syn_ack(4, 1460)).data
+        return next(value for name, value in Ether(data)[TCP].options if name == "MSS")
+
+    namespace.ip("link", "set", "lo", "mtu", "1400")
+    namespace.ip("link", "set", "veth0", "mtu", "1000")
+    assert offered() == 1460  # none came
+    other = layer(4)(src=TUNNEL_SRC[4], dst=DIP[4]) / layer(4)(dst=OTHER_VIP[4]) / TCP()
+    dsr.programs["crab_decap"].test_run(bytes(ether() / other))
+    assert offered() == 1460  # nor that of something else
+    tunnel_comes_in(dsr)
+    assert offered() == 1320
+    namespace.ip("link", "set", "lo", "mtu", "1300")
+    assert offered() == 1220
+    dsr.maps["dsr_tunnels"].update(socket.if_nametoindex("veth0"), 1)
+    assert offered() == 920
+    namespace.ip("link", "del", "veth0")
+    assert offered() == 1220
+    namespace.ip("link", "set", "lo", "mtu", "80")  # no room for any
+    assert offered() == 1460
 
 
 # ---- what is loaded ----

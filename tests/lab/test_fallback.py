@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import re
 import select
 import socket
 import struct
@@ -116,6 +117,53 @@ def test_path_mtu_discovery_through_the_tunnel(make_world, family):
     route = "route" if family == 4 else "-6 route"
     known = world.lab.client.run("sh", "-c", f"ip {route} get {VIP[family]}").stdout
     assert f"mtu {1400 - (20 if family == 4 else 40)}" in known
+
+
+@pytest.mark.parametrize(("family", "outer", "bypass"), [(4, 4, "on"), (6, 6, "on"), (4, 6, "off"), (6, 4, "off")])
+def test_a_router_in_the_tunnels_way_says_its_mtu(make_world, family, outer, bypass):
+    """The ICMP error is about the load balancer's own packet; the client is told, and so it is of the daemon after."""
+    world = make_world("routed", offload=False)
+    world.servers(dsr=True)
+    lab, server = world.lab, world.lab.servers[0]
+    backend, bits = (server.ip4, 32) if outer == 4 else (server.ip6, 128)
+    lab.middle.ip(f"route add {backend}/{bits} dev br0 mtu lock 1400")
+    vip = f"tcp://{VIP4}:80" if family == 4 else f"tcp://[{VIP6}]:80"
+    how = ("--fallback", "dsr-ipip", "--ack-bypass", bypass)
+    serving = world.serve(*how, what=[f"{vip}={backend}"])
+    assert status(lab)["total"]["too_big"] == 0
+    assert world.echo(VIP[family], "300000")["intact"]
+    assert status(lab)["total"]["too_big"] >= 1
+    assert forwarded(world) > 200
+    told = f"mtu {1400 - (20 if outer == 4 else 40)}"
+    known = lab.client.run("ip", "route", "get", VIP[family]).stdout
+    assert told in known
+    lab.client.run("ip", f"-{family}", "route", "flush", "cache")
+    serving.terminate()
+    assert serving.wait() == 0
+    world.serve(*how, what=[f"{vip}={backend}"])
+    counted = ("nstat", "-asz", "IpFragFails", "Ip6FragFails")
+    before = lab.middle.run(*counted).stdout
+    assert world.echo(VIP[family], "300000")["intact"]
+    assert lab.middle.run(*counted).stdout == before
+
+
+@pytest.mark.parametrize("way", ["link-local", "global"])
+def test_ipv4_behind_an_ipv6_gateway(make_world, way):
+    """As with "BGP unnumbered" (RFC 8950)."""
+    world = make_world("routed", servers=2, offload=False)
+    world.servers(dsr=True)
+    lab = world.lab
+    gateway = "fd00:2::fe"
+    if way == "link-local":
+        shown = lab.middle.run("ip", "-6", "addr", "show", "dev", "lb", "scope", "link").stdout
+        gateway = re.findall(r"fe80::[0-9a-f:]+", shown)[0]
+    lab.lb.ip("route del default", f"route add 10.3.0.0/24 via inet6 {gateway} dev eth0")
+    world.serve(what=[f"tcp://{VIP4}:80={lab.servers[0].ip4},{lab.servers[1].ip4}"])
+    assert world.echo(VIP4, "3000000")["intact"]
+    assert status(lab)["xdp"]["flow"] > 1000
+    world.client()
+    assert world.echo(VIP4)["accepted_on"] in [server.ip4 for server in lab.servers]
+    assert status(lab)["total"]["redirected"] == 1
 
 
 @pytest.mark.parametrize("bypass", ["on", "off"])

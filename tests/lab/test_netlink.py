@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from ipaddress import ip_address
 
@@ -11,6 +12,7 @@ import pytest
 from crablb.kernel.interface import interface_info
 from crablb.kernel.netlink import HopState, NextHop, NextHops
 from crablb.lab import Lab
+from crablb.model import Address
 from tests.helpers.namespaces import inside
 
 FIRST, SECOND = ip_address("10.0.0.11"), ip_address("fd00::11")
@@ -24,7 +26,7 @@ class Followed:
         self.hops, self._changed = hops, changed
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
@@ -33,11 +35,11 @@ class Followed:
         return self.hops.current[address]  # type: ignore[index]
 
 
-def follow(lab: Lab, check: Callable[[Followed], Coroutine[None, None, None]]) -> None:
+def follow(lab: Lab, check: Callable[[Followed], Coroutine[None, None, None]], *addresses: Address) -> None:
     async def main() -> None:
         changed = asyncio.Event()
         hops = NextHops(lambda *_: changed.set())
-        await hops.start([FIRST, SECOND, BEHIND, ABSENT])
+        await hops.start(addresses or [FIRST, SECOND, BEHIND, ABSENT])
         try:
             await check(Followed(hops, changed))
         finally:
@@ -49,7 +51,7 @@ def follow(lab: Lab, check: Callable[[Followed], Coroutine[None, None, None]]) -
 
 @pytest.fixture
 def lab(make_lab) -> Iterator[Lab]:
-    lab = make_lab("bridge")
+    lab = make_lab("bridge", servers=2)
     yield lab
     assert "managed" not in lab.lb.run("ip", "neigh").stdout
 
@@ -134,3 +136,109 @@ def test_neighbours_and_links_change(lab):
         await hops.until(lambda: hops[FIRST].reason == "no route: Network is unreachable")
 
     follow(lab, check)
+
+
+def test_a_gateway_of_the_other_family(lab):
+    """RFC 8950: IPv4 behind an IPv6 next hop, in the route itself or as an object."""
+    server = lab.servers[0]
+
+    async def check(hops: Followed) -> None:
+        mac = bytes.fromhex(server.mac().replace(":", ""))
+        (link_local,) = re.findall(r"fe80::[0-9a-f:]+", server.run("ip", "-6", "addr", "show", "dev", "eth0").stdout)
+        for way in (f"via inet6 {SECOND} dev eth0", f"via inet6 {link_local} dev eth0", "nhid 8"):
+            lab.lb.ip(f"nexthop replace id 8 via {SECOND} dev eth0", f"route add 192.0.2.0/24 {way}")
+            await hops.until(lambda: hops[BEHIND].state is HopState.RESOLVED)
+            assert hops[BEHIND].gateway == ip_address(link_local if "fe80" in way else SECOND)
+            assert hops[BEHIND].dst_mac == mac
+            assert hops[BEHIND].source == ip_address("10.0.0.2")
+            lab.lb.ip("route del 192.0.2.0/24")
+            await hops.until(lambda: hops[BEHIND].state is HopState.NO_ROUTE)
+
+    follow(lab, check)
+
+
+@pytest.mark.parametrize("compatible", [1, 0], ids=["said-in-routes", "objects-alone"])
+def test_next_hop_objects_change(lab, compatible):
+    """What is exchanged below a route, of which nothing is said but the object's own event."""
+    lab.lb.set({"net.ipv4.nexthop_compat_mode": compatible})
+
+    async def check(hops: Followed) -> None:
+        macs = {gateway: bytes.fromhex(s.mac().replace(":", "")) for gateway, s in zip("ab", lab.servers, strict=False)}
+        a, b = lab.servers[0].ip4, lab.servers[1].ip4
+        lab.lb.ip(
+            f"nexthop add id 1 via {a} dev eth0",
+            f"nexthop add id 2 via {b} dev eth0",
+            "nexthop add id 3 group 1",
+            "route add 192.0.2.0/24 nhid 3",
+        )
+        await hops.until(lambda: hops[BEHIND].dst_mac == macs["a"])
+        lab.lb.ip("nexthop replace id 3 group 2")
+        await hops.until(lambda: hops[BEHIND].dst_mac == macs["b"])
+        lab.lb.ip(f"nexthop replace id 2 via {a} dev eth0")
+        await hops.until(lambda: hops[BEHIND].dst_mac == macs["a"])
+        lab.lb.ip("nexthop add id 4 blackhole", "route replace 192.0.2.0/24 nhid 4")
+        await hops.until(lambda: hops[BEHIND].state is HopState.NO_ROUTE)
+
+    follow(lab, check)
+
+
+@pytest.mark.parametrize("how", ["route", "objects", "ipv6"])
+def test_one_of_several_next_hops(lab, how):
+    """One that answers, and no other while it does; when it dies another, which stays when the first is back."""
+    quick = {
+        "base_reachable_time_ms": 1000,
+        "delay_first_probe_time": 1,
+        "interval_probe_time_ms": 1000,
+        "retrans_time_ms": 100,
+    }
+    for family in ("ipv4", "ipv6"):
+        lab.lb.set({f"net.{family}.neigh.eth0.{name}": value for name, value in quick.items()})
+    address = ip_address("2001:db8::1") if how == "ipv6" else BEHIND
+    gateways = [s.ip6 if how == "ipv6" else s.ip4 for s in lab.servers[:2]]
+    if how == "objects":
+        lines = [f"nexthop add id {i} via {gateway} dev eth0" for i, gateway in enumerate(gateways, 1)]
+        lab.lb.ip(*lines, "nexthop add id 9 group 1/2", "route add 192.0.2.0/24 nhid 9")
+    else:
+        several = " ".join(f"nexthop via {gateway} dev eth0" for gateway in gateways)
+        lab.lb.ip(f"route add {'2001:db8::/64' if how == 'ipv6' else '192.0.2.0/24'} {several}")
+
+    async def check(hops: Followed) -> None:
+        await hops.until(lambda: address in hops.hops.current and hops[address].state is HopState.RESOLVED)
+        first = hops[address]
+        at = gateways.index(str(first.gateway))
+        await hops.until(lambda: lab.lb.run("ip", "neigh").stdout.count("managed") >= 2)
+        lab.servers[at].ip("link set eth0 down")
+        await hops.until(lambda: hops[address].gateway == ip_address(gateways[1 - at]))
+        assert hops[address].state is HopState.RESOLVED
+        second = hops[address]
+        lab.servers[at].ip("link set eth0 up")
+        hops.hops.follow([address, ABSENT])  # all is read anew
+        await hops.until(lambda: ABSENT in hops.hops.current)
+        assert hops[address] == second
+        # The one in use is taken out of the route.
+        left = gateways[at]
+        lab.lb.ip(f"route replace {'2001:db8::/64' if how == 'ipv6' else '192.0.2.0/24'} via {left}")
+        await hops.until(lambda: hops[address].gateway == ip_address(left))
+
+    follow(lab, check, address)
+
+
+def test_what_is_no_other_host(lab):
+    own, all_of_them = ip_address("10.0.0.2"), ip_address("10.0.0.255")
+    own6, wrapped = ip_address("fd00::2"), ip_address("2001:db8::1")
+    lab.lb.ip("route add 2001:db8::/64 encap seg6 mode encap segs fd00::99 dev eth0")
+
+    async def check(hops: Followed) -> None:
+        for address in (own, own6):
+            assert hops[address].state is HopState.NOT_A_HOST
+            assert hops[address].reason == (
+                "it is an address of this machine itself, and frames go to others only; leave it out"
+            )
+        assert hops[all_of_them].reason == "it is a broadcast address"
+        assert hops[wrapped].state is HopState.NOT_ETHERNET
+        assert hops[wrapped].reason == "its route wraps packets (ip route ... encap), as only the kernel does"
+        lab.lb.ip("addr del 10.0.0.2/24 dev eth0", "addr add 10.0.0.3/24 dev eth0")
+        lab.servers[0].ip("addr add 10.0.0.2/24 dev eth0")
+        await hops.until(lambda: hops[own].state is HopState.RESOLVED)
+
+    follow(lab, check, own, all_of_them, own6, wrapped)
