@@ -6,15 +6,17 @@ A daemon that dies leaves its link and its maps (:data:`.program.PINNED`), pinne
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import structlog
 
 from crablb._native import lib
 from crablb.dataplane.flows import Inherited
 from crablb.dataplane.paths import Ways
-from crablb.dataplane.program import PINNED, Program
+from crablb.dataplane.program import MAIN, PINNED, Program
 from crablb.errors import KernelError
 from crablb.kernel import bpf, ethtool, pins
 from crablb.kernel.interface import Interface, interface_info
@@ -24,6 +26,8 @@ from crablb.model import XdpMode
 __all__ = ["Attachment", "inherited", "ways"]
 
 log = structlog.get_logger()
+
+GOING = 2.0  # seconds that a dead process's program is waited for to go
 
 
 class Attachment:
@@ -42,15 +46,11 @@ class Attachment:
         self.sums = False  # whether the interface does checksums of any packet, wherever in it they are
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
+        self._pinned = False  # whether what is in the folder is this process's
 
     def own(self) -> AbstractContextManager[None]:
         """Be the one process that serves the interface.  Raises :class:`KernelError` if another one does."""
         return pins.own(self.role, f"the load balancer of {self.info.name}")
-
-    @property
-    def left(self) -> bool:
-        """Whether a daemon that died has left its program there."""
-        return self._left is not None
 
     def find(self) -> None:
         """Look for what a daemon that died left.  Raises :class:`BpfBusyError` if the program is somebody else's."""
@@ -59,57 +59,81 @@ class Attachment:
         except bpf.BpfNotFoundError:
             link = None
         attached, mode = bpf.xdp_program(self.info.index)
+        end = time.monotonic() + GOING
+        while attached and not link and bpf.program_name(attached) == MAIN and time.monotonic() < end:
+            # Its process was killed before it had pinned the link, and the kernel takes its time to end that.
+            time.sleep(0.01)
+            attached, mode = bpf.xdp_program(self.info.index)
         if link and attached == link.program_id:
             link.mode = mode
             self._left = link
             return
-        if link:  # of an interface that is gone
+        if link:  # of an interface that is gone, or somebody has detached it: there are the flows still
             link.close()
-            pins.remove(self.pins)
+            (self.pins / "link").unlink(missing_ok=True)
         if attached:
+            name = self.info.name
             raise bpf.BpfBusyError(
-                f"interface {self.info.name} has an XDP program already (id {attached}, see bpftool net);"
-                f" remove it: ip link set {self.info.name} xdp off"
+                f"interface {name} has an XDP program already (id {attached}, see bpftool net); remove it: ip link set"
+                f" {name} xdp off, or if it is attached by a link: bpftool link detach"
             )
 
     def attach(self, program: Program, want: XdpMode) -> None:
-        """Attach, in place of what was left there, and pin link and maps."""
-        link, self._left = self._left, None
-        if link and want.value in ("auto", link.mode):
-            link.update(program.main)
+        """Attach, in place of what was left there, and pin link and maps.
+
+        The process may be killed between any two steps.  A pin is replaced, never missing; and the maps come before the
+        program that learns flows into them.
+        """
+        self._pinned = True
+        flows = self.pins / "flows"
+        if not self._is(flows, program.maps["flows"]):
+            flows.unlink(missing_ok=True)  # given up; without them, a mixture of old and new is not taken for a whole
+        for name in PINNED:
+            pins.put(program.maps[name], self.pins / name)
+        if self._left and want.value in ("auto", self._left.mode):
+            self._left.update(program.main)
+            self._link, self._left = self._left, None
             log.info("took over from a load balancer that had died", interface=self.info.name)
         else:
-            if link:
-                link.detach()
-                link.close()
-            link = program.main.attach_xdp(self.info.index, want.value)
-        self._link, self.mode = link, link.mode
+            if self._left:  # the kernel does not have a program in either mode at once
+                self._left.detach()
+                self._left.close()
+                self._left = None
+            self._link = program.main.attach_xdp(self.info.index, want.value)
+            (self.pins / "link").unlink(missing_ok=True)
+            self._link.pin(self.pins / "link")
+        self.mode = self._link.mode
         self.sums = ethtool.features(self.info.name).get("tx-checksum-ip-generic", ethtool.OFF).active
-        pins.remove(self.pins)
-        link.pin(self.pins / "link")
-        for name in PINNED:
-            program.maps[name].pin(self.pins / name)
+
+    @staticmethod
+    def _is(path: Path, held: bpf.Map) -> bool:
+        """Whether it is what is pinned there."""
+        try:
+            with bpf.Map.from_pin(path) as there:
+                return there.id == held.id
+        except bpf.BpfNotFoundError:
+            return False
 
     def detach(self) -> None:
         """Leave nothing on the interface; what another daemon had left and was not taken over stays.  Idempotent."""
         if self._link:
             self._link.detach()
             self._link.close()
-            pins.remove(self.pins)
             self._link = None
         if self._left:
             self._left.close()
             self._left = None
+        elif self._pinned:
+            pins.remove(self.pins)
+        self._pinned = False
 
 
 def inherited(attachments: Sequence[Attachment], seed: bytes) -> Inherited | None:
     """The flows that a daemon that died left on one of these interfaces, if they are of use."""
     for attachment in attachments:
-        if not attachment.left:
-            continue
         try:
             return Inherited.open(attachment.pins, seed)
-        except bpf.BpfNotFoundError:  # it died before it had pinned them, or it was of another version
+        except bpf.BpfNotFoundError:  # there are none, or of another version
             continue
         except ValueError as error:
             log.warning("fallback flows are given up", interface=attachment.info.name, reason=str(error))

@@ -31,20 +31,24 @@ from crablb.dataplane.statistics import DaemonCounters, read
 from crablb.kernel import bpf
 from crablb.model import Bypass, Config, Vip
 
-__all__ = ["PINNED", "Program", "bypass"]
+__all__ = ["MAIN", "PINNED", "Program", "bypass"]
 
-#: What ``crablb status`` reads, and the next daemon takes over.
+#: The program's name.
+MAIN = "crab_lb"
+
+#: What ``crablb status`` reads, and the next daemon takes over.  The flows, without which the others are of no use, are
+#: pinned last.
 PINNED = (
     "services",
     "service_counters",
     "hashing",
     "sockets",
     "interfaces",
-    "flows",
     "paths",
     "xdp_counters",
     "worker_counters",
     "daemon_counters",
+    "flows",
 )
 #: How many services can be added at the least without a restart.
 SERVICES = 4096
@@ -87,7 +91,7 @@ class Program:
     @property
     def main(self) -> bpf.Program:
         """What is attached to interfaces."""
-        return self._object.program("crab_lb")
+        return self._object.program(MAIN)
 
     @property
     def service_room(self) -> int:

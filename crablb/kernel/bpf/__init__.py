@@ -17,7 +17,7 @@ from crablb.kernel.bpf.errors import (
 )
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path, pins_last
-from crablb.kernel.bpf.programs import Link, Program, TestRun, programs, tcx_programs, xdp_program
+from crablb.kernel.bpf.programs import Link, Program, TestRun, program_name, programs, tcx_programs, xdp_program
 from crablb.kernel.bpf.ring import Ring
 from crablb.kernel.bpf.tc import TcFilter, attach_tc
 
@@ -39,6 +39,7 @@ __all__ = [
     "ensure_bpffs",
     "object_path",
     "pins_last",
+    "program_name",
     "programs",
     "tcx_programs",
     "xdp_program",

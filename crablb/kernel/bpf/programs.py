@@ -13,7 +13,7 @@ from crablb.kernel._libbpf import ffi, lib
 from crablb.kernel.bpf.descriptor import Descriptor, open_pin
 from crablb.kernel.bpf.errors import BpfBusyError, BpfError, BpfPermissionError, check, take_log
 
-__all__ = ["Link", "Program", "TestRun", "programs", "tcx_programs", "xdp_program"]
+__all__ = ["Link", "Program", "TestRun", "program_name", "programs", "tcx_programs", "xdp_program"]
 
 XDP_FLAGS_SKB_MODE = 1 << 1
 XDP_FLAGS_DRV_MODE = 1 << 2
@@ -170,6 +170,16 @@ def programs() -> Iterator[Program]:
         fd = lib.bpf_prog_get_fd_by_id(found[0])
         if fd >= 0:  # else it has been unloaded meanwhile
             yield Program(fd)
+
+
+def program_name(id_: int) -> str:
+    """Of the program with this id; empty if there is none any more."""
+    fd = lib.bpf_prog_get_fd_by_id(id_)
+    if fd < 0:
+        take_log()
+        return ""
+    with Program(fd) as program:
+        return program.name
 
 
 class Link(Descriptor):
