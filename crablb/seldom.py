@@ -19,12 +19,15 @@ class Seldom:
     def __init__(self, interval: float = INTERVAL) -> None:
         self._interval = interval
         self._kinds: dict[Hashable, tuple[float, int]] = {}  # when the last was written, how many came since
+        self._tidied = -interval
 
     def due(self, kind: Hashable, now: float | None = None) -> int:
         """0 if it is not; otherwise how many there were since the last line, this one among them."""
         now = time.monotonic() if now is None else now
         if kind not in self._kinds and len(self._kinds) >= KINDS:
-            self._kinds = {k: v for k, v in self._kinds.items() if v[1] or now - v[0] < self._interval}
+            if now - self._tidied >= self._interval:
+                self._tidied = now
+                self._kinds = {k: v for k, v in self._kinds.items() if v[1] or now - v[0] < self._interval}
             if len(self._kinds) >= KINDS:
                 kind = None
         at, count = self._kinds.get(kind, (None, 0))

@@ -30,7 +30,7 @@ from crablb.dataplane.registry import Registry
 from crablb.dataplane.snapshot import Sight, build
 from crablb.errors import ConfigError
 from crablb.kernel.interface import Interface
-from crablb.kernel.netlink import HopState, NextHop, NextHops
+from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
 from crablb.model import Address, Bypass, Config, State, Vip
 from crablb.options import fixed_fields
 from crablb.selection.completion import Completions
@@ -120,6 +120,11 @@ class Engine:
     def hops(self) -> Mapping[Address, NextHop]:
         """The ways to the backends, as they are now."""
         return MappingProxyType(self._nexthops.current) if self._nexthops else {}
+
+    @property
+    def links(self) -> Mapping[int, Link]:
+        """The network namespace's interfaces, by index."""
+        return self._nexthops.links if self._nexthops else {}
 
     @property
     def reached(self) -> frozenset[Address]:
@@ -348,8 +353,7 @@ class Engine:
 
     def _links_changed(self) -> None:
         self._own()
-        if self._nexthops:
-            self._tell(LinksChanged(self._nexthops.links))
+        self._tell(LinksChanged(self.links))
 
     def _own(self) -> None:
         """Have the XDP program know which frames are sent to us."""

@@ -15,8 +15,8 @@ __all__ = ["Event", "HopsChanged", "LinksChanged", "Notice", "Started", "Swept"]
 class Event:
     """Something that befell a load balancer."""
 
-    #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "server-silent", "changed",
-    #: "redirects-stopped", "redirects-resumed"
+    #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "vip-taken", "vip-yielded",
+    #: "server-silent", "changed", "redirects-stopped", "redirects-resumed"
     kind: str
     backend: Address | None = None
     vip: Vip | None = None
