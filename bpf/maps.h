@@ -188,7 +188,11 @@ enum crab_daemon_counter {
     CRAB_DAEMON_RELOADS,         /* configurations applied */
     CRAB_DAEMON_RELOADS_REFUSED, /* configurations refused */
     CRAB_DAEMON_BACKENDS_LOST,   /* backends whose next hop stopped answering */
-    CRAB_DAEMON_VIPS_IN_USE,     /* VIPs that somebody else on the segment has */
+    CRAB_DAEMON_BACKENDS_MOVED,  /* changes of a backend's (or its gateway's) MAC address */
+    CRAB_DAEMON_VIPS_IN_USE,     /* times that somebody else on the segment claimed a VIP, once in 10 s each */
+    CRAB_DAEMON_VIPS_TAKEN,      /* times that a VIP was taken, as nobody else had it */
+    CRAB_DAEMON_VIPS_YIELDED,    /* times that a VIP was left to somebody else */
+    CRAB_DAEMON_TASKS_FAILED,    /* times that a background task failed, and was begun anew */
     CRAB_DAEMON_NARROW_TUNNELS,  /* tunnels found too narrow for IPv6 */
     CRAB_DAEMON_FLOWS_NEARLY_FULL, /* sweeps that found map `flows` nearly full */
     CRAB_DAEMON_CACHE_FULL,      /* sweeps since whose predecessor a worker's flow cache had no room */

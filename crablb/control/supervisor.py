@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from crablb.control.advice import Adviser
 from crablb.control.announce import Announcer
+from crablb.control.claim import Act
 from crablb.control.reports import Reports
 from crablb.dataplane.engine import Engine
-from crablb.dataplane.events import Event, Notice
+from crablb.dataplane.events import Event, LinksChanged, Notice
+from crablb.errors import KernelError
+from crablb.kernel.netlink import Link
 from crablb.model import Address, Announce, Config
 
 __all__ = ["Supervisor"]
@@ -44,11 +47,15 @@ class Supervisor:
             await self._reports.start(*config.report_listen)
         await self.engine.start()
         if config.announce is Announce.ARP:
-            ours = {interface.mac for interface in self.engine.interfaces}
             for interface in self.engine.interfaces:
-                announcer = Announcer(interface.name, ours, self._vip_in_use)
+                announcer = Announcer(interface.name, self._vip_befell, self.engine.task)
                 self._announcers.append(announcer)
-                announcer.start(service.vip.address for service in config.services)
+                try:
+                    announcer.start(service.vip.address for service in config.services)
+                except OSError as error:
+                    reason = f"cannot announce VIPs on {interface.name}: {error.strerror}"
+                    raise KernelError(reason) from None
+            self._links_are(self.engine.links)
 
     async def close(self) -> None:
         """Leave nothing in the kernel.  Idempotent."""
@@ -72,9 +79,24 @@ class Supervisor:
         if isinstance(notice, Event):
             for listener in self.listeners:
                 listener(notice)
+        elif isinstance(notice, LinksChanged):
+            self._links_are(notice.links)
 
-    def _vip_in_use(self, address: Address, mac: bytes) -> None:
-        self.engine.count("vips_in_use")
+    def _links_are(self, links: Mapping[int, Link]) -> None:
+        served = [links[i.index] for i in self.engine.interfaces if i.index in links] if self._announcers else []
+        for announcer, interface in zip(self._announcers, self.engine.interfaces, strict=False):
+            if interface.index in links:
+                announcer.link_is(links[interface.index], {link.mac for link in served})
+
+    def _vip_befell(self, address: Address, act: Act, mac: bytes) -> None:
+        """What became of a VIP that is announced; ``mac``: who else has it, or had."""
+        if act is Act.TAKEN:
+            kind, counter, reason = "vip-taken", "vips_taken", ""
+        elif act is Act.YIELDED:
+            kind, counter, reason = "vip-yielded", "vips_yielded", f"left to {mac.hex(':')}"
+        else:
+            kind, counter, reason = "vip-in-use", "vips_in_use", f"{mac.hex(':')} has it"
+        self.engine.count(counter)
         for service in self.engine.config.services:
             if service.vip.address == address:
-                self._tell(Event("vip-in-use", vip=service.vip, reason=f"{mac.hex(':')} has it"))
+                self._tell(Event(kind, vip=service.vip, reason=reason))

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from crablb import lasting
 from crablb.dataplane.attachment import Attachment, inherited, ways
-from crablb.dataplane.events import Event, HopsChanged, Notice, Started, Swept
+from crablb.dataplane.events import Event, HopsChanged, LinksChanged, Notice, Started, Swept
 from crablb.dataplane.handlers import Handle, Handlers, Match
 from crablb.dataplane.paths import Ways
 from crablb.dataplane.program import Program, bypass
@@ -29,7 +31,7 @@ from crablb.dataplane.registry import Registry
 from crablb.dataplane.snapshot import Sight, build
 from crablb.errors import ConfigError
 from crablb.kernel.interface import Interface
-from crablb.kernel.netlink import HopState, NextHop, NextHops
+from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
 from crablb.model import Address, Bypass, Config, State, Vip
 from crablb.options import fixed_fields
 from crablb.selection.completion import Completions
@@ -78,6 +80,7 @@ class Engine:
         self._registry = Registry(0)
         self._nexthops: NextHops | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._sweeper = ThreadPoolExecutor(1, "crablb-sweep")
         self._stack = ExitStack()
         # What has happened:
         self._resolved = asyncio.Event()
@@ -118,6 +121,11 @@ class Engine:
     def hops(self) -> Mapping[Address, NextHop]:
         """The ways to the backends, as they are now."""
         return MappingProxyType(self._nexthops.current) if self._nexthops else {}
+
+    @property
+    def links(self) -> Mapping[int, Link]:
+        """The network namespace's interfaces, by index."""
+        return self._nexthops.links if self._nexthops else {}
 
     @property
     def reached(self) -> frozenset[Address]:
@@ -214,7 +222,7 @@ class Engine:
         if program.flows:
             self._queues.learn(program.flows.writer)
 
-        self._nexthops = NextHops(self._hops_changed, self._own)
+        self._nexthops = NextHops(self._hops_changed, self._links_changed, self.task)
         await self._nexthops.start(self._registry.backends)
         self._publish()
         await self._resolve()
@@ -223,7 +231,9 @@ class Engine:
             self._queues.adopt(flows)
             log.info("took over fallback flows", flows=len(flows))
         program.serve((service.vip for service in self.config.services), self._registry.services)
-        self._tasks = [self._task("sweep", self._sweep()), self._task("balance", self._keep_balance())]
+        # Its thread from now on: later there may be no memory for one, and what was asked for would come at any time.
+        await loop.run_in_executor(self._sweeper, lambda: None)
+        self._tasks = [self.task("sweep", self._sweep), self.task("balance", self._keep_balance)]
         if self.threads:
             self._queues.start(
                 sorted(os.sched_getaffinity(0)), lambda reason: self._from_thread(lambda: self._failed(reason))
@@ -247,6 +257,7 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        self._sweeper.shutdown()
         for attachment in self._attachments:
             attachment.detach()
         self._queues.close()
@@ -275,17 +286,12 @@ class Engine:
         if self.failure:
             self.failure.get_loop().call_soon_threadsafe(do)
 
-    def _task(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that is never done.  If it fails, so does the engine: nobody would notice what is not done any more."""
+    def task(self, name: str, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        """Work that is never done.  If it fails it is begun anew, and counted; if for good, the engine fails.
 
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()):
-                log.error("a task of the engine failed", task=name, exc_info=error)
-                self._failed(f"task {name} failed: {error!r}")
-
-        task = asyncio.create_task(work)
-        task.add_done_callback(ended)
-        return task
+        Nobody would notice what is not done any more.
+        """
+        return lasting.task(name, work, lambda: self.count("tasks_failed"), self._failed)
 
     def _failed(self, reason: str) -> None:
         if self.failure and not self.failure.done():
@@ -338,18 +344,17 @@ class Engine:
     def _hops_changed(self, before: Mapping[Address, NextHop], now: Mapping[Address, NextHop]) -> None:
         if not self._queues.snapshot:
             return  # the first resolution: start() publishes it
-        try:
-            self._publish()
-        except Exception as error:  # the follower of next hops would end, and nobody notice
-            log.exception("cannot publish new ways to backends")
-            self._failed(f"cannot publish new ways to backends: {error!r}")
-            return
+        self._publish()
         self._tell(HopsChanged(before, now))
         for address, hop in now.items():
             if hop.state is HopState.RESOLVED:
                 self._tell(Event("backend-up", address))
             elif address in before and before[address].state is HopState.RESOLVED:
                 self._tell(Event("backend-down", address, reason=hop.reason))
+
+    def _links_changed(self) -> None:
+        self._own()
+        self._tell(LinksChanged(self.links))
 
     def _own(self) -> None:
         """Have the XDP program know which frames are sent to us."""
@@ -416,31 +421,37 @@ class Engine:
 
     async def _sweep(self) -> None:
         """Now and then: delete old flows, and forget what was removed and has no flow left."""
-        loop = asyncio.get_running_loop()
         while True:
             # wait_for of Python 3.11 may swallow a cancellation.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SWEEP_INTERVAL):
                     await self._sweep_soon.wait()
             self._sweep_soon.clear()
-            # Only when no worker looks into a snapshot from before can it be known who gets no new flows.
-            quiet = self._queues.settle()
-            self._applied = [self.config]
-            services = np.zeros(1 << 16, np.bool_)
-            services[[self._registry.services[service.vip] for service in self.config.services]] = True
-            counting = loop.run_in_executor(None, self._count_flows, services)
             try:
-                flows, left = await asyncio.shield(counting)
-            except asyncio.CancelledError:
-                await counting  # it reads what is freed when this task has ended
+                await self._sweep_once()
+            except BaseException:  # what was not swept is swept the next time
+                self._sweep_soon.set()
                 raise
-            refused = self.statistics()["total"]["flows_full"]
-            self._tell(Swept(flows, refused - self._refused))
-            self._refused = refused
-            if quiet:
-                self._forget(left)
-            if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets
-                self._nexthops.follow(self._registry.backends)
+
+    async def _sweep_once(self) -> None:
+        # Only when no worker looks into a snapshot from before can it be known who gets no new flows.
+        quiet = self._queues.settle()
+        self._applied = [self.config]
+        services = np.zeros(1 << 16, np.bool_)
+        services[[self._registry.services[service.vip] for service in self.config.services]] = True
+        counting = asyncio.get_running_loop().run_in_executor(self._sweeper, self._count_flows, services)
+        try:
+            flows, left = await asyncio.shield(counting)
+        except asyncio.CancelledError:
+            await counting  # it reads what is freed when this task has ended
+            raise
+        refused = self.statistics()["total"]["flows_full"]
+        self._tell(Swept(flows, refused - self._refused))
+        self._refused = refused
+        if quiet:
+            self._forget(left)
+        if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets
+            self._nexthops.follow(self._registry.backends)
 
     def _count_flows(self, services: npt.NDArray[np.bool_]) -> tuple[int, npt.NDArray[np.uint32]]:
         """Sweep, in a thread of its own: delete the flows of all but these services, by index, and those too old.

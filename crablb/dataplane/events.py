@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from crablb.kernel.netlink import NextHop
+from crablb.kernel.netlink import Link, NextHop
 from crablb.model import Address, Vip
 
-__all__ = ["Event", "HopsChanged", "Notice", "Started", "Swept"]
+__all__ = ["Event", "HopsChanged", "LinksChanged", "Notice", "Started", "Swept"]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something that befell a load balancer."""
 
-    #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "server-silent", "changed",
-    #: "redirects-stopped", "redirects-resumed"
+    #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "vip-taken", "vip-yielded",
+    #: "server-silent", "changed", "redirects-stopped", "redirects-resumed"
     kind: str
     backend: Address | None = None
     vip: Vip | None = None
@@ -37,6 +37,13 @@ class HopsChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class LinksChanged:
+    """Interfaces may have changed."""
+
+    links: Mapping[int, Link]  # by index
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """Flows were swept."""
 
@@ -45,4 +52,4 @@ class Swept:
 
 
 #: An :class:`Event` is for everybody; the others are for :mod:`crablb.control`.
-Notice = Event | Started | HopsChanged | Swept
+Notice = Event | Started | HopsChanged | LinksChanged | Swept

@@ -6,6 +6,7 @@ pointer store; one that was replaced is freed when no worker uses it any more.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -56,7 +57,8 @@ class _Worker:
         """Run in a thread on ``cpu``; ``failed`` is called from it, with the reason, if the socket fails."""
 
         def run() -> None:
-            os.sched_setaffinity(0, {cpu})
+            with contextlib.suppress(OSError):  # the CPU was taken from us meanwhile; any other will do
+                os.sched_setaffinity(0, {cpu})
             rc = lib.crab_worker_run(self.c)  # without the GIL
             if rc:
                 failed(self.failure(-rc))

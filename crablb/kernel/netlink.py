@@ -9,22 +9,28 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import structlog
 
-from crablb.kernel import routing, rtnetlink
+from crablb import lasting
+from crablb.kernel import pathmtu, routing, rtnetlink, sockfilter
 from crablb.kernel.pathmtu import PathMtu
+from crablb.kernel.reader import Reader
 from crablb.kernel.routing import Hop
 from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
+from crablb.seldom import Seldom
 
-__all__ = ["HopState", "NextHop", "NextHops"]
+__all__ = ["HopState", "Link", "NextHop", "NextHops"]
 
 # include/uapi/linux/rtnetlink.h, neighbour.h
 #: RTNLGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE, NEXTHOP
@@ -35,6 +41,14 @@ NUD_PERMANENT = 0x80
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
 NETDEV_XDP_ACT_NDO_XMIT = 4
+IFF_RUNNING = 0x40
+SKF_AD_NLATTR = 0xFFFFF000 + 12  # linux/filter.h
+
+#: Seconds between looks at the kernel's tables: a storm of events is one.
+LEAST = 0.05
+#: Bytes of events that may wait.
+WAITING = 4 << 20
+SO_RCVBUFFORCE = 33
 
 #: What an address is whose route is no other host's (RTN_*).
 KINDS = {
@@ -102,13 +116,17 @@ class _Route(NamedTuple):
         return {way.neighbour(address) for way in self.ways}
 
 
-class _Link(NamedTuple):
+class Link(NamedTuple):
+    """An interface, as the kernel has it."""
+
     name: str
     mac: bytes
     mtu: int
     ethernet: bool
     redirect: bool
     master: int  # index of the bridge or bond that it is a port of; 0: none
+    running: bool  # it is up, and has a carrier
+    ups: int  # how often it got a carrier
 
 
 class _Tables(NamedTuple):
@@ -116,7 +134,7 @@ class _Tables(NamedTuple):
 
     routes: dict[Address, _Route]
     neighbours: dict[tuple[int, str], tuple[int, bytes]]  # (ifindex, address) -> NUD state, MAC
-    links: dict[int, _Link]
+    links: dict[int, Link]
 
 
 def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:
@@ -129,21 +147,59 @@ def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | 
     return (index, rtnetlink.address(found[rtnetlink.NDA_DST])), (state, mac)
 
 
-def _link(message: Message, features: Mapping[int, int]) -> tuple[int, _Link]:
+def _link(message: Message, features: Mapping[int, int]) -> tuple[int, Link]:
     """A link by its index."""
-    _, kind, index, *_ = message.fields(LINK)
+    _, kind, index, flags, _ = message.fields(LINK)
     found = message.attributes(LINK)
-    return index, _Link(
+    return index, Link(
         rtnetlink.text(found.get(rtnetlink.IFLA_IFNAME)),
         found.get(rtnetlink.IFLA_ADDRESS, b""),
         rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
         kind == ARPHRD_ETHER,
         bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT),
         rtnetlink.number(found.get(rtnetlink.IFLA_MASTER)),
+        bool(flags & IFF_RUNNING),
+        rtnetlink.number(found.get(rtnetlink.IFLA_CARRIER_UP_COUNT)),
     )
 
 
-def _way(netlink: Netlink, address: Address, out: int, links: Mapping[int, _Link]) -> _Way | None:
+def _events_about(neighbours: Collection[tuple[int, str]]) -> list[sockfilter.Step]:
+    """A filter for events: all but those of other neighbours, which whoever sends ARP here can make without end.
+
+    Addresses by their last four bytes; of too many, all are taken.
+    """
+    words: dict[int, set[int]] = {socket.AF_INET: set(), socket.AF_INET6: set()}
+    for _, address in neighbours:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        words[family].add(int.from_bytes(socket.inet_pton(family, address)[-4:], "big"))
+    four, six = (sockfilter.among(w) for w in words.values())
+    if len(four) + len(six) > sockfilter.MOST - 20:
+        return [sockfilter.TAKE]
+    neigh = [int.from_bytes(kind.to_bytes(2, sys.byteorder), "big") for kind in RTM_NEIGH]
+    return [
+        (0x28, 0, 0, 4),  # ldh [4]: the message's type
+        (0x15, 2, 0, neigh[0]),
+        (0x15, 1, 0, neigh[1]),
+        sockfilter.TAKE,
+        (0x00, 0, 0, rtnetlink.HEADER.size + NEIGHBOUR.size),  # ld #: where attributes begin
+        (0x01, 0, 0, rtnetlink.NDA_DST),  # ldx #
+        (0x20, 0, 0, SKF_AD_NLATTR),  # the offset of that attribute, 0: there is none
+        (0x15, 0, 1, 0),
+        sockfilter.LEAVE,
+        (0x07, 0, 0, 0),  # tax
+        (0x30, 0, 0, rtnetlink.HEADER.size),  # ldb: the family
+        (0x15, 1, 0, socket.AF_INET),
+        (0x05, 0, 0, len(four) + 2),  # ja
+        (0x40, 0, 0, 4),  # ld [x + 4]: the address
+        *four,
+        sockfilter.LEAVE,
+        (0x40, 0, 0, 16),  # ld [x + 16]: its last word
+        *six,
+        sockfilter.LEAVE,
+    ]
+
+
+def _way(netlink: Netlink, address: Address, out: int, links: Mapping[int, Link]) -> _Way | None:
     """The next hop that packets of this host take, if they leave by an interface (0: by any).  Raises OSError."""
     message = rtnetlink.route(netlink, address, out)
     found = message.attributes(ROUTE)
@@ -161,7 +217,7 @@ def _way(netlink: Netlink, address: Address, out: int, links: Mapping[int, _Link
     )
 
 
-def _others(netlink: Netlink, address: Address, hops: Iterable[Hop], links: Mapping[int, _Link]) -> Iterator[_Way]:
+def _others(netlink: Netlink, address: Address, hops: Iterable[Hop], links: Mapping[int, Link]) -> Iterator[_Way]:
     for hop in hops:
         if hop.dead or hop.ifindex not in links:
             continue
@@ -171,7 +227,7 @@ def _others(netlink: Netlink, address: Address, hops: Iterable[Hop], links: Mapp
                 yield way._replace(gateway=hop.towards)
 
 
-def _route(netlink: Netlink, address: Address, links: Mapping[int, _Link]) -> _Route:
+def _route(netlink: Netlink, address: Address, links: Mapping[int, Link]) -> _Route:
     try:
         route, chosen = routing.lookup(netlink, address), _way(netlink, address, 0, links)
     except OSError as error:
@@ -198,7 +254,7 @@ class NextHops:
     """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current.
 
     ``on_change`` is called in the event loop with those that changed, as they were (those that were known) and as they
-    are; ``on_links``, when MAC addresses of interfaces may have changed.  :attr:`current` is what is known now, of
+    are; ``on_links``, when interfaces may have changed.  :attr:`current` is what is known now, of
     those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then
     :meth:`close`.
     """
@@ -207,10 +263,13 @@ class NextHops:
         self,
         on_change: Callable[[Mapping[Address, NextHop], Mapping[Address, NextHop]], None],
         on_links: Callable[[], None] = lambda: None,
+        task: Callable[[str, Callable[[], Awaitable[None]]], asyncio.Task[None]] = lasting.task,
     ) -> None:
+        """``task`` runs what is never done; see :func:`crablb.lasting.task`."""
         self.current: dict[Address, NextHop] = {}
         self._on_change = on_change
         self._on_links = on_links
+        self._start_task = task
         self._wanted: frozenset[Address] = frozenset()
         self._tables = _Tables({}, {}, {})
         self._vias: set[tuple[int, str]] = set()  # the neighbours that the routes need
@@ -218,8 +277,10 @@ class NextHops:
         # Long tables take their time.  One thread for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
         self._events: socket.socket | None = None
+        self._readers: list[Reader] = []
         self._path_mtu: PathMtu | None = None
         self._narrower: set[Address] = set()  # those whose way has become so, as a router says
+        self._seldom = Seldom()
         self._dirty = asyncio.Event()
         self._full = False
         self._task: asyncio.Task[None] | None = None
@@ -227,23 +288,28 @@ class NextHops:
     async def start(self, addresses: Iterable[Address]) -> None:
         """Resolve what the kernel knows now, and begin to follow it."""
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, WAITING)
+        sockfilter.attach(sock, _events_about(self._vias))
         sock.bind((0, GROUPS))
         self._events = sock
         self._path_mtu = PathMtu()
         self._wanted = frozenset(addresses)
         await self._refresh(full=True)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(sock, self._read)
+        self._readers.append(Reader(sock, rtnetlink.ROOM, self._take, self._lost))
         for errors in self._path_mtu.sockets:
-            loop.add_reader(errors, self._read_errors, errors)
-        self._task = asyncio.create_task(self._follow())
+            self._readers.append(Reader(errors, pathmtu.ROOM, partial(self._narrow, errors.family), self._lost))
+        self._task = self._start_task("next hops", self._follow)
 
     def follow(self, addresses: Iterable[Address]) -> None:
         """Follow these addresses from now on; ``on_change`` tells of those that are new."""
         self._wanted = frozenset(addresses)
         self._full = True
         self._dirty.set()
+
+    @property
+    def links(self) -> Mapping[int, Link]:
+        """The interfaces by index, as they were when the kernel was last asked."""
+        return MappingProxyType(self._tables.links)
 
     def macs(self, index: int) -> list[bytes]:
         """The MAC addresses that frames to an interface have: its own, and its bridge's or bond's."""
@@ -257,43 +323,39 @@ class NextHops:
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        while self._readers:
+            self._readers.pop().close()
         if self._events:
-            asyncio.get_running_loop().remove_reader(self._events)
             self._events.close()
         if self._path_mtu:
-            for errors in self._path_mtu.sockets:
-                asyncio.get_running_loop().remove_reader(errors)
             self._path_mtu.close()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
         self._thread.shutdown()
 
-    def _read(self) -> None:
-        assert self._events
-        while True:
-            try:
-                data = self._events.recv(1 << 18)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                self._full = True  # events were lost: ask for everything anew
-                self._dirty.set()
+    def _take(self, data: bytes, _: Any) -> None:
+        for message in rtnetlink.parse(data):
+            if message.kind not in RTM_NEIGH:
+                self._full = True
+            elif not self._neighbour(message, gone=message.kind == RTM_NEIGH[1]):
                 continue
-            for message in rtnetlink.parse(data):
-                if message.kind not in RTM_NEIGH:
-                    self._full = True
-                elif not self._neighbour(message, gone=message.kind == RTM_NEIGH[1]):
-                    continue
-                self._dirty.set()
+            self._dirty.set()
 
-    def _read_errors(self, sock: socket.socket) -> None:
-        assert self._path_mtu
-        for address, room in self._path_mtu.read(sock):
-            hop = self.current.get(address)
-            if hop and room < hop.mtu:
-                self._narrower.add(address)
-                self._dirty.set()
+    def _lost(self, error: Exception) -> None:
+        """Events were lost: ask for everything anew."""
+        self._full = True
+        self._dirty.set()
+        if count := self._seldom.due("lost"):
+            log.warning("events of the kernel were lost; it is asked for everything", error=str(error), times=count)
+
+    def _narrow(self, family: int, message: bytes, _: Any) -> None:
+        found = pathmtu.too_big(message, family)
+        if not found:
+            return
+        address, room = found
+        hop = self.current.get(address)
+        if hop and room < hop.mtu:
+            self._narrower.add(address)
+            self._dirty.set()
 
     def _neighbour(self, message: Message, gone: bool = False) -> bool:
         """Note a neighbour's change; whether it concerns a backend."""
@@ -315,8 +377,11 @@ class NextHops:
             full, self._full = self._full, False
             try:
                 await self._refresh(full)
-            except OSError as error:
-                log.warning("cannot read routes and neighbours", error=str(error))
+            except BaseException:  # what was not learned is asked for the next time
+                self._full = True
+                self._dirty.set()
+                raise
+            await asyncio.sleep(LEAST)
 
     async def _refresh(self, full: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -330,7 +395,14 @@ class NextHops:
             routes = await loop.run_in_executor(self._thread, self._ask_routes, narrower, self._tables.links)
             self._tables.routes.update(routes)
         routes, neighbours, _ = self._tables
-        self._vias = {via for address, route in routes.items() for via in route.neighbours(address)}
+        vias = {via for address, route in routes.items() for via in route.neighbours(address)}
+        if vias != self._vias:
+            self._vias = vias
+            if self._events:
+                sockfilter.attach(self._events, _events_about(vias))
+                # What befell the new ones between the dump and now was not told.
+                self._full = True
+                self._dirty.set()
         # An entry that the administrator made permanent is his: not managed, and never removed by us.
         permanent = {key for key, (state, mac) in neighbours.items() if state & NUD_PERMANENT and mac}
         self._managed -= permanent
@@ -340,9 +412,13 @@ class NextHops:
         hops = {address: self._hop(address) for address in routes}
         changed = {a: hop for a, hop in hops.items() if self.current.get(a) != hop}
         before = {a: self.current[a] for a in changed if a in self.current}
-        self.current = hops
+        former, self.current = self.current, hops
         if changed:
-            self._on_change(before, changed)
+            try:
+                self._on_change(before, changed)
+            except BaseException:  # told again the next time
+                self.current = former
+                raise
 
     def _hop(self, address: Address) -> NextHop:
         """By the way that is in use, as long as its neighbour answers; else by the first whose neighbour does."""
@@ -377,7 +453,7 @@ class NextHops:
             ]
             return _Tables(routes, dict(filter(None, neighbours)), links)
 
-    def _ask_routes(self, addresses: Iterable[Address], links: Mapping[int, _Link]) -> dict[Address, _Route]:
+    def _ask_routes(self, addresses: Iterable[Address], links: Mapping[int, Link]) -> dict[Address, _Route]:
         with Netlink() as netlink:
             return {address: _route(netlink, address, links) for address in addresses}
 

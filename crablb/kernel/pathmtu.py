@@ -8,23 +8,21 @@ kernel anew.  Sources: raw(7), icmp(7); RFC 2003, 5; RFC 2473, 8; net/ipv4/raw.c
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterator
 
+from crablb.kernel import sockfilter
 from crablb.model import Address
 
 __all__ = ["PathMtu", "too_big"]
 
 # include/uapi/linux/in.h, in6.h, icmp.h, icmpv6.h, filter.h
 IPPROTO_IPIP, IPPROTO_IPV6 = 4, 41
-SOL_RAW, ICMP_FILTER, ICMP6_FILTER, IPV6_RECVERR, SO_ATTACH_FILTER = 255, 1, 1, 25, 26
+SOL_RAW, ICMP_FILTER, ICMP6_FILTER, IPV6_RECVERR = 255, 1, 1, 25
 ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED, ICMPV6_PKT_TOOBIG = 3, 4, 2
-NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)  # a filter that takes no packet: ret 0
+#: Bytes that are read of a message.
 ROOM = 2048
-AT_ONCE = 256  # messages, so that a flood of them does not hold up the event loop
 
 
 def too_big(message: bytes, family: int) -> tuple[Address, int] | None:
@@ -52,7 +50,7 @@ class PathMtu:
 
     def __init__(self) -> None:
         self._learning: list[socket.socket] = []
-        #: Those that become readable by errors, see :meth:`read`.
+        #: Those that get the errors, for :func:`too_big`.
         self.sockets: list[socket.socket] = []
         try:
             for family in (socket.AF_INET, socket.AF_INET6):
@@ -69,8 +67,7 @@ class PathMtu:
     def _learn(self, family: int, protocol: int) -> None:
         sock = socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._learning.append(sock)
-        steps = ctypes.create_string_buffer(NOTHING, len(NOTHING))
-        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(steps)))
+        sockfilter.attach(sock, [sockfilter.LEAVE])
         if family == socket.AF_INET6:
             # Without, errors are let be (rawv6_err).  They stay in its queue, which holds next to none.
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
@@ -81,16 +78,6 @@ class PathMtu:
         sock = socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol)
         self.sockets.append(sock)
         sock.setsockopt(*option, struct.pack(f"={words}I", ~(1 << kind) & 0xFFFFFFFF, *[0xFFFFFFFF] * (words - 1)))
-
-    def read(self, sock: socket.socket) -> Iterator[tuple[Address, int]]:
-        """Some of what has come at one of :attr:`sockets`, as :func:`too_big` says it."""
-        for _ in range(AT_ONCE):
-            try:
-                message = sock.recv(ROOM)
-            except BlockingIOError:
-                return
-            if found := too_big(message, sock.family):
-                yield found
 
     def close(self) -> None:
         for sock in (*self._learning, *self.sockets):

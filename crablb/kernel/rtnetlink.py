@@ -25,6 +25,7 @@ NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = 2, 3, 4
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NLMSGERR_ATTR_MSG = 270, 10, 11, 1
 RTM_GETLINK, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 26, 28, 29, 30
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_NUM_RX_QUEUES = 1, 3, 4, 10, 18, 32
+IFLA_CARRIER_UP_COUNT = 47
 IFLA_INFO_KIND = 1
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
 RTAX_MTU = 2
@@ -49,6 +50,8 @@ DIAG_WHOLE = struct.Struct("=BBxx2s2s16s16s28xI")
 TCP_SYN_SENT, TCP_FIN_WAIT2, TCP_LISTEN = 2, 5, 10
 #: All but closed, listening, and those of which only the last segments are waited for.
 TCP_OPEN = sum(1 << state for state in (1, 2, 4, 5, 8, 9, 11))
+#: Times that a table which changes is asked for.
+DUMPS = 10
 #: Bytes that a datagram of answers may have.
 ROOM = 1 << 18
 
@@ -138,11 +141,12 @@ class Netlink:
         return self._exchange(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body + encode(more or {}))
 
     def dump(self, kind: int, body: bytes) -> list[Message]:
-        """All there are; asked for again if they changed meanwhile."""
-        while True:
+        """All there are; asked for again if they changed meanwhile, but not for ever: what changes tells so itself."""
+        for _ in range(DUMPS):
             found = self._exchange(kind, NLM_F_REQUEST | NLM_F_DUMP, body)
             if not any(message.flags & NLM_F_DUMP_INTR for message in found):
-                return found
+                break
+        return found
 
     def _exchange(self, kind: int, flags: int, payload: bytes) -> list[Message]:
         self._sequence += 1

@@ -10,11 +10,12 @@ from ipaddress import ip_address
 import pytest
 from crablb._native import lib
 
+from crablb import lasting
 from crablb.config import config_from_args
 from crablb.control import advice
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane import engine
-from crablb.dataplane.events import Swept
+from crablb.dataplane.events import HopsChanged, Swept
 from crablb.dataplane.flows import FlowTable, flow_hash
 from crablb.errors import ConfigError
 from crablb.model import Bypass, mapped
@@ -303,21 +304,70 @@ def test_a_listener_that_fails_is_its_own_matter(make_lab, monkeypatch):
         asyncio.run(main())
 
 
-def test_a_task_that_dies_is_the_engines_end(make_lab, monkeypatch):
+@pytest.mark.parametrize("failures", [2, lasting.TRIES])
+def test_a_task_that_dies_is_begun_anew(make_lab, monkeypatch, failures):
+    """A moment without memory costs a sweep; what fails again and again is the engine's end."""
     lab = make_lab("bridge")
     monkeypatch.setattr(engine, "SWEEP_INTERVAL", 0.05)
+    monkeypatch.setattr(lasting, "FIRST", 0.01)
+    monkeypatch.setattr(lasting, "LONGEST", 0.01)
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config(FIRST), SEED)
+        heard = []
+        load_balancer.listeners.append(heard.append)
+        await load_balancer.start()
+        count, left = load_balancer._count_flows, [None] * failures
+
+        def fail(services):
+            if left:
+                left.pop()
+                raise MemoryError("none left")
+            return count(services)
+
+        try:
+            await until(lambda: any(isinstance(notice, Swept) for notice in heard))
+            load_balancer._count_flows = fail
+            if failures == lasting.TRIES:
+                async with asyncio.timeout(20):
+                    assert await asyncio.shield(load_balancer.failure) == "task sweep failed: MemoryError('none left')"
+                return
+            await until(lambda: not left)
+            swept = len(heard)
+            await until(lambda: any(isinstance(notice, Swept) for notice in heard[swept:]))
+            assert load_balancer.statistics()["daemon"]["tasks_failed"] == failures
+            assert not load_balancer.failure.done()
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
+
+
+def test_ways_that_cannot_be_published_are_published_later(make_lab, monkeypatch):
+    """The follower of next hops goes on, and tells again what it could not tell."""
+    lab = make_lab("bridge")
+    monkeypatch.setattr(lasting, "FIRST", 0.01)
 
     async def main() -> None:
         load_balancer = engine.Engine(config(FIRST), SEED)
         await load_balancer.start()
+        publish, failures = load_balancer._publish, [MemoryError(), MemoryError()]
+
+        def fail():
+            if failures:
+                raise failures.pop()
+            publish()
+
+        load_balancer._publish = fail
+        heard = []
+        load_balancer.listeners.append(heard.append)
         try:
-
-            def fail(services):
-                raise MemoryError("none left")
-
-            load_balancer._count_flows = fail
-            async with asyncio.timeout(20):
-                assert await asyncio.shield(load_balancer.failure) == "task sweep failed: MemoryError('none left')"
+            lab.lb.ip(f"neigh replace {FIRST} lladdr 02:00:00:00:88:88 nud permanent dev eth0")
+            mac = bytes.fromhex("020000008888")
+            await until(lambda: any(isinstance(n, HopsChanged) and n.now[FIRST].dst_mac == mac for n in heard))
+            assert not failures
+            assert load_balancer.statistics()["daemon"]["tasks_failed"] == 2
         finally:
             await load_balancer.close()
 

@@ -8,9 +8,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from ipaddress import ip_address
 
 import pytest
+import uvloop
+from structlog.testing import capture_logs
 
+from crablb.kernel import rtnetlink
 from crablb.kernel.interface import interface_info
 from crablb.kernel.netlink import HopState, NextHop, NextHops
+from crablb.kernel.rtnetlink import NDA_DST, NEIGHBOUR
 from crablb.lab import Lab
 from crablb.model import Address
 from tests.helpers.namespaces import inside
@@ -31,11 +35,22 @@ class Followed:
                 self._changed.clear()
                 await self._changed.wait()
 
+    async def came_about(self, condition: Callable[[], object]) -> None:
+        """The same of what no change tells of."""
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.01)
+
     def __getitem__(self, address: object) -> NextHop:
         return self.hops.current[address]  # type: ignore[index]
 
 
-def follow(lab: Lab, check: Callable[[Followed], Coroutine[None, None, None]], *addresses: Address) -> None:
+def follow(
+    lab: Lab,
+    check: Callable[[Followed], Coroutine[None, None, None]],
+    *addresses: Address,
+    run: Callable[..., None] = asyncio.run,
+) -> None:
     async def main() -> None:
         changed = asyncio.Event()
         hops = NextHops(lambda *_: changed.set())
@@ -46,7 +61,7 @@ def follow(lab: Lab, check: Callable[[Followed], Coroutine[None, None, None]], *
             await hops.close()
 
     with inside(lab.lb.netns):
-        asyncio.run(main())
+        run(main())
 
 
 @pytest.fixture
@@ -242,3 +257,71 @@ def test_what_is_no_other_host(lab):
         await hops.until(lambda: hops[own].state is HopState.RESOLVED)
 
     follow(lab, check, own, all_of_them, own6, wrapped)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_an_overrun_is_survived(lab, run):
+    """More routes come at once than the socket holds, as from a BGP session; then everything is asked for anew."""
+
+    async def check(hops: Followed) -> None:
+        await hops.until(lambda: hops[FIRST].state is HopState.RESOLVED)
+        for turn in range(2):
+            mac = f"02:00:00:00:77:0{turn}"
+            # The loop does nothing meanwhile.
+            verb = "add" if turn == 0 else "del"
+            lab.lb.ip(
+                *(f"route {verb} 172.16.{i >> 8}.{i & 255}/32 via 10.0.0.1" for i in range(20_000)),
+                f"neigh replace 10.0.0.11 lladdr {mac} nud permanent dev eth0",
+            )
+            await hops.until(lambda m=mac: hops[FIRST].dst_mac.hex(":") == m)
+        # And single events are heard again.
+        lab.lb.ip("neigh replace 10.0.0.11 lladdr 02:00:00:00:77:77 nud permanent dev eth0")
+        await hops.until(lambda: hops[FIRST].dst_mac.hex(":") == "02:00:00:00:77:77")
+
+    with capture_logs() as said:
+        follow(lab, check, run=run)
+    assert "events of the kernel were lost; it is asked for everything" in {entry["event"] for entry in said}
+
+
+def test_what_cannot_be_taken_is_asked_for(lab, monkeypatch):
+    """No memory for an event: as if it had been lost."""
+
+    async def check(hops: Followed) -> None:
+        await hops.until(lambda: hops[FIRST].state is HopState.RESOLVED)
+        failed = []
+
+        def fail(data):
+            failed.append(data)
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rtnetlink, "parse", fail)
+            lab.lb.ip("neigh replace 10.0.0.11 lladdr 02:00:00:00:77:77 nud permanent dev eth0")
+            await hops.came_about(lambda: failed)
+        await hops.until(lambda: hops[FIRST].dst_mac.hex(":") == "02:00:00:00:77:77")
+
+    follow(lab, check, run=uvloop.run)
+
+
+def test_other_neighbours_are_left_in_the_kernel(lab):
+    """Whoever sends ARP here makes entries; no event of them comes, and those of backends of both families do."""
+
+    async def check(hops: Followed) -> None:
+        await hops.until(lambda: all(hops[a].state is HopState.RESOLVED for a in (FIRST, SECOND)))
+        taken, take = [], hops.hops._take
+
+        def note(data: bytes, sender: object) -> None:
+            taken.append(data)
+            take(data, sender)
+
+        hops.hops._readers[0]._take = note
+        lab.lb.ip(*(f"neigh add 10.0.0.{i} lladdr 02:00:00:00:00:01 nud stale dev eth0" for i in range(100, 200)))
+        lab.lb.ip(*(f"neigh add fd00::1:{i} lladdr 02:00:00:00:00:01 nud stale dev eth0" for i in range(100, 200)))
+        for address in (FIRST, SECOND):
+            lab.lb.ip(f"neigh replace {address} lladdr 02:00:00:00:88:88 nud permanent dev eth0")
+            await hops.until(lambda a=address: hops[a].dst_mac.hex(":") == "02:00:00:00:88:88")
+        assert taken
+        about = [rtnetlink.address(m.attributes(NEIGHBOUR)[NDA_DST]) for d in taken for m in rtnetlink.parse(d)]
+        assert set(about) <= {str(FIRST), str(SECOND), str(ABSENT)}
+
+    follow(lab, check)

@@ -4,7 +4,7 @@
     control  agent                          the daemon's tasks; the endpoints
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
-    ground     errors model values options config reference log
+    ground     errors model values options config reference log lasting seldom
 
 An arrow only goes down.  On one floor, a room uses another one where it says so here.
 """
@@ -19,12 +19,18 @@ import pytest
 
 from tests.helpers.processes import ROOT
 
-GROUND = {"errors", "model", "values", "options", "config", "reference", "log"}
+GROUND = {"errors", "model", "values", "options", "config", "reference", "log", "lasting", "seldom"}
 BELOW_CONTROL = GROUND | {"_native", "kernel", "selection", "dataplane"}
 #: Room -> the rooms that it may import from, beside itself.  `_native` is the compiled hot loop.
 MAY = {
     **dict.fromkeys(GROUND, GROUND),
-    "kernel": {"errors", "model", "_native"},  # native/xsk.c, and the enumerations that number counters
+    "kernel": {
+        "errors",
+        "model",
+        "lasting",
+        "seldom",
+        "_native",
+    },  # native/xsk.c, and the enumerations that number counters
     "selection": GROUND | {"_native"},
     "dataplane": GROUND | {"_native", "kernel", "selection"},
     "control": BELOW_CONTROL,

@@ -1,0 +1,123 @@
+"""Work that is begun anew, and log lines that are not written."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from structlog.testing import capture_logs
+
+from crablb import lasting, seldom
+from crablb.lasting import Pauses
+from crablb.seldom import Seldom
+
+
+def test_pauses():
+    pauses = Pauses()
+    assert [pauses.after(0) for _ in range(6)] == [1, 2, 4, 8, 10, 10]
+    assert pauses.after(lasting.CALM) == 1  # it worked for a while
+    assert [Pauses().after(0) for _ in range(2)] == [1, 1]
+    many = Pauses()
+    assert all(many.after(0) <= lasting.LONGEST for _ in range(10_000))
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(lasting, "FIRST", 0.0)
+
+
+class Work:
+    """Fails a number of times, then is done."""
+
+    def __init__(self, failures: int) -> None:
+        self.left, self.tries = failures, 0
+
+    def run(self) -> None:
+        self.tries += 1
+        if self.left:
+            self.left -= 1
+            raise MemoryError("none left")
+
+    async def wait(self) -> None:
+        self.run()
+
+
+def test_begun_anew_and_counted(at_once):
+    work, failed = Work(3), []
+    with capture_logs() as said:
+        asyncio.run(lasting.keep("work", work.wait, lambda: failed.append(1)))
+    assert (work.tries, len(failed)) == (4, 3)
+    assert [(e["event"], e["task"]) for e in said] == [("a background task failed; it is begun anew", "work")] * 3
+
+
+def test_what_cannot_be_told_is_no_failure_of_the_work(at_once):
+    def failed():
+        raise MemoryError
+
+    work = Work(2)
+    asyncio.run(lasting.keep("work", work.wait, failed))
+    assert work.tries == 3
+
+
+def test_given_up(at_once):
+    work, told = Work(10**6), []
+
+    async def main() -> None:
+        task = lasting.task("work", work.wait, given_up=told.append)
+        with pytest.raises(MemoryError):
+            await task
+
+    asyncio.run(main())
+    assert work.tries == lasting.TRIES
+    assert told == ["task work failed: MemoryError('none left')"]
+
+
+def test_cancelled_is_not_failed():
+    told = []
+
+    async def main() -> None:
+        task = lasting.task("work", asyncio.Event().wait, lambda: told.append(1), told.append)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+
+    asyncio.run(main())
+    assert not told
+
+
+def test_in_a_thread(at_once):
+    stop, stopped = os.pipe()
+    work = Work(3)
+    lasting.keep_in_thread("work", work.run, stop)
+    assert work.tries == 4
+    os.close(stopped)  # nobody waits for it any more
+    work = Work(3)
+    lasting.keep_in_thread("work", work.run, stop)
+    assert work.tries == 1
+    os.close(stop)
+
+
+def test_seldom():
+    lines = Seldom(10)
+    assert [lines.due("a", at) for at in (0, 0, 1, 9.9)] == [1, 0, 0, 0]
+    assert lines.due("b", 5) == 1
+    assert lines.due("a", 10) == 4  # three that were not written, and this one
+    assert lines.due("a", 20) == 1
+
+
+def test_kinds_are_bounded():
+    lines = Seldom(10)
+    written = sum(lines.due(i, 0.0) > 0 for i in range(100_000))
+    assert written == seldom.KINDS + 1  # and one for all others
+    assert len(lines._kinds) == seldom.KINDS + 1
+    assert lines.due("late", 11.0) == 1
+    # Those of which a count is to be told stay.
+    lines = Seldom(10)
+    for _ in range(3):
+        lines.due("kept", 0.0)
+    for i in range(seldom.KINDS):
+        lines.due(i, 0.0)
+    lines.due("new", 11.0)
+    assert lines.due("kept", 11.0) == 3
