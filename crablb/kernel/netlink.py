@@ -27,7 +27,8 @@ __all__ = ["HopState", "NextHop", "NextHops"]
 GROUPS = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10  # link, neigh, ipv4 addr + route, ipv6 addr + route
 RTM_NEIGH = (28, 29)
 NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, probe, noarp, permanent
-NUD_PERMANENT = 0x80
+NUD_FAILED, NUD_PERMANENT = 0x20, 0x80
+RTN_LOCAL = 2
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
 NETDEV_XDP_ACT_NDO_XMIT = 4
@@ -55,6 +56,7 @@ class NextHop:
     source: Address | None = None  # what the kernel would send from
     mtu: int = 0  # of the way: bytes of an IP packet
     redirect: bool = False  # the interface takes what an XDP program redirects to it
+    asking: bool = False  # UNRESOLVED, and it has not failed to answer yet
 
     @property
     def on_link(self) -> bool:
@@ -91,6 +93,7 @@ class _Tables(NamedTuple):
     routes: dict[Address, _Route]
     neighbours: dict[tuple[int, str], tuple[int, bytes]]  # (ifindex, address) -> NUD state, MAC
     links: dict[int, _Link]
+    elsewhere: frozenset[Address]  # of those asked for, the addresses that are not this machine's
 
 
 def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:
@@ -141,13 +144,22 @@ def _route(netlink: Netlink, address: Address, links: Mapping[int, _Link]) -> _R
     )
 
 
+def _is_local(netlink: Netlink, address: Address) -> bool:
+    """Whether the kernel keeps packets to an address for itself."""
+    try:
+        return rtnetlink.route(netlink, address).fields(ROUTE)[7] == RTN_LOCAL
+    except OSError:  # no route
+        return False
+
+
 class NextHops:
-    """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current.
+    """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current; and which of
+    the VIPs are this machine's own addresses as well.
 
     ``on_change`` is called in the event loop with those that changed, as they were (those that were known) and as they
-    are; ``on_links``, when MAC addresses of interfaces may have changed.  :attr:`current` is what is known now, of
-    those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then
-    :meth:`close`.
+    are; ``on_links``, when MAC addresses of interfaces, or own addresses, may have changed.  :attr:`current` is what is
+    known now, of those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`,
+    then :meth:`close`.
     """
 
     def __init__(
@@ -159,8 +171,10 @@ class NextHops:
         self._on_change = on_change
         self._on_links = on_links
         self._wanted: frozenset[Address] = frozenset()
-        self._tables = _Tables({}, {}, {})
+        self._vips: frozenset[Address] = frozenset()
+        self._tables = _Tables({}, {}, {}, frozenset())
         self._vias: set[tuple[int, str]] = set()  # the neighbours that the routes need
+        self._failed: set[tuple[int, str]] = set()  # neighbours that did not answer, and have not since
         self._managed: set[tuple[int, str]] = set()
         # Long tables take their time.  One thread for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
@@ -169,22 +183,27 @@ class NextHops:
         self._full = False
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self, addresses: Iterable[Address]) -> None:
+    async def start(self, addresses: Iterable[Address], vips: Iterable[Address] = ()) -> None:
         """Resolve what the kernel knows now, and begin to follow it."""
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         sock.bind((0, GROUPS))
         self._events = sock
-        self._wanted = frozenset(addresses)
+        self._wanted, self._vips = frozenset(addresses), frozenset(vips)
         await self._refresh(full=True)
         asyncio.get_running_loop().add_reader(sock, self._read)
         self._task = asyncio.create_task(self._follow())
 
-    def follow(self, addresses: Iterable[Address]) -> None:
+    def follow(self, addresses: Iterable[Address], vips: Iterable[Address] = ()) -> None:
         """Follow these addresses from now on; ``on_change`` tells of those that are new."""
-        self._wanted = frozenset(addresses)
+        self._wanted, self._vips = frozenset(addresses), frozenset(vips)
         self._full = True
         self._dirty.set()
+
+    @property
+    def elsewhere(self) -> frozenset[Address]:
+        """The VIPs that are not addresses of this machine."""
+        return self._tables.elsewhere & self._vips
 
     def macs(self, index: int) -> list[bytes]:
         """The MAC addresses that frames to an interface have: its own, and its bridge's or bond's."""
@@ -235,7 +254,15 @@ class NextHops:
             self._managed.discard(key)
         else:
             self._tables.neighbours[key] = state
+            self._note_failure(key, state[0])
         return key in self._vias
+
+    def _note_failure(self, key: tuple[int, str], nud: int) -> None:
+        """A managed entry is asked for again and again: that it is, says nothing."""
+        if nud & NUD_FAILED:
+            self._failed.add(key)
+        elif nud & NUD_VALID:
+            self._failed.discard(key)
 
     async def _follow(self) -> None:
         while True:
@@ -253,9 +280,12 @@ class NextHops:
             # Events that come meanwhile are newer than the dump; they wait in the socket and are read after it.
             self._tables = await loop.run_in_executor(self._thread, self._ask)
             self._managed &= self._tables.neighbours.keys()  # a link that went down took its entries with it
+            for key, (nud, _) in self._tables.neighbours.items():
+                self._note_failure(key, nud)
             self._on_links()
-        routes, neighbours, _ = self._tables
+        routes, neighbours, *_ = self._tables
         self._vias = {r.neighbour(address) for address, r in routes.items() if r.state is HopState.RESOLVED}
+        self._failed &= self._vias
         # An entry that the administrator made permanent is his: not managed, and never removed by us.
         permanent = {key for key, (state, mac) in neighbours.items() if state & NUD_PERMANENT and mac}
         self._managed -= permanent
@@ -278,7 +308,8 @@ class NextHops:
         nud, mac = self._tables.neighbours.get(via, (0, b""))
         if not nud & NUD_VALID or len(mac) != 6:
             reason = f"{via[1]} does not answer on {link.name}"
-            return NextHop(HopState.UNRESOLVED, reason, route.ifindex, route.gateway)
+            asking = via not in self._failed
+            return NextHop(HopState.UNRESOLVED, reason, route.ifindex, route.gateway, asking=asking)
         return NextHop(
             HopState.RESOLVED, "", route.ifindex, route.gateway, mac, link.mac, route.source, route.mtu, link.redirect
         )
@@ -295,7 +326,8 @@ class NextHops:
                 for family in (socket.AF_INET, socket.AF_INET6)
                 for message in rtnetlink.neighbours(netlink, family)
             ]
-            return _Tables(routes, dict(filter(None, neighbours)), links)
+            elsewhere = frozenset(vip for vip in self._vips if not _is_local(netlink, vip))
+            return _Tables(routes, dict(filter(None, neighbours)), links, elsewhere)
 
     def _manage(self, wanted: set[tuple[int, str]]) -> None:
         with Netlink() as netlink:
