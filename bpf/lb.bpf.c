@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /* The load balancer's XDP program: is the packet a VIP's?  A packet of a known flow (a connection that goes by fallback)
- * goes straight out again; any other goes to the AF_XDP socket of its queue, where user space decides.  Everything else
- * passes on untouched, except what a program that uses the library has asked for.
+ * goes straight out again; any other goes to the AF_XDP socket of its queue, where user space decides.  So does what is a
+ * VIP's but no service's, unless this machine has the address as well.  Everything else passes on untouched, except what a
+ * program that uses the library has asked for.
  *
  * Flows are made by user space, for the first packet after the handshake, so a flood of SYNs makes none.  They outlive
  * it: when the daemon dies, known flows go on.
@@ -101,6 +102,32 @@ struct {
     __type(value, __u64);
 } xdp_counters SEC(".maps");
 
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, CRAB_MAX_SERVICES);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, struct crab_address);
+    __type(value, __u32);
+} vips SEC(".maps");
+
+/* Packets to a VIP that the kernel was given last: what the way leaves alone of them. */
+struct passed {
+    __u8 ip[40]; /* IPv4's header in the first half */
+    __u8 l4[8];
+};
+
+struct passing {
+    __u64 at_ns;
+    __u64 hops;
+};
+
+struct {
+    __uint(type, BPF_MAP_TYPE_LRU_HASH);
+    __uint(max_entries, 4096);
+    __type(key, struct passed);
+    __type(value, struct passing);
+} passed SEC(".maps");
+
 /* The workers' counters.  User space maps this array and writes it directly; it lives here so that it can be read when
  * the daemon is gone. */
 struct {
@@ -136,14 +163,85 @@ static __always_inline int to_socket(struct xdp_md *ctx, __u64 otherwise)
     return (int)bpf_redirect_map(&sockets, queues->first + queue, otherwise);
 }
 
-/* A packet of no VIP: a handler's, or the kernel's.  Without a socket it is the kernel's, as it was before there was a
- * handler.  foreign: it is for another machine. */
+/* Is a frame sent to a group's MAC address?  Then nobody answers what is in it (RFC 1122, 3.3.6). */
+static __always_inline int is_group(struct xdp_md *ctx)
+{
+    const __u8 *data = (void *)(long)ctx->data;
+    return data + ETH_HLEN > (const __u8 *)(long)ctx->data_end || data[0] & 1;
+}
+
+/* A packet that comes back within so long, with fewer hops left, is one that the kernel forwarded and a router returned. */
+#define COMES_BACK_NS 1000000000ull
+
+/* Has the kernel had this packet, and sent it back to the network?  If not, it has it now.  Whatever on this machine takes it
+ * (netfilter may translate what no socket is seen to wait for), it does not come back then. */
+static __noinline int comes_back(const __u8 *ip, const __u8 *end)
+{
+    struct passed key = {};
+    __u64 hops;
+    int v6;
+    if (ip + sizeof(struct iphdr) > end)
+        return 0;
+    v6 = ip[0] >> 4 == 6;
+    if (v6) {
+        if (ip + sizeof(struct ipv6hdr) > end)
+            return 0;
+        __builtin_memcpy(key.ip, ip, sizeof(struct ipv6hdr));
+        hops = key.ip[7];
+        key.ip[0] = key.ip[1] = key.ip[7] = 0;
+    } else {
+        __builtin_memcpy(key.ip, ip, sizeof(struct iphdr));
+        hops = key.ip[8];
+        key.ip[1] = key.ip[8] = key.ip[10] = key.ip[11] = 0;
+    }
+    ip += v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
+    if (ip + sizeof key.l4 <= end)
+        __builtin_memcpy(key.l4, ip, sizeof key.l4);
+    struct passing now = {.at_ns = bpf_ktime_get_ns(), .hops = hops}, *before = bpf_map_lookup_elem(&passed, &key);
+    if (before && hops < before->hops && now.at_ns - before->at_ns < COMES_BACK_NS)
+        return 1;
+    bpf_map_update_elem(&passed, &key, &now, BPF_ANY);
+    return 0;
+}
+
+/* Is a packet to a VIP that is no service's for user space to answer or to drop?  kinds: CRAB_VIP_*; why: as of pass(). */
+static __noinline int is_answered(struct xdp_md *ctx, __u32 kinds, __u32 why, __u32 proto)
+{
+    const __u8 *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end, *ip = data + ETH_HLEN;
+    if (ip > end)
+        return 0;
+    __be16 type = crab_match_load16(data + CRAB_ETH_TYPE);
+#pragma unroll
+    for (int tags = 0; tags < 2; tags++) {
+        if (type != bpf_htons(ETH_P_8021Q) && type != bpf_htons(ETH_P_8021AD))
+            break;
+        if (ip + 4 > end)
+            return 0;
+        type = crab_match_load16(ip + 2);
+        ip += 4;
+    }
+    __u32 icmp = 0;
+    if (proto == IPPROTO_ICMPV6 && ip + sizeof(struct ipv6hdr) + 1 <= end)
+        icmp = ip[sizeof(struct ipv6hdr)];
+    if (icmp >= 133 && icmp <= 137) /* neighbour discovery asks for VIPs too (RFC 4861) */
+        return 0;
+    if (proto == IPPROTO_ICMP && ip + sizeof(struct iphdr) + 1 <= end)
+        icmp = ip[sizeof(struct iphdr)] == 8 ? 128 : 0;
+    if (why == CRAB_XDP_PASS_NOT_VIP && icmp == 128)
+        return kinds & CRAB_VIP_ECHO;
+    if (kinds & CRAB_VIP_ALL || (why == CRAB_XDP_PASS_NOT_VIP && proto == IPPROTO_TCP))
+        return kinds & (CRAB_VIP_ALL | CRAB_VIP_CLOSED);
+    return kinds & CRAB_VIP_CLOSED && comes_back(ip, end);
+}
+
+/* A packet of no service: a handler's, to a VIP, or the kernel's.  Without a socket a handler's is the kernel's, as it was
+ * before there was a handler.  foreign: it is for another machine. */
 static __noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
 {
     __u32 zero = 0;
     struct crab_matches *matches = bpf_map_lookup_elem(&handlers, &zero);
+    struct crab_match has = crab_match_of((void *)(long)ctx->data, (void *)(long)ctx->data_end);
     if (matches) {
-        struct crab_match has = crab_match_of((void *)(long)ctx->data, (void *)(long)ctx->data_end);
         for (__u32 i = 0; i < CRAB_MAX_MATCHES && i < matches->count; i++)
             if (crab_match_holds(&matches->list[i], &has)) {
                 if (to_socket(ctx, XDP_PASS) != XDP_REDIRECT)
@@ -151,6 +249,14 @@ static __noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
                 count(CRAB_XDP_HANDLER);
                 return XDP_REDIRECT;
             }
+    }
+    __u32 *kinds = NULL;
+    if (!foreign && has.fields & CRAB_MATCH_ADDR)
+        kinds = bpf_map_lookup_elem(&vips, has.addr);
+    if (kinds && !is_group(ctx) && is_answered(ctx, *kinds, why, has.proto)) {
+        int verdict = to_socket(ctx, XDP_DROP);
+        count(verdict == XDP_REDIRECT ? CRAB_XDP_VIP : CRAB_XDP_DROP_NO_SOCKET);
+        return verdict;
     }
     count(foreign ? CRAB_XDP_PASS_OTHER_MAC : why);
     return XDP_PASS;

@@ -68,6 +68,12 @@ struct crab_service_counters {
     __u64 bytes; /* of frames, as they came */
 };
 
+/* Value of map `vips` (key: struct crab_address): which packets to a VIP's address that are no service's are user space's, to
+ * answer or to drop.  An address of this machine is not in it: those the kernel answers. */
+#define CRAB_VIP_ECHO 1   /* echo requests */
+#define CRAB_VIP_CLOSED 2 /* TCP; and of the rest what the kernel had, and sent back to the network */
+#define CRAB_VIP_ALL 4    /* the rest at once */
+
 /* A 16-byte address as a key by itself. */
 struct crab_address {
     __u8 addr[16];
@@ -172,6 +178,7 @@ enum crab_xdp_counter {
     CRAB_XDP_DROP_HOPS,         /* a known flow's packet that has no hop left (TTL, hop limit) */
     CRAB_XDP_DROP_SENT_BACK,    /* a known flow's packet, from the backend that it would be sent to, which is not its source */
     CRAB_XDP_PASS_OTHER_MAC,    /* sent to another machine's MAC address: given to the kernel, which drops it */
+    CRAB_XDP_VIP,               /* to a VIP, but no service's, handed to an AF_XDP socket to be answered or dropped */
     CRAB_XDP_DROP_MAPPED,       /* to an IPv4 VIP, or from an IPv4 address, but in an IPv6 header (IPv4-mapped) */
     CRAB_XDP_COUNTERS
 };

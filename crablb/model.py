@@ -75,6 +75,15 @@ class Announce(Enum):
     ARP = "arp"  # the load balancer, by ARP and neighbour discovery
 
 
+class Closed(Enum):
+    """What is done about packets to VIPs that are no service's, and SYNs that no backend can take."""
+
+    AUTO = "auto"  # TCP is reset; the rest is the kernel's, unless it sends it back to the network
+    RESET = "reset"  # what a host would answer
+    DROP = "drop"  # nothing
+    PASS = "pass"  # the kernel's
+
+
 class OptionForm(Enum):
     """How the CR option is written on the wire."""
 
@@ -174,6 +183,8 @@ class Config:
     flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections
     ack_bypass: Bypass = Bypass.AUTO
     announce: Announce = Announce.NONE
+    ping: bool = True  # echo requests to the VIPs are answered
+    closed: Closed = Closed.AUTO
     macs: tuple[str, ...] = ()  # that the interfaces take frames to beside their own: 00:00:5e:00:01:07
     report_listen: tuple[Address, int] | None = None  # where servers report to; None: nowhere
     report_key: bytes | None = None  # 32 bytes: the master key of their reports
@@ -182,3 +193,8 @@ class Config:
     def backends(self) -> set[Address]:
         """The addresses of all services' backends."""
         return {backend.address for service in self.services for backend in service.backends}
+
+    @property
+    def vips(self) -> set[Address]:
+        """The addresses of all services."""
+        return {service.vip.address for service in self.services}

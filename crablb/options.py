@@ -21,6 +21,7 @@ from crablb.model import (
     Announce,
     Backend,
     Bypass,
+    Closed,
     Config,
     Fallback,
     Mode,
@@ -159,6 +160,13 @@ def _whole(low: int, high: int, metavar: str = "N") -> Kind:
     )
 
 
+def _truth(text: str) -> object:
+    """True or false, or the text as it is, which is refused as neither later."""
+    return {"true": True, "false": False}.get(text, text)
+
+
+_BOOLEAN = Kind(says="`true`, `false`", metavar="BOOL", parse=values.boolean, read=_truth)
+
 # ---- the table ----
 
 _OF_SERVICE = "a part of `--service VIP=BACKEND,...`"
@@ -260,6 +268,26 @@ OPTIONS: tuple[Option, ...] = (
         help="who answers ARP and neighbour discovery for the VIPs: arp: the load balancer; none: nobody has to (a"
         " router leads to it), or somebody else does (keepalived)",
         example="none",
+    ),
+    Option(
+        scope=Config,
+        name="ping",
+        kind=_BOOLEAN,
+        help="echo requests to the VIPs are answered; false: dropped. Those to a VIP that is an address of this machine"
+        " are the kernel's",
+        example=False,
+        reload=True,
+    ),
+    Option(
+        scope=Config,
+        name="closed",
+        kind=_choice(Closed),
+        help="what comes to a VIP but is no service's: auto: TCP gets a RST, the rest is the kernel's, whose netfilter"
+        " may have use for it, unless it sends it back to the network; reset: TCP gets a RST, UDP an ICMP error, the"
+        " rest nothing; drop: all is dropped; pass: all is the kernel's, as it always is if the VIP is an address of"
+        " this machine. SYNs to a service without a usable backend get a RST with auto and reset",
+        example="drop",
+        reload=True,
     ),
     Option(
         scope=Config,
@@ -418,7 +446,7 @@ OPTIONS: tuple[Option, ...] = (
         scope=Backend,
         name="cr",
         no_flag=_OF_BACKEND,
-        kind=Kind(says="`true`, `false`", metavar="BOOL", parse=values.boolean),
+        kind=_BOOLEAN,
         help="whether it speaks connection redirection",
         example=False,
         reload=True,

@@ -4,7 +4,7 @@
  * The first pass (examine.c) parses and looks up all frames; then policies are asked (ask.c); the second pass (forward.c)
  * decides about each frame and rewrites it; what is a handler's goes there in the end (handle.c).  So the cache lines that the
  * second pass needs (flow bucket, Maglev slot) are on their way while the first still parses.  core.c calls each of them once
- * a batch. */
+ * a batch.  What is a VIP's, but nobody's, is answered where that is seen (answer.c). */
 #ifndef CRAB_BATCH_H
 #define CRAB_BATCH_H
 
@@ -28,6 +28,7 @@ struct crab_core {
     void *handle_context;
     uint64_t random; /* state of the policies' random numbers */
     uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
+    uint32_t answered_second, answered_count; /* packets answered in this second: see answer.h */
     struct crab_flows flows;
     struct crab_seen_lists seen; /* of TCP options */
 };
@@ -78,6 +79,11 @@ void crab_batch_forward(struct crab_batch *b);
 void crab_batch_handle(struct crab_batch *b);
 /* Keep a frame that no service wants for a handler.  Returns whether one wants it. */
 bool crab_batch_hand(struct crab_batch *b, uint32_t place, enum crab_counter why);
+
+static inline bool crab_is_drop(enum crab_counter c)
+{
+    return c >= CRAB_C_DROP_NOT_SERVICE && c <= CRAB_C_DROP_TX;
+}
 
 /* May a service's frames be sent to a backend? */
 static inline bool crab_usable(const struct crab_snapshot *s, const struct crab_service *service, uint16_t backend)

@@ -207,7 +207,8 @@ struct crab_service {
     struct crab_pool *pool; /* chooses whom to redirect to; NULL: the table.  Must outlive the snapshot */
     uint32_t index; /* into map `service_counters` */
     uint8_t custom; /* 1: crab_core_ask's function chooses whom to redirect to */
-    uint8_t pad[3];
+    uint8_t refuses; /* 1: a SYN that no backend can take is answered by a RST */
+    uint8_t pad[2];
 };
 
 struct crab_snapshot;
@@ -225,6 +226,11 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
 /* Which frames, of those that are no service's, are for crab_core_handle's function.  Copied.  Before the snapshot is
  * published: from then on it does not change, and any number of threads read it. */
 void crab_snapshot_match(struct crab_snapshot *snapshot, const struct crab_matches *matches);
+/* What is done about packets to these addresses that are no service's, nor a handler's (see CRAB_VIP_*): whether echo requests
+ * are answered, and whether the rest gets a RST or an ICMP error.  Copied; before the snapshot is published.  Returns 0, or -1
+ * without memory. */
+int crab_snapshot_answer(struct crab_snapshot *snapshot, const struct crab_address *vips, uint32_t count, bool ping,
+                         bool reset);
 /* When crab_core_uses says no of every core that it was published to. */
 void crab_snapshot_free(struct crab_snapshot *snapshot);
 
@@ -265,6 +271,9 @@ enum crab_counter {
     /* answered to the client instead */
     CRAB_C_TOO_BIG, /* does not fit on the way: ICMP "fragmentation needed", ICMPv6 "packet too big" */
     CRAB_C_RESET,   /* its backend is dead: RST */
+    CRAB_C_REFUSED, /* a SYN to a service none of whose backends can take it: RST */
+    CRAB_C_CLOSED,  /* to a VIP's other ports: RST, ICMP "port unreachable" */
+    CRAB_C_ECHO,    /* to a VIP: echo reply */
     /* a handler's, beside the services */
     CRAB_C_HANDLER_SENT,
     CRAB_C_HANDLER_KEPT, /* it had what it wanted */
@@ -274,6 +283,8 @@ enum crab_counter {
     CRAB_C_DROP_FLAGS,    /* SYN together with ACK, RST or FIN */
     CRAB_C_DROP_CHECKSUM, /* wrong IPv4 header or TCP checksum */
     CRAB_C_DROP_MAPPED,   /* IPv6 with an IPv4-mapped address, which there is none of on the wire */
+    CRAB_C_DROP_CLOSED,   /* to a VIP, but no service's; of a kind that is not answered */
+    CRAB_C_DROP_RATE,     /* it would have been answered, but enough others were in this second */
     CRAB_C_DROP_NO_BACKEND,
     CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
     CRAB_C_DROP_TOO_BIG,  /* does not fit on the way, and may be fragmented: that is for the sender to do */

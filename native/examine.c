@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* First pass: what are the frames, and whose? */
+#include "answer.h"
 #include "batch.h"
 
 #define PREFETCH_AHEAD 8
@@ -176,14 +177,21 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
     return CRAB_COUNTERS;
 }
 
-/* A frame that goes nowhere, or to a handler. */
+/* A frame that is no service's: it goes nowhere, to a handler, or back. */
 CRAB_APART void refuse(struct crab_batch *b, uint32_t i, enum crab_counter why)
 {
     struct crab_frame *frame = &b->frames[i];
-    if (!b->s->matches.count || !crab_batch_hand(b, i, why))
-        b->core->counters[why]++;
-    frame->len = 0;
     b->items[i].kind = CRAB_KIND_NONE;
+    if (!b->s->matches.count || !crab_batch_hand(b, i, why)) {
+        if (why == CRAB_C_DROP_NOT_SERVICE && b->s->answers.count)
+            why = crab_batch_answer(b, i);
+        b->core->counters[why]++;
+        if (!crab_is_drop(why)) {
+            b->kept++;
+            return;
+        }
+    }
+    frame->len = 0;
 }
 
 static inline void prefetch_frame(const struct crab_frame *frames, uint32_t i, uint32_t count)

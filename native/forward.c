@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Second pass: decide about each frame, and rewrite it. */
+#include "answer.h"
 #include "batch.h"
 #include "hop.h"
 #include "rewrite.h"
@@ -229,7 +230,7 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     unsigned copies;
     uint16_t id = assign(core, s, it, load32(frame->data + p.l4 + CRAB_TCP_SEQ), now, &copies);
     if (crab_unlikely(id == CRAB_NO_BACKEND))
-        return CRAB_C_DROP_NO_BACKEND;
+        return it->service->refuses ? crab_answer_syn(core, frame, &it->packet, now) : CRAB_C_DROP_NO_BACKEND;
     const struct crab_backend *backend = &s->backends[id];
     /* Whoever has exceptions is looked at more closely. */
     const uint32_t mask = CRAB_BACKEND_CR | CRAB_BACKEND_V6 | CRAB_BACKEND_EXCEPTED;
@@ -247,15 +248,10 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     return CRAB_C_REDIRECTED;
 }
 
-static inline bool is_drop(enum crab_counter c)
-{
-    return c >= CRAB_C_DROP_NOT_SERVICE && c <= CRAB_C_DROP_TX;
-}
-
 static inline void count_one(struct crab_batch *b, uint32_t i, enum crab_counter what)
 {
     b->core->counters[what]++;
-    if (crab_unlikely(is_drop(what)))
+    if (crab_unlikely(crab_is_drop(what)))
         b->frames[i].len = 0;
     else
         b->kept++;

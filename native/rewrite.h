@@ -168,22 +168,29 @@ static inline uint8_t *crab_encapsulate(uint8_t *frame, uint32_t *len, const str
     return moved;
 }
 
-/* Turn a packet into the RST that answers it (RFC 9293, 3.5.2). */
-static inline uint8_t *crab_answer_by_reset(uint8_t *frame, uint32_t *len, const struct crab_packet *p)
+/* Exchange a packet's addresses, on the link and of IP. */
+static inline void crab_turn_round(uint8_t *frame, const struct crab_packet *p)
 {
-    uint8_t *ip = frame + p->l3, *tcp = frame + p->l4, swap[16];
+    uint8_t swap[16], *from = frame + p->l3 + (p->family == 4 ? CRAB_IP4_SRC : CRAB_IP6_SRC);
     size_t size = p->family == 4 ? 4 : 16;
-    uint8_t *from = ip + (p->family == 4 ? CRAB_IP4_SRC : CRAB_IP6_SRC), *to = from + size;
-    uint32_t length = (uint32_t)(p->end - p->l4 - p->tcp_header) + !!(p->tcp_flags & CRAB_FIN);
     memcpy(swap, frame, 6);
     memcpy(frame, frame + 6, 6);
     memcpy(frame + 6, swap, 6);
     memcpy(swap, from, size);
-    memcpy(from, to, size);
-    memcpy(to, swap, size);
-    memcpy(swap, tcp, 2);
-    memcpy(tcp, tcp + 2, 2);
-    memcpy(tcp + 2, swap, 2);
+    memcpy(from, from + size, size);
+    memcpy(from + size, swap, size);
+}
+
+/* Turn a packet into the RST that answers it (RFC 9293, 3.5.2). */
+static inline uint8_t *crab_answer_by_reset(uint8_t *frame, uint32_t *len, const struct crab_packet *p)
+{
+    uint8_t *ip = frame + p->l3, *tcp = frame + p->l4, *addrs = ip + (p->family == 4 ? CRAB_IP4_SRC : CRAB_IP6_SRC);
+    uint32_t length = (uint32_t)(p->end - p->l4 - p->tcp_header) + !!(p->tcp_flags & CRAB_FIN) +
+                      !!(p->tcp_flags & CRAB_SYN);
+    uint16_t port = load16(tcp);
+    crab_turn_round(frame, p);
+    store16(tcp, load16(tcp + 2));
+    store16(tcp + 2, port);
     uint32_t seq = ntohl(load32(tcp + CRAB_TCP_SEQ)), ack = load32(tcp + CRAB_TCP_SEQ + 4), next = htonl(seq + length);
     memset(tcp + CRAB_TCP_SEQ, 0, 16);
     tcp[CRAB_TCP_DOFF] = 5 << 4;
@@ -203,16 +210,16 @@ static inline uint8_t *crab_answer_by_reset(uint8_t *frame, uint32_t *len, const
         store16_be(ip + CRAB_IP6_LEN, 20);
         ip[7] = 64;
     }
-    store16(tcp + CRAB_TCP_CSUM, crab_tcp_right(crab_tcp_sum(tcp, 20, from, 2 * size)));
+    store16(tcp + CRAB_TCP_CSUM, crab_tcp_right(crab_tcp_sum(tcp, 20, addrs, p->family == 4 ? 8 : 32)));
     *len = p->l4 + 20u;
     return frame;
 }
 
 #define CRAB_QUOTE 64 /* bytes of the packet that an ICMP error quotes: its headers at the least */
 
-/* Turn a packet into the ICMP error that tells its sender to send smaller ones: "fragmentation needed" (RFC 1191) or
- * "packet too big" (RFC 4443, 3.2), as if from the address it was sent to.  mtu: the largest IP packet that fits. */
-static inline uint8_t *crab_answer_too_big(uint8_t *frame, uint32_t *len, const struct crab_packet *p, uint32_t mtu)
+/* Turn a packet into the ICMP error about it, as if from the address it was sent to.  more: the header's second word. */
+static inline uint8_t *crab_answer_by_error(uint8_t *frame, uint32_t *len, const struct crab_packet *p, uint8_t type,
+                                            uint8_t code, uint32_t more)
 {
     uint32_t header = p->family == 4 ? 20 : 40, quoted = p->end - p->l3 < CRAB_QUOTE ? p->end - p->l3 : CRAB_QUOTE;
     /* The quote stays; the headers go in front of it. */
@@ -224,15 +231,15 @@ static inline uint8_t *crab_answer_too_big(uint8_t *frame, uint32_t *len, const 
     memcpy(moved + 6, macs, 6);
     *len = p->l3 + header + 8 + quoted;
     memset(ip, 0, header + 8);
+    icmp[0] = type;
+    icmp[1] = code;
+    memcpy(icmp + 4, &(uint32_t){htonl(more)}, 4);
     if (p->family == 4) {
         memcpy(ip, (uint8_t[10]){0x45, 0xc0, 0, 0, 0, 0, 0x40, 0, 64, 1}, 10);
         store16_be(ip + CRAB_IP4_LEN, (uint16_t)(header + 8 + quoted));
         memcpy(ip + CRAB_IP4_SRC, inner + CRAB_IP4_DST, 4);
         memcpy(ip + CRAB_IP4_DST, inner + CRAB_IP4_SRC, 4);
         store16(ip + CRAB_IP4_CSUM, (uint16_t)~crab_fold(crab_sum(ip, 20)));
-        icmp[0] = 3;
-        icmp[1] = 4;
-        store16_be(icmp + 6, (uint16_t)mtu);
         store16(icmp + 2, (uint16_t)~crab_fold(crab_sum(icmp, 8 + quoted)));
     } else {
         ip[0] = 0x60;
@@ -241,12 +248,41 @@ static inline uint8_t *crab_answer_too_big(uint8_t *frame, uint32_t *len, const 
         ip[7] = 64;
         memcpy(ip + CRAB_IP6_SRC, inner + CRAB_IP6_DST, 16);
         memcpy(ip + CRAB_IP6_DST, inner + CRAB_IP6_SRC, 16);
-        icmp[0] = 2;
-        store16_be(icmp + 6, (uint16_t)mtu);
         uint64_t sum = crab_sum(ip + CRAB_IP6_SRC, 32) + load16(ip + CRAB_IP6_LEN) + htons(58);
         store16(icmp + 2, (uint16_t)~crab_fold(sum + crab_sum(icmp, 8 + quoted)));
     }
     return moved;
+}
+
+/* The one that tells its sender to send smaller ones: "fragmentation needed" (RFC 1191) or "packet too big" (RFC 4443, 3.2).
+ * mtu: the largest IP packet that fits. */
+static inline uint8_t *crab_answer_too_big(uint8_t *frame, uint32_t *len, const struct crab_packet *p, uint32_t mtu)
+{
+    return p->family == 4 ? crab_answer_by_error(frame, len, p, 3, 4, mtu & 0xffff)
+                          : crab_answer_by_error(frame, len, p, 2, 0, mtu);
+}
+
+/* The one that says that nobody has its port: "port unreachable" (RFC 792, RFC 4443, 3.1). */
+static inline uint8_t *crab_answer_unreachable(uint8_t *frame, uint32_t *len, const struct crab_packet *p)
+{
+    return p->family == 4 ? crab_answer_by_error(frame, len, p, 3, 3, 0) : crab_answer_by_error(frame, len, p, 1, 4, 0);
+}
+
+/* Turn an echo request, whose checksum is right, into its reply. */
+static inline uint8_t *crab_answer_echo(uint8_t *frame, uint32_t *len, const struct crab_packet *p)
+{
+    uint8_t *ip = frame + p->l3, *icmp = frame + p->l4;
+    crab_turn_round(frame, p);
+    uint16_t before = load16(icmp);
+    icmp[0] = p->family == 4 ? 0 : 129;
+    store16(icmp + 2, (uint16_t)~crab_fold((uint64_t)(uint16_t)~load16(icmp + 2) + (uint16_t)~before + load16(icmp)));
+    ip[p->family == 4 ? 8 : 7] = 64;
+    if (p->family == 4) {
+        store16(ip + CRAB_IP4_CSUM, 0);
+        store16(ip + CRAB_IP4_CSUM, (uint16_t)~crab_fold(crab_sum(ip, 20)));
+    }
+    *len = p->end;
+    return frame;
 }
 
 #endif

@@ -130,10 +130,31 @@ void crab_snapshot_match(struct crab_snapshot *s, const struct crab_matches *mat
     s->matches = *matches;
 }
 
+static int compare(const void *a, const void *b)
+{
+    return memcmp(a, b, sizeof(struct crab_address));
+}
+
+int crab_snapshot_answer(struct crab_snapshot *s, const struct crab_address *vips, uint32_t count, bool ping, bool reset)
+{
+    struct crab_address *own = copy(vips, count, sizeof *vips);
+    if (!own)
+        return -1;
+    qsort(own, count, sizeof *own, compare);
+    s->answers = (struct crab_answers){.vips = own, .count = count, .ping = ping, .reset = reset};
+    return 0;
+}
+
+bool crab_is_answered_for(const struct crab_answers *answers, const uint8_t addr[16])
+{
+    return answers->count && bsearch(addr, answers->vips, answers->count, sizeof *answers->vips, compare);
+}
+
 void crab_snapshot_free(struct crab_snapshot *s)
 {
     if (!s)
         return;
+    free(s->answers.vips);
     free(s->places);
     free(s->services);
     free(s->backends);

@@ -25,6 +25,13 @@ struct crab_redirect {
 /* addr: the service's. */
 void crab_redirect_init(struct crab_redirect *r, int form, const uint8_t addr[16]);
 
+/* What is done about packets to VIPs that are no service's: see crab_snapshot_answer. */
+struct crab_answers {
+    struct crab_address *vips; /* in order */
+    uint32_t count;
+    bool ping, reset;
+};
+
 struct crab_snapshot {
     struct crab_sip hash_init;
     uint8_t form;
@@ -39,6 +46,7 @@ struct crab_snapshot {
     struct crab_exception *exceptions;
     struct crab_redirect *redirects; /* one a service */
     struct crab_matches matches;     /* of frames that are no service's */
+    struct crab_answers answers;     /* to those of which no match holds */
 };
 
 static inline uint32_t crab_place_of(uint64_t a, uint64_t b, uint16_t port_be)
@@ -71,6 +79,8 @@ static inline uint32_t crab_backend_flags(const struct crab_snapshot *s, const s
     uint32_t flags = s->backends[backend].flags;
     return crab_likely(!(flags & CRAB_BACKEND_EXCEPTED)) ? flags : crab_backend_flags_excepted(s, service, backend);
 }
+
+bool crab_is_answered_for(const struct crab_answers *answers, const uint8_t addr[16]);
 
 /* The slot of a hash: multiply-shift by its upper half, so no division. */
 static inline uint32_t crab_slot(uint64_t hash, uint32_t table_size)

@@ -78,6 +78,7 @@ class Engine:
         # Made at the start:
         self._program: Program | None = None
         self._registry = Registry(0)
+        self._answered: frozenset[Address] = frozenset()  # VIPs whose other packets are user space's
         self._nexthops: NextHops | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._sweeper = ThreadPoolExecutor(1, "crablb-sweep")
@@ -223,7 +224,7 @@ class Engine:
             self._queues.learn(program.flows.writer)
 
         self._nexthops = NextHops(self._hops_changed, self._links_changed, self.task)
-        await self._nexthops.start(self._registry.backends)
+        await self._nexthops.start(self._registry.backends, self.config.vips)
         self._publish()
         await self._resolve()
         if left and program.flows:
@@ -334,8 +335,10 @@ class Engine:
         self.config = config
         self._own()
         self._applied.append(config)
-        self._nexthops.follow(self._registry.backends)
+        self._answered &= config.vips
+        self._nexthops.follow(self._registry.backends, config.vips)
         self._publish()
+        self._running.answer(self._answered, config)
         self._running.serve(served, self._registry.services)
         self._tell(Event("changed"))
         self._sweep_soon.set()  # services that were removed lose their flows
@@ -357,9 +360,14 @@ class Engine:
         self._tell(LinksChanged(self.links))
 
     def _own(self) -> None:
-        """Have the XDP program know which frames are sent to us."""
+        """Have the XDP program know which frames are sent to us, and which VIPs are ours alone."""
         if not (self._program and self._nexthops):
             return
+        if (answered := self._nexthops.elsewhere) != self._answered:
+            self._answered = answered
+            if self._queues.snapshot:
+                self._publish()
+            self._program.answer(answered, self.config)
         more = [bytes.fromhex(mac.replace(":", "")) for mac in self.config.macs]
         for attachment in self._attachments:
             if macs := self._nexthops.macs(attachment.info.index):  # it may be gone
@@ -382,6 +390,7 @@ class Engine:
             at,
             self.reached,
             self._completions.stopped(),
+            self._answered,
             self._handlers.matches(),
         )
         snapshot = build(self.config, sight, self._queues.snapshot)
@@ -451,7 +460,7 @@ class Engine:
         if quiet:
             self._forget(left)
         if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets
-            self._nexthops.follow(self._registry.backends)
+            self._nexthops.follow(self._registry.backends, self.config.vips)
 
     def _count_flows(self, services: npt.NDArray[np.bool_]) -> tuple[int, npt.NDArray[np.uint32]]:
         """Sweep, in a thread of its own: delete the flows of all but these services, by index, and those too old.

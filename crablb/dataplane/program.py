@@ -13,9 +13,10 @@ paths              :class:`.paths.Paths`
 interfaces sockets :class:`.queues.Queues`
 macs               the configuration, and :class:`crablb.kernel.netlink.NextHops`
 handlers           :class:`.handlers.Handlers`
+vips               the configuration, and :class:`crablb.kernel.netlink.NextHops`
 worker_counters    the same memory, mapped; so are flows
 daemon_counters    :class:`.statistics.DaemonCounters`
-xdp_counters       nowhere; nor are service_counters
+xdp_counters       nowhere; nor are service_counters, passed
 ================== ==============================================================================
 """
 
@@ -29,7 +30,7 @@ from crablb.dataplane.flows import FlowTable, Inherited, buckets_for, hashing
 from crablb.dataplane.paths import Paths
 from crablb.dataplane.statistics import DaemonCounters, read
 from crablb.kernel import bpf
-from crablb.model import Bypass, Config, Vip
+from crablb.model import Address, Bypass, Closed, Config, Vip, mapped
 
 __all__ = ["MAIN", "PINNED", "Program", "bypass"]
 
@@ -107,6 +108,23 @@ class Program:
             services.delete(key)
         for key in wanted.keys() - there:
             services.update(key, indices[wanted[key]])
+
+    def answer(self, vips: Iterable[Address], config: Config) -> None:
+        """Take what comes to these VIPs but is no service's, as far as the configuration says so, and no others'."""
+        taken = {
+            Closed.AUTO: lib.CRAB_VIP_CLOSED,
+            Closed.RESET: lib.CRAB_VIP_CLOSED | lib.CRAB_VIP_ALL,
+            Closed.DROP: lib.CRAB_VIP_CLOSED | lib.CRAB_VIP_ALL,
+            Closed.PASS: 0,
+        }[config.closed]
+        if config.ping or taken:
+            taken |= lib.CRAB_VIP_ECHO
+        held = self.maps["vips"]
+        wanted = {mapped(vip) for vip in vips} if taken else set()
+        for key in set(held.keys()) - wanted:
+            held.delete(key)
+        for key in wanted:
+            held.update(key, taken)
 
     def own(self, index: int, macs: Sequence[bytes]) -> None:
         """Take what comes to these MAC addresses (those that there is room for) by an interface, and no others."""

@@ -19,6 +19,7 @@ from crablb.model import (
     POLICIES,
     Address,
     Backend,
+    Closed,
     Config,
     Fallback,
     Mode,
@@ -63,6 +64,7 @@ class Sight:
     at: float = 0.0  # seconds, of the balance's clock
     reached: Container[Address] = ()  # backends that the XDP program reaches by itself
     unredirected: Container[tuple[Vip, Address]] = ()  # backends of services that are not redirected to now
+    answered: Container[Address] = ()  # VIPs whose packets that are no service's are user space's
     matches: Any = None  # ``struct crab_matches *``: frames of one's own
 
 
@@ -94,6 +96,7 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
     exceptions: list[tuple[int, int]] = []
     for entry, service in zip(services, config.services, strict=False):
         _describe(entry, service, sight.services[service.vip])
+        entry.refuses = config.closed in (Closed.AUTO, Closed.RESET) and _is_given_up(service, sight)
         entry.first_prefix, entry.prefix_count = len(prefixes), len(service.redirect_clients)
         for prefix in service.redirect_clients:
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
@@ -117,7 +120,16 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
         raise MemoryError("no memory for a snapshot")
     if sight.matches:
         lib.crab_snapshot_match(made.c, sight.matches)
+    vips = ffi.new("struct crab_address[]", [(mapped(vip),) for vip in config.vips if vip in sight.answered])
+    if lib.crab_snapshot_answer(made.c, vips, len(vips), config.ping, config.closed is not Closed.DROP):
+        raise MemoryError("no memory for a snapshot")
     return made
+
+
+def _is_given_up(service: Service, sight: Sight) -> bool:
+    """Whether no backend of a service can take connections, now or in a moment."""
+    hops = (sight.hops.get(backend.address) for backend in service.backends if backend.share)
+    return all(hop is not None and hop.state is not HopState.RESOLVED and not hop.asking for hop in hops)
 
 
 def _redirected(vip: Vip, backend: Backend, sight: Sight) -> bool:

@@ -37,7 +37,8 @@ __all__ = ["HopState", "Link", "NextHop", "NextHops"]
 GROUPS = sum(1 << group - 1 for group in (1, 3, 5, 7, 8, 9, 11, 19, 32))
 RTM_NEIGH = (28, 29)
 NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, probe, noarp, permanent
-NUD_PERMANENT = 0x80
+NUD_FAILED, NUD_PERMANENT = 0x20, 0x80
+RTN_LOCAL = 2
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
 NETDEV_XDP_ACT_NDO_XMIT = 4
@@ -82,6 +83,7 @@ class NextHop:
     source: Address | None = None  # what the kernel would send from
     mtu: int = 0  # of the way: bytes of an IP packet
     redirect: bool = False  # the interface takes what an XDP program redirects to it
+    asking: bool = False  # UNRESOLVED, and it has not failed to answer yet
 
     @property
     def on_link(self) -> bool:
@@ -135,6 +137,7 @@ class _Tables(NamedTuple):
     routes: dict[Address, _Route]
     neighbours: dict[tuple[int, str], tuple[int, bytes]]  # (ifindex, address) -> NUD state, MAC
     links: dict[int, Link]
+    elsewhere: frozenset[Address]  # of those asked for, the addresses that are not this machine's
 
 
 def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:
@@ -250,13 +253,21 @@ def _route(netlink: Netlink, address: Address, links: Mapping[int, Link]) -> _Ro
     return _Route(HopState.NOT_ETHERNET, reason)
 
 
+def _is_local(netlink: Netlink, address: Address) -> bool:
+    """Whether the kernel keeps packets to an address for itself."""
+    try:
+        return rtnetlink.route(netlink, address).fields(ROUTE)[7] == RTN_LOCAL
+    except OSError:  # no route
+        return False
+
+
 class NextHops:
-    """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current.
+    """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current; and which of
+    the VIPs are this machine's own addresses as well.
 
     ``on_change`` is called in the event loop with those that changed, as they were (those that were known) and as they
-    are; ``on_links``, when interfaces may have changed.  :attr:`current` is what is known now, of
-    those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then
-    :meth:`close`.
+    are; ``on_links``, when interfaces or own addresses may have changed.  :attr:`current` is what is known now, of those
+    that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then :meth:`close`.
     """
 
     def __init__(
@@ -271,8 +282,10 @@ class NextHops:
         self._on_links = on_links
         self._start_task = task
         self._wanted: frozenset[Address] = frozenset()
-        self._tables = _Tables({}, {}, {})
+        self._vips: frozenset[Address] = frozenset()
+        self._tables = _Tables({}, {}, {}, frozenset())
         self._vias: set[tuple[int, str]] = set()  # the neighbours that the routes need
+        self._failed: set[tuple[int, str]] = set()  # neighbours that did not answer, and have not since
         self._managed: set[tuple[int, str]] = set()
         # Long tables take their time.  One thread for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
@@ -285,7 +298,7 @@ class NextHops:
         self._full = False
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self, addresses: Iterable[Address]) -> None:
+    async def start(self, addresses: Iterable[Address], vips: Iterable[Address] = ()) -> None:
         """Resolve what the kernel knows now, and begin to follow it."""
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, WAITING)
@@ -293,16 +306,16 @@ class NextHops:
         sock.bind((0, GROUPS))
         self._events = sock
         self._path_mtu = PathMtu()
-        self._wanted = frozenset(addresses)
+        self._wanted, self._vips = frozenset(addresses), frozenset(vips)
         await self._refresh(full=True)
         self._readers.append(Reader(sock, rtnetlink.ROOM, self._take, self._lost))
         for errors in self._path_mtu.sockets:
             self._readers.append(Reader(errors, pathmtu.ROOM, partial(self._narrow, errors.family), self._lost))
         self._task = self._start_task("next hops", self._follow)
 
-    def follow(self, addresses: Iterable[Address]) -> None:
+    def follow(self, addresses: Iterable[Address], vips: Iterable[Address] = ()) -> None:
         """Follow these addresses from now on; ``on_change`` tells of those that are new."""
-        self._wanted = frozenset(addresses)
+        self._wanted, self._vips = frozenset(addresses), frozenset(vips)
         self._full = True
         self._dirty.set()
 
@@ -310,6 +323,11 @@ class NextHops:
     def links(self) -> Mapping[int, Link]:
         """The interfaces by index, as they were when the kernel was last asked."""
         return MappingProxyType(self._tables.links)
+
+    @property
+    def elsewhere(self) -> frozenset[Address]:
+        """The VIPs that are not addresses of this machine."""
+        return self._tables.elsewhere & self._vips
 
     def macs(self, index: int) -> list[bytes]:
         """The MAC addresses that frames to an interface have: its own, and its bridge's or bond's."""
@@ -368,7 +386,15 @@ class NextHops:
             self._managed.discard(key)
         else:
             self._tables.neighbours[key] = state
+            self._note_failure(key, state[0])
         return key in self._vias
+
+    def _note_failure(self, key: tuple[int, str], nud: int) -> None:
+        """A managed entry is asked for again and again: that it is, says nothing."""
+        if nud & NUD_FAILED:
+            self._failed.add(key)
+        elif nud & NUD_VALID:
+            self._failed.discard(key)
 
     async def _follow(self) -> None:
         while True:
@@ -390,11 +416,13 @@ class NextHops:
             # Events that come meanwhile are newer than the dump; they wait in the socket and are read after it.
             self._tables = await loop.run_in_executor(self._thread, self._ask)
             self._managed &= self._tables.neighbours.keys()  # a link that went down took its entries with it
+            for key, (nud, _) in self._tables.neighbours.items():
+                self._note_failure(key, nud)
             self._on_links()
         elif narrower:
             routes = await loop.run_in_executor(self._thread, self._ask_routes, narrower, self._tables.links)
             self._tables.routes.update(routes)
-        routes, neighbours, _ = self._tables
+        routes, neighbours, *_ = self._tables
         vias = {via for address, route in routes.items() for via in route.neighbours(address)}
         if vias != self._vias:
             self._vias = vias
@@ -403,6 +431,7 @@ class NextHops:
                 # What befell the new ones between the dump and now was not told.
                 self._full = True
                 self._dirty.set()
+        self._failed &= self._vias
         # An entry that the administrator made permanent is his: not managed, and never removed by us.
         permanent = {key for key, (state, mac) in neighbours.items() if state & NUD_PERMANENT and mac}
         self._managed -= permanent
@@ -437,7 +466,8 @@ class NextHops:
                     HopState.RESOLVED, "", way.ifindex, way.gateway, mac, link.mac, way.source, way.mtu, link.redirect
                 )
             silent.append(f"{via[1]} does not answer on {link.name}")
-        return NextHop(HopState.UNRESOLVED, ", ".join(silent), ways[0].ifindex, ways[0].gateway)
+        asking = any(way.neighbour(address) not in self._failed for way in ways)
+        return NextHop(HopState.UNRESOLVED, ", ".join(silent), ways[0].ifindex, ways[0].gateway, asking=asking)
 
     # ---- in the netlink thread ----
 
@@ -451,7 +481,8 @@ class NextHops:
                 for family in (socket.AF_INET, socket.AF_INET6)
                 for message in rtnetlink.neighbours(netlink, family)
             ]
-            return _Tables(routes, dict(filter(None, neighbours)), links)
+            elsewhere = frozenset(vip for vip in self._vips if not _is_local(netlink, vip))
+            return _Tables(routes, dict(filter(None, neighbours)), links, elsewhere)
 
     def _ask_routes(self, addresses: Iterable[Address], links: Mapping[int, Link]) -> dict[Address, _Route]:
         with Netlink() as netlink:

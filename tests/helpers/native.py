@@ -63,6 +63,7 @@ class Core:
             entry.bits = p.prefixlen + (96 if isinstance(p, ipaddress.IPv4Network) else 0)
         form = lib.CRAB_FORM_EXPERIMENTAL if reference.experimental else lib.CRAB_FORM_CRAB
         self.services = services
+        self._answers: tuple[list[tuple[bytes]], bool, bool] = [], False, False
         self._snapshot = lambda exceptions, count: lib.crab_snapshot_new(
             services, len(reference.services), backends, len(reference.backends), c_prefixes, len(prefixes),
             exceptions, count, size, form, reference.seed,
@@ -78,11 +79,22 @@ class Core:
             entry.first_exception, entry.exception_count = len(said), len(s.said)
             said += [(backend, flags(cr, dead)) for backend, (cr, dead) in sorted(s.said.items())]
         new = ffi.gc(self._snapshot(ffi.new("struct crab_exception[]", said), len(said)), lib.crab_snapshot_free)
+        vips, ping, reset = self._answers
+        assert not lib.crab_snapshot_answer(new, ffi.new("struct crab_address[]", vips), len(vips), ping, reset)
         lib.crab_core_publish(self.core, new)
         self.snapshot, self.tables = new, tables
 
     def set_pool(self, service: int, pool: Any) -> None:
         self.services[service].pool = pool
+        self.publish()
+
+    def set_answers(self, *vips: str, ping: bool = True, reset: bool = True) -> None:
+        """What is done about packets to these VIPs that are no service's."""
+        self._answers = [(mapped(ipaddress.ip_address(vip).packed),) for vip in vips], ping, reset
+        self.publish()
+
+    def set_refusal(self, service: int) -> None:
+        self.services[service].refuses = 1
         self.publish()
 
     def set_custom(self, service: int, index: int, custom: Any) -> None:

@@ -20,6 +20,7 @@ from crablb.model import (
     POLICIES,
     Announce,
     Bypass,
+    Closed,
     Config,
     Fallback,
     Mode,
@@ -98,6 +99,8 @@ SAME = {
     "flows": (["--flows", "1024"], 1024, 1024),
     "ack_bypass": (["--ack-bypass", "off"], "off", Bypass.OFF),
     "announce": (["--announce", "arp"], "arp", Announce.ARP),
+    "ping": (["--ping", "false"], False, False),
+    "closed": (["--closed", "drop"], "drop", Closed.DROP),
     "macs": (
         ["--macs", "00:00:5E:00:01:07, 02:00:00:00:00:09"],
         ["00:00:5e:00:01:07", "02:00:00:00:00:09"],

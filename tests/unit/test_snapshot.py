@@ -23,6 +23,7 @@ from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import (
     Address,
     Backend,
+    Closed,
     Config,
     Mode,
     OnDead,
@@ -213,6 +214,26 @@ def test_states_of_next_hops():
     assert all_of(made(config()), WEB).keys() == {("dropped", None)}
 
 
+@pytest.mark.parametrize(
+    ("closed", "said"),
+    [(Closed.AUTO, "reset"), (Closed.RESET, "reset"), (Closed.DROP, "dropped"), (Closed.PASS, "dropped")],
+)
+def test_a_service_that_is_given_up(closed, said):
+    """Its clients are told so, unless a backend may be found in a moment."""
+    wanted = config(Service(WEB, (Backend(A), Backend(B), Backend(C, state=State.DRAIN))), closed=closed)
+    state = sight(wanted)
+    silent, asked = NextHop(HopState.UNRESOLVED), NextHop(HopState.UNRESOLVED, asking=True)
+    for lost in (silent, NextHop(HopState.NO_ROUTE), NextHop(HopState.NOT_ETHERNET)):
+        core = made(wanted, replace(state, hops={**state.hops, A: silent, B: lost}))
+        assert core.send(WEB, 4000) == (said, None)
+        assert core.send(WEB, 4000, "A") == ("dropped", None)
+    for found in (asked, None):
+        hops = {a: h for a, h in {**state.hops, A: silent, B: found}.items() if h}
+        assert made(wanted, replace(state, hops=hops)).send(WEB, 4000) == ("dropped", None)
+    one = replace(state, hops={**state.hops, A: silent})
+    assert made(wanted, one).send(WEB, 4000) == ("redirect", B)
+
+
 def test_behind_a_gateway():
     """The fallback's way is a tunnel there, and none by MAC address."""
     wanted = config(Service(WEB, (Backend(A),), Mode.NEVER))
@@ -303,7 +324,9 @@ def test_any_state(members, lost):
     for service in services:
         serving = [b for b in service.backends if b.weight and b.state is State.UP and b.address.packed[-1] not in lost]
         expected = {("redirect", b.address) if b.cr else ("fallback", b.address.packed[-1]) for b in serving}
-        assert all_of(core, service.vip, range(3000, 3100)).keys() <= (expected or {("dropped", None)})
+        # Of those whose way is not known yet it may be found.
+        nobody = {("dropped" if any(b.share for b in service.backends) else "reset", None)}
+        assert all_of(core, service.vip, range(3000, 3100)).keys() <= (expected or nobody)
 
 
 def test_a_backend_that_completes_no_redirects():
