@@ -18,11 +18,10 @@ static inline uint16_t backend_of(const struct crab_snapshot *s, const struct cr
     return crab_usable(s, it->service, backend) ? backend : CRAB_NO_BACKEND;
 }
 
-/* Remember a SYN.  replaced: the entry whose place it takes, if it is a certain one's; twin: there is another that stays. */
-static inline void remember(struct crab_core *core, const struct crab_item *it, struct crab_entry *replaced,
-                            uint16_t backend, uint32_t isn, uint32_t now, bool twin)
+/* Remember a SYN.  f: the place for it, or NULL; twin: the connection has another entry, that stays. */
+static inline void remember(struct crab_core *core, const struct crab_item *it, struct crab_entry *f, uint16_t backend,
+                            uint32_t isn, uint32_t now, bool twin)
 {
-    struct crab_entry *f = crab_unlikely(replaced != NULL) ? replaced : crab_flows_place(it->bucket, now);
     if (crab_likely(f != NULL))
         *f = (struct crab_entry){.tag = it->hash >> 16, .state = CRAB_ENTRY_SYN, .copies = 1, .twin = twin,
                                 .isn = isn, .backend = backend, .seen = (uint16_t)now};
@@ -51,7 +50,13 @@ CRAB_APART uint16_t assign_known(struct crab_core *core, const struct crab_snaps
         return backend;
     if (known.settled)
         known.settled->twin = true; /* before it is moved */
-    remember(core, it, known.pending, backend, isn, now, known.settled != NULL);
+    struct crab_entry *place = known.pending ? known.pending : crab_flows_place(it->bucket, now);
+    bool beside = known.settled != NULL;
+    if (!place && known.settled->state == CRAB_ENTRY_CLOSING) {
+        place = known.settled;
+        beside = false;
+    }
+    remember(core, it, place, backend, isn, now, beside);
     /* The XDP program saw the SYN too, but perhaps before we wrote down what came in front of it. */
     if (core->table && known.settled)
         crab_table_ask(core->table, it->hash);
@@ -68,7 +73,7 @@ static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot
         return assign_known(core, s, it, isn, now, copies);
     uint16_t backend = backend_of(s, it);
     if (crab_likely(backend != CRAB_NO_BACKEND))
-        remember(core, it, NULL, backend, isn, now, false);
+        remember(core, it, crab_flows_place(it->bucket, now), backend, isn, now, false);
     return backend;
 }
 

@@ -444,7 +444,8 @@ class Engine:
     def _count_flows(self, services: npt.NDArray[np.bool_]) -> tuple[int, npt.NDArray[np.uint32]]:
         """Sweep, in a thread of its own: delete the flows of all but these services, by index, and those too old.
 
-        How many flows the XDP program has that have not ended, and how many each backend (by id) has there or in a worker's cache.
+        How many flows the XDP program has that have not ended, and how many of all each backend (by id) has there or in
+        a worker's cache.
         """
         left = np.zeros(1 << 16, np.uint32)
         # The caches first: from there flows get into the XDP program's table, never back.
