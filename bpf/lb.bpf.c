@@ -153,14 +153,25 @@ static __always_inline void count(__u32 what)
         (*n)++;
 }
 
-/* To the AF_XDP socket of the packet's queue; `otherwise`, where none is bound to it. */
-static __always_inline int to_socket(struct xdp_md *ctx, __u64 otherwise)
+/* Where the AF_XDP socket of the packet's queue is in `sockets`; CRAB_MAX_QUEUES: nowhere. */
+static __always_inline __u32 place_of_socket(struct xdp_md *ctx)
 {
     __u32 ifindex = ctx->ingress_ifindex, queue = ctx->rx_queue_index;
     struct crab_queues *queues = bpf_map_lookup_elem(&interfaces, &ifindex);
-    if (!queues || queue >= queues->count)
-        return (int)otherwise;
-    return (int)bpf_redirect_map(&sockets, queues->first + queue, otherwise);
+    return queues && queue < queues->count ? queues->first + queue : CRAB_MAX_QUEUES;
+}
+
+/* To that socket; `otherwise`, where there is none. */
+static __always_inline int to_socket(struct xdp_md *ctx, __u64 otherwise)
+{
+    return (int)bpf_redirect_map(&sockets, place_of_socket(ctx), otherwise);
+}
+
+/* Does a daemon take the packets of this queue? */
+static __noinline int has_socket(struct xdp_md *ctx)
+{
+    __u32 place = place_of_socket(ctx);
+    return bpf_map_lookup_elem(&sockets, &place) != NULL;
 }
 
 /* Is a frame sent to a group's MAC address?  Then nobody answers what is in it (RFC 1122, 3.3.6). */
@@ -463,11 +474,14 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     }
     __u16 now = (__u16)(bpf_ktime_get_coarse_ns() / 1000000000u);
     __u16 age = now - flow.seen;
-    if (age <= CRAB_AGE_NEGATIVE && age > (flow.state == CRAB_FLOW_OPEN ? CRAB_AGE_OPEN : CRAB_AGE_ENDING)) {
+    if (age <= CRAB_AGE_NEGATIVE && age > CRAB_AGE_OPEN) {
         f->hash = 0;
         return -1;
     }
     if (flow.flags & CRAB_FLOW_ASK || p->l3 != ETH_HLEN)
+        return -1;
+    int ends = flags & (CRAB_FIN | CRAB_RST);
+    if (ends && has_socket(ctx)) /* the worker's cache is to know as well */
         return -1;
     __u32 backend = flow.backend, service = flow.service;
     struct crab_path *path = bpf_map_lookup_elem(&paths, &backend);
@@ -506,9 +520,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     }
     if (flow.seen != now)
         f->seen = now;
-    if (flags & CRAB_RST)
-        f->hash = 0;
-    else if (flags & CRAB_FIN)
+    if (ends)
         f->state = CRAB_FLOW_ENDING;
 
     if (tunnel) {

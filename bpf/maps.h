@@ -87,13 +87,15 @@ struct crab_hashing {
 };
 
 #define CRAB_FLOW_OPEN 1
-#define CRAB_FLOW_ENDING 2 /* a FIN was seen */
+#define CRAB_FLOW_ENDING 2 /* a FIN or a RST was seen */
 
 /* Seconds without a packet after which a flow is forgotten.  A Linux client's last SYN retransmission comes 63 s after
  * the first copy (six retries); an established connection sends a keep-alive at the latest every 7,200 s, if it asked
  * for them. */
 #define CRAB_AGE_SYN 75
 #define CRAB_AGE_OPEN 7800
+/* And after which one of which a FIN or a RST was seen gives way to others.  It is not forgotten sooner: anybody may send a
+ * FIN, and who has sent one may be silent for long while the other side speaks. */
 #define CRAB_AGE_ENDING 120
 
 /* An age above this is none: the packet's clock was read a little before that of another CPU, which wrote `seen`. */

@@ -86,10 +86,11 @@ void crab_batch_ask(const struct crab_batch *b)
         }
         if (!whom || crab_unlikely(!it->room))
             continue;
-        const struct crab_entry *f = crab_flows_find(it->bucket, it->hash, b->now);
-        if (crab_unlikely(f != NULL) &&
-            crab_keeps(b->s, service, f, load32(b->frames[i].data + it->packet.l4 + CRAB_TCP_SEQ)))
-            continue;
+        if (crab_unlikely(crab_flows_find(it->bucket, it->hash, b->now) != NULL)) {
+            uint32_t isn = load32(b->frames[i].data + it->packet.l4 + CRAB_TCP_SEQ);
+            if (crab_keeps(b->s, service, crab_flows_of_syn(crab_flows_entries(it->bucket, it->hash, b->now), isn)))
+                continue;
+        }
         whom->of[whom->count++] = it;
     }
     if (pooled.count)

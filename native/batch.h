@@ -92,12 +92,11 @@ static inline bool crab_usable(const struct crab_snapshot *s, const struct crab_
                                           (CRAB_BACKEND_USABLE | CRAB_BACKEND_DEAD)) == CRAB_BACKEND_USABLE;
 }
 
-/* Does a SYN go where its flow, if there is one, went?  It is that flow's SYN again, or the flow is established. */
+/* Does a SYN go where a flow went?  It is that flow's SYN again. */
 static inline bool crab_keeps(const struct crab_snapshot *s, const struct crab_service *service,
-                              const struct crab_entry *f, uint32_t isn)
+                              const struct crab_entry *f)
 {
-    return crab_unlikely(f != NULL) && crab_usable(s, service, f->backend) &&
-           (f->isn == isn || f->state == CRAB_ENTRY_ESTABLISHED);
+    return f && crab_usable(s, service, f->backend);
 }
 
 #endif

@@ -55,8 +55,10 @@ void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint
     for (uint32_t i = 0; i < n; i++) {
         struct crab_entry *e = crab_flows_place(crab_flows_bucket(&core->flows, flows[i].hash), now);
         if (e)
-            *e = (struct crab_entry){.tag = flows[i].hash >> 16, .state = CRAB_ENTRY_ESTABLISHED,
-                                     .backend = flows[i].backend, .seen = (uint16_t)now};
+            *e = (struct crab_entry){.tag = flows[i].hash >> 16, .backend = flows[i].backend,
+                                     .state = flows[i].state == CRAB_FLOW_OPEN ? CRAB_ENTRY_ESTABLISHED
+                                                                               : CRAB_ENTRY_CLOSING,
+                                     .seen = (uint16_t)now};
     }
 }
 

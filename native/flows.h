@@ -8,8 +8,12 @@
  * bits that chose its bucket; who does not know the key cannot make two connections meet.
  *
  * Bounded without a sweep: a new entry comes in at the front of its bucket, and the last one goes; if that is an
- * established connection's, an expired one goes instead, else the oldest that is still a SYN's, never one of an
- * established connection that lives.  So a flood of SYNs pushes out SYNs only. */
+ * established connection's, a dead or yielding one goes instead, else the oldest that is still a SYN's, never one of an
+ * established connection that lives.  So a flood of SYNs pushes out SYNs only.
+ *
+ * A connection has at most two entries.  A SYN does not end the flow of its four-tuple, for anybody may send one: it stands
+ * beside it, pending, until its client has acknowledged the answer; then the other goes.  Nor does a FIN or a RST: the flow
+ * goes on to decide, and only makes room for others sooner. */
 #ifndef CRAB_FLOWS_H
 #define CRAB_FLOWS_H
 
@@ -23,12 +27,13 @@
 enum crab_entry_state { CRAB_ENTRY_FREE, CRAB_ENTRY_SYN, CRAB_ENTRY_ESTABLISHED, CRAB_ENTRY_CLOSING };
 
 #define CRAB_HUGE_PAGE (2u << 20)
-#define CRAB_MANY 127
+#define CRAB_MANY 63
 
 struct crab_entry {
     uint64_t tag : 48;
     uint64_t state : 8;
-    uint64_t copies : 7; /* of its SYN seen so far; stays at CRAB_MANY */
+    uint64_t copies : 6; /* of its SYN seen so far; stays at CRAB_MANY */
+    uint64_t twin : 1;   /* the connection may have another entry */
     uint64_t plain : 1;  /* the first of them made no offer, and was to be redirected all the same */
     uint32_t isn;        /* initial sequence number, as it lies in the packet */
     uint16_t backend;
@@ -45,7 +50,7 @@ struct crab_flows {
 
 /* Seconds after the last packet, by state (see CRAB_AGE_SYN); a free entry's is 0.  In one word: no load. */
 #define CRAB_LIFETIMES \
-    ((uint64_t)CRAB_AGE_SYN << 16 | (uint64_t)CRAB_AGE_OPEN << 32 | (uint64_t)CRAB_AGE_ENDING << 48)
+    ((uint64_t)CRAB_AGE_SYN << 16 | (uint64_t)CRAB_AGE_OPEN << 32 | (uint64_t)CRAB_AGE_OPEN << 48)
 
 static inline uint16_t crab_entry_lifetime(unsigned state)
 {
@@ -55,6 +60,13 @@ static inline uint16_t crab_entry_lifetime(unsigned state)
 static inline int crab_entry_dead(const struct crab_entry *f, uint32_t now)
 {
     return (uint16_t)((uint16_t)now - f->seen) >= crab_entry_lifetime(f->state);
+}
+
+/* Whether its place is another's for the taking. */
+static inline int crab_entry_yields(const struct crab_entry *f, uint32_t now)
+{
+    return crab_entry_dead(f, now) ||
+           (f->state == CRAB_ENTRY_CLOSING && (uint16_t)((uint16_t)now - f->seen) >= CRAB_AGE_ENDING);
 }
 
 static inline int crab_flows_init(struct crab_flows *t, uint32_t capacity)
@@ -105,16 +117,56 @@ static inline struct crab_entry *crab_flows_bucket(const struct crab_flows *t, u
     return &t->entries[(hash & t->mask) * CRAB_BUCKET];
 }
 
-/* The entry of a hash in its bucket, or NULL. */
+static inline bool crab_entry_has(const struct crab_entry *f, uint64_t hash)
+{
+    uint64_t word; /* of which the tag is the lower part */
+    memcpy(&word, f, sizeof word);
+    return (word ^ hash >> 16) << 16 == 0;
+}
+
+/* An entry of a hash in its bucket, or NULL. */
 static inline struct crab_entry *crab_flows_find(struct crab_entry *bucket, uint64_t hash, uint32_t now)
 {
-    for (int i = 0; i < CRAB_BUCKET; i++) {
-        uint64_t word; /* of which the tag is the lower part */
-        memcpy(&word, &bucket[i], sizeof word);
-        if (crab_unlikely((word ^ hash >> 16) << 16 == 0) && !crab_entry_dead(&bucket[i], now))
+    for (int i = 0; i < CRAB_BUCKET; i++)
+        if (crab_unlikely(crab_entry_has(&bucket[i], hash)) && !crab_entry_dead(&bucket[i], now))
             return &bucket[i];
-    }
     return NULL;
+}
+
+/* The entries of a connection.  pending: of a SYN that was not acknowledged yet; settled: of what was before. */
+struct crab_entries {
+    struct crab_entry *pending, *settled;
+};
+
+CRAB_APART struct crab_entries crab_flows_both(struct crab_entry *bucket, uint64_t hash, uint32_t now)
+{
+    struct crab_entries found = {NULL, NULL};
+    for (struct crab_entry *e = bucket; e < bucket + CRAB_BUCKET; e++) {
+        if (crab_likely(!crab_entry_has(e, hash)) || crab_entry_dead(e, now))
+            continue;
+        if (e->state == CRAB_ENTRY_SYN)
+            found.pending = e;
+        else
+            found.settled = e;
+    }
+    return found;
+}
+
+static inline struct crab_entries crab_flows_entries(struct crab_entry *bucket, uint64_t hash, uint32_t now)
+{
+    struct crab_entry *e = crab_flows_find(bucket, hash, now);
+    if (crab_unlikely(e && e->twin))
+        return crab_flows_both(bucket, hash, now);
+    bool pending = e && e->state == CRAB_ENTRY_SYN;
+    return (struct crab_entries){.pending = pending ? e : NULL, .settled = pending ? NULL : e};
+}
+
+/* The entry that knows a SYN by its initial sequence number, or NULL. */
+static inline struct crab_entry *crab_flows_of_syn(struct crab_entries of, uint32_t isn)
+{
+    if (of.pending && of.pending->isn == isn)
+        return of.pending;
+    return of.settled && of.settled->isn == isn ? of.settled : NULL;
 }
 
 /* The place in a bucket for a new entry, by age, or NULL: four live established connections fill it. */
@@ -123,7 +175,7 @@ CRAB_APART struct crab_entry *crab_flows_oldest(struct crab_entry *bucket, uint3
     struct crab_entry *oldest = NULL;
     uint16_t most = 0;
     for (struct crab_entry *e = bucket; e < bucket + CRAB_BUCKET; e++) {
-        if (crab_entry_dead(e, now))
+        if (crab_entry_yields(e, now))
             return e;
         uint16_t age = (uint16_t)((uint16_t)now - e->seen);
         if (e->state == CRAB_ENTRY_SYN && (!oldest || age > most)) {

@@ -19,40 +19,62 @@ static inline uint16_t backend_of(const struct crab_snapshot *s, const struct cr
     return crab_usable(s, it->service, backend) ? backend : CRAB_NO_BACKEND;
 }
 
-/* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
- * goes where its first copy went. */
-static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, const struct crab_item *it,
-                              uint32_t isn, uint32_t now, unsigned *copies)
+/* Remember a SYN.  f: the place for it, or NULL; twin: the connection has another entry, that stays. */
+static inline void remember(struct crab_core *core, const struct crab_item *it, struct crab_entry *f, uint16_t backend,
+                            uint32_t isn, uint32_t now, bool twin)
 {
-    *copies = 0;
-    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
-    if (crab_unlikely(crab_keeps(s, it->service, f, isn))) {
-        /* A SYN with another sequence number on an established flow: its server knows whether the old connection
-         * lives, and answers accordingly; whoever forged it must not move the flow. */
-        if (f->isn == isn) {
-            *copies = f->copies;
-            f->copies += f->copies < CRAB_MANY;
-            core->counters[CRAB_C_RETRANSMITTED_SYN]++;
-        } else {
-            f->isn = isn;
-            f->copies = 1;
-            f->plain = false;
-        }
+    if (crab_likely(f != NULL))
+        *f = (struct crab_entry){.tag = it->hash >> 16, .state = CRAB_ENTRY_SYN, .copies = 1, .twin = twin,
+                                .isn = isn, .backend = backend, .seen = (uint16_t)now};
+    else
+        core->counters[CRAB_C_FLOWS_FULL]++;
+}
+
+/* See assign: a SYN of a connection that is known.  One with another initial sequence number may be a new connection's, or
+ * forged: it is decided like any other, and what its client says next is watched for (see take). */
+CRAB_APART uint16_t assign_known(struct crab_core *core, const struct crab_snapshot *s, const struct crab_item *it,
+                                 uint32_t isn, uint32_t now, unsigned *copies)
+{
+    struct crab_entries known = crab_flows_entries(it->bucket, it->hash, now);
+    struct crab_entry *f = crab_flows_of_syn(known, isn);
+    if (crab_keeps(s, it->service, f)) {
+        *copies = f->copies;
+        f->copies += f->copies < CRAB_MANY;
+        core->counters[CRAB_C_RETRANSMITTED_SYN]++;
         f->seen = (uint16_t)now;
         if (it->slot == &it->chosen && it->service->pool) /* both copies are in this batch */
             crab_unassign(it->service->pool, it->member);
         return f->backend;
     }
     uint16_t backend = backend_of(s, it);
-    if (crab_unlikely(backend == CRAB_NO_BACKEND))
+    if (backend == CRAB_NO_BACKEND)
         return backend;
-    if (crab_likely(!f))
-        f = crab_flows_place(it->bucket, now);
-    if (crab_likely(f != NULL))
-        *f = (struct crab_entry){.tag = it->hash >> 16, .state = CRAB_ENTRY_SYN, .copies = 1, .isn = isn,
-                                .backend = backend, .seen = (uint16_t)now};
-    else
-        core->counters[CRAB_C_FLOWS_FULL]++;
+    if (known.settled)
+        known.settled->twin = true; /* before it is moved */
+    struct crab_entry *place = known.pending ? known.pending : crab_flows_place(it->bucket, now);
+    bool beside = known.settled != NULL;
+    if (!place && known.settled->state == CRAB_ENTRY_CLOSING) {
+        place = known.settled;
+        beside = false;
+    }
+    remember(core, it, place, backend, isn, now, beside);
+    /* The XDP program saw the SYN too, but perhaps before we wrote down what came in front of it. */
+    if (core->table && known.settled)
+        crab_table_ask(core->table, it->hash);
+    return backend;
+}
+
+/* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
+ * goes where its first copy went. */
+static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, const struct crab_item *it,
+                              uint32_t isn, uint32_t now, unsigned *copies)
+{
+    *copies = 0;
+    if (crab_unlikely(crab_flows_find(it->bucket, it->hash, now) != NULL))
+        return assign_known(core, s, it, isn, now, copies);
+    uint16_t backend = backend_of(s, it);
+    if (crab_likely(backend != CRAB_NO_BACKEND))
+        remember(core, it, crab_flows_place(it->bucket, now), backend, isn, now, false);
     return backend;
 }
 
@@ -189,9 +211,9 @@ CRAB_APART enum crab_counter redirect(struct crab_core *core, const struct crab_
 
 /* Why a SYN, of which there were so many copies before, goes by fallback, or CRAB_C_REDIRECTED: what was decided for it alone,
  * and what is remembered. */
-CRAB_APART enum crab_counter decide_by_copies(const struct crab_item *it, unsigned copies, uint32_t now)
+CRAB_APART enum crab_counter decide_by_copies(const struct crab_item *it, uint32_t isn, unsigned copies, uint32_t now)
 {
-    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
+    struct crab_entry *f = crab_flows_of_syn(crab_flows_entries(it->bucket, it->hash, now), isn);
     enum crab_counter outcome = it->outcome;
     if (outcome == CRAB_C_FALLBACK_UNSAFE) {
         /* Its server may have acted on the data: a copy without, redirected, would be another connection that sends them. */
@@ -228,7 +250,8 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     p.l4 = (uint16_t)(l3 + (family == 4 ? 20 : 40));
     p.family = (uint8_t)family;
     unsigned copies;
-    uint16_t id = assign(core, s, it, load32(frame->data + p.l4 + CRAB_TCP_SEQ), now, &copies);
+    uint32_t isn = load32(frame->data + p.l4 + CRAB_TCP_SEQ);
+    uint16_t id = assign(core, s, it, isn, now, &copies);
     if (crab_unlikely(id == CRAB_NO_BACKEND))
         return it->service->refuses ? crab_answer_syn(core, frame, &it->packet, now) : CRAB_C_DROP_NO_BACKEND;
     const struct crab_backend *backend = &s->backends[id];
@@ -237,7 +260,7 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     const uint32_t right = CRAB_BACKEND_CR | (family == 6 ? CRAB_BACKEND_V6 : 0);
     if (crab_unlikely(!it->straight || copies >= 2 || (backend->flags & mask) != right)) {
         if (it->outcome != CRAB_C_FALLBACK_NO_OFFER)
-            it->outcome = (uint8_t)decide_by_copies(it, copies, now);
+            it->outcome = (uint8_t)decide_by_copies(it, isn, copies, now);
         return forward_syn_otherwise(core, s, frame, it, backend);
     }
     uint8_t *moved = crab_rewrite_word(frame->data, &frame->len, &p, &it->sum, (uint32_t)it->word, it->redirect, backend);
@@ -313,12 +336,64 @@ static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
     return core->unknown_count < UNKNOWN_A_SECOND && ++core->unknown_count;
 }
 
+/* What a client may send before it has an acknowledgement of more than its SYN: a SYN-ACK's window is not scaled (RFC 7323,
+ * 2.2). */
+#define FIRST_WINDOW 65536
+
+/* What the XDP program knows of a connection.  Returns whether it knows it. */
+static inline bool is_written(const struct crab_core *core, const struct crab_item *it, uint32_t now, struct crab_flow *flow)
+{
+    return core->table && crab_table_get(core->table, it->hash, now, flow);
+}
+
+static inline struct crab_entry recall(const struct crab_flow *flow)
+{
+    return (struct crab_entry){
+        .state = flow->state == CRAB_FLOW_OPEN ? CRAB_ENTRY_ESTABLISHED : CRAB_ENTRY_CLOSING,
+        .backend = flow->backend,
+        .seen = flow->seen,
+    };
+}
+
+static inline bool may_follow(const struct crab_entry *syn, uint32_t seq)
+{
+    return ntohl(seq) - ntohl(syn->isn) - 1 < FIRST_WINDOW;
+}
+
+/* The flow that a packet with these TCP flags and this sequence number belongs to, or NULL: one that may follow a pending SYN
+ * belongs to that; any other to what was there before; that may be known from the XDP program alone, for what it forwards is
+ * not seen here, and forgotten in time. */
+static inline struct crab_entry *take(struct crab_entries *known, struct crab_entry *recalled, uint8_t tcp_flags,
+                                      uint32_t seq)
+{
+    struct crab_entry *pending = known->pending, *before = known->settled ? known->settled : recalled;
+    if (!pending || (before && !may_follow(pending, seq)))
+        return before;
+    if ((tcp_flags & (CRAB_ACK | CRAB_RST)) == CRAB_ACK) {
+        /* The client was answered: the connection has begun, and the one before it is over. */
+        if (crab_unlikely(known->settled != NULL))
+            *known->settled = (struct crab_entry){0};
+        pending->state = CRAB_ENTRY_ESTABLISHED;
+        pending->twin = false;
+        known->pending = NULL;
+    }
+    return pending;
+}
+
 /* Any other packet of a VIP: it belongs to a connection that goes by fallback. */
 CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct crab_snapshot *s,
                                            struct crab_frame *frame, struct crab_item *it, uint32_t now)
 {
     struct crab_packet *p = &it->packet;
-    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
+    struct crab_flow flow;
+    struct crab_entry recalled, *before = NULL;
+    bool written = is_written(core, it, now, &flow);
+    if (written) {
+        recalled = recall(&flow);
+        before = &recalled;
+    }
+    struct crab_entries known = crab_flows_entries(it->bucket, it->hash, now);
+    struct crab_entry *f = take(&known, before, p->tcp_flags, load32(frame->data + p->l4 + CRAB_TCP_SEQ));
     uint16_t id;
     if (f) {
         id = f->backend;
@@ -338,10 +413,8 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
             f->backend = id;
             core->counters[CRAB_C_REASSIGNED]++;
         }
-        if (p->tcp_flags & (CRAB_FIN | CRAB_RST))
+        if (p->tcp_flags & (CRAB_FIN | CRAB_RST) && f != known.pending)
             f->state = CRAB_ENTRY_CLOSING;
-        else if (f->state == CRAB_ENTRY_SYN)
-            f->state = CRAB_ENTRY_ESTABLISHED;
         f->seen = (uint16_t)now;
     } else {
         id = backend_of(s, it);
@@ -349,16 +422,20 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
             return CRAB_C_DROP_NO_BACKEND;
     }
     const struct crab_backend *backend = &s->backends[id];
-    /* The XDP program leaves frames with VLAN tags, and backends out of its reach, to us: they are not worth a flow. */
-    bool learn = core->table && backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
-                 (f || may_learn_unknown(core, now));
+    /* The XDP program leaves frames with VLAN tags, and backends out of its reach, to us: they are not worth a flow.  But one
+     * that is written is kept right, or it would lead back to an earlier backend, or be swept.  While a SYN is pending only we
+     * can tell whose packets are whose. */
+    bool learn = core->table && !known.pending &&
+                 (written || (backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
+                              (f || may_learn_unknown(core, now))));
     uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
     finish(frame, it);
     enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);
     if (learn && outcome == CRAB_C_FALLBACK_ESTABLISHED) {
-        struct crab_flow flow = {
+        bool ending = f ? f->state == CRAB_ENTRY_CLOSING : p->tcp_flags & CRAB_FIN;
+        flow = (struct crab_flow){
             .hash = it->hash, .backend = id, .service = (uint16_t)it->service->index, .seen = (uint16_t)now,
-            .state = p->tcp_flags & CRAB_FIN ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN,
+            .state = ending ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN,
             .flags = core->counters[CRAB_C_ENCAPSULATED] != tunnelled ? CRAB_FLOW_TUNNEL : 0};
         core->counters[CRAB_C_LEARNED] += crab_table_put(core->table, flow);
     }
@@ -369,8 +446,14 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
 CRAB_APART enum crab_counter forward_icmp(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
                                           struct crab_item *it, uint32_t now)
 {
-    struct crab_entry *f = crab_flows_find(it->bucket, it->hash, now);
-    uint16_t id = f && crab_usable(s, it->service, f->backend) ? f->backend : backend_of(s, it);
+    struct crab_entries known = crab_flows_entries(it->bucket, it->hash, now);
+    struct crab_flow flow;
+    uint16_t id = known.settled                     ? known.settled->backend
+                  : is_written(core, it, now, &flow) ? flow.backend
+                  : known.pending                    ? known.pending->backend
+                                                     : CRAB_NO_BACKEND;
+    if (!crab_usable(s, it->service, id))
+        id = backend_of(s, it);
     if (id == CRAB_NO_BACKEND)
         return CRAB_C_DROP_NO_BACKEND;
     frame->len = it->packet.end;

@@ -45,6 +45,34 @@ static inline struct crab_flow *crab_table_place(struct crab_table *t, uint64_t 
     return free ? free : oldest;
 }
 
+/* A flow that is alive, as it is written down.  Returns whether there is one. */
+static inline bool crab_table_get(const struct crab_table *t, uint64_t hash, uint32_t now, struct crab_flow *out)
+{
+    const struct crab_bucket *b = &t->buckets[hash & t->mask];
+    for (int i = 0; i < CRAB_BUCKET; i++) {
+        const struct crab_flow *f = &b->flows[i];
+        if (__atomic_load_n(&f->hash, __ATOMIC_ACQUIRE) != hash)
+            continue;
+        uint64_t word = __atomic_load_n((const uint64_t *)(const void *)&f->backend, __ATOMIC_RELAXED);
+        atomic_thread_fence(memory_order_acquire);
+        if (__atomic_load_n(&f->hash, __ATOMIC_RELAXED) != hash)
+            return false;
+        out->hash = hash;
+        memcpy((uint8_t *)out + 8, &word, 8);
+        return crab_table_age(out, now) <= CRAB_AGE_OPEN;
+    }
+    return false;
+}
+
+/* Have the XDP program leave a flow's packets to user space until it is written down again. */
+static inline void crab_table_ask(struct crab_table *t, uint64_t hash)
+{
+    struct crab_bucket *b = &t->buckets[hash & t->mask];
+    for (int i = 0; i < CRAB_BUCKET; i++)
+        if (__atomic_load_n(&b->flows[i].hash, __ATOMIC_RELAXED) == hash)
+            __atomic_fetch_or(&b->flows[i].flags, CRAB_FLOW_ASK, __ATOMIC_RELAXED);
+}
+
 /* Write a flow down.  Returns whether it could be. */
 static inline bool crab_table_put(struct crab_table *t, struct crab_flow flow)
 {

@@ -465,7 +465,8 @@ class Engine:
     def _count_flows(self, services: npt.NDArray[np.bool_]) -> tuple[int, npt.NDArray[np.uint32]]:
         """Sweep, in a thread of its own: delete the flows of all but these services, by index, and those too old.
 
-        How many flows the XDP program has, and how many each backend (by id) has there or in a worker's cache.
+        How many flows the XDP program has that have not ended, and how many of all each backend (by id) has there or in
+        a worker's cache.
         """
         left = np.zeros(1 << 16, np.uint32)
         # The caches first: from there flows get into the XDP program's table, never back.
@@ -474,7 +475,7 @@ class Engine:
             return 0, left
         swept = self._program.flows.sweep(services)
         left[: len(swept)] += swept.astype(np.uint32)
-        return int(swept.sum()), left
+        return self._program.flows.count(), left
 
     def _forget(self, flows: npt.NDArray[np.uint32]) -> None:
         """Release what neither the configuration nor a flow (by backend id) holds any more."""

@@ -64,16 +64,23 @@ class FlowTable:
 
     def alive(self, at: int) -> npt.NDArray[np.bool_]:
         """Which places hold flows that are not too old, shape (places,)."""
-        age = np.uint16(at & 0xFFFF) - self.places["seen"]  # modulo 2^16, as the XDP program reckons
-        limit = np.where(
-            self.places["state"] == lib.CRAB_FLOW_OPEN, np.uint16(lib.CRAB_AGE_OPEN), np.uint16(lib.CRAB_AGE_ENDING)
+        age = self._ages(at)
+        kept: npt.NDArray[np.bool_] = (self.places["hash"] != 0) & (
+            (age <= lib.CRAB_AGE_OPEN) | (age > lib.CRAB_AGE_NEGATIVE)
         )
-        kept: npt.NDArray[np.bool_] = (self.places["hash"] != 0) & ((age <= limit) | (age > lib.CRAB_AGE_NEGATIVE))
         return kept
 
+    def _ages(self, at: int) -> npt.NDArray[np.uint16]:
+        """Seconds since each place's last packet, modulo 2^16, as the XDP program reckons."""
+        ages: npt.NDArray[np.uint16] = np.uint16(at & 0xFFFF) - self.places["seen"]
+        return ages
+
     def count(self) -> int:
-        """How many flows there are."""
-        return int(np.count_nonzero(self.alive(now())))
+        """How many flows there are, without those that have ended and would give way to others."""
+        at = now()
+        age = self._ages(at)
+        ended = (self.places["state"] == lib.CRAB_FLOW_ENDING) & (age > lib.CRAB_AGE_ENDING)
+        return int(np.count_nonzero(self.alive(at) & ~(ended & (age <= lib.CRAB_AGE_NEGATIVE))))
 
     def flows(self) -> npt.NDArray[np.void]:
         """A copy of the flows there are, dtype :data:`FLOW`."""

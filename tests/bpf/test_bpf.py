@@ -1107,6 +1107,7 @@ def test_flow_loses_a_hop(flows, family):
         setattr(packet, hops, left)
         return bytes(ether() / packet)
 
+    flows.maps["interfaces"].delete(LO)  # without a daemon, so that the program alone has to do with a FIN
     hash_ = know(flows, family, DIP[family])
     for left in (1, 0):
         assert run(frame(left)).retval == XDP_DROP
@@ -1142,7 +1143,7 @@ def test_flow_too_large_for_the_tunnel(flows):
 
 
 def test_flow_ends(flows):
-    """By a SYN (asked again), a FIN (aged sooner), a RST, and age."""
+    """By a SYN user space is asked again; of a FIN or a RST it is told, if it is there; age alone deletes."""
     ack = bytes(ether() / to_vip(4, flags="A"))
     run = flows.programs["crab_lb"].test_run
     hash_ = know(flows, 4, DIP[4])
@@ -1150,12 +1151,17 @@ def test_flow_ends(flows):
     assert run(ack).retval == XDP_REDIRECT  # until user space has decided
     know(flows, 4, DIP[4])
     assert run(ack).retval == XDP_TX
-    assert run(bytes(ether() / to_vip(4, flags="FA"))).retval == XDP_TX
-    assert known(flows, hash_)["state"] == lib.CRAB_FLOW_ENDING
-    assert run(ack).retval == XDP_TX
-    assert run(bytes(ether() / to_vip(4, flags="R"))).retval == XDP_TX
-    assert known(flows, hash_) is None
-    assert run(ack).retval == XDP_REDIRECT
+    ends = [bytes(ether() / to_vip(4, flags=flags)) for flags in ("FA", "FPA", "R", "RA")]
+    queues = flows.maps["interfaces"].lookup(LO)
+    for end in ends:
+        assert run(end).retval == XDP_REDIRECT
+        assert known(flows, hash_)["state"] == lib.CRAB_FLOW_OPEN
+        flows.maps["interfaces"].delete(LO)
+        assert run(end).retval == XDP_TX
+        assert known(flows, hash_)["state"] == lib.CRAB_FLOW_ENDING
+        assert run(ack).retval == XDP_TX  # and it goes on
+        flows.maps["interfaces"].update(LO, queues)
+        know(flows, 4, DIP[4])
     know(flows, 4, DIP[4], age=lib.CRAB_AGE_OPEN + 1)
     assert run(ack).retval == XDP_REDIRECT
     assert known(flows, hash_) is None
@@ -1180,6 +1186,12 @@ def test_sweep(flows):
     assert flows.table.sweep(services).tolist() == [0] * 7 + [1]
     assert known(flows, young) is not None
     assert known(flows, old) is None
+    # One that has ended makes room, and is not counted, but stays as long as any other.
+    place = known(flows, young)
+    place["state"] = lib.CRAB_FLOW_ENDING
+    flows.table.places[flows.table.places["hash"] == young] = place
+    assert flows.table.count() == 0
+    assert flows.table.sweep(services).tolist() == [0] * 7 + [1]
     services[4] = False
     assert flows.table.sweep(services).tolist() == []
     assert known(flows, young) is None

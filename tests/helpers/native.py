@@ -30,7 +30,9 @@ def flags(cr: bool, dead: bool) -> int:
 class Core:
     """A core with the services and backends of a reference load balancer."""
 
-    def __init__(self, reference: packets.LoadBalancer, flows: int = 4096, ifindex: int = 3) -> None:
+    def __init__(
+        self, reference: packets.LoadBalancer, flows: int = 4096, ifindex: int = 3, reached: bool = False
+    ) -> None:
         self.ifindex = ifindex  # that frames come in by; a backend that is elsewhere is behind ELSEWHERE more
         self.elsewhere = False  # whether the last frame left by another
         self.counters = ffi.new("uint64_t[]", lib.CRAB_COUNTERS)
@@ -46,6 +48,7 @@ class Core:
                 | flags(b.cr, b.dead)
                 | b.on_link * lib.CRAB_BACKEND_ON_LINK
                 | (len(b.address) == 16) * lib.CRAB_BACKEND_V6
+                | reached * lib.CRAB_BACKEND_BYPASS
             )
         services = ffi.new("struct crab_service[]", max(1, len(reference.services)))
         prefixes: list[Any] = []
@@ -62,7 +65,7 @@ class Core:
             entry.addr = mapped(p.network_address.packed)
             entry.bits = p.prefixlen + (96 if isinstance(p, ipaddress.IPv4Network) else 0)
         form = lib.CRAB_FORM_EXPERIMENTAL if reference.experimental else lib.CRAB_FORM_CRAB
-        self.services = services
+        self.services, self._backends = services, backends
         self._answers: tuple[list[tuple[bytes]], bool, bool] = [], False, False
         self._snapshot = lambda exceptions, count: lib.crab_snapshot_new(
             services, len(reference.services), backends, len(reference.backends), c_prefixes, len(prefixes),
@@ -83,6 +86,12 @@ class Core:
         assert not lib.crab_snapshot_answer(new, ffi.new("struct crab_address[]", vips), len(vips), ping, reset)
         lib.crab_core_publish(self.core, new)
         self.snapshot, self.tables = new, tables
+
+    def reach(self, backends: set[int]) -> None:
+        """Have the XDP program reach these backends."""
+        for i, entry in enumerate(self._backends):
+            entry.flags = (entry.flags & ~lib.CRAB_BACKEND_BYPASS) | (i in backends) * lib.CRAB_BACKEND_BYPASS
+        self.publish()
 
     def set_pool(self, service: int, pool: Any) -> None:
         self.services[service].pool = pool

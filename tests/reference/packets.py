@@ -103,14 +103,12 @@ class Service:
 
 @dataclass
 class Flow:
-    """What is remembered of a connection: its SYN, and how far it has come."""
+    """What is remembered of a connection."""
 
     backend: int
     isn: bytes
     offered: bool  # by the first copy
     copies: float = 1
-    established: bool = False
-    closing: bool = False
 
 
 class LoadBalancer:
@@ -119,7 +117,8 @@ class LoadBalancer:
     def __init__(self, services: list[Service], backends: list[Backend], seed: bytes, experimental: bool) -> None:
         self.services, self.backends = services, backends
         self.seed, self.experimental = seed, experimental
-        self.flows: dict[bytes, Flow] = {}  # by four-tuple
+        self.settled: dict[bytes, Flow] = {}  # by four-tuple
+        self.pending: dict[bytes, Flow] = {}  # those whose SYN's answer was not acknowledged yet
         self.elsewhere = False  # whether the last frame left by another interface than it came by
 
     def speaks_cr(self, service: Service, backend: int) -> bool:
@@ -194,8 +193,14 @@ class LoadBalancer:
         chosen = service.table[slot(siphash(self.seed, four_tuple), len(service.table))]
         if chosen == 65535 or not self.is_usable(service, chosen):
             chosen = -1
-        flow = self.flows.get(four_tuple)
+        settled, pending = self.settled.get(four_tuple), self.pending.get(four_tuple)
         if not flags & SYN:
+            sequence = int.from_bytes(tcp[4:8], "big")
+            # The window of a SYN-ACK is not scaled.
+            follows = pending and (sequence - int.from_bytes(pending.isn, "big") - 1) % 2**32 < 2**16
+            flow = pending if follows or not settled else settled
+            if flow and flow is pending and flags & ACK and not flags & RST:
+                self.settled[four_tuple] = self.pending.pop(four_tuple)
             if flow:
                 if self.is_usable(service, flow.backend):
                     chosen = flow.backend
@@ -205,8 +210,6 @@ class LoadBalancer:
                     return "reset", reset(frame[:l3], ip, header, data_offset)
                 if chosen >= 0:
                     flow.backend = chosen
-                    flow.closing |= bool(flags & (FIN | RST))
-                    flow.established = not flow.closing
             if chosen < 0:
                 return "drop_no_backend", None
             packet = ip[:header] + bare[:16] + struct.pack("!H", right) + bare[18:]
@@ -216,15 +219,13 @@ class LoadBalancer:
         found = parse(options)[0]
         offers = offer(self.experimental) in found
         copies: float = 0
-        if flow and self.is_usable(service, flow.backend) and (flow.isn == tcp[4:8] or flow.established):
+        flow = next((f for f in (pending, settled) if f and f.isn == tcp[4:8]), None)
+        if flow and self.is_usable(service, flow.backend):
             chosen = flow.backend
-            if flow.isn == tcp[4:8]:
-                copies = flow.copies
-                flow.copies += 1
-            else:
-                flow.isn, flow.copies, flow.offered = tcp[4:8], 1, offers
+            copies = flow.copies
+            flow.copies += 1
         elif chosen >= 0:
-            flow = self.flows[four_tuple] = Flow(chosen, tcp[4:8], offers)
+            flow = self.pending[four_tuple] = Flow(chosen, tcp[4:8], offers)
         else:
             return "drop_no_backend", None
         backend = self.backends[chosen]

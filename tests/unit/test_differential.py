@@ -167,7 +167,8 @@ def frames(draw):
     options = draw(option_lists())
     payload = draw(st.sampled_from([b"", b"", b"x", b"payload " * 20]))
     tcp = TCP(
-        sport=draw(st.integers(1, 40)), dport=port, flags=flags, seq=draw(st.integers(0, 3)),
+        sport=draw(st.integers(1, 40)), dport=port, flags=flags,
+        seq=draw(st.sampled_from([0, 1, 2, 3, 65537, 65538, 2**32 - 1])),
         dataofs=5 + len(options) // 4,
     )  # fmt: skip
     tag = draw(
