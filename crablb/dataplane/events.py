@@ -16,7 +16,7 @@ class Event:
     """Something that befell a load balancer."""
 
     #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "server-silent", "changed",
-    #: "redirects-stopped", "redirects-resumed"
+    #: "redirects-stopped", "redirects-resumed", "failed" (it cannot go on: an interface is gone, for example)
     kind: str
     backend: Address | None = None
     vip: Vip | None = None
