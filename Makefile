@@ -8,6 +8,8 @@
 #   make test-stacks   other people's programs and test suites through the load balancer: nginx, OpenSSH, PostgreSQL, ...
 #   make test-distros   those two on fresh Debian systems (DISTROS='bookworm trixie sid' COMMANDS='demo test')
 #   make test-kernels   every BPF program and the demo in Debian's kernels (KERNELS='6.1 6.12 newest'), by qemu
+#   make test-pythons   one wheel, from the source archive alone, with every Python here (PYTHONS='3.11 3.12 3.13 3.14')
+#   make test-compilers   the BPF programs by every clang here and of the package index, through the verifier (CLANGS='14 19')
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
 
 SHELL := /bin/sh
@@ -21,6 +23,8 @@ ARGS ?=
 DISTROS ?=
 COMMANDS ?= demo test
 KERNELS ?=
+PYTHONS ?=
+CLANGS ?=
 
 PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make pkg-config python3-dev python3-venv \
             iproute2 ethtool procps nftables nginx-light curl iperf3 tcpdump
@@ -34,7 +38,7 @@ KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zst
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo test test-long bench man test-stacks test-distros test-kernels lint c-test clean help
+.PHONY: demo test test-long bench man test-stacks test-distros test-kernels test-pythons test-compilers lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -61,6 +65,12 @@ test-distros: $(STAMPS)/distro-packages $(VENV)/bin/python
 
 test-kernels: $(STAMPS)/built $(STAMPS)/kernel-packages
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/kernels.py $(KERNELS)
+
+test-pythons: $(STAMPS)/tested-tools
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/pythons.py $(PYTHONS)
+
+test-compilers: $(STAMPS)/tested-tools $(STAMPS)/compiler-packages
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/compilers.py $(CLANGS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages

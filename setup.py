@@ -47,16 +47,28 @@ class BuildAll(build_ext):
             compile_bpf(source, base / OBJECTS / f"{source.name[:-2]}.o")
 
 
+# Beside the packages: what they are made of, and all that README.md names.
+FOLDERS = ("bench", "bpf", "deploy", "docs", "examples", "native", "tests")
+FILES = ("CHANGELOG.md", "Makefile")
+MADE = shutil.ignore_patterns("__pycache__", "build", "results", "*.o", "*.so", "*.py[co]")
+
+
 class Sdist(sdist):
-    """Source archives carry the sources the extensions are made of."""
+    """Source archives carry all sources, and nothing that was made of them."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         super().make_release_tree(base_dir, files)
-        for folder in ("bpf", "native"):
-            shutil.copytree(ROOT / folder, Path(base_dir) / folder, dirs_exist_ok=True)
+        base = Path(base_dir)
+        for folder in FOLDERS:
+            shutil.copytree(ROOT / folder, base / folder, dirs_exist_ok=True, ignore=MADE)
+        for file in FILES:
+            shutil.copyfile(ROOT / file, base / file)
+        shutil.rmtree(base / OBJECTS, ignore_errors=True)
 
 
 setup(
     cffi_modules=["native/cffi_build.py:native", "native/cffi_build.py:libbpf"],
     cmdclass={"build_ext": BuildAll, "sdist": Sdist},
+    # The extensions use the limited API: one wheel is for all Pythons from 3.11 on.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

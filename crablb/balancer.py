@@ -8,14 +8,17 @@ own.  The packets are worked on by C in threads, without the GIL, in both cases;
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from crablb.config import check_services, checked, parse_service
+from crablb import log
+from crablb.config import check_services, checked, parse_backend, parse_service, parse_vip
 from crablb.control import seed as seeds
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.events import Event
@@ -23,6 +26,7 @@ from crablb.dataplane.handlers import Handle, Match, check
 from crablb.errors import ConfigError, KernelError
 from crablb.model import Address, Backend, Config, Service, State, Vip
 from crablb.selection.loads import Load
+from crablb.values import parse_address, shown
 
 __all__ = ["LoadBalancer", "Statistics"]
 
@@ -48,9 +52,13 @@ class LoadBalancer:
     ``settings``: fields of :class:`crablb.model.Config`, like ``announce`` or ``flows``.
 
     ``async with LoadBalancer(...)`` uses the running event loop; ``with LoadBalancer(...)`` makes one in a thread.
-    Methods may be called from any thread then; otherwise from the event loop's.
+    Methods may be called from any thread; from others than the event loop's they wait for it.  Where a method takes a
+    VIP, an address, a backend or a service, the text that a file has for it does as well.
 
-    Raises :class:`ConfigError` for what cannot be, :class:`KernelError` at the start for what the kernel refuses.
+    It may be started again when it has ended.  After a fork it is the parent's: the child can neither use nor end it.
+
+    Raises :class:`ConfigError` for what cannot be, :class:`KernelError` at the start for what the kernel refuses, and
+    by methods that need it to run if it does not.
     """
 
     def __init__(
@@ -65,32 +73,75 @@ class LoadBalancer:
         unknown = settings.keys() - Config.__dataclass_fields__.keys() | settings.keys() & {"interfaces", "services"}
         if unknown:
             raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}; see crablb.model.Config")
-        names = (interfaces,) if isinstance(interfaces, str) else tuple(interfaces)
-        self._config = checked(Config(names, (), seed=seed, **settings))
-        self._config = self._checked([parse_service(s) if isinstance(s, str) else s for s in services])
+        if not isinstance(threads, bool):
+            raise ConfigError(f"threads: {shown(threads)} is not True or False")
+        names = (interfaces,) if isinstance(interfaces, str) else interfaces
+        self._config = checked(Config(names, (), seed=seed, **settings))  # type: ignore[arg-type]  # what it checks
+        self._config = self._checked(services)
         self._threads = threads
         self._handlers: dict[Match, Handle] = {}
-        self._supervisor: Supervisor | None = None
+        self._supervisor: Supervisor | None = None  # from the beginning of the start to the end of the close
+        self._serving = False  # what is told to the supervisor is done at once; else it is done after the start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._changing = asyncio.Lock()  # its life: starting and closing, one after the other
+        self._ended: asyncio.Future[None] | None = None
+        self._process = self._loop_thread = 0  # that it runs in
+        self._listening: weakref.WeakSet[asyncio.Queue[Event | None]] = weakref.WeakSet()
 
     # ---- life ----
 
     async def start(self) -> None:
-        """Serve from now on.  On return every backend that answers is in use."""
+        """Serve from now on.  On return every backend that answers is in use.
+
+        Raises :class:`KernelError`, and leaves nothing in the kernel, if that cannot be, or it runs already.
+        """
         if self._supervisor:
+            self._in_this_process()
             raise KernelError("the load balancer is running already")
-        supervisor = Supervisor(self._config, self._config.seed or seeds.load(), threads=self._threads)
-        await supervisor.start()
-        for match, function in self._handlers.items():
-            supervisor.engine.handle(match, function)
-        self._supervisor, self._loop = supervisor, asyncio.get_running_loop()
+        log.to_standard_error()
+        config = self._config
+        supervisor = Supervisor(config, config.seed or seeds.load(), threads=self._threads)
+        supervisor.listeners.append(self._hear)
+        self._supervisor, self._loop, self._process = supervisor, asyncio.get_running_loop(), os.getpid()
+        self._loop_thread = threading.get_ident()
+        self._changing = asyncio.Lock()
+        self._ended = self._loop.create_future()
+        async with self._changing:
+            try:
+                await supervisor.start()
+                for match, function in self._handlers.items():
+                    supervisor.engine.handle(match, function)
+                if self._config is not config:
+                    supervisor.apply(self._config)
+                self._serving = True
+            except BaseException:
+                await self._end()
+                raise
 
     async def close(self) -> None:
-        """Stop; leave nothing in the kernel.  Idempotent."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor:
-            await supervisor.close()
+        """Stop; leave nothing in the kernel.  Idempotent; during the start, and during a close, it waits for that.
+
+        Raises :class:`KernelError` in another event loop than it was started in.
+        """
+        if not self._supervisor or self._process != os.getpid():
+            return
+        if asyncio.get_running_loop() is not self._loop:
+            raise KernelError("the load balancer was started in another event loop; close it there")
+        async with self._changing:
+            await self._end()
+
+    async def _end(self) -> None:
+        """A close that is cancelled can be repeated."""
+        if not self._supervisor:
+            return
+        self._serving = False
+        await self._supervisor.close()
+        self._supervisor = None
+        if self._ended and not self._ended.done():
+            self._ended.set_result(None)
+        for queue in self._listening:
+            self._put(queue, None)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -102,47 +153,82 @@ class LoadBalancer:
         await self.close()
 
     def __enter__(self) -> Self:
-        loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=loop.run_forever, name="crablb-control", daemon=True)
+        if self._supervisor or self._thread:
+            self._in_this_process()
+            raise KernelError("the load balancer is running already")
+        ready: Future[asyncio.AbstractEventLoop] = Future()
+
+        def run() -> None:
+            with asyncio.Runner() as runner:
+                loop = runner.get_loop()
+                ready.set_result(loop)
+                loop.run_forever()
+
+        self._thread = threading.Thread(target=run, name="crablb-control", daemon=True)
         self._thread.start()
+        self._loop = ready.result()
+        starting = asyncio.run_coroutine_threadsafe(self.start(), self._loop)
         try:
-            asyncio.run_coroutine_threadsafe(self.start(), loop).result()
+            starting.result()
         except BaseException:
-            self._end_thread(loop)
+            starting.cancel()
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
     ) -> None:
-        assert self._loop
-        asyncio.run_coroutine_threadsafe(self.close(), self._loop).result()
-        self._end_thread(self._loop)
+        if self._thread and self._process == os.getpid():
+            self._leave()
 
-    def _end_thread(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.call_soon_threadsafe(loop.stop)
-        assert self._thread
-        self._thread.join()
-        self._thread = None
-        loop.close()
+    def _leave(self) -> None:
+        """Close, and end the thread, also if Ctrl-C comes meanwhile."""
+        assert self._loop and self._thread
+        closing = asyncio.run_coroutine_threadsafe(self.close(), self._loop)
+        try:
+            closing.result()
+        finally:
+            closing.exception()  # waits
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._thread = None
 
     async def wait(self) -> None:
-        """Until it fails.  Raises :class:`KernelError` then: an interface is gone, for example."""
-        failure = self._running.engine.failure
-        assert failure
-        raise KernelError(await asyncio.shield(failure))
+        """Until it ends: returns when it is closed.  Raises :class:`KernelError` if it fails: an interface is gone.
+
+        In whatever event loop.
+        """
+        running = self._running
+        assert self._loop
+        if asyncio.get_running_loop() is not self._loop:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.wait(), self._loop))
+        failure, ended = running.engine.failure, self._ended
+        assert failure and ended
+        both: list[asyncio.Future[Any]] = [failure, ended]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            raise KernelError(failure.result())
+
+    def _in_this_process(self) -> None:
+        if self._supervisor and self._process != os.getpid():
+            raise KernelError(f"the load balancer belongs to the process that forked this one, {self._process}")
 
     @property
     def _running(self) -> Supervisor:
-        if not self._supervisor:
+        self._in_this_process()
+        if not self._supervisor or not self._serving:
             raise KernelError("the load balancer is not running")
         return self._supervisor
 
     def _in_loop(self, do: Callable[[], T]) -> T:
-        """Run in the event loop's thread."""
-        assert self._running and self._loop
-        if not self._thread or threading.current_thread() is self._thread:
+        """Run in the event loop's thread; at once if there is none."""
+        self._in_this_process()
+        if not self._supervisor or threading.get_ident() == self._loop_thread:
             return do()
+        assert self._loop
+        if self._loop.is_closed():
+            raise KernelError("the event loop that the load balancer was started in has ended")
 
         async def call() -> T:
             return do()
@@ -152,85 +238,130 @@ class LoadBalancer:
     def process_once(self, timeout: float = 0.0) -> int:
         """Work on the frames that have come on all queues; wait at most ``timeout`` seconds for some if there are none.
 
-        Returns how many there were.  For ``threads=False``.  Raises :class:`KernelError` if an interface is gone.
+        Returns how many there were.  For ``threads=False``.  Raises :class:`KernelError` if an interface is gone, or
+        if threads work on them.
         """
-        return self._running.engine.process_once(timeout)
+        engine = self._running.engine
+        if self._threads:
+            raise KernelError("threads work on the frames; make it with threads=False")
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= 86400:
+            raise ConfigError(f"timeout: {shown(timeout)} is not a number of seconds from 0 to 86400")
+        return engine.process_once(timeout)
 
     # ---- what is served ----
 
     @property
     def services(self) -> tuple[Service, ...]:
+        """What is served now."""
         return self._config.services
 
-    def service(self, vip: Vip) -> Service:
+    def service(self, vip: Vip | str) -> Service:
         """The service at a VIP.  Raises :class:`ConfigError` if there is none."""
-        for service in self._config.services:
-            if service.vip == vip:
-                return service
-        there = ", ".join(str(s.vip) for s in self.services) or "none"
-        raise ConfigError(f"there is no service {vip}; there are: {there}")
+        return _service(self._config, parse_vip(vip))
 
-    def _checked(self, services: Sequence[Service]) -> Config:
+    def backend(self, vip: Vip | str, address: Address | str) -> Backend:
+        """A service's backend.  Raises :class:`ConfigError` if it is none."""
+        return _backend(self.service(vip), parse_address(address))
+
+    def _checked(self, services: Iterable[Service | str]) -> Config:
+        if isinstance(services, str | Service):
+            raise ConfigError(f"services: {shown(services)} is one; give a list of them")
+        if not isinstance(services, Iterable):
+            raise ConfigError(f"services: {shown(services)} is not a list of services")
         problems: list[str] = []
         good = []
         for service in services:
             try:
-                good.append(checked(service))
+                good.append(checked(_parsed(service)))
             except ConfigError as error:
-                problems += [f"{service.vip}: {problem}" for problem in error.problems]
+                where = f"{service.vip}: " if isinstance(service, Service) else ""
+                problems += [f"{where}{problem}" for problem in error.problems]
         problems += check_services([(str(s.vip), s) for s in good], self._config.table_size)
         if problems:
             raise ConfigError(problems)
         return replace(self._config, services=tuple(good))
 
-    def replace_services(self, services: Iterable[Service]) -> None:
-        """Serve these from now on.  Connections whose backend lives go on.  Nothing changes if it raises."""
-        config = self._checked(list(services))
-        if self._supervisor:
-            supervisor = self._supervisor
-            self._in_loop(lambda: supervisor.apply(config))
-        self._config = config
+    def replace_services(self, services: Iterable[Service | str]) -> None:
+        """Serve these from now on.  Connections whose backend lives go on.
+
+        Raises :class:`ConfigError` with every fault, and changes nothing then.
+        """
+        wanted = services if isinstance(services, str | Service) or not isinstance(services, Iterable) else [*services]
+        self._change(lambda config: wanted)
 
     def add_service(self, service: Service | str) -> None:
-        self.replace_services([*self.services, parse_service(service) if isinstance(service, str) else service])
+        """Serve this as well.  Raises :class:`ConfigError`, and changes nothing, if its VIP is served already."""
+        new = _parsed(service)
+        self._change(lambda config: [*config.services, new])
 
-    def remove_service(self, vip: Vip) -> None:
-        gone = self.service(vip)
-        self.replace_services([s for s in self.services if s is not gone])
+    def remove_service(self, vip: Vip | str) -> None:
+        """Serve it no more; its connections by the fallback end.  Raises :class:`ConfigError` if there is none."""
+        at = parse_vip(vip)
 
-    def add_backend(self, vip: Vip, backend: Backend) -> None:
-        service = self.service(vip)
-        self._change(vip, (*service.backends, backend))
+        def without(config: Config) -> list[Service]:
+            gone = _service(config, at)
+            return [s for s in config.services if s is not gone]
 
-    def remove_backend(self, vip: Vip, address: Address) -> None:
-        """It gets nothing new; the connections that it has by the fallback go on."""
-        gone = self.backend(vip, address)
-        self._change(vip, tuple(b for b in self.service(vip).backends if b is not gone))
+        self._change(without)
 
-    def set_weight(self, vip: Vip, address: Address, weight: int) -> None:
+    def add_backend(self, vip: Vip | str, backend: Backend | str) -> None:
+        """Give a service one more.  Raises :class:`ConfigError`, and changes nothing, if it has it already."""
+        new = parse_backend(backend) if isinstance(backend, str) else backend
+        self._change_backends(vip, lambda service: (*service.backends, new))
+
+    def remove_backend(self, vip: Vip | str, address: Address | str) -> None:
+        """It gets nothing new; the connections that it has by the fallback go on.
+
+        Raises :class:`ConfigError`, and changes nothing, if it is none of the service's, or its last.
+        """
+        at = parse_address(address)
+
+        def without(service: Service) -> tuple[Backend, ...]:
+            gone = _backend(service, at)
+            return tuple(b for b in service.backends if b is not gone)
+
+        self._change_backends(vip, without)
+
+    def set_weight(self, vip: Vip | str, address: Address | str, weight: int) -> None:
+        """Its share of new connections, 0 to 65535.  Raises :class:`ConfigError`, and changes nothing."""
         self._set(vip, address, weight=weight)
 
-    def drain(self, vip: Vip, address: Address) -> None:
-        """No new connections; those that it has go on."""
+    def drain(self, vip: Vip | str, address: Address | str) -> None:
+        """No new connections; those that it has go on.  Raises :class:`ConfigError` if it is none of the service's."""
         self._set(vip, address, state=State.DRAIN)
 
-    def set_state(self, vip: Vip, address: Address, state: State) -> None:
+    def set_state(self, vip: Vip | str, address: Address | str, state: State | str) -> None:
+        """What you say of it: up, drain, dead.  Raises :class:`ConfigError`, and changes nothing."""
         self._set(vip, address, state=state)
 
-    def backend(self, vip: Vip, address: Address) -> Backend:
-        """A service's backend.  Raises :class:`ConfigError` if it is none."""
-        for backend in self.service(vip).backends:
-            if backend.address == address:
-                return backend
-        raise ConfigError(f"{address} is no backend of {vip}")
+    def _set(self, vip: Vip | str, address: Address | str, **fields: Any) -> None:
+        at = parse_address(address)
 
-    def _set(self, vip: Vip, address: Address, **fields: Any) -> None:
-        old = self.backend(vip, address)
-        self._change(vip, tuple(replace(b, **fields) if b is old else b for b in self.service(vip).backends))
+        def with_it(service: Service) -> tuple[Backend, ...]:
+            old = _backend(service, at)
+            return tuple(replace(b, **fields) if b is old else b for b in service.backends)
 
-    def _change(self, vip: Vip, backends: tuple[Backend, ...]) -> None:
-        old = self.service(vip)
-        self.replace_services([replace(s, backends=backends) if s is old else s for s in self.services])
+        self._change_backends(vip, with_it)
+
+    def _change_backends(self, vip: Vip | str, backends: Callable[[Service], tuple[Backend, ...]]) -> None:
+        at = parse_vip(vip)
+
+        def with_them(config: Config) -> list[Service]:
+            old = _service(config, at)
+            return [replace(s, backends=backends(s)) if s is old else s for s in config.services]
+
+        self._change(with_them)
+
+    def _change(self, services: Callable[[Config], Iterable[Service | str]]) -> None:
+        """From what is served to what is to be; in the event loop, so that of changes at once none is lost."""
+
+        def change() -> None:
+            config = self._checked(services(self._config))
+            if self._supervisor and self._serving:
+                self._supervisor.apply(config)
+            self._config = config
+
+        self._in_loop(change)
 
     # ---- frames of one's own ----
 
@@ -246,50 +377,91 @@ class LoadBalancer:
         Of several that match the one added first counts.  Also before the start.  Raises :class:`ConfigError` if there
         is one for the match already, or there are 16.
         """
-        check(match, self._handlers)
-        if self._supervisor:
-            engine = self._supervisor.engine
-            self._in_loop(lambda: engine.handle(match, function))
-        self._handlers[match] = function
+
+        def add() -> None:
+            check(match, self._handlers)
+            if not callable(function):
+                raise ConfigError(f"{shown(function)} is no function")
+            if self._supervisor and self._serving:
+                self._supervisor.engine.handle(match, function)
+            self._handlers[match] = function
+
+        self._in_loop(add)
 
     def unhandle(self, match: Match) -> None:
         """From now on the frames are the kernel's again.  Raises :class:`ConfigError` if there is no such handler."""
-        if match not in self._handlers:
-            raise ConfigError(f"there is no handler for {match}")
-        if self._supervisor:
-            engine = self._supervisor.engine
-            self._in_loop(lambda: engine.unhandle(match))
-        del self._handlers[match]
+
+        def remove() -> None:
+            if not isinstance(match, Match) or match not in self._handlers:
+                raise ConfigError(f"there is no handler for {shown(match) if not isinstance(match, Match) else match}")
+            if self._supervisor and self._serving:
+                self._supervisor.engine.unhandle(match)
+            del self._handlers[match]
+
+        self._in_loop(remove)
 
     # ---- what happens ----
 
     def statistics(self) -> Statistics:
-        engine = self._running.engine
+        """Counts since the start.  Raises :class:`KernelError` if it does not run."""
 
         def read() -> Statistics:
+            engine = self._running.engine
             counts = engine.statistics()
             loads = {s.vip: {b.address: engine.load(s.vip, b.address) for b in s.backends} for s in self.services}
             return Statistics(counts["xdp"], counts["total"], tuple(counts["workers"]), counts["daemon"], loads)
 
         return self._in_loop(read)
 
-    async def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncGenerator[Event, None]:
         """What happens from now on, as it happens; at most the last 1,000 that nobody has taken are kept.
 
-        In the event loop that the load balancer runs in.
+        The iteration ends when the load balancer is closed; that it failed is an event, ``failed``.  In the event loop
+        that the load balancer runs in; raises :class:`KernelError` in another one, or if it does not run.
         """
-        queue: asyncio.Queue[Event] = asyncio.Queue(1000)
+        failure = self._running.engine.failure
+        if threading.get_ident() != self._loop_thread:
+            raise KernelError("events() is for the event loop that the load balancer runs in: use async with")
+        queue: asyncio.Queue[Event | None] = asyncio.Queue(1000)
+        self._listening.add(queue)
+        if failure and failure.done():
+            queue.put_nowait(Event("failed", reason=failure.result()))
+        return self._follow(queue)
 
-        def put(event: Event) -> None:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(event)
+    @staticmethod
+    async def _follow(queue: asyncio.Queue[Event | None]) -> AsyncGenerator[Event, None]:
+        while event := await queue.get():
+            yield event
 
-        listeners = self._running.listeners
-        listeners.append(put)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            with contextlib.suppress(ValueError):
-                listeners.remove(put)
+    def _hear(self, event: Event) -> None:
+        for queue in self._listening:
+            self._put(queue, event)
+
+    @staticmethod
+    def _put(queue: asyncio.Queue[Event | None], event: Event | None) -> None:
+        if queue.full():
+            queue.get_nowait()
+        queue.put_nowait(event)
+
+
+def _parsed(service: object) -> Service:
+    if isinstance(service, str):
+        return parse_service(service)
+    if not isinstance(service, Service):
+        raise ConfigError(f"{shown(service)} is no crablb.Service, nor a string like 'tcp://10.0.0.100:80=10.0.0.11'")
+    return service
+
+
+def _service(config: Config, vip: Vip) -> Service:
+    for service in config.services:
+        if service.vip == vip:
+            return service
+    there = ", ".join(str(s.vip) for s in config.services) or "none"
+    raise ConfigError(f"there is no service {vip}; there are: {there}")
+
+
+def _backend(service: Service, address: Address) -> Backend:
+    for backend in service.backends:
+        if backend.address == address:
+            return backend
+    raise ConfigError(f"{address} is no backend of {service.vip}")

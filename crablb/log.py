@@ -19,6 +19,12 @@ def _add_always(_: object, __: str, event: structlog.typing.EventDict) -> struct
     return {**_always, **event}
 
 
+def to_standard_error() -> None:
+    """As structlog has it, but there, unless the program has configured it: standard output is the program's."""
+    if not structlog.is_configured():
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+
+
 def set_up(level: str = "info") -> None:
     """``level``: debug, info, warning or error."""
     renderer: structlog.typing.Processor = (

@@ -113,7 +113,7 @@ def unmapped(packed: bytes) -> Address:
 
 
 def host_port(address: Address, port: int) -> str:
-    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+    return f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
 
 
 @dataclass(frozen=True, slots=True)

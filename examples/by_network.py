@@ -7,12 +7,17 @@ that has fewer connections for its weight.  In a lab (``crablb lab up``; servers
         --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12,10.0.0.13
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+
+from crablb import Backends
 
 MAPPED = np.array([0] * 10 + [255, 255])  # how the address of an IPv4 client begins
 
 
-def choose(batch, backends):
+def choose(batch: npt.NDArray[Any], backends: Backends) -> npt.NDArray[Any]:
     """Indices of backends, one for each connection of the batch."""
     clients = batch["client"].copy()
     v4 = (clients[:, :12] == MAPPED).all(axis=1)
@@ -25,4 +30,5 @@ def choose(batch, backends):
     one = (hashes >> np.uint64(48)) % len(backends)
     other = (hashes >> np.uint64(32) & np.uint64(0xFFFF)) % len(backends)
     busy = backends.connections / backends.weights
-    return np.where(busy[one] <= busy[other], one, other)
+    chosen: npt.NDArray[Any] = np.where(busy[one] <= busy[other], one, other)
+    return chosen

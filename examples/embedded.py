@@ -9,6 +9,7 @@ Commands: ``drain ADDRESS``, ``up ADDRESS``, ``weight ADDRESS NUMBER``, ``show``
 """
 
 import asyncio
+import signal
 import sys
 from ipaddress import ip_address
 
@@ -37,6 +38,8 @@ async def tell(lb: LoadBalancer) -> None:
 
 
 async def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("embedded.py INTERFACE VIP=BACKEND,...")
     interface, service = sys.argv[1:]
     async with LoadBalancer(interface, [service]) as lb:
         print(f"serving {lb.services[0].vip}", flush=True)
@@ -53,7 +56,11 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    # Without this SIGTERM would end the program at once, and leave in the kernel what is there: like SIGKILL.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         asyncio.run(main())
+    except KeyboardInterrupt:
+        pass
     except CrablbError as error:
         sys.exit(str(error))

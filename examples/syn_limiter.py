@@ -9,24 +9,28 @@ second through the first: what is beyond is dropped and named.
 
 import argparse
 import select
+import sys
 import time
 from collections import Counter
 from ipaddress import IPv4Address
 
 import numpy as np
+import numpy.typing as npt
 
+from crablb import CrablbError
 from crablb.kernel.xsk import Batch, XskSocket
 
 
-def is_syn(batch: Batch) -> np.ndarray:
+def is_syn(batch: Batch) -> npt.NDArray[np.bool_]:
     """Which frames are IPv4 TCP segments (without IP options) that open a connection, shape (n,)."""
     heads = batch.columns(0, 54)
-    return (
+    syn: npt.NDArray[np.bool_] = (
         (batch.lengths >= 54)
         & (heads[:, 12:15] == [8, 0, 0x45]).all(axis=1)
         & (heads[:, 23] == 6)
         & (heads[:, 47] & 0x12 == 0x02)
     )
+    return syn
 
 
 class Limiter:
@@ -35,7 +39,7 @@ class Limiter:
     def __init__(self, rate: int) -> None:
         self.rate, self.second, self.seen, self.refused = rate, 0, Counter[bytes](), Counter[bytes]()
 
-    def allowed(self, batch: Batch) -> np.ndarray:
+    def allowed(self, batch: Batch) -> npt.NDArray[np.bool_]:
         keep = np.ones(len(batch), bool)
         for i in np.flatnonzero(is_syn(batch)):
             source = bytes(batch[int(i)][26:30])
@@ -55,7 +59,7 @@ class Limiter:
             self.refused.clear()
 
 
-def forward(batch: Batch, keep: np.ndarray, source: XskSocket, target: XskSocket) -> None:
+def forward(batch: Batch, keep: npt.NDArray[np.bool_], source: XskSocket, target: XskSocket) -> None:
     """Each socket has a memory of its own, so frames are copied; what finds no free frame is lost, as in any queue."""
     kept = batch.select(keep)
     out = target.allocate(len(kept), 0)
@@ -90,4 +94,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        pass
+    except CrablbError as error:
+        sys.exit(str(error))

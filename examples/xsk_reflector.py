@@ -8,14 +8,28 @@ In a lab (``crablb lab up``), the load balancer's node becomes a mirror of whate
 
 import sys
 
+from crablb import CrablbError
 from crablb.kernel.xsk import XskSocket
 
-with XskSocket(sys.argv[1]) as xsk:
-    print(f"reflecting {xsk.interface}, {xsk.mode} XDP", flush=True)
-    while xsk.wait():
-        batch = xsk.receive()
-        for frame in batch:  # a NumPy view of the frame where it lies
-            destination = frame[0:6].copy()
-            frame[0:6] = frame[6:12]
-            frame[6:12] = destination
-        xsk.send(batch)
+
+def reflect(interface: str) -> None:
+    with XskSocket(interface) as xsk:
+        print(f"reflecting {xsk.interface}, {xsk.mode} XDP", flush=True)
+        while xsk.wait():
+            batch = xsk.receive()
+            for frame in batch:  # a NumPy view of the frame where it lies
+                destination = frame[0:6].copy()
+                frame[0:6] = frame[6:12]
+                frame[6:12] = destination
+            xsk.send(batch)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("which interface? xsk_reflector.py eth0")
+    try:
+        reflect(sys.argv[1])
+    except KeyboardInterrupt:
+        pass
+    except CrablbError as error:
+        sys.exit(str(error))

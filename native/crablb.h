@@ -421,8 +421,15 @@ struct crab_xsk;
  * COPY nor ZEROCOPY, zero-copy is tried first.  On failure: NULL, *error an errno, *stage what was being done (a constant). */
 struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_count, uint32_t frame_size,
                               uint32_t ring_size, uint32_t bind_flags, int *error, const char **stage);
+/* Closes the socket.  The UMEM stays, to be read and written, until crab_xsk_free; nothing else may be done with it. */
+void crab_xsk_close(struct crab_xsk *xsk);
+/* The same in a child of fork(2), where the socket stays its parent's, the rings are not mapped, and the UMEM is zeros. */
+void crab_xsk_forked(struct crab_xsk *xsk);
 /* Closes the socket, and unmaps the UMEM. */
 void crab_xsk_free(struct crab_xsk *xsk);
+/* Have system calls run the driver for so long, and for so many frames at once, in place of interrupts: af_xdp.rst and
+ * SO_PREFER_BUSY_POLL of socket(7).  0, or -errno. */
+int crab_xsk_busy_poll(struct crab_xsk *xsk, uint32_t microseconds, uint32_t budget);
 /* The socket's, which closes it. */
 int crab_xsk_fd(const struct crab_xsk *xsk);
 /* frame_count * frame_size bytes, the socket's; a crab_desc's addr is an offset into them. */
@@ -444,7 +451,8 @@ uint32_t crab_xsk_send(struct crab_xsk *xsk, const struct crab_desc *descs, uint
 int crab_xsk_kick(struct crab_xsk *xsk);
 /* Take back the frames that were sent: they are free.  Returns how many. */
 uint32_t crab_xsk_reap(struct crab_xsk *xsk);
-/* Tell a driver that asks for it that there are frames to receive into: for who turns instead of sleeping in poll(2). */
+/* Tell a driver that asks for it that there are frames to receive into, or run it when busy polling: for who turns instead
+ * of sleeping in poll(2). */
 void crab_xsk_wake(struct crab_xsk *xsk);
 /* The socket's pending error (an errno), taken; 0 if there is none.  When its interface is unregistered a socket gets
  * ENETDOWN, but poll(2) does not tell. */

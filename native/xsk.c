@@ -28,6 +28,8 @@ static int map_ring(struct crab_ring *r, int fd, uint64_t pgoff, const struct xd
         r->map = NULL;
         return -errno;
     }
+    /* A mapping keeps the socket, and so the queue: a child of fork(2) must have none. */
+    madvise(r->map, r->map_len, MADV_DONTFORK);
     r->producer = (void *)((char *)r->map + off->producer);
     r->consumer = (void *)((char *)r->map + off->consumer);
     r->flags = (void *)((char *)r->map + off->flags);
@@ -44,6 +46,8 @@ static uint8_t *map_umem(size_t len)
     uint8_t *all = mmap(NULL, len + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED)
         return NULL;
+    /* A child of fork(2) gets zeros: nothing is copied for it, and what it writes is its own. */
+    madvise(all, len + align, MADV_WIPEONFORK);
     if (!align)
         return all;
     size_t before = -(uintptr_t)all % align;
@@ -156,16 +160,34 @@ struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_c
     return x;
 }
 
+static void close_socket(struct crab_xsk *x, bool rings_are_mapped)
+{
+    if (x->fd >= 0)
+        close(x->fd);
+    x->fd = -1;
+    struct crab_ring *rings[] = {&x->fill, &x->completion, &x->rx, &x->tx};
+    for (size_t i = 0; i < sizeof rings / sizeof *rings; i++) {
+        if (rings[i]->map && rings_are_mapped)
+            munmap(rings[i]->map, rings[i]->map_len);
+        rings[i]->map = NULL;
+    }
+}
+
+void crab_xsk_close(struct crab_xsk *x)
+{
+    close_socket(x, true);
+}
+
+void crab_xsk_forked(struct crab_xsk *x)
+{
+    close_socket(x, false);
+}
+
 void crab_xsk_free(struct crab_xsk *x)
 {
     if (!x)
         return;
-    if (x->fd >= 0)
-        close(x->fd);
-    struct crab_ring *rings[] = {&x->fill, &x->completion, &x->rx, &x->tx};
-    for (size_t i = 0; i < sizeof rings / sizeof *rings; i++)
-        if (rings[i]->map)
-            munmap(rings[i]->map, rings[i]->map_len);
+    crab_xsk_close(x);
     if (x->umem)
         munmap(x->umem, x->umem_len);
     free(x->free);
@@ -180,6 +202,19 @@ int crab_xsk_fd(const struct crab_xsk *x)
 uint8_t *crab_xsk_umem(const struct crab_xsk *x)
 {
     return x->umem;
+}
+
+int crab_xsk_busy_poll(struct crab_xsk *x, uint32_t microseconds, uint32_t budget)
+{
+    const struct {
+        int option;
+        int value;
+    } options[] = {{SO_PREFER_BUSY_POLL, 1}, {SO_BUSY_POLL, (int)microseconds}, {SO_BUSY_POLL_BUDGET, (int)budget}};
+    for (size_t i = 0; i < sizeof options / sizeof *options; i++)
+        if (setsockopt(x->fd, SOL_SOCKET, options[i].option, &options[i].value, sizeof options[i].value))
+            return -errno;
+    x->busy_poll = true;
+    return 0;
 }
 
 bool crab_xsk_zero_copy(const struct crab_xsk *x)
@@ -261,7 +296,7 @@ uint32_t crab_xsk_reap(struct crab_xsk *x)
 
 int crab_xsk_kick(struct crab_xsk *x)
 {
-    if ((x->bind_flags & XDP_USE_NEED_WAKEUP) && !crab_ring_needs_wakeup(&x->tx))
+    if ((x->bind_flags & XDP_USE_NEED_WAKEUP) && !x->busy_poll && !crab_ring_needs_wakeup(&x->tx))
         return 0;
     for (int i = 0; i < MAX_KICKS; i++) {
         if (sendto(x->fd, NULL, 0, MSG_DONTWAIT, NULL, 0) >= 0)
@@ -288,7 +323,7 @@ int crab_xsk_kick(struct crab_xsk *x)
 
 void crab_xsk_wake(struct crab_xsk *x)
 {
-    if ((x->bind_flags & XDP_USE_NEED_WAKEUP) && crab_ring_needs_wakeup(&x->fill))
+    if (x->busy_poll || ((x->bind_flags & XDP_USE_NEED_WAKEUP) && crab_ring_needs_wakeup(&x->fill)))
         recvfrom(x->fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
 }
 

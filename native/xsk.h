@@ -27,6 +27,10 @@
 #ifndef XDP_MAX_TX_SKB_BUDGET /* Linux 6.18 */
 #define XDP_MAX_TX_SKB_BUDGET 9
 #endif
+#ifndef SO_PREFER_BUSY_POLL /* Linux 5.11 */
+#define SO_PREFER_BUSY_POLL 69
+#define SO_BUSY_POLL_BUDGET 70
+#endif
 
 struct crab_ring {
     _Atomic(uint32_t) *producer, *consumer, *flags;
@@ -43,6 +47,7 @@ struct crab_xsk {
     uint32_t ifindex, queue;
     uint32_t frame_count, frame_size;
     uint32_t bind_flags; /* what the kernel agreed to: XDP_ZEROCOPY or XDP_COPY, XDP_USE_NEED_WAKEUP */
+    bool busy_poll;      /* system calls drive the driver; no interrupt does */
     uint8_t *umem;
     size_t umem_len;
     struct crab_ring fill, completion, rx, tx;

@@ -297,6 +297,7 @@ class Engine:
     def _failed(self, reason: str) -> None:
         if self.failure and not self.failure.done():
             self.failure.set_result(reason)
+            self._tell(Event("failed", reason=reason))
 
     def _policy_failed(self, vip: Vip, reason: str) -> None:
         """From a worker's thread."""

@@ -16,7 +16,8 @@ class Event:
     """Something that befell a load balancer."""
 
     #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "vip-taken", "vip-yielded",
-    #: "server-silent", "changed", "redirects-stopped", "redirects-resumed"
+    #: "server-silent", "changed", "redirects-stopped", "redirects-resumed",
+    #: "failed" (it cannot go on: an interface is gone, for example)
     kind: str
     backend: Address | None = None
     vip: Vip | None = None

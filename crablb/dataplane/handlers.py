@@ -14,7 +14,7 @@ import structlog
 
 from crablb._native import ffi, lib
 from crablb.errors import ConfigError
-from crablb.kernel.xsk import DESC, Batch
+from crablb.kernel.xsk import DESC, Batch, Umem
 from crablb.model import Address, mapped
 
 __all__ = ["Frames", "Handle", "Handlers", "Match"]
@@ -92,11 +92,11 @@ class Frames(Batch):
     def __init__(
         self,
         descs: npt.NDArray[Any],
-        umem: npt.NDArray[np.uint8],
+        umem: Umem,
         interfaces: npt.NDArray[np.uint32],
         room: npt.NDArray[Any],
     ) -> None:
-        super().__init__(descs, umem)
+        super().__init__(descs, umem, umem.issue(descs))
         self.interfaces = interfaces  # ifindex: came in by; goes out by, if it is sent
         self._room = room
 
@@ -158,7 +158,7 @@ class Handlers:
             entry.handler = number
         return matches
 
-    def run(self, handled: npt.NDArray[np.void], umem: npt.NDArray[np.uint8], frame_size: int) -> None:
+    def run(self, handled: npt.NDArray[np.void], umem: Umem) -> None:
         """Fill in the verdict of every frame, a :data:`HANDLED`."""
         functions = self._functions
         with self._lock:
@@ -166,16 +166,14 @@ class Handlers:
                 mine = np.flatnonzero(handled["handler"] == number)
                 known = functions.get(number)
                 if known:
-                    handled[mine] = self._call(handled[mine], umem, frame_size, *known)
+                    handled[mine] = self._call(handled[mine], umem, *known)
                 # else it was removed meanwhile, and nobody wants them: kept, and so given back
 
-    def _call(
-        self, handled: npt.NDArray[Any], umem: npt.NDArray[np.uint8], frame_size: int, match: Match, handle: Handle
-    ) -> npt.NDArray[Any]:
+    def _call(self, handled: npt.NDArray[Any], umem: Umem, match: Match, handle: Handle) -> npt.NDArray[Any]:
         descs = np.zeros(len(handled), DESC)
-        descs["addr"] = handled["data"] - umem.ctypes.data
+        descs["addr"] = handled["data"] - umem.memory.ctypes.data
         descs["len"] = handled["len"]
-        room = frame_size - descs["addr"] % frame_size
+        room = umem.frame_size - descs["addr"] % umem.frame_size
         frames = Frames(descs, umem, handled["ifindex"], room)
         try:
             answer = handle(frames)
@@ -190,6 +188,8 @@ class Handlers:
             self._complain(match, f"{type(error).__name__}: {error}")
             handled["verdict"] = lib.CRAB_HANDLED_FAILED
             return handled
+        finally:
+            umem.revoke()
         handled["verdict"] = np.where(sent, lib.CRAB_HANDLED_SEND, lib.CRAB_HANDLED_KEPT)
         handled["len"] = descs["len"]
         return handled
@@ -206,11 +206,11 @@ class Entrance:
     """Where one worker calls the handlers from: they see its UMEM."""
 
     def __init__(self, handlers: Handlers, umem: npt.NDArray[np.uint8], frame_size: int) -> None:
-        self._handlers, self._umem, self._frame_size = handlers, umem, frame_size
+        self._handlers, self._umem = handlers, Umem(umem, frame_size)
         self.handle = ffi.new_handle(self)
 
     def run(self, handled: npt.NDArray[np.void]) -> None:
-        self._handlers.run(handled, self._umem, self._frame_size)
+        self._handlers.run(handled, self._umem)
 
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]

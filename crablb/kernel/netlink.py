@@ -267,7 +267,8 @@ class NextHops:
 
     ``on_change`` is called in the event loop with those that changed, as they were (those that were known) and as they
     are; ``on_links``, when interfaces or own addresses may have changed.  :attr:`current` is what is known now, of
-    those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then :meth:`close`.
+    those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then
+    :meth:`close`.
     """
 
     def __init__(

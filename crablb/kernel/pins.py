@@ -153,6 +153,8 @@ def own(role: str, what: str, process: int = 0) -> Iterator[None]:
     except OSError as error:
         where = error.filename or RUN
         raise KernelError(f"cannot write {where}: {error.strerror}; crablb keeps its state in {RUN}") from None
+    _owned.add(fd)
+    this = os.getpid()
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,10 +167,27 @@ def own(role: str, what: str, process: int = 0) -> Iterator[None]:
             _link_old_name()
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if os.getpid() == this:
+                path.unlink(missing_ok=True)
     finally:
+        if os.getpid() == this:
+            _owned.remove(fd)
+            os.close(fd)
+            tidy()
+
+
+#: Descriptors of the locks that this process owns.
+_owned: set[int] = set()
+
+
+def _forked() -> None:
+    """A role is its owner's, not its children's, who would keep it when the owner has ended."""
+    for fd in _owned:
         os.close(fd)
-        tidy()
+    _owned.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _link_old_name() -> None:

@@ -15,11 +15,17 @@ Source: Documentation/networking/af_xdp.rst of the kernel.
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import select
+import sys
+import threading
 import time
+import warnings
+import weakref
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,19 +35,26 @@ from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.interface import interface_info
 
-__all__ = ["DESC", "Batch", "XskError", "XskSocket"]
+__all__ = ["DESC", "Batch", "FrameError", "Umem", "XskError", "XskSocket"]
 
 #: ``struct crab_desc``: a frame's address in the UMEM and its length in bytes.
 DESC = np.dtype([("addr", "<u8"), ("len", "<u4"), ("pad", "<u4")])
 HEADROOM = 256  # bytes that the kernel leaves in front of a received frame
+SHORTEST = 14  # bytes of a frame to send: an Ethernet header
+BUSY_BUDGET = 64  # frames that a driver may take at once when busy polling; the kernel's own for interrupts (NAPI)
+MOST = 1 << 20  # frames of a UMEM, entries of a ring
 
 
 class XskError(KernelError):
-    """An AF_XDP socket could not be made or failed; ``errno`` says why."""
+    """An AF_XDP socket could not be made, failed, or is closed; ``errno`` says why (EBADF: closed)."""
 
     def __init__(self, what: str, number: int = 0) -> None:
         self.errno = number
         super().__init__(what)
+
+
+class FrameError(ValueError, BufferError):
+    """A frame is not the caller's (any more), or what is asked for lies outside of it."""
 
 
 def _explain(interface: str, queue: int, stage: str, number: int) -> str:
@@ -65,25 +78,97 @@ def _explain(interface: str, queue: int, stage: str, number: int) -> str:
     return f"cannot make an AF_XDP socket on queue {queue} of {interface} ({stage}): {os.strerror(number)}"
 
 
+class Umem:
+    """The memory that frames lie in, and which of them are in whose hands.
+
+    Frames get a number, their ticket, whenever they come into the caller's hands, and lose it when they go: what has
+    another number is somebody else's by now.  The memory stays as long as there is a view into it.
+    """
+
+    def __init__(self, memory: npt.NDArray[np.uint8], frame_size: int) -> None:
+        self.memory, self.frame_size = memory, frame_size
+        self._tickets = np.zeros(len(memory) // frame_size, np.uint64)  # of each frame; 0: not in the caller's hands
+        self._last = 0
+
+    def issue(self, descs: npt.NDArray[Any]) -> int:
+        """A ticket for these frames."""
+        self._last += 1
+        self._tickets[descs["addr"] // self.frame_size] = self._last
+        return self._last
+
+    def revoke(self) -> None:
+        """No frame is in the caller's hands any more."""
+        self._tickets[:] = 0
+
+    def _held(self, addr: int, ticket: int) -> bool:
+        return addr < len(self.memory) and int(self._tickets[addr // self.frame_size]) == ticket
+
+    def view(self, addr: int, length: int, ticket: int) -> npt.NDArray[np.uint8]:
+        """A frame's bytes.  Raises :class:`FrameError`."""
+        if not self._held(addr, ticket):
+            raise FrameError("the frame was sent or released already, or its address was changed to another frame's")
+        room = self.frame_size - addr % self.frame_size
+        if length > room:
+            raise FrameError(f"a frame of {length} bytes does not fit: there is room for {room}")
+        return self.memory[addr : addr + length]
+
+    def owned(self, descs: npt.NDArray[Any], ticket: int) -> npt.NDArray[np.intp]:
+        """The frames' numbers.  Raises :class:`FrameError` if one is not in the caller's hands by this ticket."""
+        if not isinstance(descs, np.ndarray) or descs.dtype != DESC or descs.ndim != 1:
+            raise FrameError("a batch's descs are an array of crablb.kernel.xsk.DESC, shape (n,)")
+        numbers = descs["addr"] // self.frame_size
+        if (numbers >= len(self._tickets)).any() or (self._tickets[numbers.astype(np.intp)] != ticket).any():
+            raise FrameError("a frame was sent or released already, or its address was changed to another frame's")
+        return numbers.astype(np.intp)
+
+    def sendable(self, descs: npt.NDArray[Any]) -> None:
+        """Raises :class:`FrameError` if a frame is too short, or longer than its room."""
+        room = self.frame_size - descs["addr"] % self.frame_size
+        wrong = (descs["len"] < SHORTEST) | (descs["len"] > room)
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise FrameError(
+                f"frame {i} has {descs['len'][i]} bytes; one that is sent has {SHORTEST} to {room[i]}, its room"
+            )
+
+    def take(self, descs: npt.NDArray[Any], ticket: int) -> None:
+        """From the caller's hands, each once.  Raises :class:`FrameError`, and takes none, if that cannot be."""
+        numbers = self.owned(descs, ticket)
+        order = np.arange(1, len(numbers) + 1, dtype=np.uint64)
+        self._tickets[numbers] = order  # of a frame that is there twice the last stays
+        if (self._tickets[numbers] != order).any():
+            self._tickets[numbers] = ticket
+            raise FrameError("a frame is in the batch twice")
+        self._tickets[numbers] = 0
+
+
 class Batch:
     """Frames in the caller's hands: a sequence of views into the UMEM.
 
     ``descs`` is an array of :data:`DESC`, shape (n,).  ``batch[i]`` and iteration give ``uint8`` arrays that are the
     frames themselves, valid until the batch is sent or released.  Slices and masks give smaller batches.
+
+    Raises :class:`FrameError` for a frame that was sent or released, or that is longer than its room.
     """
 
-    __slots__ = ("_umem", "descs")
+    __slots__ = ("_ticket", "_umem", "descs")
 
-    def __init__(self, descs: npt.NDArray[Any], umem: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, descs: npt.NDArray[Any], umem: Umem, ticket: int) -> None:
         self.descs = descs
-        self._umem = umem
+        self._umem, self._ticket = umem, ticket
 
     def __len__(self) -> int:
         return len(self.descs)
 
-    def __getitem__(self, i: int) -> npt.NDArray[np.uint8]:
-        addr = int(self.descs[i]["addr"])
-        return self._umem[addr : addr + int(self.descs[i]["len"])]
+    @overload
+    def __getitem__(self, i: int) -> npt.NDArray[np.uint8]: ...
+    @overload
+    def __getitem__(self, i: slice) -> Batch: ...
+    def __getitem__(self, i: int | slice) -> npt.NDArray[np.uint8] | Batch:
+        if isinstance(i, slice):
+            return self.select(i)
+        desc = self.descs[operator.index(i)]
+        return self._umem.view(int(desc["addr"]), int(desc["len"]), self._ticket)
 
     def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:
         return (self[i] for i in range(len(self)))
@@ -93,15 +178,50 @@ class Batch:
         """Bytes of each frame, shape (n,); writable: a shorter or longer frame is sent so."""
         return self.descs["len"]
 
-    def select(self, mask: npt.NDArray[Any]) -> Batch:
-        """The frames that a boolean mask or an index array picks."""
-        return Batch(self.descs[mask], self._umem)
+    def select(self, mask: npt.NDArray[Any] | slice) -> Batch:
+        """The frames that a boolean mask, an index array or a slice picks; its ``descs`` are a copy."""
+        picked = np.array(self.descs[mask])
+        if picked.ndim != 1:
+            raise FrameError("a mask, or an array of indices, has one dimension")
+        return Batch(picked, self._umem, self._ticket)
 
     def columns(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Bytes ``start`` to ``stop`` of every frame at once: a copy, shape (n, stop - start)."""
-        offsets = self.descs["addr"].astype(np.int64)[:, None] + np.arange(start, stop)
-        copied: npt.NDArray[np.uint8] = self._umem[offsets]
+        """Bytes ``start`` to ``stop`` of every frame at once: a copy, shape (n, stop - start).
+
+        Behind a frame's end: zeros.  Raises :class:`FrameError` if ``stop`` is larger than the UMEM's frames.
+        """
+        start, stop = operator.index(start), operator.index(stop)
+        if not 0 <= start <= stop <= self._umem.frame_size:
+            raise FrameError(f"columns are 0 <= start <= stop <= {self._umem.frame_size}, not {start} and {stop}")
+        self._umem.owned(self.descs, self._ticket)
+        columns = np.arange(start, stop)
+        offsets = self.descs["addr"].astype(np.int64)[:, None] + columns
+        copied: npt.NDArray[np.uint8] = self._umem.memory[np.minimum(offsets, len(self._umem.memory) - 1)]
+        if (self.lengths < stop).any():
+            copied[columns >= self.lengths[:, None]] = 0
         return copied
+
+
+def _counted(name: str, value: int, most: int, least: int = 0) -> int:
+    """Raises :class:`ValueError` or :class:`TypeError` if it is not a whole number in these bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is a whole number, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {least} to {most}, not {value}")
+    return int(value)
+
+
+def _power_of_two(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a power of two, not {value!r}")
+    if not 64 <= value <= MOST or value & (value - 1):
+        raise ValueError(f"{name} is a power of two, 64 or more, not {value}")
+    return value
+
+
+def _word(name: str, value: object, words: tuple[object, ...]) -> None:
+    if not any(value is word or (isinstance(word, str) and value == word) for word in words):
+        raise ValueError(f"{name} is one of {', '.join(map(repr, words))}, not {value!r}")
 
 
 class XskSocket:
@@ -111,11 +231,20 @@ class XskSocket:
     their sockets; without it, put the socket into your own XSKMAP with :meth:`register`.
 
     ``copy``: True for copy mode, False for zero-copy, None to try zero-copy first.  ``frame_size`` is 2048 or 4096
-    bytes, of which 256 are headroom; ``frames`` and ``ring`` are powers of two.
+    bytes, of which 256 are headroom; ``frames`` and ``ring`` are powers of two.  ``need_wakeup``: the kernel says when
+    it wants a system call, instead of getting one for each batch.  ``busy_poll``: microseconds that a system call may
+    run the driver, in place of interrupts (preferred busy polling, Linux 5.11; the interface's ``napi_defer_hard_irqs``
+    and ``gro_flush_timeout`` go with it); 0: none.
+
+    Any thread may use it, one at a time.  Close it, or use it as a context manager: one that is only forgotten is
+    closed with a :class:`ResourceWarning`.  After a fork it is the parent's; the child's is closed.
 
     Raises :class:`XskError`, :class:`crablb.kernel.bpf.BpfError`, or :class:`KernelError` if the interface does not
-    exist or is down.
+    exist or is down; :class:`ValueError` or :class:`TypeError` for other arguments.
     """
+
+    _xsk: Any = None  # struct crab_xsk *; None: closed
+    _closed_as = "is closed"
 
     def __init__(
         self,
@@ -127,39 +256,50 @@ class XskSocket:
         ring: int = 2048,
         copy: bool | None = None,
         need_wakeup: bool = True,
+        busy_poll: int = 0,
         load_program: bool = True,
         mode: Literal["auto", "native", "generic"] = "auto",
     ) -> None:
+        if not isinstance(interface, str):
+            raise TypeError(f"interface is a name, not {interface!r}")
         if frame_size not in (2048, 4096):
             raise ValueError(f"frame_size is 2048 or 4096 bytes, not {frame_size}")
-        for name, value in (("frames", frames), ("ring", ring)):
-            if value < 64 or value & (value - 1):
-                raise ValueError(f"{name} is a power of two, 64 or more, not {value}")
-        self.interface, self.queue = interface, queue
-        self.frame_size = frame_size
-        self._xsk: Any = None
+        self.interface, self.queue = interface, _counted("queue", queue, 65535)
+        frames, ring = _power_of_two("frames", frames), _power_of_two("ring", ring)
+        busy_poll = _counted("busy_poll", busy_poll, 1_000_000)
+        _word("copy", copy, (None, True, False))
+        _word("need_wakeup", need_wakeup, (True, False))
+        _word("load_program", load_program, (True, False))
+        _word("mode", mode, ("auto", "native", "generic"))
+        self._frames, self.frame_size, self._busy = frames, int(frame_size), bool(busy_poll)
+        self.mode = ""
         self._program: tuple[bpf.Object, bpf.Link] | None = None
+        self._lock = threading.RLock()
         info = interface_info(interface)
         if not info.up:
             raise KernelError(f"interface {interface} is down; bring it up: ip link set {interface} up")
         flags = lib.CRAB_BIND_NEED_WAKEUP if need_wakeup else 0
         flags |= {None: 0, True: lib.CRAB_BIND_COPY, False: lib.CRAB_BIND_ZEROCOPY}[copy]
         error, stage = ffi.new("int *"), ffi.new("char **")
-        self._xsk = lib.crab_xsk_new(info.index, queue, frames, frame_size, ring, flags, error, stage)
-        if not self._xsk:
+        xsk = lib.crab_xsk_new(info.index, self.queue, frames, frame_size, ring, flags, error, stage)
+        if not xsk:
             where = bytes(ffi.string(stage[0])).decode()
             raise XskError(_explain(interface, queue, where, error[0]), error[0])
-        self.fd = int(lib.crab_xsk_fd(self._xsk))
-        self.zero_copy = bool(lib.crab_xsk_zero_copy(self._xsk))
-        size = frames * frame_size
-        self.umem: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(lib.crab_xsk_umem(self._xsk), size), np.uint8)
-        self.mode = ""
-        if load_program:
-            try:
+        self._xsk = ffi.gc(xsk, lib.crab_xsk_free)
+        _open.add(self)
+        try:
+            if busy_poll and (rc := lib.crab_xsk_busy_poll(self._xsk, busy_poll, BUSY_BUDGET)):
+                raise XskError(f"this kernel does not busy poll (Linux 5.11 does): {os.strerror(-rc)}", -rc)
+            self.zero_copy = bool(lib.crab_xsk_zero_copy(self._xsk))
+            # Every view holds the memory, and the memory the C socket that it belongs to.
+            memory = ffi.gc(lib.crab_xsk_umem(self._xsk), lambda _, owner=self._xsk: None)
+            self.umem: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(memory, frames * frame_size), np.uint8)
+            self._umem = Umem(self.umem, self.frame_size)
+            if load_program:
                 self._load(info.index, mode)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     def _load(self, ifindex: int, mode: Literal["auto", "native", "generic"]) -> None:
         program = bpf.Object(bpf.object_path("xsk"))
@@ -181,63 +321,107 @@ class XskSocket:
 
     def register(self, sockets: bpf.Map, slot: int | None = None) -> None:
         """Put this socket into an XSKMAP, under ``slot`` (default: its queue's number)."""
-        sockets.update(self.queue if slot is None else slot, self.fd)
+        with self._using():
+            sockets.update(self.queue if slot is None else _counted("slot", slot, 0xFFFFFFFF), self.fd)
 
     @property
     def handle(self) -> Any:
         """The C socket (``struct crab_xsk *``), for native code."""
-        return self._xsk
+        with self._using() as xsk:
+            return xsk
+
+    @property
+    def fd(self) -> int:
+        """The descriptor; -1 when closed."""
+        return int(lib.crab_xsk_fd(self._xsk)) if self._xsk else -1
 
     def fileno(self) -> int:
-        """Readable when frames have come: for select, asyncio and the like."""
+        """Readable when frames have come: for select, asyncio and the like.  -1 when closed."""
         return self.fd
+
+    @contextmanager
+    def _using(self) -> Iterator[Any]:
+        """The C socket, which nobody else uses meanwhile.  Raises :class:`XskError` if it is closed."""
+        with self._lock:
+            if not self._xsk:
+                which = f"the AF_XDP socket on queue {self.queue} of {self.interface}"
+                raise XskError(f"{which} {self._closed_as}", errno.EBADF)
+            yield self._xsk
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for frames, at most ``timeout`` seconds; False if none came.
 
-        Raises :class:`XskError` if the interface is gone.
+        Raises :class:`XskError` if the interface is gone, or the socket closed meanwhile.
         """
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
         end = None if timeout is None else time.monotonic() + timeout
+        with self._using():
+            poll = select.poll()
+            poll.register(self.fd, select.POLLIN)
         while True:
             left = 1.0 if end is None else max(0.0, min(1.0, end - time.monotonic()))
             events = poll.poll(left * 1000)
-            # An interface that goes is only seen by looking: see crab_xsk_error.
-            failed = bool(events) and bool(events[0][1] & (select.POLLERR | select.POLLNVAL))
-            if failed or (not events and lib.crab_xsk_error(self._xsk)):
-                raise XskError(f"interface {self.interface} is gone", errno.ENETDOWN)
+            with self._using() as xsk:
+                # An interface that goes is only seen by looking: see crab_xsk_error.
+                failed = bool(events) and bool(events[0][1] & (select.POLLERR | select.POLLNVAL))
+                if failed or (not events and lib.crab_xsk_error(xsk)):
+                    raise XskError(f"interface {self.interface} is gone", errno.ENETDOWN)
             if events or (end is not None and time.monotonic() >= end):
                 return bool(events)
 
     def receive(self, n: int = 64) -> Batch:
         """Take up to ``n`` frames that have come (none: an empty batch).  They are yours until sent or released."""
-        descs = np.empty(n, DESC)
-        got = lib.crab_xsk_receive(self._xsk, ffi.from_buffer("struct crab_desc[]", descs), n)
-        lib.crab_xsk_refill(self._xsk)
-        return Batch(descs[:got], self.umem)
+        descs = np.empty(min(_counted("n", n, sys.maxsize), self._frames), DESC)
+        with self._using() as xsk:
+            got = lib.crab_xsk_receive(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
+            ticket = self._umem.issue(descs[:got])
+            lib.crab_xsk_refill(xsk)
+            lib.crab_xsk_wake(xsk)
+        return Batch(descs[:got], self._umem, ticket)
 
     def allocate(self, n: int, length: int) -> Batch:
         """Up to ``n`` free frames of ``length`` bytes to write into and send; fewer if fewer are free."""
-        lib.crab_xsk_reap(self._xsk)
-        descs = np.zeros(n, DESC)
-        got = lib.crab_xsk_take(self._xsk, ffi.from_buffer("struct crab_desc[]", descs), n)
+        descs = np.zeros(min(_counted("n", n, sys.maxsize), self._frames), DESC)
+        length = _counted("length", length, 0xFFFFFFFF)
+        with self._using() as xsk:
+            lib.crab_xsk_reap(xsk)
+            got = lib.crab_xsk_take(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
+            ticket = self._umem.issue(descs[:got])
         descs["len"] = length
-        return Batch(descs[:got], self.umem)
+        return Batch(descs[:got], self._umem, ticket)
+
+    def _taken(self, batch: Batch, *, to_send: bool) -> npt.NDArray[Any]:
+        """Its frames, from the caller's hands."""
+        if not isinstance(batch, Batch) or batch._umem is not self._umem:
+            raise FrameError(f"{batch!r} is no batch of this socket: receive(), allocate() and select() give them")
+        descs = np.array(batch.descs)  # what is looked at is what is used
+        self._umem.owned(descs, batch._ticket)
+        if to_send:
+            self._umem.sendable(descs)
+        self._umem.take(descs, batch._ticket)
+        return descs
 
     def release(self, batch: Batch) -> None:
-        """Give frames back without sending them."""
-        descs = np.ascontiguousarray(batch.descs)
-        lib.crab_xsk_release(self._xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
+        """Give frames back without sending them.
+
+        Raises :class:`FrameError`, and does nothing, if one of them is not in your hands (any more).
+        """
+        with self._using() as xsk:
+            descs = self._taken(batch, to_send=False)
+            lib.crab_xsk_release(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
 
     def send(self, batch: Batch) -> int:
-        """Send frames; returns how many the TX ring took.  The rest are released, unsent."""
-        descs = np.ascontiguousarray(batch.descs)
-        taken = int(lib.crab_xsk_send(self._xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs)))
-        if taken < len(descs):
-            self.release(Batch(descs[taken:], self.umem))
-        rc = lib.crab_xsk_kick(self._xsk)
-        lib.crab_xsk_reap(self._xsk)
+        """Send frames; returns how many the TX ring took.  The rest are released, unsent.
+
+        Raises :class:`FrameError`, and does nothing, if one of them is not in your hands (any more), or is shorter than
+        an Ethernet header or longer than its room; :class:`XskError` if the interface is gone.
+        """
+        with self._using() as xsk:
+            descs = self._taken(batch, to_send=True)
+            taken = int(lib.crab_xsk_send(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs)))
+            rest = descs[taken:]
+            lib.crab_xsk_release(xsk, ffi.from_buffer("struct crab_desc[]", rest), len(rest))
+            rc = lib.crab_xsk_kick(xsk)
+            lib.crab_xsk_reap(xsk)
         if rc:
             raise XskError(f"cannot send on {self.interface}: {os.strerror(-rc)}", -rc)
         return taken
@@ -245,32 +429,80 @@ class XskSocket:
     def statistics(self) -> dict[str, int]:
         """The kernel's counters of this socket (``struct xdp_statistics``), and ``tx_dropped``."""
         out = ffi.new("struct crab_xsk_stats *")
-        rc = lib.crab_xsk_statistics(self._xsk, out)
+        with self._using() as xsk:
+            rc = lib.crab_xsk_statistics(xsk, out)
+            dropped = int(lib.crab_xsk_dropped(xsk))
         if rc:
             raise XskError(f"cannot read the statistics of {self.interface}: {os.strerror(-rc)}", -rc)
         counters = {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct crab_xsk_stats").fields}
-        return counters | {"tx_dropped": int(lib.crab_xsk_dropped(self._xsk))}
+        return counters | {"tx_dropped": dropped}
 
     def frames(self) -> dict[str, int]:
         """Where the UMEM's frames are; ``all`` is the sum of the others."""
-        lib.crab_xsk_reap(self._xsk)
         out = ffi.new("struct crab_xsk_places *")
-        lib.crab_xsk_frames(self._xsk, out)
+        with self._using() as xsk:
+            lib.crab_xsk_reap(xsk)
+            lib.crab_xsk_frames(xsk, out)
         return {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct crab_xsk_places").fields}
 
     def close(self) -> None:
-        """Detach the program, close the socket; every batch and view becomes invalid."""
+        """Detach the program, close the socket.  Idempotent.
+
+        Its batches' frames cannot be had any more; an array that was one is memory of your own from now on.
+        """
+        with self._lock:
+            xsk, self._xsk = self._xsk, None
+            if not xsk:
+                return
+            try:
+                if self._program:
+                    program, link = self._program
+                    self._program = None
+                    with suppress(bpf.BpfError):  # the interface is gone
+                        link.detach()
+                    link.close()
+                    program.close()
+            finally:
+                lib.crab_xsk_close(xsk)
+                if umem := getattr(self, "_umem", None):
+                    umem.revoke()
+
+    def _forked(self) -> None:
+        """In a child: let go of what keeps the queue and the program, and leave them to the parent."""
+        self._lock = threading.RLock()  # another thread of the parent's may have had it
+        xsk, self._xsk, self._closed_as = self._xsk, None, "belongs to the process that forked this one; open another"
+        if xsk:
+            lib.crab_xsk_forked(xsk)
+            self._umem.revoke()
         if self._program:
             program, link = self._program
+            self._program = None
             link.close()
             program.close()
-            self._program = None
-        if self._xsk:
-            lib.crab_xsk_free(self._xsk)
-            self._xsk = None
 
     def __enter__(self) -> Self:
-        return self
+        with self._using():
+            return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return f"<XskSocket {self.interface}/{self.queue}{'' if self._xsk else ', closed'}>"
+
+    def __del__(self) -> None:
+        if self._xsk:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+
+#: To be let go of by the children of this process.
+_open: weakref.WeakSet[XskSocket] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for xsk in list(_open):
+        xsk._forked()
+
+
+os.register_at_fork(after_in_child=_forked)

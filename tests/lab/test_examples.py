@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -91,3 +92,40 @@ def test_xsk_reflector(make_lab):
         "print(s.recv(100) == own + mac + b'\\x12\\x34' + b'hello, mirror' + bytes(40))"
     )
     assert lab.client.run(sys.executable, "-c", code, lab.lb.mac()).stdout.strip() == "True"
+
+
+LONG_RUNNING = {
+    "embedded.py": (["eth0", f"tcp://{VIP4}:80=10.0.0.11"], r"serving .*"),
+    "xsk_reflector.py": (["eth0"], r"reflecting .*"),
+    "syn_limiter.py": (["eth0", "lo"], r"joining .*"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", LONG_RUNNING)
+def test_an_example_ends_well(make_lab, name, number):
+    """On Ctrl-C without a word and with nothing left in the kernel; so it is on SIGTERM, but for the status."""
+    lab = make_lab("bridge")
+    arguments, first = LONG_RUNNING[name]
+    child = lab.lb.popen(
+        sys.executable, str(EXAMPLES / name), *arguments,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not re.fullmatch(first, answer(child)):
+        pass
+    child.send_signal(number)
+    _, said = child.communicate(timeout=20)
+    assert "Traceback" not in said
+    if number == signal.SIGINT:
+        assert child.returncode == 0
+    assert "xdp" not in lab.lb.run("ip", "link").stdout
+
+
+@pytest.mark.parametrize("name", LONG_RUNNING)
+def test_an_example_says_what_is_wrong(make_lab, name):
+    lab = make_lab("bridge")
+    for arguments in ([], ["nothing", *LONG_RUNNING[name][0][1:]]):
+        done = lab.lb.run(sys.executable, str(EXAMPLES / name), *arguments, check=False)
+        assert done.returncode in (1, 2)
+        assert done.stderr
+        assert "Traceback" not in done.stderr

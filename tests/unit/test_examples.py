@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from ipaddress import ip_address
 
 import numpy as np
@@ -42,3 +44,12 @@ def test_by_network(importable):
         backends.assigned(np.array([busy] * 50))
         seen |= set(chosen("10.1.2.3"))
     assert len(seen) <= 2
+
+
+def test_they_are_typed():
+    """As a stranger's program is checked: by mypy --strict."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", *map(str, EXAMPLES.glob("*.py"))],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout

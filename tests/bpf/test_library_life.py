@@ -1,0 +1,382 @@
+"""crablb.LoadBalancer in the hands of strangers: starts and ends in every order, and never a rest in the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+
+from crablb import ConfigError, Event, KernelError, LoadBalancer, Match, Vip
+from crablb.control.supervisor import Supervisor
+from crablb.dataplane.engine import Engine
+from crablb.kernel import bpf, pins
+
+WEB, OTHER = "tcp://10.0.0.100:80", "tcp://10.0.0.100:81"
+BACKEND = "10.0.0.11"
+
+
+@pytest.fixture
+def wired(namespace):
+    """A namespace whose veth0 leads to the backend."""
+    namespace.ip("address", "add", "10.0.0.2/24", "dev", "veth0")
+    namespace.ip("neighbor", "add", BACKEND, "lladdr", "02:00:00:00:00:0b", "dev", "veth0")
+    return namespace
+
+
+def balancer(**settings: Any) -> LoadBalancer:
+    return LoadBalancer("veth0", [f"{WEB}={BACKEND}"], seed=bytes(16), flows=64, **settings)
+
+
+def descriptors() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}").split("[")[0])  # but for the sockets' own numbers
+    return sorted(found)
+
+
+def nothing_left() -> None:
+    assert bpf.xdp_program(socket.if_nametoindex("veth0"))[0] == 0
+    assert pins.owner("lb-veth0") is None
+    assert not (pins.folder("lb-veth0")).exists()
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("crablb")]
+
+
+def served(lb: LoadBalancer) -> set[str]:
+    return {str(service.vip) for service in lb.services}
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), 60))
+    nothing_left()
+
+
+def slow(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """A start that waits in its middle: set when it is there, and to be set for it to go on."""
+    there, go = asyncio.Event(), asyncio.Event()
+    resolve = Engine._resolve
+
+    async def waiting(engine: Engine) -> None:
+        there.set()
+        await go.wait()
+        await resolve(engine)
+
+    monkeypatch.setattr(Engine, "_resolve", waiting)
+    return there, go
+
+
+# ---- in an event loop ----
+
+
+def test_what_is_said_during_the_start_holds(wired, monkeypatch):
+    async def main() -> None:
+        there, go = slow(monkeypatch)
+        lb = balancer()
+        starting = asyncio.create_task(lb.start())
+        await there.wait()
+        with pytest.raises(KernelError, match="is running already"):
+            await lb.start()
+        with pytest.raises(KernelError, match="is not running"):
+            lb.statistics()
+        lb.add_service(f"{OTHER}={BACKEND}")
+        lb.handle(Match(ethertype=0x88B5), lambda frames: None)
+        go.set()
+        await starting
+        assert set(map(str, lb.statistics().loads)) == {WEB, OTHER}
+        lb.unhandle(Match(ethertype=0x88B5))
+        await lb.close()
+
+    run(main)
+
+
+def test_a_close_during_the_start(wired, monkeypatch):
+    async def main() -> None:
+        there, go = slow(monkeypatch)
+        lb = balancer()
+        starting = asyncio.create_task(lb.start())
+        await there.wait()
+        closing = asyncio.create_task(lb.close())
+        await asyncio.sleep(0)
+        go.set()
+        await asyncio.gather(starting, closing)
+        nothing_left()
+        await lb.start()  # and again
+        await lb.close()
+
+    run(main)
+
+
+def test_a_start_that_is_cancelled(wired, monkeypatch):
+    async def main() -> None:
+        there, go = slow(monkeypatch)
+        lb = balancer()
+        starting = asyncio.create_task(lb.start())
+        await there.wait()
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        nothing_left()
+        go.set()
+        async with lb:
+            assert lb.statistics()
+
+    run(main)
+
+
+def test_closed_twice_at_once(wired):
+    async def main() -> None:
+        lb = balancer()
+        await lb.start()
+        await asyncio.gather(lb.close(), lb.close(), lb.close())
+        await lb.close()
+        with pytest.raises(KernelError, match="is not running"):
+            lb.statistics()
+
+    run(main)
+
+
+def test_a_close_that_is_cancelled_can_be_repeated(wired, monkeypatch):
+    async def main() -> None:
+        lb = balancer()
+        await lb.start()
+        closing, go = asyncio.Event(), asyncio.Event()
+        close = Supervisor.close
+
+        async def waiting(supervisor: Supervisor) -> None:
+            closing.set()
+            await go.wait()
+            await close(supervisor)
+
+        monkeypatch.setattr(Supervisor, "close", waiting)
+        first = asyncio.create_task(lb.close())
+        await closing.wait()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        go.set()
+        await lb.close()
+
+    run(main)
+
+
+def test_another_event_loop(wired):
+    """Cannot end it by mistake; where it runs it can still be ended."""
+    lb = balancer()
+    runner = asyncio.Runner()
+    runner.run(lb.start())
+    with pytest.raises(KernelError, match="was started in another event loop"):
+        asyncio.run(lb.close())
+    runner.run(lb.close())
+    runner.close()
+    nothing_left()
+
+
+def test_events_tell_the_end(wired):
+    async def main() -> None:
+        lb = balancer()
+        await lb.start()
+        events = lb.events()
+        waiting = asyncio.create_task(lb.wait())
+        await asyncio.sleep(0)  # it waits
+        lb.set_weight(WEB, BACKEND, 2)  # before anybody asks for the first
+        await lb.close()
+        assert [event.kind async for event in events] == ["changed"]
+        await waiting
+        with pytest.raises(KernelError, match="is not running"):
+            lb.events()
+
+    run(main)
+
+
+def test_events_tell_a_failure(wired):
+    async def main() -> None:
+        async with balancer() as lb:
+            events = lb.events()
+            waiting = asyncio.create_task(lb.wait())
+            wired.ip("link", "del", "veth0")
+            kinds = []
+            async for event in events:
+                kinds.append(event.kind)
+                if event.kind == "failed":
+                    break
+            assert "veth0" in event.reason
+            late = lb.events()
+            assert await anext(late) == Event("failed", reason=event.reason)
+            with pytest.raises(KernelError, match="veth0"):
+                await waiting
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert pins.owner("lb-veth0") is None
+
+
+def test_from_other_threads(wired):
+    """Of changes at once by many threads none is lost, in whichever way it runs."""
+
+    def change(lb: LoadBalancer) -> None:
+        threads = [
+            threading.Thread(target=lb.add_service, args=(f"tcp://10.0.0.100:{port}={BACKEND}",))
+            for port in range(1000, 1016)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    async def main() -> None:
+        async with balancer() as lb:
+            await asyncio.to_thread(change, lb)
+            assert len(lb.statistics().loads) == 17
+
+    run(main)
+    with balancer() as lb:
+        change(lb)
+        assert len(lb.statistics().loads) == 17
+        with pytest.raises(KernelError, match="for the event loop that the load balancer runs in"):
+            lb.events()
+    nothing_left()
+
+
+# ---- in a thread of its own ----
+
+
+def test_one_in_the_other(wired):
+    with balancer() as lb:
+        with pytest.raises(KernelError, match="is running already"), lb:
+            pass
+        assert lb.statistics()
+        with pytest.raises(KernelError, match="is run already by process"), balancer():
+            pass
+        lb.__exit__(None, None, None)
+        lb.__exit__(None, None, None)
+    nothing_left()
+    with lb:
+        assert lb.statistics()
+    nothing_left()
+
+
+def test_ctrl_c_during_the_start(wired, monkeypatch):
+    async def interrupted(engine: Engine) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Engine, "_resolve", interrupted)
+        balancer().__enter__()
+    nothing_left()
+
+
+def test_ctrl_c_during_the_end(wired, monkeypatch):
+    close = Supervisor.close
+
+    async def interrupted(supervisor: Supervisor) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await close(supervisor)
+
+    monkeypatch.setattr(Supervisor, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt), balancer():
+        pass
+    nothing_left()
+
+
+def test_threads_work_or_the_program_does(wired):
+    with balancer() as lb, pytest.raises(KernelError, match="threads work on the frames"):
+        lb.process_once()
+    with balancer(threads=False) as lb:
+        assert lb.process_once(0) == 0
+        for timeout in (-1, "1", None, float("nan"), float("inf")):
+            with pytest.raises(ConfigError, match="timeout"):
+                lb.process_once(timeout)
+
+
+# ---- what cannot start ----
+
+
+def down(namespace: Any) -> dict[str, Any]:
+    namespace.ip("link", "set", "veth1", "down")
+    return {"interfaces": ["veth0", "veth1"]}
+
+
+def taken(namespace: Any) -> dict[str, Any]:
+    namespace.port = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    namespace.port.bind(("10.0.0.2", 7171))
+    return {"report_listen": (ip_address("10.0.0.2"), 7171), "report_key": bytes(32)}
+
+
+def too_many_queues(namespace: Any) -> dict[str, Any]:
+    return {"queues": 2}
+
+
+def none_there(namespace: Any) -> dict[str, Any]:
+    return {"interfaces": ["veth0", "nothing"]}
+
+
+@pytest.mark.parametrize("why", [down, taken, too_many_queues, none_there])
+def test_a_start_that_fails_leaves_nothing(wired, why):
+    settings = why(wired)
+    names = settings.pop("interfaces", "veth0")
+    lb = LoadBalancer(names, [f"{WEB}={BACKEND}"], seed=bytes(16), flows=64, **settings)
+    before = descriptors()
+    for _ in range(2):
+        with pytest.raises(KernelError):
+            lb.__enter__()
+        nothing_left()
+        with pytest.raises(KernelError):
+            asyncio.run(lb.start())
+        nothing_left()
+        assert served(lb) == {WEB}
+    gc.collect()
+    assert descriptors() == before
+    if hasattr(wired, "port"):
+        wired.port.close()
+    with balancer() as other:
+        assert other.statistics()
+
+
+# ---- arguments ----
+
+
+def test_a_change_that_cannot_be_changes_nothing(wired):
+    with balancer() as lb:
+        before = lb.services
+        for change in (
+            lambda: lb.set_weight(WEB, BACKEND, -5),
+            lambda: lb.set_weight(WEB, BACKEND, 70000),
+            lambda: lb.set_state(WEB, BACKEND, "sleepy"),
+            lambda: lb.add_service(f"{WEB}={BACKEND}"),
+            lambda: lb.add_backend(WEB, BACKEND),
+            lambda: lb.remove_backend(WEB, BACKEND),
+            lambda: lb.replace_services([f"{OTHER}={BACKEND}", "nonsense"]),
+        ):
+            with pytest.raises(ConfigError):
+                change()
+            assert lb.services == before
+            assert set(map(str, lb.statistics().loads)) == {WEB}
+        lb.set_state(WEB, BACKEND, "drain")
+        lb.add_backend(WEB, "10.0.0.12*3")
+        assert [(str(b.address), b.weight, b.state.value) for b in lb.service(WEB).backends] == [
+            (BACKEND, 1, "drain"),
+            ("10.0.0.12", 3, "up"),
+        ]
+        assert lb.service(Vip("10.0.0.100", 80)) is lb.service(WEB)  # type: ignore[arg-type]
+
+
+def test_standard_output_is_the_programs(wired):
+    code = f"""
+from crablb import LoadBalancer
+with LoadBalancer("veth0", ["{WEB}=10.0.0.99"], flows=64):
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "backend not usable yet" in done.stderr
