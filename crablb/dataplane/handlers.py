@@ -175,7 +175,9 @@ class Handlers:
         descs = np.zeros(len(handled), DESC)
         descs["addr"] = handled["data"] - umem.ctypes.data
         descs["len"] = handled["len"]
-        room = frame_size - descs["addr"] % frame_size
+        # A packet that came in several frames lies behind them all.
+        size = np.where(descs["addr"] < len(umem) - lib.CRAB_WHOLE, frame_size, lib.CRAB_WHOLE)
+        room = size - descs["addr"] % size
         frames = Frames(descs, umem, handled["ifindex"], room)
         try:
             answer = handle(frames)

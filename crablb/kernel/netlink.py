@@ -30,7 +30,7 @@ NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, 
 NUD_PERMANENT = 0x80
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
-NETDEV_XDP_ACT_NDO_XMIT = 4
+NETDEV_XDP_ACT_NDO_XMIT, NETDEV_XDP_ACT_NDO_XMIT_SG = 4, 64
 
 log = structlog.get_logger()
 
@@ -55,6 +55,7 @@ class NextHop:
     source: Address | None = None  # what the kernel would send from
     mtu: int = 0  # of the way: bytes of an IP packet
     redirect: bool = False  # the interface takes what an XDP program redirects to it
+    frags: bool = False  # the same of frames of several buffers
 
     @property
     def on_link(self) -> bool:
@@ -82,6 +83,7 @@ class _Link(NamedTuple):
     mtu: int
     ethernet: bool
     redirect: bool
+    frags: bool
     master: int  # index of the bridge or bond that it is a port of; 0: none
 
 
@@ -113,6 +115,7 @@ def _link(message: Message, features: Mapping[int, int]) -> tuple[int, _Link]:
         rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
         kind == ARPHRD_ETHER,
         bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT),
+        bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT_SG),
         rtnetlink.number(found.get(rtnetlink.IFLA_MASTER)),
     )
 
@@ -280,8 +283,9 @@ class NextHops:
             reason = f"{via[1]} does not answer on {link.name}"
             return NextHop(HopState.UNRESOLVED, reason, route.ifindex, route.gateway)
         return NextHop(
-            HopState.RESOLVED, "", route.ifindex, route.gateway, mac, link.mac, route.source, route.mtu, link.redirect
-        )
+            HopState.RESOLVED, "", route.ifindex, route.gateway, mac, link.mac, route.source, route.mtu,
+            link.redirect, link.frags,
+        )  # fmt: skip
 
     # ---- in the netlink thread ----
 

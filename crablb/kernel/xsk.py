@@ -31,8 +31,8 @@ from crablb.kernel.interface import interface_info
 
 __all__ = ["DESC", "Batch", "XskError", "XskSocket"]
 
-#: ``struct crab_desc``: a frame's address in the UMEM and its length in bytes.
-DESC = np.dtype([("addr", "<u8"), ("len", "<u4"), ("pad", "<u4")])
+#: ``struct crab_desc``: a frame's address in the UMEM, its length in bytes, 1 if its packet goes on in the next one.
+DESC = np.dtype([("addr", "<u8"), ("len", "<u4"), ("more", "<u4")])
 HEADROOM = 256  # bytes that the kernel leaves in front of a received frame
 
 
@@ -93,6 +93,12 @@ class Batch:
         """Bytes of each frame, shape (n,); writable: a shorter or longer frame is sent so."""
         return self.descs["len"]
 
+    @property
+    def more(self) -> npt.NDArray[np.bool_]:
+        """Which frames' packets go on in the frame behind them, shape (n,): with ``multi_buffer`` alone."""
+        more: npt.NDArray[np.bool_] = self.descs["more"] != 0
+        return more
+
     def select(self, mask: npt.NDArray[Any]) -> Batch:
         """The frames that a boolean mask or an index array picks."""
         return Batch(self.descs[mask], self._umem)
@@ -113,6 +119,10 @@ class XskSocket:
     ``copy``: True for copy mode, False for zero-copy, None to try zero-copy first.  ``frame_size`` is 2048 or 4096
     bytes, of which 256 are headroom; ``frames`` and ``ring`` are powers of two.
 
+    ``multi_buffer``: take packets too that do not fit into a frame, as there are where the MTU is larger: they lie in
+    several frames of a batch, see :attr:`Batch.more`, which have to be sent or released together.  The attribute of
+    that name says whether kernel (6.6) and driver do so; without it such packets are dropped.
+
     Raises :class:`XskError`, :class:`crablb.kernel.bpf.BpfError`, or :class:`KernelError` if the interface does not
     exist or is down.
     """
@@ -129,6 +139,7 @@ class XskSocket:
         need_wakeup: bool = True,
         load_program: bool = True,
         mode: Literal["auto", "native", "generic"] = "auto",
+        multi_buffer: bool = False,
     ) -> None:
         if frame_size not in (2048, 4096):
             raise ValueError(f"frame_size is 2048 or 4096 bytes, not {frame_size}")
@@ -143,6 +154,7 @@ class XskSocket:
         if not info.up:
             raise KernelError(f"interface {interface} is down; bring it up: ip link set {interface} up")
         flags = lib.CRAB_BIND_NEED_WAKEUP if need_wakeup else 0
+        flags |= lib.CRAB_BIND_FRAGS if multi_buffer else 0
         flags |= {None: 0, True: lib.CRAB_BIND_COPY, False: lib.CRAB_BIND_ZEROCOPY}[copy]
         error, stage = ffi.new("int *"), ffi.new("char **")
         self._xsk = lib.crab_xsk_new(info.index, queue, frames, frame_size, ring, flags, error, stage)
@@ -151,8 +163,12 @@ class XskSocket:
             raise XskError(_explain(interface, queue, where, error[0]), error[0])
         self.fd = int(lib.crab_xsk_fd(self._xsk))
         self.zero_copy = bool(lib.crab_xsk_zero_copy(self._xsk))
-        size = frames * frame_size
-        self.umem: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(lib.crab_xsk_umem(self._xsk), size), np.uint8)
+        self.multi_buffer = bool(lib.crab_xsk_frags(self._xsk))
+        #: The UMEM, and behind it room to put one packet together in.
+        self.memory: npt.NDArray[np.uint8] = np.frombuffer(
+            ffi.buffer(lib.crab_xsk_umem(self._xsk), frames * frame_size + lib.CRAB_WHOLE), np.uint8
+        )
+        self.umem = self.memory[: frames * frame_size]
         self.mode = ""
         if load_program:
             try:
@@ -162,7 +178,7 @@ class XskSocket:
                 raise
 
     def _load(self, ifindex: int, mode: Literal["auto", "native", "generic"]) -> None:
-        program = bpf.Object(bpf.object_path("xsk"))
+        program = bpf.Object(bpf.object_path("xsk"), frags=self.multi_buffer)
         try:
             self.register(program.map("sockets"))
             try:
@@ -211,7 +227,12 @@ class XskSocket:
                 return bool(events)
 
     def receive(self, n: int = 64) -> Batch:
-        """Take up to ``n`` frames that have come (none: an empty batch).  They are yours until sent or released."""
+        """Take up to ``n`` frames that have come (none: an empty batch).  They are yours until sent or released.
+
+        With ``multi_buffer`` a batch has whole packets only: ``n`` is 64 or more, so that any fits in.
+        """
+        if self.multi_buffer and n < lib.CRAB_MAX_FRAGS:
+            raise ValueError(f"with multi_buffer take {lib.CRAB_MAX_FRAGS} frames or more, not {n}")
         descs = np.empty(n, DESC)
         got = lib.crab_xsk_receive(self._xsk, ffi.from_buffer("struct crab_desc[]", descs), n)
         lib.crab_xsk_refill(self._xsk)
