@@ -19,6 +19,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "hop.h"
+#include "length.h"
 #include "mac.h"
 #include "maps.h"
 #include "match.h"
@@ -145,6 +146,18 @@ struct {
     __type(key, __u32);
     __type(value, __u64);
 } daemon_counters SEC(".maps");
+
+/* Where bytes are copied to that lie in a frame's further buffers. */
+#define PIECE 512
+struct piece {
+    __u8 bytes[PIECE];
+};
+struct {
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, struct piece);
+} pieces SEC(".maps");
 
 static __always_inline void count(__u32 what)
 {
@@ -288,7 +301,7 @@ struct packet {
     __be16 cport;
     __be16 check;   /* of TCP */
     __u32 pseudo;   /* sum of the pseudo-header */
-    __u32 frame;    /* bytes */
+    __u32 frame;    /* bytes, in all its buffers: the headers are in the first, which alone is in reach */
     __u32 len;      /* bytes of the IP packet; 0: it is not what its headers say, and user space refuses it */
     __u16 l3, l4;   /* offsets of the headers */
     __u8 class, v6;
@@ -368,7 +381,7 @@ static __always_inline __u64 flow_hash(const struct crab_hashing *h, const struc
     return crab_sip_end(&s, ports | 36ull << 56);
 }
 
-/* The sum of len bytes at an offset, in 32 bits; 0 (which no packet's is), if they are too many.  By the helper, in pieces of
+/* The sum of len bytes at an offset, in 32 bits; 0 (which no packet's is), if they are too many or not in reach.  By the helper, in pieces of
  * so many bytes that both it and the verifier take them.  Global, so that it is verified once. */
 __noinline __u32 sum_of(struct xdp_md *ctx, __u32 at, __u32 len)
 {
@@ -409,11 +422,33 @@ __noinline __u32 sum_of(struct xdp_md *ctx, __u32 at, __u32 len)
     return (__u32)((rest & 0xffffffff) + (rest >> 32));
 }
 
+/* The same of longer ones, and of those that lie in several buffers; 0, if the frame ends before. */
+__noinline __u32 sum_of_copies(struct xdp_md *ctx, __u32 at, __u32 len)
+{
+    __u32 zero = 0, sum = 0;
+    struct piece *piece = bpf_map_lookup_elem(&pieces, &zero);
+    if (!piece)
+        return 0;
+    for (int i = 0; i < 0x10000 / PIECE && len; i++) {
+        __u32 n = crab_length_within(len, PIECE);
+        if (n < PIECE)
+            __builtin_memset(piece, 0, sizeof *piece);
+        if (bpf_xdp_load_bytes(ctx, at, piece, n))
+            return 0;
+        sum = (__u32)bpf_csum_diff(NULL, 0, (void *)piece, sizeof *piece, sum);
+        at += n;
+        len -= n;
+    }
+    return sum;
+}
+
 /* The checksum of a packet's TCP segment or ICMP message: CRAB_CSUM_*.  right: what it should be, where it is partial: the
  * field holds the pseudo-header's sum, so that the segment's is the whole one. */
 static __always_inline int checksum(struct xdp_md *ctx, const struct packet *p, int icmp, __u16 *right)
 {
-    __u32 sum = sum_of(ctx, p->l4, p->len - (p->l4 - p->l3));
+    __u32 len = p->len - (p->l4 - p->l3), sum = sum_of(ctx, p->l4, len);
+    if (!sum)
+        sum = sum_of_copies(ctx, p->l4, len);
     if (!sum)
         return CRAB_CSUM_BAD;
     if (crab_is_whole((__u64)sum + p->pseudo))
@@ -491,6 +526,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     __u32 tunnel = flow.flags & CRAB_FLOW_TUNNEL, ifindex = path->ifindex, outer = 0;
     int back = ifindex == ctx->ingress_ifindex, tx = back && path->tx;
     if (!tx && !path->redirect)
+        return -1;
+    if (!tx && !path->frags && p->frame > (__u32)(ctx->data_end - ctx->data))
         return -1;
     if (sum == CRAB_CSUM_PARTIAL && path->partial == CRAB_PARTIAL_ASK)
         return -1;
@@ -596,7 +633,7 @@ int crab_lb(struct xdp_md *ctx)
         l3 += 4;
     }
     p.l3 = (__u16)(l3 - data);
-    p.frame = (__u32)(end - data);
+    p.frame = (__u32)bpf_xdp_get_buff_len(ctx);
     if (type == bpf_htons(ETH_P_IP)) {
         struct iphdr *ip = l3;
         if ((void *)(ip + 1) > end)

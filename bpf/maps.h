@@ -141,7 +141,8 @@ struct crab_path {
     __u8 tx;       /* 1: what came in by that interface may go out again by XDP_TX */
     __u8 redirect; /* 1: the interface takes what is sent by XDP_REDIRECT; with neither, user space forwards */
     __u8 partial;  /* CRAB_PARTIAL_* */
-    __u8 pad[8];
+    __u8 frags;    /* 1: the interface takes frames of several buffers, too, by XDP_REDIRECT */
+    __u8 pad[7];
 };
 
 /* Which frames a handler takes: those that have all the fields named.  Also what a frame has. */
@@ -214,6 +215,7 @@ enum crab_daemon_counter {
     CRAB_DAEMON_REPORTS_REPLAYED, /* refused: older than the last one */
     CRAB_DAEMON_REPORTS_SILENT,   /* servers that stopped reporting */
     CRAB_DAEMON_REDIRECTS_STOPPED, /* times that a backend completed no redirects, and got the fallback alone */
+    CRAB_DAEMON_XSK_DROPPED, /* sweeps since whose predecessor the kernel dropped packets in front of a worker */
     CRAB_DAEMON_COUNTERS
 };
 

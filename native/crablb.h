@@ -299,6 +299,12 @@ enum crab_counter {
     CRAB_C_RETRANSMITTED_SYN,
     CRAB_C_FORGED_OPTION, /* a client sent a redirect; it was removed or overwritten */
     CRAB_C_FLOWS_FULL,    /* no room to remember a SYN */
+    /* the kernel's own, of the worker's socket: as struct crab_xsk_stats, once a second */
+    CRAB_C_XSK_RX_DROPPED,
+    CRAB_C_XSK_RX_INVALID,
+    CRAB_C_XSK_TX_INVALID,
+    CRAB_C_XSK_RX_FULL,
+    CRAB_C_XSK_FILL_EMPTY,
     CRAB_COUNTERS
 };
 
@@ -390,11 +396,12 @@ int crab_match_find(const struct crab_matches *matches, const uint8_t *frame, si
 /* By one thread at a time, but for what does not change (fd, umem, zero_copy) and what asks the kernel alone (statistics,
  * error): any thread. */
 
-/* A frame: its address in the UMEM, and its length in bytes. */
+/* A frame: its address in the UMEM, and its length in bytes.  A packet may lie in several that follow each other, if the
+ * socket was made with CRAB_BIND_FRAGS. */
 struct crab_desc {
     uint64_t addr;
     uint32_t len;
-    uint32_t pad;
+    uint32_t more; /* 1: the packet goes on in the next one */
 };
 
 struct crab_xsk_stats { /* frames since the socket was made; linux/if_xdp.h, struct xdp_statistics */
@@ -414,6 +421,10 @@ struct crab_xsk_places {
 #define CRAB_BIND_COPY 2        /* XDP_COPY */
 #define CRAB_BIND_ZEROCOPY 4    /* XDP_ZEROCOPY */
 #define CRAB_BIND_NEED_WAKEUP 8 /* XDP_USE_NEED_WAKEUP */
+#define CRAB_BIND_FRAGS 16      /* XDP_USE_SG, where there is that */
+
+/* Bytes behind the UMEM that the kernel does not know of: for whoever puts a packet together. */
+#define CRAB_WHOLE 65536
 
 struct crab_xsk;
 
@@ -432,20 +443,26 @@ void crab_xsk_free(struct crab_xsk *xsk);
 int crab_xsk_busy_poll(struct crab_xsk *xsk, uint32_t microseconds, uint32_t budget);
 /* The socket's, which closes it. */
 int crab_xsk_fd(const struct crab_xsk *xsk);
-/* frame_count * frame_size bytes, the socket's; a crab_desc's addr is an offset into them. */
+/* frame_count * frame_size bytes, the socket's, and CRAB_WHOLE behind them; a crab_desc's addr is an offset into them. */
 uint8_t *crab_xsk_umem(const struct crab_xsk *xsk);
 bool crab_xsk_zero_copy(const struct crab_xsk *xsk);
+/* Whether packets may lie in several frames. */
+bool crab_xsk_frags(const struct crab_xsk *xsk);
+/* Whether this kernel has such sockets (Linux 6.6). */
+bool crab_xsk_knows_frags(void);
 
 /* Give the kernel free frames to receive into, so that it has half of all; the other half is for sending.  Returns how
  * many. */
 uint32_t crab_xsk_refill(struct crab_xsk *xsk);
-/* Take up to n received frames, which are the caller's until released or sent.  Returns how many. */
+/* Take up to n received frames, which are the caller's until released or sent.  Returns how many: whole packets only, of
+ * which none has more than CRAB_MAX_FRAGS. */
+#define CRAB_MAX_FRAGS 64
 uint32_t crab_xsk_receive(struct crab_xsk *xsk, struct crab_desc *out, uint32_t n);
 /* Take up to n free frames to write into, which are the caller's likewise.  Returns how many. */
 uint32_t crab_xsk_take(struct crab_xsk *xsk, struct crab_desc *out, uint32_t n);
 /* Give frames of the caller's back unsent. */
 void crab_xsk_release(struct crab_xsk *xsk, const struct crab_desc *descs, uint32_t n);
-/* Queue up to n of the caller's frames for sending; the rest stay the caller's.  Returns how many. */
+/* Queue up to n of the caller's frames for sending, whole packets only; the rest stay the caller's.  Returns how many. */
 uint32_t crab_xsk_send(struct crab_xsk *xsk, const struct crab_desc *descs, uint32_t n);
 /* Make the kernel send what is queued.  0, or -errno if the interface is gone. */
 int crab_xsk_kick(struct crab_xsk *xsk);

@@ -26,6 +26,7 @@ struct crab_worker {
     uint64_t *counters;
     int wake;   /* eventfd */
     int packet; /* socket that sends by any interface, and receives nothing */
+    uint32_t asked; /* second in which the kernel's counters were read */
     uint64_t spin; /* nanoseconds: turn so long before a sleep, if that seems worth it */
     bool worth_it;
     _Atomic(bool) stop;
@@ -117,7 +118,7 @@ static void queue(struct crab_worker *w, const struct crab_desc *out, uint32_t n
     }
 }
 
-/* The core's work on at most CRAB_BATCH frames, and whither they go then. */
+/* The core's work on at most CRAB_BATCH frames, each a packet, and whither they go then. */
 static void forward(struct crab_worker *w, const struct crab_desc *descs, uint32_t n, uint32_t now)
 {
     struct crab_xsk *x = w->xsk;
@@ -142,16 +143,70 @@ static void forward(struct crab_worker *w, const struct crab_desc *descs, uint32
     queue(w, out, sent);
 }
 
+/* The same of a packet in several frames.  It is put together where there is room for one: known flows' do not come here.
+ * It goes out by the packet socket, which takes it whole, behind what is queued already.  Returns how many frames it had. */
+static uint32_t forward_whole(struct crab_worker *w, const struct crab_desc *descs, uint32_t now)
+{
+    struct crab_xsk *x = w->xsk;
+    uint8_t *start = x->umem + x->umem_len + CRAB_HEADROOM;
+    uint32_t n = 0, room = CRAB_WHOLE - CRAB_HEADROOM;
+    struct crab_frame frame = {.data = start, .ifindex = x->ifindex};
+    do { /* what is too long loses its end, and is malformed then */
+        uint32_t len = descs[n].len < room - frame.len ? descs[n].len : room - frame.len;
+        memcpy(start + frame.len, x->umem + descs[n].addr, len);
+        frame.len += len;
+    } while (descs[n++].more);
+    crab_xsk_release(x, descs, n);
+    crab_core_batch(w->core, &frame, 1, now);
+    if (!frame.len)
+        return n;
+    if (x->in_tx)
+        crab_xsk_kick(x);
+    send_elsewhere(w, &frame, 1);
+    return n;
+}
+
+/* Frames in front of the first packet that has several, at most CRAB_BATCH. */
+static inline uint32_t single(const struct crab_desc *descs, uint32_t n)
+{
+    uint32_t i = 0;
+    while (i < n && i < CRAB_BATCH && crab_likely(!descs[i].more))
+        i++;
+    return i;
+}
+
+/* Let who reads the worker's counters see the kernel's. */
+static void count_kernels(struct crab_worker *w)
+{
+    struct crab_xsk_stats s;
+    if (crab_xsk_statistics(w->xsk, &s))
+        return;
+    w->counters[CRAB_C_XSK_RX_DROPPED] = s.rx_dropped;
+    w->counters[CRAB_C_XSK_RX_INVALID] = s.rx_invalid_descs;
+    w->counters[CRAB_C_XSK_TX_INVALID] = s.tx_invalid_descs;
+    w->counters[CRAB_C_XSK_RX_FULL] = s.rx_ring_full;
+    w->counters[CRAB_C_XSK_FILL_EMPTY] = s.rx_fill_ring_empty_descs;
+}
+
 static int work(struct crab_worker *w)
 {
     struct crab_xsk *x = w->xsk;
     struct crab_desc descs[ROUND];
     uint32_t n = crab_xsk_receive(x, descs, ROUND);
-    if (n) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-        for (uint32_t at = 0; at < n; at += CRAB_BATCH)
-            forward(w, descs + at, n - at < CRAB_BATCH ? n - at : CRAB_BATCH, (uint32_t)now.tv_sec);
+    struct timespec clock;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &clock);
+    uint32_t now = (uint32_t)clock.tv_sec;
+    for (uint32_t at = 0; at < n;) {
+        uint32_t run = single(descs + at, n - at);
+        if (crab_likely(run))
+            forward(w, descs + at, run, now);
+        else
+            run = forward_whole(w, descs + at, now);
+        at += run;
+    }
+    if (crab_unlikely(w->asked != now)) {
+        w->asked = now;
+        count_kernels(w);
     }
     int rc = 0;
     if (x->in_tx) {

@@ -84,7 +84,7 @@ static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, c
 
     *stage = "umem";
     x->umem_len = (size_t)x->frame_count * x->frame_size;
-    x->umem = map_umem(x->umem_len);
+    x->umem = map_umem(x->umem_len + CRAB_WHOLE);
     if (!x->umem)
         return -errno;
     /* The kernel refuses a structure whose unknown tail is not zero, so it is zeroed as a whole. */
@@ -130,13 +130,17 @@ static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, c
     crab_xsk_refill(x); /* before the socket is bound: some drivers look at the fill ring only then */
 
     *stage = "bind";
-    uint16_t wakeup = bind_flags & XDP_USE_NEED_WAKEUP;
-    if (!(bind_flags & XDP_COPY)) {
-        rc = bind_queue(x, XDP_ZEROCOPY | wakeup);
-        if (!rc || (bind_flags & XDP_ZEROCOPY) || rc == -EBUSY)
-            return rc;
+    uint16_t wakeup = bind_flags & XDP_USE_NEED_WAKEUP, frags = bind_flags & XDP_USE_SG;
+    const uint16_t modes[] = {XDP_ZEROCOPY, XDP_COPY}, forced = bind_flags & (XDP_ZEROCOPY | XDP_COPY);
+    rc = -EINVAL;
+    for (int i = 0; i < 2 && rc && rc != -EBUSY; i++) {
+        if (forced && forced != modes[i])
+            continue;
+        rc = bind_queue(x, modes[i] | frags | wakeup);
+        if (rc && rc != -EBUSY && frags)
+            rc = bind_queue(x, modes[i] | wakeup);
     }
-    return bind_queue(x, XDP_COPY | wakeup);
+    return rc;
 }
 
 struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_count, uint32_t frame_size,
@@ -189,7 +193,7 @@ void crab_xsk_free(struct crab_xsk *x)
         return;
     crab_xsk_close(x);
     if (x->umem)
-        munmap(x->umem, x->umem_len);
+        munmap(x->umem, x->umem_len + CRAB_WHOLE);
     free(x->free);
     free(x);
 }
@@ -222,6 +226,22 @@ bool crab_xsk_zero_copy(const struct crab_xsk *x)
     return x->bind_flags & XDP_ZEROCOPY;
 }
 
+bool crab_xsk_frags(const struct crab_xsk *x)
+{
+    return x->bind_flags & XDP_USE_SG;
+}
+
+bool crab_xsk_knows_frags(void)
+{
+    /* The flags are looked at first, then the interface, of which there is no number 0. */
+    struct sockaddr_xdp addr = {.sxdp_family = AF_XDP, .sxdp_flags = XDP_USE_SG};
+    int fd = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0);
+    bool known = fd >= 0 && bind(fd, (struct sockaddr *)&addr, sizeof addr) && errno == ENODEV;
+    if (fd >= 0)
+        close(fd);
+    return known;
+}
+
 uint32_t crab_xsk_refill(struct crab_xsk *x)
 {
     uint32_t share = x->frame_count / 2;
@@ -239,14 +259,23 @@ uint32_t crab_xsk_refill(struct crab_xsk *x)
     return n;
 }
 
+/* How many of n frames are there until a packet's end. */
+static inline uint32_t whole_packets(const struct crab_desc *descs, uint32_t n)
+{
+    while (crab_unlikely(n && descs[n - 1].more))
+        n--;
+    return n;
+}
+
 uint32_t crab_xsk_receive(struct crab_xsk *x, struct crab_desc *out, uint32_t want)
 {
     uint32_t n = crab_ring_ready(&x->rx, want);
     const struct xdp_desc *ring = x->rx.descs;
     for (uint32_t i = 0; i < n; i++) {
         const struct xdp_desc *d = &ring[(x->rx.mine + i) & x->rx.mask];
-        out[i] = (struct crab_desc){.addr = d->addr, .len = d->len};
+        out[i] = (struct crab_desc){.addr = d->addr, .len = d->len, .more = d->options & XDP_PKT_CONTD};
     }
+    n = whole_packets(out, n);
     crab_ring_consumed(&x->rx, n);
     x->in_fill -= n;
     x->held += n;
@@ -271,10 +300,11 @@ void crab_xsk_release(struct crab_xsk *x, const struct crab_desc *descs, uint32_
 
 uint32_t crab_xsk_send(struct crab_xsk *x, const struct crab_desc *descs, uint32_t want)
 {
-    uint32_t n = crab_ring_room(&x->tx, want);
+    uint32_t n = whole_packets(descs, crab_ring_room(&x->tx, want));
     struct xdp_desc *ring = x->tx.descs;
     for (uint32_t i = 0; i < n; i++)
-        ring[(x->tx.mine + i) & x->tx.mask] = (struct xdp_desc){.addr = descs[i].addr, .len = descs[i].len};
+        ring[(x->tx.mine + i) & x->tx.mask] =
+            (struct xdp_desc){.addr = descs[i].addr, .len = descs[i].len, .options = descs[i].more ? XDP_PKT_CONTD : 0};
     crab_ring_produced(&x->tx, n);
     x->held -= n;
     x->in_tx += n;

@@ -24,6 +24,10 @@
 #ifndef SOL_XDP
 #define SOL_XDP 283
 #endif
+#ifndef XDP_USE_SG /* Linux 6.6 */
+#define XDP_USE_SG 16
+#define XDP_PKT_CONTD 1
+#endif
 #ifndef XDP_MAX_TX_SKB_BUDGET /* Linux 6.18 */
 #define XDP_MAX_TX_SKB_BUDGET 9
 #endif
@@ -46,7 +50,7 @@ struct crab_xsk {
     int fd;
     uint32_t ifindex, queue;
     uint32_t frame_count, frame_size;
-    uint32_t bind_flags; /* what the kernel agreed to: XDP_ZEROCOPY or XDP_COPY, XDP_USE_NEED_WAKEUP */
+    uint32_t bind_flags; /* what the kernel agreed to: XDP_ZEROCOPY or XDP_COPY, XDP_USE_NEED_WAKEUP, XDP_USE_SG */
     bool busy_poll;      /* system calls drive the driver; no interrupt does */
     uint8_t *umem;
     size_t umem_len;

@@ -15,6 +15,7 @@ import structlog
 
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started, Swept
+from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Address, Config, Fallback
 
@@ -115,6 +116,31 @@ def full(flows: int, refused: int, room: int) -> Iterator[Advice]:
         )
 
 
+def dropped(packets: int) -> Iterator[Advice]:
+    """What came to a queue and not to its worker."""
+    if packets:
+        yield _warning(
+            "the kernel dropped packets in front of the workers",
+            "xsk_dropped",
+            packets=packets,
+            reason="crablb status has the kinds: xsk_rx_full, the worker had no time; xsk_rx_dropped, no frame was"
+            " free, or none is long enough",
+        )
+
+
+def too_long(interfaces: Iterable[Interface], narrow: Mapping[str, int]) -> Iterator[Advice]:
+    """Interfaces whose MTU is larger than what a worker can be given."""
+    for interface in interfaces:
+        room = narrow.get(interface.name, interface.mtu)
+        if interface.mtu > room:
+            yield _warning(
+                "long packets are dropped, unless they are known flows'",
+                interface=interface.name,
+                mtu=interface.mtu,
+                reason=f"AF_XDP sockets of this kernel and driver take {room} bytes; lower the MTU, or use Linux 6.6",
+            )
+
+
 def silent(backend: Address | None) -> Iterator[Advice]:
     """A server that reported its load, and does not any more."""
     yield _warning("server has fallen silent; its load is taken for average", "reports_silent", backend=str(backend))
@@ -150,14 +176,16 @@ class Adviser:
             case Started():
                 yield from unusable(engine.hops)
                 yield from narrow_tunnels(engine.config, engine.hops)
+                yield from too_long(engine.interfaces, engine.narrow)
                 if engine.bypass:
                     yield from unreached(engine.hops, engine.reached)
             case HopsChanged(before, now):
                 yield from moved(before, now)
                 if any(a not in before or hop.mtu != before[a].mtu for a, hop in now.items()):
                     yield from narrow_tunnels(engine.config, engine.hops)
-            case Swept(flows, refused):
+            case Swept(flows, refused, lost):
                 yield from full(flows, refused, engine.config.flows)
+                yield from dropped(lost)
             case Event(kind="server-silent"):
                 yield from silent(notice.backend)
             case Event(kind="redirects-stopped"):

@@ -154,9 +154,10 @@ def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool) -> Wa
         and (attachment.mode == "generic" or attachment.info.kind != "veth")
     )
     modes = {a.mode for a in attachments}
+    generic = modes == {"generic"}
     partial = lib.CRAB_PARTIAL_ASK
     if modes == {"native"}:
         partial = lib.CRAB_PARTIAL_FINISH
-    elif modes == {"generic"} and attachment and attachment.sums:
+    elif generic and attachment and attachment.sums:
         partial = lib.CRAB_PARTIAL_KEEP
-    return Ways(tx, hop.redirect or modes == {"generic"} or forced, partial)
+    return Ways(tx, hop.redirect or generic or forced, partial, hop.frags or generic)

@@ -89,7 +89,8 @@ class Engine:
         self._sweep_soon = asyncio.Event()
         self._applied: list[Config] = []  # the configurations since the last sweep began
         self._stepped = time.monotonic()  # when weights were last looked at
-        self._refused = 0  # connections that the flow caches had no room for, when last looked at
+        # Connections that the flow caches had no room for, and packets that the kernel dropped, when last looked at:
+        self._refused = self._dropped = 0
 
     # ---- what there is to know ----
 
@@ -117,6 +118,11 @@ class Engine:
     def zero_copy(self) -> bool:
         """Whether all sockets are in zero-copy mode."""
         return self._queues.zero_copy
+
+    @property
+    def narrow(self) -> Mapping[str, int]:
+        """Of the interfaces, those that take no IP packet, other than known flows', of more than so many bytes."""
+        return self._queues.narrow
 
     @property
     def hops(self) -> Mapping[Address, NextHop]:
@@ -455,9 +461,10 @@ class Engine:
         except asyncio.CancelledError:
             await counting  # it reads what is freed when this task has ended
             raise
-        refused = self.statistics()["total"]["flows_full"]
-        self._tell(Swept(flows, refused - self._refused))
-        self._refused = refused
+        total = self.statistics()["total"]
+        refused, dropped = total["flows_full"], total["xsk_rx_dropped"] + total["xsk_rx_full"]
+        self._tell(Swept(flows, refused - self._refused, dropped - self._dropped))
+        self._refused, self._dropped = refused, dropped
         if quiet:
             self._forget(left)
         if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets

@@ -49,7 +49,9 @@ class Swept:
     """Flows were swept."""
 
     flows: int  # that the XDP program has
-    refused: int  # connections that the workers' caches had no room for, since the last sweep
+    # Since the last sweep:
+    refused: int  # connections that the workers' caches had no room for
+    dropped: int = 0  # packets that the kernel dropped in front of the workers
 
 
 #: An :class:`Event` is for everybody; the others are for :mod:`crablb.control`.

@@ -173,7 +173,7 @@ class Handlers:
         descs = np.zeros(len(handled), DESC)
         descs["addr"] = handled["data"] - umem.memory.ctypes.data
         descs["len"] = handled["len"]
-        room = umem.frame_size - descs["addr"] % umem.frame_size
+        room = umem.room(descs["addr"])
         frames = Frames(descs, umem, handled["ifindex"], room)
         try:
             answer = handle(frames)
@@ -206,7 +206,7 @@ class Entrance:
     """Where one worker calls the handlers from: they see its UMEM."""
 
     def __init__(self, handlers: Handlers, umem: npt.NDArray[np.uint8], frame_size: int) -> None:
-        self._handlers, self._umem = handlers, Umem(umem, frame_size)
+        self._handlers, self._umem = handlers, Umem(umem, frame_size, lib.CRAB_WHOLE)
         self.handle = ffi.new_handle(self)
 
     def run(self, handled: npt.NDArray[np.void]) -> None:

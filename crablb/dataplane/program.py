@@ -79,7 +79,10 @@ class Program:
         else:
             sizes["flows"] = buckets
         try:
-            self._object = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes)
+            # Without such sockets an interface whose MTU exceeds a page takes the program in generic mode, where it
+            # forwards known flows at least.
+            frags = bool(lib.crab_xsk_knows_frags())
+            self._object = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes, frags=frags)
         finally:
             if inherited:
                 inherited.close()

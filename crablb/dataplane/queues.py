@@ -25,13 +25,15 @@ from crablb.dataplane.snapshot import Snapshot
 from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.interface import Interface
-from crablb.kernel.xsk import XskError, XskSocket
+from crablb.kernel.xsk import HEADROOM, XskError, XskSocket
 from crablb.model import Config
 from crablb.selection.custom import Custom
 
 __all__ = ["Queues"]
 
 FRAMES = 4096  # a queue
+#: Up to these MTUs packets fit into frames of 2,048 and of 4,096 bytes, with Ethernet's header and two VLAN tags.
+LONG, LONGEST = (size - HEADROOM - 14 - 8 for size in (2048, 4096))
 
 
 class _Worker:
@@ -39,7 +41,7 @@ class _Worker:
 
     def __init__(self, xsk: XskSocket, config: Config, counters: Any, handlers: Handlers, custom: Custom) -> None:
         self.xsk = xsk
-        self._entrance = Entrance(handlers, xsk.umem, xsk.frame_size)
+        self._entrance = Entrance(handlers, xsk.memory, xsk.frame_size)
         self._custom = custom  # the core keeps its handle
         self.counters = counters  # CRAB_COUNTERS of uint64_t
         self.core = lib.crab_core_new(config.flows, counters)
@@ -78,16 +80,23 @@ class _Worker:
         self.xsk.close()
 
 
+def _socket(interface: Interface, queue: int, *, copy: bool | None = None) -> XskSocket:
+    """What does not fit into a frame lies in several; where a socket cannot have that, frames are as long as can be."""
+    several = bool(lib.crab_xsk_knows_frags()) and interface.mtu <= LONG
+    size = 2048 if several else 4096
+    xsk = XskSocket(
+        interface.name, queue, frames=FRAMES, frame_size=size, load_program=False, multi_buffer=True, copy=copy
+    )
+    if xsk.zero_copy and not xsk.multi_buffer and interface.mtu > LONGEST:
+        xsk.close()
+        return _socket(interface, queue, copy=True)
+    return xsk
+
+
 def _sockets(interface: Interface, queues: int | None) -> Iterator[XskSocket]:
     for queue in range(queues or interface.rx_queues):
         try:
-            yield XskSocket(
-                interface.name,
-                queue,
-                frames=FRAMES,
-                frame_size=2048 if interface.mtu <= 1700 else 4096,
-                load_program=False,
-            )
+            yield _socket(interface, queue)
         except XskError as error:
             # A device may have fewer queues in use than it has in all.
             if queue and queues is None and error.errno == errno.EINVAL:
@@ -111,6 +120,11 @@ class Queues:
     def zero_copy(self) -> bool:
         """Whether all sockets are in zero-copy mode."""
         return all(worker.xsk.zero_copy for worker in self._workers)
+
+    @property
+    def narrow(self) -> dict[str, int]:
+        """Interfaces whose sockets take no packet in several frames, and bytes of the largest IP packet they take."""
+        return {worker.xsk.interface: LONGEST for worker in self._workers if not worker.xsk.multi_buffer}
 
     @property
     def snapshot(self) -> Snapshot | None:

@@ -93,6 +93,7 @@ void bpf_object__close(struct bpf_object *obj);
 struct bpf_program *bpf_object__next_program(const struct bpf_object *obj, struct bpf_program *prog);
 struct bpf_map *bpf_object__next_map(const struct bpf_object *obj, const struct bpf_map *map);
 const char *bpf_program__name(const struct bpf_program *prog);
+int bpf_program__set_flags(struct bpf_program *prog, uint32_t flags);
 int bpf_program__fd(const struct bpf_program *prog);
 int bpf_program__type(const struct bpf_program *prog);
 const char *bpf_map__name(const struct bpf_map *map);
@@ -153,6 +154,7 @@ int ring_buffer__epoll_fd(const struct ring_buffer *ring);
 #define BPF_MAP_TYPE_PERCPU_ARRAY ...
 #define BPF_MAP_TYPE_LRU_PERCPU_HASH ...
 #define BPF_F_MMAPABLE ...
+#define BPF_F_XDP_HAS_FRAGS ...
 
 /* Of the extension itself (native/cffi_build.py): libbpf's messages since the last call, of this thread. */
 void crab_log_install(void);

@@ -41,7 +41,7 @@ NUD_FAILED, NUD_PERMANENT = 0x20, 0x80
 RTN_LOCAL = 2
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
-NETDEV_XDP_ACT_NDO_XMIT = 4
+NETDEV_XDP_ACT_NDO_XMIT, NETDEV_XDP_ACT_NDO_XMIT_SG = 4, 64
 IFF_RUNNING = 0x40
 SKF_AD_NLATTR = 0xFFFFF000 + 12  # linux/filter.h
 
@@ -83,6 +83,7 @@ class NextHop:
     source: Address | None = None  # what the kernel would send from
     mtu: int = 0  # of the way: bytes of an IP packet
     redirect: bool = False  # the interface takes what an XDP program redirects to it
+    frags: bool = False  # the same of frames of several buffers
     asking: bool = False  # UNRESOLVED, and it has not failed to answer yet
 
     @property
@@ -126,6 +127,7 @@ class Link(NamedTuple):
     mtu: int
     ethernet: bool
     redirect: bool
+    frags: bool
     master: int  # index of the bridge or bond that it is a port of; 0: none
     running: bool  # it is up, and has a carrier
     ups: int  # how often it got a carrier
@@ -160,6 +162,7 @@ def _link(message: Message, features: Mapping[int, int]) -> tuple[int, Link]:
         rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
         kind == ARPHRD_ETHER,
         bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT),
+        bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT_SG),
         rtnetlink.number(found.get(rtnetlink.IFLA_MASTER)),
         bool(flags & IFF_RUNNING),
         rtnetlink.number(found.get(rtnetlink.IFLA_CARRIER_UP_COUNT)),
@@ -464,8 +467,9 @@ class NextHops:
             nud, mac = self._tables.neighbours.get(via, (0, b""))
             if nud & NUD_VALID and len(mac) == 6:
                 return NextHop(
-                    HopState.RESOLVED, "", way.ifindex, way.gateway, mac, link.mac, way.source, way.mtu, link.redirect
-                )
+                    HopState.RESOLVED, "", way.ifindex, way.gateway, mac, link.mac, way.source, way.mtu,
+                    link.redirect, link.frags,
+                )  # fmt: skip
             silent.append(f"{via[1]} does not answer on {link.name}")
         asking = any(way.neighbour(address) not in self._failed for way in ways)
         return NextHop(HopState.UNRESOLVED, ", ".join(silent), ways[0].ifindex, ways[0].gateway, asking=asking)

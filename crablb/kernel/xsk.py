@@ -37,8 +37,8 @@ from crablb.kernel.interface import interface_info
 
 __all__ = ["DESC", "Batch", "FrameError", "Umem", "XskError", "XskSocket"]
 
-#: ``struct crab_desc``: a frame's address in the UMEM and its length in bytes.
-DESC = np.dtype([("addr", "<u8"), ("len", "<u4"), ("pad", "<u4")])
+#: ``struct crab_desc``: a frame's address in the UMEM, its length in bytes, 1 if its packet goes on in the next one.
+DESC = np.dtype([("addr", "<u8"), ("len", "<u4"), ("more", "<u4")])
 HEADROOM = 256  # bytes that the kernel leaves in front of a received frame
 SHORTEST = 14  # bytes of a frame to send: an Ethernet header
 BUSY_BUDGET = 64  # frames that a driver may take at once when busy polling; the kernel's own for interrupts (NAPI)
@@ -85,15 +85,28 @@ class Umem:
     another number is somebody else's by now.  The memory stays as long as there is a view into it.
     """
 
-    def __init__(self, memory: npt.NDArray[np.uint8], frame_size: int) -> None:
+    def __init__(self, memory: npt.NDArray[np.uint8], frame_size: int, whole: int = 0) -> None:
+        """``whole``: bytes at its end that are one place, for a packet of several frames that was put together."""
         self.memory, self.frame_size = memory, frame_size
-        self._tickets = np.zeros(len(memory) // frame_size, np.uint64)  # of each frame; 0: not in the caller's hands
+        self._frames, more = (len(memory) - whole) // frame_size, int(whole > 0)
+        self._tickets = np.zeros(self._frames + more, np.uint64)  # of each place; 0: not in the caller's hands
         self._last = 0
+
+    def _numbers(self, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+        return np.minimum(addresses // self.frame_size, self._frames).astype(np.intp)
+
+    def room(self, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Bytes from each address to the end of the place that it is in."""
+        whole = addresses >= self._frames * self.frame_size
+        room: npt.NDArray[np.uint64] = np.where(
+            whole, len(self.memory) - addresses, self.frame_size - addresses % self.frame_size
+        )
+        return room
 
     def issue(self, descs: npt.NDArray[Any]) -> int:
         """A ticket for these frames."""
         self._last += 1
-        self._tickets[descs["addr"] // self.frame_size] = self._last
+        self._tickets[self._numbers(descs["addr"])] = self._last
         return self._last
 
     def revoke(self) -> None:
@@ -101,13 +114,13 @@ class Umem:
         self._tickets[:] = 0
 
     def _held(self, addr: int, ticket: int) -> bool:
-        return addr < len(self.memory) and int(self._tickets[addr // self.frame_size]) == ticket
+        return addr < len(self.memory) and int(self._tickets[min(addr // self.frame_size, self._frames)]) == ticket
 
     def view(self, addr: int, length: int, ticket: int) -> npt.NDArray[np.uint8]:
         """A frame's bytes.  Raises :class:`FrameError`."""
         if not self._held(addr, ticket):
             raise FrameError("the frame was sent or released already, or its address was changed to another frame's")
-        room = self.frame_size - addr % self.frame_size
+        room = int(self.room(np.array([addr], np.uint64))[0])
         if length > room:
             raise FrameError(f"a frame of {length} bytes does not fit: there is room for {room}")
         return self.memory[addr : addr + length]
@@ -116,14 +129,15 @@ class Umem:
         """The frames' numbers.  Raises :class:`FrameError` if one is not in the caller's hands by this ticket."""
         if not isinstance(descs, np.ndarray) or descs.dtype != DESC or descs.ndim != 1:
             raise FrameError("a batch's descs are an array of crablb.kernel.xsk.DESC, shape (n,)")
-        numbers = descs["addr"] // self.frame_size
-        if (numbers >= len(self._tickets)).any() or (self._tickets[numbers.astype(np.intp)] != ticket).any():
+        inside = descs["addr"] < len(self.memory)
+        numbers = self._numbers(descs["addr"])
+        if not inside.all() or (self._tickets[numbers] != ticket).any():
             raise FrameError("a frame was sent or released already, or its address was changed to another frame's")
-        return numbers.astype(np.intp)
+        return numbers
 
     def sendable(self, descs: npt.NDArray[Any]) -> None:
         """Raises :class:`FrameError` if a frame is too short, or longer than its room."""
-        room = self.frame_size - descs["addr"] % self.frame_size
+        room = self.room(descs["addr"])
         wrong = (descs["len"] < SHORTEST) | (descs["len"] > room)
         if wrong.any():
             i = int(wrong.argmax())
@@ -177,6 +191,12 @@ class Batch:
     def lengths(self) -> npt.NDArray[np.uint32]:
         """Bytes of each frame, shape (n,); writable: a shorter or longer frame is sent so."""
         return self.descs["len"]
+
+    @property
+    def more(self) -> npt.NDArray[np.bool_]:
+        """Which frames' packets go on in the frame behind them, shape (n,): with ``multi_buffer`` alone."""
+        more: npt.NDArray[np.bool_] = self.descs["more"] != 0
+        return more
 
     def select(self, mask: npt.NDArray[Any] | slice) -> Batch:
         """The frames that a boolean mask, an index array or a slice picks; its ``descs`` are a copy."""
@@ -239,6 +259,10 @@ class XskSocket:
     Any thread may use it, one at a time.  Close it, or use it as a context manager: one that is only forgotten is
     closed with a :class:`ResourceWarning`.  After a fork it is the parent's; the child's is closed.
 
+    ``multi_buffer``: take packets too that do not fit into a frame, as there are where the MTU is larger: they lie in
+    several frames of a batch, see :attr:`Batch.more`, which have to be sent or released together.  The attribute of
+    that name says whether kernel (6.6) and driver do so; without it such packets are dropped.
+
     Raises :class:`XskError`, :class:`crablb.kernel.bpf.BpfError`, or :class:`KernelError` if the interface does not
     exist or is down; :class:`ValueError` or :class:`TypeError` for other arguments.
     """
@@ -259,6 +283,7 @@ class XskSocket:
         busy_poll: int = 0,
         load_program: bool = True,
         mode: Literal["auto", "native", "generic"] = "auto",
+        multi_buffer: bool = False,
     ) -> None:
         if not isinstance(interface, str):
             raise TypeError(f"interface is a name, not {interface!r}")
@@ -279,6 +304,7 @@ class XskSocket:
         if not info.up:
             raise KernelError(f"interface {interface} is down; bring it up: ip link set {interface} up")
         flags = lib.CRAB_BIND_NEED_WAKEUP if need_wakeup else 0
+        flags |= lib.CRAB_BIND_FRAGS if multi_buffer else 0
         flags |= {None: 0, True: lib.CRAB_BIND_COPY, False: lib.CRAB_BIND_ZEROCOPY}[copy]
         error, stage = ffi.new("int *"), ffi.new("char **")
         xsk = lib.crab_xsk_new(info.index, self.queue, frames, frame_size, ring, flags, error, stage)
@@ -291,9 +317,13 @@ class XskSocket:
             if busy_poll and (rc := lib.crab_xsk_busy_poll(self._xsk, busy_poll, BUSY_BUDGET)):
                 raise XskError(f"this kernel does not busy poll (Linux 5.11 does): {os.strerror(-rc)}", -rc)
             self.zero_copy = bool(lib.crab_xsk_zero_copy(self._xsk))
+            self.multi_buffer = bool(lib.crab_xsk_frags(self._xsk))
             # Every view holds the memory, and the memory the C socket that it belongs to.
-            memory = ffi.gc(lib.crab_xsk_umem(self._xsk), lambda _, owner=self._xsk: None)
-            self.umem: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(memory, frames * frame_size), np.uint8)
+            held = ffi.gc(lib.crab_xsk_umem(self._xsk), lambda _, owner=self._xsk: None)
+            size = frames * frame_size
+            #: The UMEM, and behind it room to put one packet together in.
+            self.memory: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(held, size + lib.CRAB_WHOLE), np.uint8)
+            self.umem = self.memory[:size]
             self._umem = Umem(self.umem, self.frame_size)
             if load_program:
                 self._load(info.index, mode)
@@ -302,7 +332,7 @@ class XskSocket:
             raise
 
     def _load(self, ifindex: int, mode: Literal["auto", "native", "generic"]) -> None:
-        program = bpf.Object(bpf.object_path("xsk"))
+        program = bpf.Object(bpf.object_path("xsk"), frags=self.multi_buffer)
         try:
             self.register(program.map("sockets"))
             try:
@@ -369,8 +399,14 @@ class XskSocket:
                 return bool(events)
 
     def receive(self, n: int = 64) -> Batch:
-        """Take up to ``n`` frames that have come (none: an empty batch).  They are yours until sent or released."""
-        descs = np.empty(min(_counted("n", n, sys.maxsize), self._frames), DESC)
+        """Take up to ``n`` frames that have come (none: an empty batch).  They are yours until sent or released.
+
+        With ``multi_buffer`` a batch has whole packets only: ``n`` is 64 or more, so that any fits in.
+        """
+        n = min(_counted("n", n, sys.maxsize), self._frames)
+        if self.multi_buffer and n < lib.CRAB_MAX_FRAGS:
+            raise ValueError(f"with multi_buffer take {lib.CRAB_MAX_FRAGS} frames or more, not {n}")
+        descs = np.empty(n, DESC)
         with self._using() as xsk:
             got = lib.crab_xsk_receive(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
             ticket = self._umem.issue(descs[:got])

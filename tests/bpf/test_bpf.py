@@ -40,7 +40,7 @@ from crablb.model import mapped
 from tests.helpers.frames import a_hop_less, ether
 from tests.helpers.native import compiled
 from tests.helpers.processes import until
-from tests.helpers.programs import LO, forwarding
+from tests.helpers.programs import LO, forwarding, several_buffers
 from tests.reference import packets as reference
 from tests.reference.siphash import siphash
 
@@ -962,14 +962,14 @@ SEED = bytes(range(16))
 
 def know(lb: Counted, family: int, backend: str, *, tunnel: bool = False, mtu: int = 1500, age: int = 0,
          ifindex: int = LO, tx: bool = True, redirect: bool = False,
-         partial: int = lib.CRAB_PARTIAL_FINISH) -> int:  # fmt: skip
+         partial: int = lib.CRAB_PARTIAL_FINISH, frags: bool = True) -> int:  # fmt: skip
     """Make the flow of :func:`to_vip` known, to backend 7; returns its hash."""
     client, vip, address = ip_address(CLIENT[family]), ip_address(VIP[family]), ip_address(backend)
     hash_ = flowmap.flow_hash(SEED, client, 4242, vip, 80)
     flags = lib.CRAB_FLOW_TUNNEL if tunnel else 0
     assert lb.table.add(hash_, 7, family, age=age, flags=flags)
     source = ip_address(TUNNEL_SRC[address.version])
-    lb.maps["paths"].update(7, paths.path(address, MACS, mtu, source, ifindex, Ways(tx, redirect, partial)))
+    lb.maps["paths"].update(7, paths.path(address, MACS, mtu, source, ifindex, Ways(tx, redirect, partial, frags)))
     return hash_
 
 
@@ -1094,6 +1094,36 @@ def test_flow_whose_checksum_was_left_to_the_card(flows, family, tunnel, size):
     know(flows, family, DIP[family], tunnel=tunnel, partial=lib.CRAB_PARTIAL_KEEP)
     kept = run(partial)
     assert (kept.retval, kept.data[-len(partial) + 34 :]) == (XDP_TX, partial[34:])
+
+
+@several_buffers
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("tunnel", [False, True])
+@pytest.mark.parametrize("size", [3000, 5001, 8948, 8190, 20003, 65000])
+def test_flow_in_several_buffers(flows, family, tunnel, size):
+    """The program reaches the first buffer alone; the checksum is of all.  An interface that takes no more asks."""
+    run = flows.programs["crab_lb"].test_run
+    data = bytes((i * 7 + i // 251) & 0xFF for i in range(size))
+    whole = bytes(ether() / to_vip(family, flags="PA") / data)
+    addresses = [ip_address(a).packed for a in (CLIENT[family], VIP[family])]
+    left = ~reference.checksum(reference.pseudo(*addresses, 20 + size)) & 0xFFFF
+    partial = bytes(ether() / to_vip(family, flags="PA", chksum=left) / data)
+    know(flows, family, DIP[family], tunnel=tunnel, mtu=65535)
+    got, finished = run(whole), run(partial)
+    assert (got.retval, finished.retval) == (XDP_TX, XDP_TX)
+    assert got.data == finished.data
+    assert got.data[-size - 20 :] == whole[-size - 20 :]
+    assert flows.counts() == {"flow": 2}
+    for at in (14 + 40, len(whole) // 2, len(whole) - 1):
+        wrong = bytearray(whole)
+        wrong[at] ^= 1
+        asked = run(bytes(wrong))
+        assert (asked.retval, asked.data) == (XDP_REDIRECT, bytes(wrong))
+    cut = run(whole[:-1])
+    assert (cut.retval, cut.data) == (XDP_REDIRECT, whole[:-1])
+    for frags in (False, True):
+        know(flows, family, DIP[family], tunnel=tunnel, mtu=65535, tx=False, redirect=True, frags=frags)
+        assert run(whole).data.startswith(MACS) == (frags or size == 3000)
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -20,6 +20,7 @@ from crablb.kernel.xsk import XskSocket
 from tests.helpers.frames import ether
 from tests.helpers.namespaces import Pair
 from tests.helpers.native import compiled
+from tests.helpers.programs import several_buffers
 
 SEED = bytes(16)
 
@@ -105,3 +106,38 @@ def test_out_by_another_interface(namespace: Pair):
     asyncio.run(main())
     assert sum(n for n, _, _ in seen) == 3
     assert all(kinds == [[0x88, 0xB5]] * n and room for n, kinds, room in seen)
+
+
+@several_buffers
+def test_a_packet_in_several_frames(namespace: Pair):
+    """A handler sees it whole, with room to grow, and sends it."""
+    for name in ("veth0", "veth1"):
+        namespace.ip("link", "set", name, "mtu", "9000")
+    seen = []
+
+    def answer(frames: Frames) -> np.ndarray:
+        seen.extend(zip(frames.lengths.tolist(), frames.room.tolist(), strict=True))
+        for frame in frames:
+            frame[0:12] = np.roll(frame[0:12], 6)
+        frames.lengths[:] -= 1
+        return np.ones(len(frames), np.bool_)
+
+    async def main() -> None:
+        async with LoadBalancer("veth0", seed=SEED, threads=False) as lb:
+            lb.handle(Match(ethertype=0x88B5), answer)
+            with namespace.wire("veth1") as near:
+                frames = [bytes([2] * 6 + [4] * 6) + b"\x88\xb5" + bytes([size % 251]) * size for size in (100, 8000)]
+                for frame in frames:
+                    near.send(frame)
+                done = 0
+                async with asyncio.timeout(10):
+                    while done < 1 + -(-8014 // (4096 - 256)):
+                        done += lb.process_once(0.1)
+                        await asyncio.sleep(0)
+                got = [near.recv(10000) for _ in frames]
+                assert got == [frame[6:12] + frame[:6] + frame[12:-1] for frame in frames]
+
+    asyncio.run(main())
+    assert [length for length, _ in seen] == [114, 8014]
+    assert seen[0][1] <= 4096 - 256
+    assert seen[1][1] > 60000

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from crablb._native import ffi, lib
+from scapy.layers.inet import IP, TCP
 
 from crablb.kernel.xsk import XskSocket
-from tests.helpers.frames import reference, syn
+from tests.helpers.frames import ether, reference, syn
 from tests.helpers.native import ELSEWHERE, Core
 from tests.helpers.processes import until
+from tests.helpers.programs import several_buffers
 from tests.reference import packets
 
 
@@ -80,6 +82,34 @@ def test_waits_for_frames(namespace):
         wire.send(syn(1))
         assert worker.once(10_000) == 1
         assert worker.core.counts() == {"received": 1, "sent": 1, "redirected": 1}
+
+
+@several_buffers
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_packets_in_several_frames(namespace, mode):
+    """They go the ways of the others, in their turn, whatever else is in the batch; one that is wrong is counted."""
+    for name in ("veth0", "veth1"):
+        namespace.ip("link", "set", name, "mtu", "9000")
+    lb, choose = reference(), random.Random(6)
+    expected, reasons = [], Counter[str]()
+    with namespace.wire() as wire, XskSocket("veth0", mode=mode, multi_buffer=True) as xsk:
+        worker = Worker(xsk, lb)
+        for _ in range(20):
+            for _ in range(choose.randrange(1, 40)):
+                data = choose.randbytes(choose.choice([0, 100, 1700, 1792, 3000, 8900]))
+                tcp = TCP(sport=choose.randrange(1, 65536), dport=80, flags="A") / data
+                frame = bytes(ether() / IP(src="10.0.0.1", dst="10.0.0.100") / tcp)
+                if choose.randrange(4) == 0:
+                    frame = frame[:-1] + bytes([frame[-1] ^ 1])
+                wire.send(frame)
+                reason, out = lb.handle(frame)
+                reasons[reason] += 1
+                expected += [out] if out else []
+            while worker.once(0):
+                pass
+        assert {"fallback_established", "drop_checksum", "drop_no_path"} == set(reasons)
+        assert worker.core.counts() == {"received": reasons.total(), "sent": len(expected), **reasons}
+        assert [wire.recv(10000) for _ in expected] == expected
 
 
 def test_backends_behind_another_interface(namespace):

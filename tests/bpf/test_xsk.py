@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.xsk import HEADROOM, XskError, XskSocket
+from tests.helpers.programs import several_buffers
 
 ETHER = bytes.fromhex("0200000000020200000000011234")
 
@@ -67,6 +68,57 @@ def test_echo(namespace, mode, frame_size):
         statistics = xsk.statistics()
         del statistics["tx_ring_empty_descs"]  # only says that there was nothing to send
         assert not any(statistics.values()), statistics
+
+
+@several_buffers
+@pytest.mark.parametrize("mode", ["native", "generic"])
+@pytest.mark.parametrize("frame_size", [2048, 4096])
+def test_packets_in_several_frames(namespace, mode, frame_size):
+    """A packet that is longer than a frame comes whole, is sent whole, and costs no frame."""
+    lengths = [60, frame_size - HEADROOM, frame_size - HEADROOM + 1, 5000, 9014]
+    for name in ("veth0", "veth1"):
+        namespace.ip("link", "set", name, "mtu", "9000")
+    with (
+        namespace.wire() as wire,
+        XskSocket("veth0", mode=mode, frame_size=frame_size, multi_buffer=True) as xsk,
+    ):
+        assert (xsk.mode, xsk.multi_buffer) == (mode, True)
+        with pytest.raises(ValueError, match="64 frames or more"):
+            xsk.receive(63)
+        sent = [frame(i, length)[:-4] + b"last" for i, length in enumerate(lengths)]
+        for one in sent:
+            wire.send(one)
+        seen: list[bytes] = [b""]
+        while len(seen) <= len(lengths):
+            assert xsk.wait(10)
+            batch = xsk.receive()
+            for part, more in zip(batch, batch.more, strict=True):
+                assert len(part) <= frame_size - HEADROOM
+                seen[-1] += bytes(part)
+                seen += [] if more else [b""]
+            assert not batch.more[-1]
+            assert xsk.send(batch) == len(batch)
+        assert seen[:-1] == sent
+        assert [wire.recv(10000) for _ in lengths] == sent
+        conserved(xsk, 4096)
+
+
+@pytest.mark.parametrize("multi_buffer", [False, pytest.param(True, marks=several_buffers)])
+def test_packets_that_do_not_fit(namespace, multi_buffer):
+    """Without several frames a longer packet is dropped by the kernel, which counts it; a ring cuts none."""
+    for name in ("veth0", "veth1"):
+        namespace.ip("link", "set", name, "mtu", "3000")
+    with namespace.wire() as wire, XskSocket("veth0", ring=64, multi_buffer=multi_buffer) as xsk:
+        for i in range(40):
+            wire.send(frame(i, 3014))
+        wire.send(frame(40))
+        assert xsk.wait(10)
+        assert xsk.statistics()["rx_dropped"] == (0 if multi_buffer else 40)
+        assert xsk.statistics()["rx_ring_full"] == (9 if multi_buffer else 0)
+        batch = xsk.receive()
+        assert batch.lengths.tolist() == [1792, 1222] * 32 if multi_buffer else [60]
+        xsk.release(batch)
+        conserved(xsk, 4096)
 
 
 def test_send_what_was_not_received(namespace):

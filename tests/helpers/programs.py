@@ -6,6 +6,9 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+from crablb._native import lib
+
 from crablb.config import parse_vip
 from crablb.dataplane import flows
 from crablb.kernel import bpf
@@ -21,7 +24,11 @@ def forwarding(seed: bytes) -> Iterator[bpf.Object]:
     Its thread is in a namespace with veth0.  A service's number is its family; ``seed``: of the flows' hashes.
     """
     with (
-        bpf.Object(bpf.object_path("lb"), max_entries={"flows": 64, "service_counters": 8}) as loaded,
+        bpf.Object(
+            bpf.object_path("lb"),
+            max_entries={"flows": 64, "service_counters": 8},
+            frags=bool(lib.crab_xsk_knows_frags()),
+        ) as loaded,
         XskSocket("veth0", load_program=False) as xsk,
     ):
         xsk.register(loaded.map("sockets"))
@@ -30,3 +37,9 @@ def forwarding(seed: bytes) -> Iterator[bpf.Object]:
         for family, vip in ((4, "tcp://10.0.0.100:80"), (6, "tcp://[fd00::100]:80")):
             loaded.map("services").update(parse_vip(vip).key(), family)
         yield loaded
+
+
+#: For tests of packets in several buffers.
+several_buffers = pytest.mark.skipif(
+    not lib.crab_xsk_knows_frags(), reason="this kernel has no AF_XDP sockets with several buffers (Linux 6.6)"
+)

@@ -80,7 +80,7 @@ def test_what_answers_and_what_does_not(lab):
         for address in (FIRST, SECOND):
             await hops.until(lambda a=address: hops[a].state is HopState.RESOLVED)
             source = ip_address("10.0.0.2" if address.version == 4 else "fd00::2")
-            assert hops[address] == NextHop(HopState.RESOLVED, "", index, None, mac, own, source, 1500, True)
+            assert hops[address] == NextHop(HopState.RESOLVED, "", index, None, mac, own, source, 1500, True, True)
         assert hops[ABSENT].state is HopState.UNRESOLVED
         assert hops[ABSENT].reason == "10.0.0.99 does not answer on eth0"
         assert hops[BEHIND].state is HopState.NO_ROUTE

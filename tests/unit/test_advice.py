@@ -11,6 +11,7 @@ from crablb.control import advice
 from crablb.control.advice import Advice, Adviser
 from crablb.dataplane.events import Event, HopsChanged, Started, Swept
 from crablb.dataplane.statistics import DAEMON_COUNTERS
+from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Backend, Config, Fallback, Service, Vip
 
@@ -74,11 +75,29 @@ def test_full_tables():
     ]
 
 
+def test_what_the_kernel_drops():
+    assert not list(advice.dropped(0))
+    (told,) = advice.dropped(7)
+    assert (told.counter, told.facts["packets"]) == ("xsk_dropped", 7)
+
+
+def test_packets_that_are_too_long():
+    jumbo = Interface("eth0", 1, bytes(6), 9000, True, 1, "")
+    assert not list(advice.too_long([jumbo], {}))
+    assert not list(advice.too_long([jumbo], {"eth1": 3818}))
+    assert not list(advice.too_long([replace(jumbo, mtu=3818)], {"eth0": 3818}))
+    (told,) = advice.too_long([jumbo], {"eth0": 3818})
+    assert told.facts["interface"] == "eth0"
+    assert "take 3818 bytes" in told.facts["reason"]
+
+
 class Engine:
     """What an adviser sees of one."""
 
     bypass = True
     reached = frozenset()
+    interfaces: tuple[Interface, ...] = ()
+    narrow: dict[str, int] = {}  # noqa: RUF012
     config = Config(("eth0",), (Service(WEB6, (Backend(B),), fallback=Fallback.DSR_IPIP),), flows=100)
 
     def __init__(self) -> None:
@@ -105,6 +124,7 @@ def test_when_what_is_told():
     assert told(HopsChanged({B: same}, {B: replace(same, dst_mac=b"\2\0\0\0\0\3")})) == []
     assert told(Swept(flows=99, refused=1)) == ["flows_nearly_full", "cache_full"]
     assert told(Swept(flows=1, refused=0)) == []
+    assert told(Swept(flows=1, refused=0, dropped=3)) == ["xsk_dropped"]
     assert told(Event("server-silent", B)) == ["reports_silent"]
     assert told(Event("redirects-stopped", B, WEB6)) == ["redirects_stopped"]
     assert told(Event("redirects-resumed", B, WEB6)) == []

@@ -86,7 +86,8 @@ def object_path(name: str) -> Path:
 class Object:
     """A BPF object file, loaded: its programs and maps.
 
-    ``reuse`` gives maps (by name) that exist already, ``max_entries`` other sizes than the object's own.
+    ``reuse`` gives maps (by name) that exist already, ``max_entries`` other sizes than the object's own.  ``frags``:
+    the programs are XDP ones that take frames of several buffers, as there are when the MTU exceeds a page.
 
     Raises :class:`BpfNotFoundError` (no such file, or a name that it does not have), :class:`BpfLoadError` with
     the verifier's log, :class:`BpfPermissionError`, :class:`BpfLayoutError` for maps that cannot be reused.
@@ -98,6 +99,7 @@ class Object:
         *,
         reuse: Mapping[str, Map] | None = None,
         max_entries: Mapping[str, int] | None = None,
+        frags: bool = False,
     ) -> None:
         self._obj = lib.bpf_object__open_file(str(path).encode(), ffi.NULL)
         if not self._obj:
@@ -124,6 +126,9 @@ class Object:
                     lib.bpf_map__reuse_fd(entry, existing.fd),
                     f"cannot reuse map {name}",
                 )
+            for name, entry in self._walk(lib.bpf_object__next_program, lib.bpf_program__name):
+                if frags:
+                    check(lib.bpf_program__set_flags(entry, lib.BPF_F_XDP_HAS_FRAGS), f"cannot set flags of {name}")
             check(
                 lib.bpf_object__load(self._obj),
                 f"cannot load BPF object {self.path.name}",
