@@ -62,11 +62,18 @@ void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint
     }
 }
 
+/* The core's thread may be writing an entry, or moving it, by plain stores, which a packet has the right to: what is counted
+ * meanwhile is an estimate.  Each word is read once, so that what was checked is what is used. */
+__attribute__((no_sanitize("thread")))
 void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now)
 {
     for (uint64_t i = 0; i < (core->flows.mask + 1) * CRAB_BUCKET; i++) {
-        /* The core's thread may be writing it, or moving it: it is an estimate. */
-        struct crab_entry e = core->flows.entries[i];
+        uint64_t words[2];
+        const uint64_t *from = (const void *)&core->flows.entries[i];
+        for (int half = 0; half < 2; half++)
+            words[half] = __atomic_load_n(from + half, __ATOMIC_RELAXED);
+        struct crab_entry e;
+        memcpy(&e, words, sizeof e);
         if (!crab_entry_dead(&e, now) && e.backend < n)
             counts[e.backend]++;
     }

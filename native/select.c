@@ -227,7 +227,7 @@ void crab_schedule_build(struct crab_pool *pool, struct crab_cost *costs)
         sift(s->heap, pool->count, i);
     for (uint32_t i = 0; i < to->length; i++) {
         uint32_t m = s->heap[0].member;
-        to->members[i] = (uint16_t)m;
+        __atomic_store_n(&to->members[i], (uint16_t)m, __ATOMIC_RELAXED);
         s->heap[0].key = key_of(costs[m].base += costs[m].step, pool->members[m].weight);
         sift(s->heap, pool->count, 0);
     }
@@ -244,7 +244,8 @@ void crab_schedule_pick(struct crab_pool *pool, uint64_t *random, uint16_t *memb
     for (uint32_t i = 0; i < n; i++) {
         uint32_t place = first + i;
         /* A schedule that is being written meanwhile holds members all the same, old or new ones. */
-        members[i] = from->members[crab_likely(place < from->length) ? place : half + place % half];
+        place = crab_likely(place < from->length) ? place : half + place % half;
+        members[i] = __atomic_load_n(&from->members[place], __ATOMIC_RELAXED);
     }
     crab_assign_all(pool, members, n);
 }

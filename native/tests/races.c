@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: MIT */
+/* What several threads do at the same time, for ThreadSanitizer (`make race`): workers that pick, learn and forward, while
+ * others refresh a pool, publish snapshots, count flows and read the table.  It says so itself where something is wrong. */
+#include <pthread.h>
+
+#include "batch.h"
+#include "check.h"
+
+#define SIZE 251
+#define MEMBERS 5
+#define ROUNDS 60
+#define WORKERS 2
+
+static const uint8_t key[16] = {7};
+static uint16_t slots[SIZE];
+static struct crab_bucket buckets[16];
+static struct crab_load loads[MEMBERS];
+static struct crab_turn turn;
+static struct crab_service service = {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .protocol = 6,
+                                      .fallback = CRAB_FALLBACK_L2, .table = slots};
+static struct crab_backend backends[MEMBERS];
+static _Atomic(bool) done;
+
+struct worker {
+    pthread_t thread;
+    struct crab_core *core;
+    uint64_t counters[CRAB_COUNTERS], kept;
+};
+static struct worker workers[WORKERS];
+
+static struct crab_snapshot *snapshot(void)
+{
+    return crab_snapshot_new(&service, 1, backends, MEMBERS, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
+}
+
+/* A frame to the VIP: a SYN that offers, or an ACK. */
+static void make(uint8_t *f, uint32_t *len, uint16_t sport, bool syn)
+{
+    static const uint8_t options[8] = {2, 4, 5, 180, 42, 2, 1, 1};
+    size_t n = syn ? sizeof options : 0;
+    *len = (uint32_t)(54 + n);
+    memset(f, 0, *len);
+    memcpy(f, "\x02\0\0\0\0\x02\x02\0\0\0\0\x01\x08\0\x45\0\0", 17);
+    f[17] = (uint8_t)(40 + n);
+    f[22] = 64;
+    f[23] = 6;
+    memcpy(f + 26, "\x0a\0\0\x01\x0a\0\0\x64", 8);
+    store16(f + 24, (uint16_t)~crab_csum(f + 14, 20));
+    store16(f + 34, htons(sport));
+    store16(f + 36, htons(80));
+    f[41] = syn ? 1 : 2;
+    f[46] = (uint8_t)((20 + n) << 2);
+    f[47] = syn ? CRAB_SYN : CRAB_ACK;
+    memcpy(f + 54, options, n);
+    uint16_t right;
+    crab_csum_state(f + 14, *len - 14, &right);
+    store16(f + 50, right);
+}
+
+static void *work(void *arg)
+{
+    struct worker *w = arg;
+    for (uint16_t port = 1; !atomic_load(&done); port++) {
+        static _Thread_local uint8_t memory[CRAB_BATCH][CRAB_HEADROOM + 128];
+        struct crab_frame frames[CRAB_BATCH];
+        for (uint16_t i = 0; i < CRAB_BATCH; i++) {
+            frames[i] = (struct crab_frame){.data = memory[i] + CRAB_HEADROOM};
+            make(frames[i].data, &frames[i].len, (uint16_t)(port * 7 + i / 2), i % 2 == 0);
+        }
+        w->kept += crab_core_batch(w->core, frames, CRAB_BATCH, 100 + port % 4);
+    }
+    return NULL;
+}
+
+/* The loads as crab_pool_refresh takes them: what reports write. */
+static void report(uint32_t n)
+{
+    for (uint32_t i = 0; i < MEMBERS; i++)
+        __atomic_store_n(&loads[i].open, n * (i + 1) % 11, __ATOMIC_RELAXED);
+}
+
+static void together(const char *policy)
+{
+    struct crab_member members[MEMBERS];
+    for (uint16_t i = 0; i < MEMBERS; i++)
+        members[i] = (struct crab_member){.backend = i, .weight = 1, .load = &loads[i]};
+    struct crab_pool *pool = crab_pool_new(policy, members, MEMBERS, &turn);
+    struct crab_table *table = crab_table_new(buckets, 16);
+    service.pool = pool;
+    struct crab_snapshot *s = snapshot(), *old;
+    CHECK(pool && table && s);
+    atomic_store(&done, false);
+    for (int i = 0; i < WORKERS; i++) {
+        memset(&workers[i], 0, sizeof workers[i]);
+        workers[i].core = crab_core_new(4096, workers[i].counters);
+        crab_core_learn(workers[i].core, table);
+        crab_core_publish(workers[i].core, s);
+        pthread_create(&workers[i].thread, NULL, work, &workers[i]);
+    }
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        uint32_t counts[MEMBERS] = {0};
+        for (uint32_t more = 0; more < 4; more++) { /* without publishing: schedules are exchanged while they are taken from */
+            report(4 * round + more);
+            crab_pool_refresh(pool);
+        }
+        old = s;
+        CHECK(s = snapshot());
+        for (int i = 0; i < WORKERS; i++) {
+            crab_core_publish(workers[i].core, s);
+            crab_core_count(workers[i].core, counts, MEMBERS, 100);
+        }
+        for (int i = 0; i < WORKERS; i++)
+            while (crab_core_uses(workers[i].core, old))
+                ;
+        crab_snapshot_free(old);
+        for (uint64_t hash = 1; hash < 16; hash++) {
+            struct crab_flow flow = {.hash = hash << 32 | hash, .backend = (uint16_t)hash, .seen = 100, .state = CRAB_FLOW_OPEN};
+            crab_table_write(table, &flow);
+            crab_table_ask(table, flow.hash);
+            if (crab_table_get(table, flow.hash, 100, &flow))
+                CHECK(flow.backend == hash);
+        }
+    }
+    atomic_store(&done, true);
+    for (int i = 0; i < WORKERS; i++) {
+        pthread_join(workers[i].thread, NULL);
+        CHECK(workers[i].counters[CRAB_C_LEARNED] && workers[i].kept == workers[i].counters[CRAB_C_RECEIVED]);
+        crab_core_free(workers[i].core);
+    }
+    crab_snapshot_free(s);
+    crab_table_free(table);
+    crab_pool_free(pool);
+}
+
+int main(void)
+{
+    service.port_be = htons(80);
+    for (uint16_t i = 0; i < MEMBERS; i++)
+        backends[i] = (struct crab_backend){.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, (uint8_t)(11 + i)},
+                                            .dst_mac = {2, 0, 0, 0, 0, (uint8_t)(11 + i)}, .mtu = 1500,
+                                            .flags = CRAB_BACKEND_USABLE | CRAB_BACKEND_CR | CRAB_BACKEND_ON_LINK |
+                                                     CRAB_BACKEND_BYPASS};
+    for (uint32_t i = 0; i < SIZE; i++)
+        slots[i] = (uint16_t)(i % MEMBERS);
+    for (uint32_t i = 0; crab_policy_name(i); i++)
+        together(crab_policy_name(i));
+    DONE();
+}
