@@ -70,7 +70,7 @@ test-pythons: $(STAMPS)/tested-tools
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/pythons.py $(PYTHONS)
 
 test-compilers: $(STAMPS)/tested-tools $(STAMPS)/compiler-packages
-	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/compilers.py $(CLANGS)
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/compilers.py $(ARGS) $(CLANGS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages
@@ -112,6 +112,10 @@ $(STAMPS)/stacks: tests/stacks/fetch.py $(STAMPS)/stack-packages $(VENV)/bin/pyt
 
 $(STAMPS)/distro-packages: Makefile
 	$(call install,$(DISTRO_PACKAGES))
+
+# All clangs that apt knows from 14 on.
+$(STAMPS)/compiler-packages: Makefile
+	$(call install,$$(apt-cache search --names-only '^clang-[0-9]+$$' | sed -n 's/^\(clang-\(1[4-9]\|[2-9][0-9]\)\) .*/\1/p'))
 
 $(STAMPS)/kernel-packages: Makefile
 	$(call install,$(KERNEL_PACKAGES))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import setup
@@ -24,14 +25,13 @@ def multiarch_include() -> list[str]:
     return [f"-I/usr/include/{triplet}"] if triplet else []
 
 
-def compile_bpf(source: Path, target: Path) -> None:
-    """Compile one ``bpf/*.bpf.c`` to an object with BTF."""
-    clang = shutil.which("clang")
-    if clang is None:
+def compile_bpf(source: Path, target: Path, clang: Sequence[str] = ("clang",)) -> None:
+    """Compile one ``bpf/*.bpf.c`` to an object with BTF.  ``clang``: how to call it."""
+    if shutil.which(clang[0]) is None:
         raise SystemExit("crablb: clang is needed to compile bpf/: install it (Debian: apt-get install clang)")
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
-        [clang, "-target", "bpf", "-O2", "-g", "-mcpu=v3", "-Wall", "-Wextra", "-Werror",
+        [*clang, "-target", "bpf", "-O2", "-g", "-mcpu=v3", "-Wall", "-Wextra", "-Werror",
          *multiarch_include(), "-c", str(source), "-o", str(target)],
         check=True,
     )  # fmt: skip
@@ -66,9 +66,10 @@ class Sdist(sdist):
         shutil.rmtree(base / OBJECTS, ignore_errors=True)
 
 
-setup(
-    cffi_modules=["native/cffi_build.py:native", "native/cffi_build.py:libbpf"],
-    cmdclass={"build_ext": BuildAll, "sdist": Sdist},
-    # The extensions use the limited API: one wheel is for all Pythons from 3.11 on.
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+if __name__ == "__main__":
+    setup(
+        cffi_modules=["native/cffi_build.py:native", "native/cffi_build.py:libbpf"],
+        cmdclass={"build_ext": BuildAll, "sdist": Sdist},
+        # The extensions use the limited API: one wheel is for all Pythons from 3.11 on.
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )

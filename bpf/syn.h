@@ -12,9 +12,11 @@
 #define CRAB_SYN_ROOM (CRAB_TCP_HEADER + CRAB_TCP_OPTIONS + CRAB_REDIRECT)
 
 /* The state of a walk.  The verifier follows what is stored at multiples of 8, and would walk on from each value that
- * it ever had; what lies beside them it takes for any value, and walks once. */
+ * it ever had; what lies beside them it takes for any value, and walks once.  So it does with the header's end: in a
+ * register each comparison would leave it with other bounds, and clang 19's code was walked for a million instructions. */
 struct crab_walk {
     __u8 pad;
+    volatile __u8 end;    /* where the options end, counted from the first */
     volatile __u8 next;   /* where the next option begins, counted from the first */
     volatile __u8 at;     /* the first redirect, */
     volatile __u8 length; /* its length; 0: there is none */
@@ -41,16 +43,16 @@ CRAB_INLINE void crab_walk(const __u8 *tcp, struct crab_walk *walk)
     const __u8 *options = tcp + CRAB_TCP_HEADER;
     __u32 end = (tcp[12] >> 4) * 4;
     walk->next = walk->at = walk->length = walk->cookie = 0;
-    end = end < CRAB_TCP_HEADER ? 0 : end - CRAB_TCP_HEADER;
+    walk->end = (__u8)(end < CRAB_TCP_HEADER ? 0 : end - CRAB_TCP_HEADER);
     for (__u32 i = 0; i < CRAB_TCP_OPTIONS; i++) {
         if (i < walk->next)
             continue;
-        if (i >= end || options[i] == 0)
+        if (i >= walk->end || options[i] == 0)
             break;
         if (options[i] == 1)
             continue;
         __u8 length = options[i + 1];
-        if (i + 1 >= end || length < 2 || i + length > end)
+        if (i + 1 >= walk->end || length < 2 || i + length > walk->end)
             break;
         if (crab_is_cookie(options + i, length))
             walk->cookie = 1;

@@ -78,6 +78,7 @@ struct bpf_prog_info {
     char name[16];
     uint64_t run_time_ns;
     uint64_t run_cnt;
+    uint32_t verified_insns;
     ...;
 };
 struct bpf_link_info {

@@ -55,6 +55,11 @@ class Program(Descriptor):
         info = self._info("bpf_prog_info")
         return int(info.run_time_ns), int(info.run_cnt)
 
+    @property
+    def verified(self) -> int:
+        """Instructions that the verifier followed when it was loaded; the limit is 1,000,000.  0 before Linux 5.16."""
+        return int(self._info("bpf_prog_info").verified_insns)
+
     def _link(self, target: int, attach_type: int, what: str, flags: int = 0) -> Link:
         opts = ffi.new("struct bpf_link_create_opts *")
         opts.sz = ffi.sizeof("struct bpf_link_create_opts")

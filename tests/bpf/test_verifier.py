@@ -1,0 +1,44 @@
+"""How long the verifier follows the programs: what costs it more is seen before another compiler exceeds its limit."""
+
+from __future__ import annotations
+
+import pytest
+
+from crablb.kernel import bpf
+from tests.helpers.processes import ROOT
+from tests.helpers.verified import LIMIT, clang, differ, followed, kernel, noted
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, int]:
+    sources = sorted((ROOT / "bpf").glob("*.bpf.c"))
+    return followed([bpf.object_path(source.name.removesuffix(".bpf.c")) for source in sources])
+
+
+def test_far_from_the_limit(found):
+    assert len(found) >= 10
+    assert {name: count for name, count in found.items() if count > LIMIT // 2} == {}
+
+
+def test_as_noted(found):
+    """On a kernel, and by a compiler, whose counts are noted; of others test_far_from_the_limit holds alone."""
+    before = noted().get(kernel(), {}).get(clang())
+    if before is not None:
+        assert not differ(before, found), "if that is meant: make test-compilers ARGS=--write"
+
+
+def test_every_compiler_has_room():
+    """Of all that were tried: clang 14 to the newest."""
+    for by_clang in noted().values():
+        assert {"14", "19"} <= by_clang.keys()
+        for version, counts in by_clang.items():
+            assert max(counts.values()) <= LIMIT // 2, version
+
+
+def test_a_difference_is_told():
+    assert differ({"a": 100, "b": 1}, {"a": 110, "b": 1}) == []
+    assert differ({"a": 100, "b": 1}, {"a": 111, "c": 1}) == [
+        "a: the verifier follows 111 instructions; noted are 100",
+        "b is no more",
+        "c is not noted",
+    ]
