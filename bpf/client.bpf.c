@@ -2,12 +2,13 @@
 /* The client endpoint: offer redirection, take up a redirect if it is really ours, and translate between the VIP that
  * the application knows and the DIP that is on the wire.
  *
- * Four programs share the maps in client.h:
+ * Five programs share the maps in client.h:
  *   crab_offer    sock_ops, on the clients' cgroup: the offer in the first SYN, whether it was taken up, and the end of
  *                 connections (client_offer.h)
  *   crab_ingress  clsact ingress: checks SYN-ACKs, translates source DIP -> VIP, also in quoted packets of ICMP errors
  *   crab_egress   LWT xmit, on the routes to the VIPs: translates destination VIP -> DIP and routes anew
  *   crab_sweep    starts the timer that forgets closed connections
+ *   crab_end      ends one of whose end sock_ops did not hear: its cgroup was another agent's, or somebody took our flags
  *
  * No program may change the destination of a socket in SYN_SENT, so packets are translated instead.  On egress a route
  * does it, not clsact, so that the VIP needs no neighbour: it works on when the load balancer is dead.
@@ -407,6 +408,23 @@ int crab_sweep(void *ctx __attribute__((unused)))
     if (!rc)
         rc = bpf_timer_start(&sweeper->timer, 0, 0);
     return (int)rc;
+}
+
+SEC("syscall")
+int crab_end(struct crab_client_ended *ended)
+{
+    struct crab_client_ports ports = ended->ports;
+    __u64 owner = ended->owner;
+    struct crab_client_flow *flow = flow_of(&ports);
+    if (!flow || flow->owner != owner)
+        return 0;
+    if (flow->state == CRAB_CLIENT_FREE) {
+        delete(&ports, flow, owner);
+        return 0;
+    }
+    flow->ends_ns = bpf_ktime_get_ns() + LINGER_SHORT_NS; /* the other clock is not for programs of this type */
+    __sync_val_compare_and_swap(&flow->owner, owner, 0);
+    return 0;
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

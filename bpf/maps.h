@@ -376,6 +376,13 @@ struct crab_client_flow {
 };
 #define CRAB_CLIENT_GONE 1 /* cookies are even larger */
 
+/* What crab_end is told: a connection whose socket is no more, and nobody heard of its end. */
+struct crab_client_ended {
+    __u64 owner;
+    struct crab_client_ports ports;
+    __u32 pad;
+};
+
 /* An offer's life. */
 #define CRAB_CLIENT_NONE 0
 #define CRAB_CLIENT_WANTED 1

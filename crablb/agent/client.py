@@ -134,7 +134,7 @@ class ClientAgent(Agent):
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
             key = bits.to_bytes(4, "little") + mapped(prefix.network_address)
             program.map("client_backends").update(key, prefix.version)
-        for name in ("crab_ingress", "crab_egress", "crab_offer"):
+        for name in ("crab_ingress", "crab_egress", "crab_offer", "crab_end"):
             pins.put(program.program(name), self.folder() / name)
         before = self.state() or {}
         old = "routes" in before  # of a version that had its routes among the operator's
@@ -164,7 +164,9 @@ class ClientAgent(Agent):
 
         Where a fault in ``known`` is that others come before the agent, they are let be: they may insist on it as well.
         """
-        return cls._sync(mend=True, known=known)
+        found = cls._sync(mend=True, known=known)
+        cls._end_lost()
+        return found
 
     @classmethod
     def _sync(cls, *, mend: bool, known: Collection[str] = ()) -> list[str]:
@@ -289,6 +291,19 @@ class ClientAgent(Agent):
         if attached and attached != program.id and mend:
             bpf.attach_tc(program, index, "ingress", priority=noted["priority"], handle=FILTER)
         return bool(attached)
+
+    @classmethod
+    def _end_lost(cls) -> None:
+        """End the connections whose socket is no more, though nobody heard of its end: those of another cgroup than the
+        agent's now, or whose flags another sock_ops program took away."""
+        if not (cls.folder() / "crab_end").exists():  # no agent, or one of a version before
+            return
+        owned = offering.owned(cls.folder())
+        # A socket is there before its entry; and who has the same ports since is another owner.
+        if lost := owned.keys() - rtnetlink.tcp_ports():
+            with bpf.Program.from_pin(cls.folder() / "crab_end") as end:
+                for ports in lost:
+                    end.call(offering.ended(ports, owned[ports]))
 
     @classmethod
     @contextmanager

@@ -176,6 +176,30 @@ def in_vain(redirects: Mapping[str, Any]) -> str:
     )
 
 
+def owned(folder: Path) -> dict[bytes, int]:
+    """Connections whose socket has not ended, as far as an agent whose maps are pinned in ``folder`` has heard: local
+    address and ports of each, and its socket's cookie.
+
+    Raises :class:`bpf.BpfNotFoundError` if there is no agent.
+    """
+    with bpf.Map.from_pin(folder / TABLE) as held:
+        keys, values = held.dump()
+    size = ffi.sizeof("struct crab_client_ports")
+    flows = ffi.from_buffer("struct crab_client_flow[]", values)
+    return {
+        keys[i * size : (i + 1) * size]: int(flow.owner)
+        for i, flow in enumerate(flows)
+        if flow.owner > lib.CRAB_CLIENT_GONE
+    }
+
+
+def ended(ports: bytes, owner: int) -> bytes:
+    """What program crab_end is told of one of these."""
+    value = ffi.new("struct crab_client_ended *", {"owner": owner})
+    ffi.memmove(ffi.addressof(value, "ports"), ports, len(ports))
+    return bytes(ffi.buffer(value))
+
+
 def translated(folder: Path) -> set[bytes]:
     """Connections that an agent whose maps are pinned in ``folder`` translates: local address, ports, and VIP of each.
 

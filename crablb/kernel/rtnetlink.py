@@ -48,6 +48,7 @@ DIAG = struct.Struct("=BBxx2s46x4xI12x")
 #: The same with the whole struct inet_diag_sockid, and the socket's inode number.
 DIAG_WHOLE = struct.Struct("=BBxx2s2s16s16s28xI")
 TCP_SYN_SENT, TCP_FIN_WAIT2, TCP_LISTEN = 2, 5, 10
+TCP_ALL = 0xFFF << 1
 #: All but closed, listening, and those of which only the last segments are waited for.
 TCP_OPEN = sum(1 << state for state in (1, 2, 4, 5, 8, 9, 11))
 #: Times that a table which changes is asked for.
@@ -296,6 +297,20 @@ def tcp_connections() -> Iterator[Connection]:
             if of == socket.AF_INET:
                 local, remote = (bytes(10) + b"\xff\xff" + address[:4] for address in (local, remote))
             yield Connection(local, remote, local_port, remote_port, state == TCP_SYN_SENT)
+
+
+def tcp_ports() -> set[bytes]:
+    """Local address (16 bytes, IPv4 ones mapped), local and remote port of each TCP connection of this network
+    namespace, of those that are over as well, as long as there is a socket."""
+    found = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with Netlink(NETLINK_SOCK_DIAG) as netlink:
+            request = DIAG_REQUEST.pack(family, IPPROTO_TCP, TCP_ALL & ~(1 << TCP_LISTEN))
+            for message in netlink.dump(SOCK_DIAG_BY_FAMILY, request):
+                _, _, local_port, remote_port, local, *_ = DIAG_WHOLE.unpack_from(message.body)
+                whole = local if family == socket.AF_INET6 else bytes(10) + b"\xff\xff" + local[:4]
+                found.add(whole + local_port + remote_port)
+    return found
 
 
 def xdp_features() -> dict[int, int]:

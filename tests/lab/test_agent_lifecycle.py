@@ -10,13 +10,13 @@ from collections.abc import Callable
 import pytest
 from crablb._native import ffi
 
-from crablb.agent import ClientAgent
+from crablb.agent import ClientAgent, offering
 from crablb.kernel import bpf, pins
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import answer, exchange, until
-from tests.helpers.world import World, agent_status
+from tests.helpers.world import World, agent_status, command
 
 
 def shown(node: Node) -> str:
@@ -89,6 +89,66 @@ def test_remove_does_not_wait_longer_than_told(world: World, how: list[str]):
     held.stdin.write("gone\n")
     held.stdin.flush()
     assert held.wait(timeout=60) != 0
+
+
+@pytest.mark.parametrize("how", ["kill", "term", "detached", "repair"])
+def test_new_connections_while_an_agent_is_replaced(world: World, how: str):
+    """As many as come until all have ended: each is served."""
+    client = world.lab.client
+    prefixes = [part for p in world.lab.prefixes() for part in ("--backends", p)]
+    detached = crablb(
+        "agent", "client", "--vip", f"tcp://{VIP4}:80", "--vip", f"tcp://[{VIP6}]:80", *prefixes, "--detach"
+    )
+    agent = world.client() if how in ("kill", "term") else None
+    if not agent:
+        client.run(*detached)
+    clients = [world.python(client, "echoes", str(vip), "80", "200", "10") for vip in (VIP4, VIP6) for _ in range(2)]
+    cycles = 0
+    while any(one.poll() is None for one in clients) or not cycles:
+        if agent:
+            agent.send_signal(signal.SIGKILL if how == "kill" else signal.SIGTERM)
+            agent.wait()
+            agent = world.client()
+        elif how == "detached":
+            client.run(*detached)
+        else:
+            command(client, "agent", "repair", "client")
+        cycles += 1
+    for one in clients:
+        out, err = one.communicate(timeout=60)
+        assert one.returncode == 0, err
+        assert all(echo["intact"] for echo in json.loads(out))
+
+
+def test_connections_whose_end_nobody_heard(world: World):
+    """Those of another cgroup than the agent's now: they go on, and leave nothing when they have ended."""
+    client = world.lab.client
+    agent = world.client()
+    held, other = (world.python(client, "hold", str(VIP4), "80", ready=True) for _ in range(2))
+
+    def owned() -> int:
+        with inside(client.netns):
+            return len(offering.owned(ClientAgent.folder()))
+
+    assert owned() == 2
+    agent.kill()
+    agent.wait()
+    elsewhere = client.cgroup / "elsewhere"
+    elsewhere.mkdir()
+    try:
+        agent = world.client("--cgroup", str(elsewhere))
+        assert exchange(held, "one") == "one"
+        other.kill()
+        other.wait()
+        assert owned() == 2
+        until(lambda: command(client, "agent", "repair", "client") is not None and owned() == 1)
+        assert exchange(held, "two") == "two"
+        held.kill()
+        held.wait()
+        until(lambda: command(client, "agent", "repair", "client") is not None and owned() == 0)
+    finally:
+        world.end()
+        elsewhere.rmdir()
 
 
 def test_sigterm_waits_and_leaves_what_is_needed(world: World):

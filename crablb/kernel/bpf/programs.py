@@ -153,6 +153,15 @@ class Program(Descriptor):
             int(opts.duration),
         )
 
+    def call(self, context: bytes) -> int:
+        """Run a program of type syscall on a context; what it returned."""
+        opts = ffi.new("struct bpf_test_run_opts *")
+        opts.sz = ffi.sizeof("struct bpf_test_run_opts")
+        ctx_in = ffi.from_buffer(context)
+        opts.ctx_in, opts.ctx_size_in = ctx_in, len(context)
+        check(lib.bpf_prog_test_run_opts(self.fd, opts), f"cannot run program {self.name}")
+        return int(opts.retval)
+
     def run_live(self, data: bytes, ifindex: int, repeat: int) -> None:
         """Run an XDP program ``repeat`` times on a packet as if it came in by an interface, and do what it returns.
 
