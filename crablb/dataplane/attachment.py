@@ -7,7 +7,7 @@ A daemon that dies leaves its link and its maps (:data:`.program.PINNED`), pinne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import structlog
 
@@ -25,6 +25,9 @@ __all__ = ["Attachment", "inherited", "ways"]
 
 log = structlog.get_logger()
 
+#: Features that take VLAN tags out of the frames; ethtool shows the first as rx-vlan-offload.
+VLAN_OFFLOADS = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
+
 
 class Attachment:
     """An interface that clients' packets come in by.
@@ -40,6 +43,8 @@ class Attachment:
         self.pins = pins.folder(self.role)
         self.mode = ""  # "native" or "generic" while attached
         self.sums = False  # whether the interface does checksums of any packet, wherever in it they are
+        # What the end switches on again, be it another daemon's.
+        self._offloads = pins.RUN / f"{pins.namespace()}-{self.role}.offloads"
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
 
@@ -89,6 +94,34 @@ class Attachment:
         link.pin(self.pins / "link")
         for name in PINNED:
             program.maps[name].pin(self.pins / name)
+        self._keep_tags()
+
+    def _keep_tags(self) -> None:
+        """Have VLAN tags stay in the frames: the program does not see those beside, and what it sends has none."""
+        found = ethtool.features(self.info.name)
+        active = [name for name in VLAN_OFFLOADS if found.get(name, ethtool.OFF) == ethtool.ON]
+        if not active:
+            return
+        left = self._offloads.read_text().split() if self._offloads.exists() else []
+        self._offloads.write_text(" ".join({*active, *left}))
+        for name in active:
+            with suppress(OSError):
+                ethtool.switch(self.info.name, name, on=False)
+        log.info("rx-vlan-offload is off until the end: VLAN tags stay in the frames", interface=self.info.name)
+
+    def _put_back(self) -> None:
+        if not self._offloads.exists():
+            return
+        for name in self._offloads.read_text().split():
+            with suppress(OSError):  # the interface may be gone
+                ethtool.switch(self.info.name, name, on=True)
+        self._offloads.unlink()
+
+    @property
+    def tags_beside(self) -> bool:
+        """Whether VLAN tags may lie beside the frames all the same, which then go out without."""
+        found = ethtool.features(self.info.name)
+        return self.info.kind == "veth" or any(found.get(name, ethtool.OFF).active for name in VLAN_OFFLOADS)
 
     def detach(self) -> None:
         """Leave nothing on the interface; what another daemon had left and was not taken over stays.  Idempotent."""
@@ -96,6 +129,7 @@ class Attachment:
             self._link.detach()
             self._link.close()
             pins.remove(self.pins)
+            self._put_back()
             self._link = None
         if self._left:
             self._left.close()
