@@ -141,6 +141,17 @@ def too_long(interfaces: Iterable[Interface], narrow: Mapping[str, int]) -> Iter
             )
 
 
+def unseen_tags(interfaces: Iterable[Interface]) -> Iterator[Advice]:
+    """Interfaces that may lose the VLAN tags of what is forwarded."""
+    for interface in interfaces:
+        reason = "rx-vlan-offload cannot be switched off there: serve an interface of the VLAN itself"
+        if interface.kind == "veth":
+            reason = "the other end of a veth leaves tags beside the frames: ethtool -K PEER txvlan off there"
+        yield Advice(
+            "info", "packets with VLAN tags may go out without", {"interface": interface.name, "reason": reason}
+        )
+
+
 def silent(backend: Address | None) -> Iterator[Advice]:
     """A server that reported its load, and does not any more."""
     yield _warning("server has fallen silent; its load is taken for average", "reports_silent", backend=str(backend))
@@ -177,6 +188,7 @@ class Adviser:
                 yield from unusable(engine.hops)
                 yield from narrow_tunnels(engine.config, engine.hops)
                 yield from too_long(engine.interfaces, engine.narrow)
+                yield from unseen_tags(engine.tags_beside)
                 if engine.bypass:
                     yield from unreached(engine.hops, engine.reached)
             case HopsChanged(before, now):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import structlog
@@ -28,6 +28,8 @@ __all__ = ["Attachment", "inherited", "ways"]
 log = structlog.get_logger()
 
 GOING = 2.0  # seconds that a dead process's program is waited for to go
+#: Features that take VLAN tags out of the frames; ethtool shows the first as rx-vlan-offload.
+VLAN_OFFLOADS = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 
 
 class Attachment:
@@ -44,6 +46,8 @@ class Attachment:
         self.pins = pins.folder(self.role)
         self.mode = ""  # "native" or "generic" while attached
         self.sums = False  # whether the interface does checksums of any packet, wherever in it they are
+        # What the end switches on again, be it another daemon's.
+        self._offloads = pins.RUN / f"{pins.namespace()}-{self.role}.offloads"
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
         self._pinned = False  # whether what is in the folder is this process's
@@ -104,6 +108,7 @@ class Attachment:
             self._link.pin(self.pins / "link")
         self.mode = self._link.mode
         self.sums = ethtool.features(self.info.name).get("tx-checksum-ip-generic", ethtool.OFF).active
+        self._keep_tags()
 
     @staticmethod
     def _is(path: Path, held: bpf.Map) -> bool:
@@ -113,6 +118,33 @@ class Attachment:
                 return there.id == held.id
         except bpf.BpfNotFoundError:
             return False
+
+    def _keep_tags(self) -> None:
+        """Have VLAN tags stay in the frames: the program does not see those beside, and what it sends has none."""
+        found = ethtool.features(self.info.name)
+        active = [name for name in VLAN_OFFLOADS if found.get(name, ethtool.OFF) == ethtool.ON]
+        if not active:
+            return
+        left = self._offloads.read_text().split() if self._offloads.exists() else []
+        self._offloads.write_text(" ".join({*active, *left}))
+        for name in active:
+            with suppress(OSError):
+                ethtool.switch(self.info.name, name, on=False)
+        log.info("rx-vlan-offload is off until the end: VLAN tags stay in the frames", interface=self.info.name)
+
+    def _put_back(self) -> None:
+        if not self._offloads.exists():
+            return
+        for name in self._offloads.read_text().split():
+            with suppress(OSError):  # the interface may be gone
+                ethtool.switch(self.info.name, name, on=True)
+        self._offloads.unlink()
+
+    @property
+    def tags_beside(self) -> bool:
+        """Whether VLAN tags may lie beside the frames all the same, which then go out without."""
+        found = ethtool.features(self.info.name)
+        return self.info.kind == "veth" or any(found.get(name, ethtool.OFF).active for name in VLAN_OFFLOADS)
 
     def detach(self) -> None:
         """Leave nothing on the interface; what another daemon had left and was not taken over stays.  Idempotent."""

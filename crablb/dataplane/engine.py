@@ -105,6 +105,11 @@ class Engine:
         return [attachment.info for attachment in self._attachments]
 
     @property
+    def tags_beside(self) -> list[Interface]:
+        """Those whose frames' VLAN tags may be unseen, and lost."""
+        return [attachment.info for attachment in self._attachments if attachment.tags_beside]
+
+    @property
     def modes(self) -> dict[str, str]:
         """How the XDP program is attached, by interface: ``native`` or ``generic``."""
         return {attachment.info.name: attachment.mode for attachment in self._attachments}

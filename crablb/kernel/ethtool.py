@@ -11,7 +11,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-__all__ = ["OFF", "Feature", "features", "switch"]
+__all__ = ["OFF", "ON", "Feature", "features", "switch"]
 
 SIOCETHTOOL = 0x8946
 GSTRINGS, GSSET_INFO, GFEATURES, SFEATURES = 0x1B, 0x37, 0x3A, 0x3B
@@ -26,7 +26,9 @@ class Feature:
     changeable: bool
 
 
+#: One that is not there, and one that can be switched off.
 OFF = Feature(active=False, changeable=False)
+ON = Feature(active=True, changeable=True)
 
 
 def _ask(interface: str, request: bytes) -> bytes:

@@ -18,7 +18,7 @@ from crablb.lab import VIP4, Lab
 from crablb.lab.demo import VIPS, crablb
 from tests.helpers.namespaces import inside, unique
 from tests.helpers.processes import until
-from tests.helpers.world import World, agent_status
+from tests.helpers.world import World, agent_status, command
 
 
 @pytest.fixture
@@ -137,3 +137,23 @@ def test_interfaces_with_a_dot(make_world: Callable[..., World]):
         until(lambda: world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11")
         balancer.send_signal(signal.SIGKILL)
         balancer.wait()
+
+
+def test_an_interface_with_a_dot_in_its_name(make_world):
+    """As VLAN devices have it, and the BPF file system does not: served, taken over, beside an agent, and gone."""
+    world = make_world()
+    lab, name = world.lab, "eth1.100"
+    for node in (lab.lb, lab.servers[0]):
+        node.ip(f"link add {name} type veth peer name cable", f"link set {name} up", "link set cable up")
+    world.servers(dsr=True)
+    first = world.serve("--iface", name)
+    first.kill()
+    first.wait()
+    second = world.serve("--iface", name)
+    assert "took over from a load balancer that had died" in (world.folder / "serve.log").read_text()
+    assert world.echo(VIP4)["intact"]
+    said = json.loads(command(lab.lb, "status", "--iface", name, "--json"))
+    assert (said["interface"], said["pid"]) == (name, second.pid)
+    second.terminate()
+    assert second.wait() == 0
+    assert not lab.lb.pins.exists()

@@ -91,12 +91,20 @@ def test_packets_that_are_too_long():
     assert "take 3818 bytes" in told.facts["reason"]
 
 
+@pytest.mark.parametrize(("kind", "remedy"), [("veth", "ethtool -K PEER txvlan off"), ("", "of the VLAN itself")])
+def test_tags_that_are_not_seen(kind, remedy):
+    (told,) = advice.unseen_tags([Interface("eth0", 1, bytes(6), 1500, True, 1, kind)])
+    assert told.facts["interface"] == "eth0"
+    assert remedy in told.facts["reason"]
+
+
 class Engine:
     """What an adviser sees of one."""
 
     bypass = True
     reached = frozenset()
     interfaces: tuple[Interface, ...] = ()
+    tags_beside: tuple[Interface, ...] = ()
     narrow: dict[str, int] = {}  # noqa: RUF012
     config = Config(("eth0",), (Service(WEB6, (Backend(B),), fallback=Fallback.DSR_IPIP),), flows=100)
 
