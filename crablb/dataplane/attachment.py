@@ -70,7 +70,15 @@ class Attachment:
             )
 
     def attach(self, program: Program, want: XdpMode) -> None:
-        """Attach, in place of what was left there, and pin link and maps."""
+        """Attach, in place of what was left there, and pin link and maps.  Raises :class:`KernelError`."""
+        if self.info.kind == "bond":
+            # A native program runs on its ports, whose queues have no sockets: every packet would be lost.
+            if want is XdpMode.NATIVE:
+                raise KernelError(
+                    f"interface {self.info.name} is a bond: AF_XDP sockets get its packets in generic mode alone;"
+                    " serve its ports in its place, or leave xdp_mode at auto"
+                )
+            want = XdpMode.GENERIC
         link, self._left = self._left, None
         if link and want.value in ("auto", link.mode):
             link.update(program.main)
