@@ -7,7 +7,7 @@
 #   make test-long     what takes minutes: no byte twice, nobody worse off, load balancers of others
 #   make test-stacks   other people's programs and test suites through the load balancer: nginx, OpenSSH, PostgreSQL, ...
 #   make test-distros   those two on fresh Debian systems (DISTROS='bookworm trixie sid' COMMANDS='demo test')
-#   make test-kernels   every BPF program and the demo in Debian's kernels (KERNELS='6.1 6.12 newest'), by qemu
+#   make test-kernels   every BPF program, the demo, bonds and VLANs in Debian's kernels (KERNELS='6.1 6.12 newest'), by qemu
 #   make test-pythons   one wheel, from the source archive alone, with every Python here (PYTHONS='3.11 3.12 3.13 3.14')
 #   make test-compilers   the BPF programs by every clang here and of the package index, through the verifier (CLANGS='14 19')
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
@@ -63,7 +63,7 @@ test-stacks: $(STAMPS)/tested-tools $(STAMPS)/stacks
 test-distros: $(STAMPS)/distro-packages $(VENV)/bin/python
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/distros.py --commands='$(COMMANDS)' $(DISTROS)
 
-test-kernels: $(STAMPS)/built $(STAMPS)/kernel-packages
+test-kernels: $(STAMPS)/tested-tools $(STAMPS)/kernel-packages
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/kernels.py $(KERNELS)
 
 test-pythons: $(STAMPS)/tested-tools

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 #: By what tests need, and in the order that they run in: what fails soonest first.
-ROOMS = ("unit", "bpf", "lab", "stacks")
+ROOMS = ("unit", "bpf", "lab", "stacks", "machines")
 
 
 def room(item: pytest.Item) -> int:

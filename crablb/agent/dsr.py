@@ -234,21 +234,14 @@ def _mend(
             try:
                 with program.program(part).attach_xdp(index) as link:
                     pins.put(link, folder / _pin(name))
-            except bpf.BpfBusyError:
-                refused.append(f"{_taken(name, index)}; remove it, or name other interfaces: --interface")
+            except bpf.BpfBusyError as error:
+                number = bpf.xdp_program(index)[0]
+                why = f"interface {name} has an XDP program already (id {number})" if number else str(error)
+                refused.append(
+                    f"{why}, and tunnels are decapsulated by one; remove it, or name other interfaces: --interface"
+                )
     if refused:
         raise KernelError("\n".join(refused))
-
-
-def _taken(name: str, index: int) -> str:
-    """Why an interface takes no XDP program, in words."""
-    number = bpf.xdp_program(index)[0]
-    if number:
-        return f"interface {name} has an XDP program already (id {number}), and tunnels are decapsulated by one"
-    links = _links()
-    above = [n for n, link in links.items() if n == links[name].get("master") or name in _below(link)]
-    with_program = [n for n in above if bpf.xdp_program(socket.if_nametoindex(n))[0]]
-    return f"an interface above {name} has an XDP program, and so it takes none: {', '.join(with_program or above)}"
 
 
 def _sysctl(name: str) -> Path:

@@ -86,8 +86,16 @@ class Attachment:
         """Attach, in place of what was left there, and pin link and maps.
 
         The process may be killed between any two steps.  A pin is replaced, never missing; and the maps come before the
-        program that learns flows into them.
+        program that learns flows into them.  Raises :class:`KernelError`.
         """
+        if self.info.kind == "bond":
+            # A native program runs on its ports, whose queues have no sockets: every packet would be lost.
+            if want is XdpMode.NATIVE:
+                raise KernelError(
+                    f"interface {self.info.name} is a bond: AF_XDP sockets get its packets in generic mode alone;"
+                    " serve its ports in its place, or leave xdp_mode at auto"
+                )
+            want = XdpMode.GENERIC
         self._pinned = True
         flows = self.pins / "flows"
         if not self._is(flows, program.maps["flows"]):
@@ -157,6 +165,7 @@ class Attachment:
             self._left = None
         elif self._pinned:
             pins.remove(self.pins)
+            self._put_back()
         self._pinned = False
 
 

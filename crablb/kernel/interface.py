@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from crablb.errors import KernelError
 from crablb.kernel import rtnetlink
 from crablb.kernel.rtnetlink import LINK, Netlink
 
-__all__ = ["Interface", "interface_info"]
+__all__ = ["Interface", "interface_info", "interfaces_above"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,6 @@ def interface_info(name: str) -> Interface:
         link = rtnetlink.link(netlink, index)
     *_, flags, _ = link.fields(LINK)
     found = link.attributes(LINK)
-    kind = rtnetlink.attributes(found.get(rtnetlink.IFLA_LINKINFO, b"")).get(rtnetlink.IFLA_INFO_KIND)
     return Interface(
         name,
         index,
@@ -43,5 +43,23 @@ def interface_info(name: str) -> Interface:
         rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
         bool(flags & 1),
         rtnetlink.number(found.get(rtnetlink.IFLA_NUM_RX_QUEUES)) or 1,
-        rtnetlink.text(kind),
+        _kind(found),
     )
+
+
+def interfaces_above(index: int) -> dict[str, int]:
+    """The interfaces that lie right on one, by name their indices: its bridge or bond, VLANs, tunnels and the like."""
+    with Netlink() as netlink:
+        links = {link.fields(LINK)[2]: link.attributes(LINK) for link in rtnetlink.links(netlink)}
+    above = [rtnetlink.number(links.get(index, {}).get(rtnetlink.IFLA_MASTER))]
+    for i, found in links.items():
+        # A veth names its peer; and what is in another namespace has other numbers.
+        on = rtnetlink.number(found.get(rtnetlink.IFLA_LINK)) if rtnetlink.IFLA_LINK_NETNSID not in found else 0
+        if on == index and _kind(found) != "veth":
+            above.append(i)
+    return {rtnetlink.text(links[i].get(rtnetlink.IFLA_IFNAME)): i for i in above if i in links}
+
+
+def _kind(link: Mapping[int, bytes]) -> str:
+    information = rtnetlink.attributes(link.get(rtnetlink.IFLA_LINKINFO, b""))
+    return rtnetlink.text(information.get(rtnetlink.IFLA_INFO_KIND))

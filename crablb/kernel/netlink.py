@@ -334,11 +334,12 @@ class NextHops:
         return self._tables.elsewhere & self._vips
 
     def macs(self, index: int) -> list[bytes]:
-        """The MAC addresses that frames to an interface have: its own, and its bridge's or bond's."""
-        links = self._tables.links
-        here = links.get(index)
-        found = [link.mac for link in (here, links.get(here.master) if here else None) if link]
-        return [mac for mac in dict.fromkeys(found) if len(mac) == 6]
+        """The MAC addresses that frames to an interface have: its own, and those of its bridge or bond."""
+        found: dict[int, _Link] = {}
+        while index not in found and (link := self._tables.links.get(index)):
+            found[index] = link
+            index = link.master
+        return [mac for mac in dict.fromkeys(link.mac for link in found.values()) if len(mac) == 6]
 
     async def close(self) -> None:
         """Stop following, and give up the managed neighbour entries."""

@@ -1054,6 +1054,19 @@ def test_flow_by_tunnel(flows, inner, outer, padding):
     assert bytes(again) == run.data
 
 
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+def test_the_class_is_outside_what_it_is_inside(flows, inner, outer):
+    """With its congestion mark (RFC 6040, 4.1, normal mode)."""
+    know(flows, inner, DIP[outer], tunnel=True)
+    for ecn in range(4):
+        packet = to_vip(inner, flags="A")
+        setattr(packet, "tos" if inner == 4 else "tc", 0xB8 | ecn)
+        got = Ether(flows.programs["crab_lb"].test_run(bytes(ether() / packet)).data)[1]
+        assert (got.tos if outer == 4 else got.tc) == 0xB8 | ecn
+        assert bytes(got.payload) == bytes(packet)
+
+
 ASKED = {
     "syn": {"flags": "S"},
     "other-port": {"flags": "A", "sport": 4243},

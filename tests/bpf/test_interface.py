@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from crablb.errors import KernelError
-from crablb.kernel.interface import interface_info
+from crablb.kernel.interface import interface_info, interfaces_above
 
 
 def test_interface_info(namespace):
@@ -17,3 +17,14 @@ def test_interface_info(namespace):
     assert info.rx_queues >= 1
     namespace.ip("link", "set", "veth0", "down")
     assert not interface_info("veth0").up
+
+
+def test_what_lies_above(namespace):
+    """Its bridge and what is made on it; not a veth's peer."""
+    namespace.ip("link", "add", "br0", "type", "bridge")
+    namespace.ip("link", "set", "veth0", "master", "br0")
+    namespace.ip("link", "add", "mv0", "link", "veth1", "type", "macvlan")
+    index = {name: interface_info(name).index for name in ("veth0", "veth1", "br0", "mv0")}
+    assert interfaces_above(index["veth0"]) == {"br0": index["br0"]}
+    assert interfaces_above(index["veth1"]) == {"mv0": index["mv0"]}
+    assert interfaces_above(index["br0"]) == interfaces_above(9999) == {}

@@ -216,8 +216,8 @@ def test_a_program_above_excludes_one_below(make_world: Callable[..., World], ot
     done = server.run(*crablb("agent", "server", *ALL, "--dsr", "--detach"), check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "crablb: an interface above port0 has an XDP program, and so it takes none: br0; remove it, or name other"
-        " interfaces: --interface\n",
+        "crablb: interface port0 takes no XDP program: one above it has one (br0), and tunnels are decapsulated by one;"
+        " remove it, or name other interfaces: --interface\n",
     )
     server.run(*crablb("agent", "server", *ALL, "--dsr", "--interface", "eth0", "--detach"))
 

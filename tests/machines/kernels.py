@@ -1,4 +1,4 @@
-"""``make test-kernels``: every BPF program, and the whole demo, in Debian's kernels, on this system as it is installed.
+"""``make test-kernels``: every BPF program, the whole demo, bonds and VLANs in Debian's kernels, on this very system.
 
 Each kernel runs in qemu, which needs neither KVM nor an image: the host's root is mounted read-only (9p) below a tmpfs
 (``init``).  The kernel's packages are fetched by apt and unpacked, not installed.
@@ -25,6 +25,7 @@ KERNELS = {"6.1": "bookworm", "6.12": "trixie", "newest": "trixie-backports"}
 STEPS = {
     "BPF objects": [".venv/bin/python", "tests/machines/objects.py"],
     "demo": [".venv/bin/crablb", "demo"],
+    "bonds and VLANs": [".venv/bin/python", "-m", "pytest", "-q", "tests/machines/links.py"],
 }
 
 # What the kernel cannot load by itself, as it needs them to find its modules.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Literal
 from crablb.kernel._libbpf import ffi, lib
 from crablb.kernel.bpf.descriptor import Descriptor, open_pin
 from crablb.kernel.bpf.errors import BpfBusyError, BpfError, BpfPermissionError, check, take_log
+from crablb.kernel.interface import interfaces_above
 
 __all__ = ["Link", "Program", "TestRun", "program_name", "programs", "tcx_programs", "xdp_program"]
 
@@ -69,7 +71,8 @@ class Program(Descriptor):
     def attach_xdp(self, ifindex: int, mode: Literal["auto", "native", "generic"] = "auto") -> Link:
         """Attach to an interface by bpf_link; ``link.mode`` says how: "native" (in the driver) or "generic".
 
-        ``auto`` tries native first.  Raises :class:`BpfBusyError` if the interface has an XDP program.
+        ``auto`` tries native first.  Raises :class:`BpfBusyError` if the interface has an XDP program, or one that lies
+        on it: that is only taken above another, not the other way round.
         """
         modes = {"native": XDP_FLAGS_DRV_MODE, "generic": XDP_FLAGS_SKB_MODE}
         wanted = ["native", "generic"] if mode == "auto" else [mode]
@@ -77,7 +80,11 @@ class Program(Descriptor):
             try:
                 link = self._link(ifindex, lib.BPF_XDP, f"cannot attach XDP program ({name} mode)", modes[name])
             except BpfBusyError:
-                raise
+                if xdp_program(ifindex)[0]:
+                    raise
+                above = [name for name, i in interfaces_above(ifindex).items() if xdp_program(i)[0]]
+                what = f"interface {socket.if_indextoname(ifindex)} takes no XDP program: one above it has one"
+                raise BpfBusyError(f"{what} ({', '.join(above) or 'see bpftool net'})") from None
             except BpfError:
                 if name == wanted[-1]:
                     raise
