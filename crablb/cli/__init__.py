@@ -16,7 +16,7 @@ from typing import NoReturn
 from crablb.errors import ConfigError, CrablbError
 from crablb.values import near
 
-COMMANDS = ("serve", "status", "agent", "config", "key", "lab", "demo", "bench", "completion")
+COMMANDS = ("serve", "status", "remove", "agent", "config", "key", "lab", "demo", "bench", "completion")
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from crablb.control.advice import Adviser
 from crablb.control.announce import Announcer
+from crablb.control.keeping import remove_later
 from crablb.control.reports import Reports
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.events import Event, Notice
@@ -51,14 +52,15 @@ class Supervisor:
                 announcer.start(service.vip.address for service in config.services)
 
     async def close(self) -> None:
-        """Leave nothing in the kernel.  Idempotent."""
+        """Leave nothing in the kernel, or for ``keep`` seconds.  Idempotent."""
         for announcer in self._announcers:
             await announcer.close()
         self._announcers.clear()
         if self._reports:
             self._reports.close()
             self._reports = None
-        await self.engine.close()
+        if kept := await self.engine.close():
+            remove_later(kept, self.engine.config.keep)
 
     def apply(self, config: Config) -> None:
         """See :meth:`Engine.apply`."""

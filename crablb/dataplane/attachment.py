@@ -14,18 +14,23 @@ from pathlib import Path
 import structlog
 
 from crablb.dataplane.flows import Inherited
+from crablb.dataplane.paths import backends
 from crablb.dataplane.program import MAIN, PINNED, Program
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.interface import Interface, interface_info
-from crablb.kernel.netlink import NextHop
+from crablb.kernel.netlink import NextHop, release_managed
 from crablb.model import XdpMode
 
-__all__ = ["Attachment", "inherited", "ways"]
+__all__ = ["Attachment", "inherited", "left", "remove", "ways"]
 
 log = structlog.get_logger()
 
 GOING = 2.0  # seconds that a dead process's program is waited for to go
+
+
+def _role(name: str) -> str:
+    return f"lb-{name}"
 
 
 class Attachment:
@@ -38,7 +43,7 @@ class Attachment:
         self.info: Interface = interface_info(name)
         if not self.info.up:
             raise KernelError(f"interface {name} is down; bring it up: ip link set {name} up")
-        self.role = f"lb-{name}"
+        self.role = _role(name)
         self.pins = pins.folder(self.role)
         self.mode = ""  # "native" or "generic" while attached
         self._left: bpf.Link | None = None  # of a daemon that died
@@ -72,7 +77,7 @@ class Attachment:
             name = self.info.name
             raise bpf.BpfBusyError(
                 f"interface {name} has an XDP program already (id {attached}, see bpftool net); remove it: ip link set"
-                f" {name} xdp off, or if it is attached by a link: bpftool link detach"
+                f" {name} xdp off, or if that is refused, as of a link: bpftool link detach"
             )
 
     def attach(self, program: Program, want: XdpMode) -> None:
@@ -122,6 +127,44 @@ class Attachment:
         elif self._pinned:
             pins.remove(self.pins)
         self._pinned = False
+
+    def leave(self) -> None:
+        """Leave the program there, and the flows, as a daemon that is killed does."""
+        if self._link:
+            self._link.close()
+            self._link = None
+        self._pinned = False
+
+
+def left(name: str) -> int | None:
+    """The id of the program that the last load balancer of an interface has there or had; None if there is none."""
+    try:
+        with bpf.Link.from_pin(pins.folder(_role(name)) / "link") as link:
+            return link.program_id
+    except bpf.BpfNotFoundError:
+        return None
+
+
+def remove(name: str) -> bool:
+    """Take out of the kernel what a load balancer has left that does not live any more.  False if there is nothing.
+
+    Raises :class:`KernelError` if it lives.
+    """
+    with pins.own(_role(name), f"the load balancer of {name}"):
+        folder = pins.folder(_role(name))
+        there = folder.exists()
+        try:
+            with bpf.Link.from_pin(folder / "link") as link:
+                link.detach()
+        except bpf.BpfNotFoundError:
+            pass
+        try:
+            with bpf.Map.from_pin(folder / "paths") as held:
+                release_managed(backends(held))
+        except bpf.BpfNotFoundError:
+            pass
+        pins.remove(folder)
+    return there
 
 
 def inherited(attachments: Sequence[Attachment], seed: bytes) -> Inherited | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 from crablb._native import ffi
 from crablb.kernel.bpf import Map
 from crablb.kernel.netlink import HopState, NextHop
-from crablb.model import Address, mapped
+from crablb.model import Address, mapped, unmapped
 
-__all__ = ["PATH_SIZE", "Paths", "no_path", "path"]
+__all__ = ["PATH_SIZE", "Paths", "backends", "no_path", "path"]
 
 PATH_SIZE = 64
 assert ffi.sizeof("struct crab_path") == PATH_SIZE
@@ -27,6 +27,14 @@ def path(
 def no_path(backend: Address) -> bytes:
     """The value for a backend that the XDP program does not reach: its packets go to user space."""
     return path(backend, bytes(12), 0, None, 0, tx=False, redirect=False)
+
+
+def backends(held: Map) -> Iterator[tuple[Address, bytes]]:
+    """Every backend in the map, and the MAC address that its frames go to (zero if there is none)."""
+    for backend_id in range(held.max_entries):
+        value = held.lookup(backend_id) or bytes(PATH_SIZE)
+        if any(value[:16]):
+            yield unmapped(value[:16]), value[32:38]
 
 
 class Paths:

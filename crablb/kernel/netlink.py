@@ -11,6 +11,7 @@ import errno
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from crablb.kernel import rtnetlink
 from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
 
-__all__ = ["HopState", "NextHop", "NextHops"]
+__all__ = ["HopState", "NextHop", "NextHops", "release_managed"]
 
 # include/uapi/linux/rtnetlink.h, neighbour.h
 GROUPS = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10  # link, neigh, ipv4 addr + route, ipv6 addr + route
@@ -139,6 +140,23 @@ def _route(netlink: Netlink, address: Address, links: Mapping[int, _Link]) -> _R
         type(address)(source) if source else None,
         rtnetlink.number(metrics.get(rtnetlink.RTAX_MTU)) or link.mtu,
     )
+
+
+def release_managed(backends: Iterable[tuple[Address, bytes]]) -> None:
+    """Give up the managed neighbour entries of a process that died: those of these addresses, or of these MAC addresses
+    (a gateway's)."""
+    backends = list(backends)
+    addresses, macs = {str(address) for address, _ in backends}, {mac for _, mac in backends if any(mac)}
+    with Netlink() as netlink:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for message in rtnetlink.neighbours(netlink, family):
+                found = _neighbour(message)
+                flags = rtnetlink.number(message.attributes(NEIGHBOUR).get(rtnetlink.NDA_FLAGS_EXT))
+                if found and flags & NTF_EXT_MANAGED:
+                    (index, address), (_, mac) = found
+                    if address in addresses or mac in macs:
+                        with suppress(OSError):  # it has gone meanwhile
+                            rtnetlink.delete_neighbour(netlink, index, address)
 
 
 class NextHops:

@@ -11,12 +11,13 @@ from typing import Protocol
 
 import structlog
 
+from crablb import log as logging
 from crablb.agent.base import Agent
 from crablb.control.notify import notify
 
 log = structlog.get_logger()
 
-SIGNALS = {signal.SIGTERM, signal.SIGINT}
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 
 @dataclass
@@ -78,6 +79,14 @@ def ready() -> None:
     print("ready", flush=True)
 
 
+def endure() -> None:
+    """The signals by which others are told to read or to log anew do not end an agent: what it has in the kernel would
+    stay."""
+    for number in (signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGUSR1, lambda *_: logging.reopen())
+
+
 class Signals:
     """Of a process of its own: a service manager's, or a terminal's."""
 
@@ -93,7 +102,7 @@ class Signals:
 
     def until_end(self) -> bool:
         ready()
-        signal.sigwait(SIGNALS)
+        signal.sigwaitinfo(SIGNALS)  # sigwait(3) goes on when a handler is to run
         notify("STOPPING=1")
         return True
 
