@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +15,7 @@ import structlog
 
 from crablb import log as logging
 from crablb.agent.base import Agent
+from crablb.cli import streams
 from crablb.control.notify import notify
 
 log = structlog.get_logger()
@@ -76,7 +79,12 @@ def serve(work: Work, orders: Orders) -> None:
 
 def ready() -> None:
     notify("READY=1")
-    print("ready", flush=True)
+    # To a pipe that is full, print would wait for whoever does not read it, and the agent never end.
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    if sys.stdout is not sys.__stdout__ or poll.poll(0):
+        with suppress(streams.UnwritableError):  # closed, full: whom does it concern?
+            print("ready", flush=True)
 
 
 def endure() -> None:
