@@ -121,10 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         streams.prepare()
         try:
             args = _parse(sys.argv[1:] if argv is None else argv)
-        except SystemExit as end:  # of --help, --version
-            return _printed(int(end.code or 0))
+        except SystemExit:  # of --help, --version
+            sys.stdout.flush()
+            raise
         with _terminable():
-            return _printed(int(args.run(args)))
+            status = int(args.run(args))
+            sys.stdout.flush()
+            return status
     except streams.UnreadError:
         return 1
     except CrablbError as error:
@@ -139,12 +142,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         streams.complain(_told(error))
         return 2
-
-
-def _printed(status: int) -> int:
-    """The exit status, if all that was printed has been written."""
-    sys.stdout.flush()
-    return status
 
 
 def _told(error: OSError) -> str:

@@ -94,12 +94,13 @@ def _fill() -> None:
 
 def discard() -> None:
     """Write no more to standard output, nor what was printed and waits."""
-    if sys.stdout and sys.stdout is sys.__stdout__:
+    output = sys.stdout
+    if output and output is sys.__stdout__:
         with suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.close(null)
-            sys.stdout.flush()
+            output.flush()
 
 
 def complain(text: str) -> None:
