@@ -1,13 +1,26 @@
-"""Structured logs: readable on a terminal, JSON lines everywhere else, always on standard error."""
+"""Structured logs: readable on a terminal, JSON lines everywhere else, always on standard error.
+
+Lines are written by a thread of its own: whoever logs never waits for whoever reads.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import stat
 import sys
+import threading
+from collections import deque
+from contextlib import suppress
 
 import structlog
 
 _always: dict[str, object] = {}
+
+STDERR = 2
+LINES = 10_000  # that wait for a reader at most
+FLUSH = 1.0  # seconds that the end of the process waits for one
 
 
 def always(**what: object) -> None:
@@ -25,8 +38,91 @@ def to_standard_error() -> None:
         structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 
+class _Writer:
+    """A file to write to without waiting.  What there is no room for is lost, and counted in the next line."""
+
+    def __init__(self) -> None:
+        self.path = ""  # of standard error as it was at the start, if that is a file
+        self.reset()
+        os.register_at_fork(after_in_child=self.reset)  # threads do not come along, and locks may be held
+
+    def reset(self) -> None:
+        self._changed = threading.Condition()
+        self._lines: deque[str] = deque()
+        self._lost = 0
+        self._busy = False
+        self._thread: threading.Thread | None = None
+
+    def write(self, line: str) -> None:
+        with self._changed:
+            if len(self._lines) >= LINES:
+                self._lost += 1
+                return
+            if self._lost:
+                self._lines.append(f'{{"event": "log lines were lost: nobody read them", "lines": {self._lost}}}\n')
+                self._lost = 0
+            self._lines.append(line)
+            if not self._thread:
+                self._thread = threading.Thread(target=self._run, name="crablb-log", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """What the logger calls after each line."""
+
+    def wait(self, seconds: float) -> None:
+        """Until all is written, or so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._lines or self._busy), seconds)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._lines)
+                data = self._lines.popleft().encode(errors="replace")
+                self._busy = True
+            # Not by sys.stderr, whose lock the end of the interpreter wants.
+            with suppress(OSError):  # closed, full: there is no place to complain
+                while data:
+                    data = data[os.write(STDERR, data) :]
+
+
+_writer = _Writer()
+
+
+def flush() -> None:
+    """Give what was logged a moment to be written: before the process ends, or writes to standard error itself."""
+    _writer.wait(FLUSH)
+
+
+def _file() -> str:
+    """The regular file that standard error is, by name; empty if it is something else."""
+    with suppress(OSError):
+        if stat.S_ISREG(os.fstat(STDERR).st_mode):
+            return os.readlink(f"/proc/self/fd/{STDERR}")
+    return ""
+
+
+def reopen() -> None:
+    """The log was moved away, as logrotate(8) does: go on in a new file of its name, if it is a file at all."""
+    path = _writer.path
+    if path:
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            structlog.get_logger().warning("cannot open the log anew", file=path, reason=error.strerror)
+            return
+        os.dup2(file, STDERR)
+        os.close(file)
+    structlog.get_logger().info("the log was opened anew" if path else "the log is no file: there is nothing to open")
+
+
 def set_up(level: str = "info") -> None:
     """``level``: debug, info, warning or error."""
+    _writer.path = _file()
+    atexit.register(flush)
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(default=str)
     )
@@ -40,6 +136,6 @@ def set_up(level: str = "info") -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(_writer),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )

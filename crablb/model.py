@@ -186,6 +186,7 @@ class Config:
     ping: bool = True  # echo requests to the VIPs are answered
     closed: Closed = Closed.AUTO
     macs: tuple[str, ...] = ()  # that the interfaces take frames to beside their own: 00:00:5e:00:01:07
+    keep: float = 0.0  # seconds that flows are kept for the next load balancer after a clean stop
     report_listen: tuple[Address, int] | None = None  # where servers report to; None: nowhere
     report_key: bytes | None = None  # 32 bytes: the master key of their reports
 

@@ -306,6 +306,16 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         scope=Config,
+        name="keep",
+        kind=Kind(says="0 to 86,400", metavar="SECONDS", parse=values.seconds, read=_number),
+        help="seconds that the XDP program stays after a clean stop, and goes on with the fallback flows that it knows,"
+        " as it does when the process is killed: a start in this time takes them over, whatever its backends are."
+        " Then it is removed",
+        example=60,
+        reload=True,
+    ),
+    Option(
+        scope=Config,
         name="report_listen",
         kind=Kind(
             says=f"`address:port` or an address (port {values.PORT})",

@@ -5,7 +5,8 @@ In a lab (``crablb lab up``; servers and client as in the README):
 
     crablb lab exec lb -- python examples/embedded.py eth0 tcp://10.0.0.100:80=10.0.0.11,10.0.0.12
 
-Commands: ``drain ADDRESS``, ``up ADDRESS``, ``weight ADDRESS NUMBER``, ``show``; the end of the input stops it.
+Commands: ``drain ADDRESS``, ``up ADDRESS``, ``weight ADDRESS NUMBER``, ``show``; the end of the input, or
+SIGTERM, stops it.
 """
 
 import asyncio
@@ -45,7 +46,9 @@ async def main() -> None:
         print(f"serving {lb.services[0].vip}", flush=True)
         telling = asyncio.create_task(tell(lb))
         lines = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+        loop = asyncio.get_running_loop()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+        loop.add_signal_handler(signal.SIGTERM, lines.feed_eof)  # else what is in the kernel would stay there
         while line := (await lines.readline()).decode():
             try:
                 await obey(lb, line)

@@ -6,6 +6,7 @@ Only the module of the command that is given is imported: a daemon does not carr
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
+from crablb.cli import streams
 from crablb.errors import ConfigError, CrablbError
 from crablb.values import near
 
-COMMANDS = ("serve", "status", "agent", "config", "key", "lab", "demo", "bench", "completion")
+COMMANDS = ("serve", "status", "remove", "agent", "config", "key", "lab", "demo", "bench", "completion")
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,12 +97,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+class _Terminated(SystemExit):
+    """By SIGTERM."""
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends the command as an exception does, so that what was made is removed."""
 
     def end(*_: object) -> None:
-        sys.exit(128 + signal.SIGTERM)
+        raise _Terminated(128 + signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
@@ -112,14 +118,38 @@ def _terminable() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 for anything that the user can mend."""
     try:
-        args = _parse(sys.argv[1:] if argv is None else argv)
+        streams.prepare()
+        try:
+            args = _parse(sys.argv[1:] if argv is None else argv)
+        except SystemExit:  # of --help, --version
+            sys.stdout.flush()
+            raise
         with _terminable():
-            return int(args.run(args))
-    except CrablbError as error:
-        for line in str(error).splitlines():
-            print(f"crablb: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
+            status = int(args.run(args))
+            sys.stdout.flush()
+            return status
+    except streams.UnreadError:
         return 1
+    except CrablbError as error:
+        streams.complain(str(error))
+        return 2
+    except _Terminated:
+        streams.discard()  # whoever does not read it would keep the command from its end
+        raise
+    except KeyboardInterrupt:
+        streams.discard()
+        return 130
+    except OSError as error:
+        streams.complain(_told(error))
+        return 2
+
+
+def _told(error: OSError) -> str:
+    """What an error of the system means that nobody expected where it came."""
+    remedy = ""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = "; raise the limit: ulimit -n, LimitNOFILE= in a systemd unit"
+    elif str(error.filename).startswith("/proc"):
+        remedy = "; mount it: mount -t proc proc /proc"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}{remedy}"

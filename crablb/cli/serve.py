@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 
 import uvloop
 
@@ -52,6 +53,8 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def run(args: argparse.Namespace) -> int:
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # until the daemon takes them
     settings = read_config(args)
     logging.set_up(args.log_level)
     if os.geteuid() != 0:

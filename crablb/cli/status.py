@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(state | counters))
         return 0
-    daemon = f"process {state['pid']}" if state["pid"] else "no process: new connections are dropped"
+    dead = f"no process: new connections are dropped (start one again, or crablb remove --iface {args.interface})"
+    daemon = f"process {state['pid']}" if state["pid"] else dead
     print(f"{args.interface}: {state['mode']} XDP, {daemon}")
     print(f"{counters['flows']:,} fallback flows in the XDP program; it forwarded by itself")
     for vip, forwarded in counters["services"].items():

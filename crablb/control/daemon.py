@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
+from crablb import log as logging
 from crablb.control.notify import notify
 from crablb.control.supervisor import Supervisor
 from crablb.errors import ConfigError
@@ -32,7 +33,8 @@ def _reload(supervisor: Supervisor, read: Callable[[], Config]) -> None:
 
 
 async def serve(supervisor: Supervisor, read: Callable[[], Config] | None) -> int:
-    """Serve until SIGTERM or SIGINT; at SIGHUP, ``read`` the configuration again.  Returns the exit status.
+    """Serve until SIGTERM, SIGINT or SIGQUIT; at SIGHUP, ``read`` the configuration again; at SIGUSR1, open the log
+    anew.  Returns the exit status.
 
     ``read``: raises :class:`ConfigError`; None: there is nothing to read again.
     """
@@ -46,8 +48,10 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None) -> in
         else:
             log.warning("nothing to reload: there is no --config file")
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGUSR1, logging.reopen)
+    loop.add_signal_handler(signal.SIGUSR2, lambda: None)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # there is nothing to read again yet
     await supervisor.start()
     loop.add_signal_handler(signal.SIGHUP, reload)
@@ -60,6 +64,7 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None) -> in
             zero_copy=engine.zero_copy,
             ack_bypass=engine.bypass,
             services=[str(s.vip) for s in engine.config.services],
+            remove_if_killed=" ".join(["crablb remove", *(f"--iface {name}" for name in engine.modes)]),
         )
         notify("READY=1")
         stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from crablb.control.advice import Adviser
 from crablb.control.announce import Announcer
 from crablb.control.claim import Act
+from crablb.control.keeping import remove_later
 from crablb.control.reports import Reports
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.events import Event, LinksChanged, Notice
@@ -58,14 +59,15 @@ class Supervisor:
             self._links_are(self.engine.links)
 
     async def close(self) -> None:
-        """Leave nothing in the kernel.  Idempotent."""
+        """Leave nothing in the kernel, or for ``keep`` seconds.  Idempotent."""
         for announcer in self._announcers:
             await announcer.close()
         self._announcers.clear()
         if self._reports:
             self._reports.close()
             self._reports = None
-        await self.engine.close()
+        if kept := await self.engine.close():
+            remove_later(kept, self.engine.config.keep)
 
     def apply(self, config: Config) -> None:
         """See :meth:`Engine.apply`."""

@@ -15,21 +15,40 @@ import structlog
 
 from crablb._native import lib
 from crablb.dataplane.flows import Inherited
-from crablb.dataplane.paths import Ways
+from crablb.dataplane.paths import Ways, backends
 from crablb.dataplane.program import MAIN, PINNED, Program
 from crablb.errors import KernelError
 from crablb.kernel import bpf, ethtool, pins
 from crablb.kernel.interface import Interface, interface_info
-from crablb.kernel.netlink import NextHop
+from crablb.kernel.netlink import NextHop, release_managed
 from crablb.model import XdpMode
 
-__all__ = ["Attachment", "inherited", "ways"]
+__all__ = ["Attachment", "inherited", "left", "remove", "ways"]
 
 log = structlog.get_logger()
 
 GOING = 2.0  # seconds that a dead process's program is waited for to go
 #: Features that take VLAN tags out of the frames; ethtool shows the first as rx-vlan-offload.
 VLAN_OFFLOADS = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
+
+
+def _role(name: str) -> str:
+    return f"lb-{name}"
+
+
+def _offloads(name: str) -> Path:
+    """Where stands what the end switches on again, be it another daemon's."""
+    return pins.RUN / f"{pins.namespace()}-{_role(name)}.offloads"
+
+
+def _put_back(name: str) -> None:
+    offloads = _offloads(name)
+    if not offloads.exists():
+        return
+    for feature in offloads.read_text().split():
+        with suppress(OSError):  # the interface may be gone
+            ethtool.switch(name, feature, on=True)
+    offloads.unlink()
 
 
 class Attachment:
@@ -42,12 +61,11 @@ class Attachment:
         self.info: Interface = interface_info(name)
         if not self.info.up:
             raise KernelError(f"interface {name} is down; bring it up: ip link set {name} up")
-        self.role = f"lb-{name}"
+        self.role = _role(name)
         self.pins = pins.folder(self.role)
         self.mode = ""  # "native" or "generic" while attached
         self.sums = False  # whether the interface does checksums of any packet, wherever in it they are
-        # What the end switches on again, be it another daemon's.
-        self._offloads = pins.RUN / f"{pins.namespace()}-{self.role}.offloads"
+        self._offloads = _offloads(name)
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
         self._pinned = False  # whether what is in the folder is this process's
@@ -79,7 +97,7 @@ class Attachment:
             name = self.info.name
             raise bpf.BpfBusyError(
                 f"interface {name} has an XDP program already (id {attached}, see bpftool net); remove it: ip link set"
-                f" {name} xdp off, or if it is attached by a link: bpftool link detach"
+                f" {name} xdp off, or if that is refused, as of a link: bpftool link detach"
             )
 
     def attach(self, program: Program, want: XdpMode) -> None:
@@ -140,14 +158,6 @@ class Attachment:
                 ethtool.switch(self.info.name, name, on=False)
         log.info("rx-vlan-offload is off until the end: VLAN tags stay in the frames", interface=self.info.name)
 
-    def _put_back(self) -> None:
-        if not self._offloads.exists():
-            return
-        for name in self._offloads.read_text().split():
-            with suppress(OSError):  # the interface may be gone
-                ethtool.switch(self.info.name, name, on=True)
-        self._offloads.unlink()
-
     @property
     def tags_beside(self) -> bool:
         """Whether VLAN tags may lie beside the frames all the same, which then go out without."""
@@ -165,8 +175,47 @@ class Attachment:
             self._left = None
         elif self._pinned:
             pins.remove(self.pins)
-            self._put_back()
+            _put_back(self.info.name)
         self._pinned = False
+
+    def leave(self) -> None:
+        """Leave the program there, and the flows, as a daemon that is killed does."""
+        if self._link:
+            self._link.close()
+            self._link = None
+        self._pinned = False
+
+
+def left(name: str) -> int | None:
+    """The id of the program that the last load balancer of an interface has there or had; None if there is none."""
+    try:
+        with bpf.Link.from_pin(pins.folder(_role(name)) / "link") as link:
+            return link.program_id
+    except bpf.BpfNotFoundError:
+        return None
+
+
+def remove(name: str) -> bool:
+    """Take out of the kernel what a load balancer has left that does not live any more.  False if there is nothing.
+
+    Raises :class:`KernelError` if it lives.
+    """
+    with pins.own(_role(name), f"the load balancer of {name}"):
+        folder = pins.folder(_role(name))
+        there = folder.exists()
+        try:
+            with bpf.Link.from_pin(folder / "link") as link:
+                link.detach()
+        except bpf.BpfNotFoundError:
+            pass
+        try:
+            with bpf.Map.from_pin(folder / "paths") as held:
+                release_managed(backends(held))
+        except bpf.BpfNotFoundError:
+            pass
+        pins.remove(folder)
+        _put_back(name)
+    return there
 
 
 def inherited(attachments: Sequence[Attachment], seed: bytes) -> Inherited | None:

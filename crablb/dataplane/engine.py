@@ -54,7 +54,7 @@ class Engine:
     """Serve the services of a configuration on its interfaces.
 
     Make it in the network namespace of the interfaces; then ``await start()`` and at the end ``await close()``, which
-    leaves nothing in the kernel.  Methods are to be called from the event loop.
+    leaves nothing in the kernel unless it is told to keep flows.  Methods are to be called from the event loop.
 
     ``listeners`` are called, in the event loop, with each :class:`.events.Notice`.
 
@@ -263,15 +263,22 @@ class Engine:
                 async with asyncio.timeout(RESOLVE_TIMEOUT):
                     await self._resolved.wait()
 
-    async def close(self) -> None:
-        """Stop serving; leave nothing in the kernel.  Idempotent."""
+    async def close(self) -> list[str]:
+        """Stop serving; leave nothing in the kernel, or for ``keep`` seconds what a daemon that is killed does.
+        Returns the interfaces where something is left.  Idempotent.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         self._sweeper.shutdown()
+        kept = self._attachments if self._attached and self.config.keep and self.bypass else []
         for attachment in self._attachments:
-            attachment.detach()
+            if attachment in kept:
+                attachment.leave()
+            else:
+                attachment.detach()
+        self._attached = False
         self._queues.close()
         if self._nexthops:
             await self._nexthops.close()
@@ -280,6 +287,7 @@ class Engine:
             self._program.close()
             self._program = None
         self._stack.close()
+        return [attachment.info.name for attachment in kept]
 
     @property
     def _running(self) -> Program:

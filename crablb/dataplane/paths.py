@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import NamedTuple
 
 from crablb._native import ffi, lib
 from crablb.kernel.bpf import Map
 from crablb.kernel.netlink import HopState, NextHop
-from crablb.model import Address, mapped
+from crablb.model import Address, mapped, unmapped
 
-__all__ = ["PATH_SIZE", "Paths", "Ways", "no_path", "path"]
+__all__ = ["PATH_SIZE", "Paths", "Ways", "backends", "no_path", "path"]
 
 PATH_SIZE = 64
 assert ffi.sizeof("struct crab_path") == PATH_SIZE
@@ -35,6 +35,14 @@ def path(backend: Address, macs: bytes, mtu: int, source: Address | None, ifinde
 def no_path(backend: Address) -> bytes:
     """The value for a backend that the XDP program does not reach: its packets go to user space."""
     return path(backend, bytes(12), 0, None, 0, Ways())
+
+
+def backends(held: Map) -> Iterator[tuple[Address, bytes]]:
+    """Every backend in the map, and the MAC address that its frames go to (zero if there is none)."""
+    for backend_id in range(held.max_entries):
+        value = held.lookup(backend_id) or bytes(PATH_SIZE)
+        if any(value[:16]):
+            yield unmapped(value[:16]), value[32:38]
 
 
 class Paths:

@@ -30,7 +30,7 @@ from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
 from crablb.seldom import Seldom
 
-__all__ = ["HopState", "Link", "NextHop", "NextHops"]
+__all__ = ["HopState", "Link", "NextHop", "NextHops", "release_managed"]
 
 # include/uapi/linux/rtnetlink.h, neighbour.h
 #: RTNLGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE, NEXTHOP
@@ -264,6 +264,23 @@ def _is_local(netlink: Netlink, address: Address) -> bool:
         return False
 
 
+def release_managed(backends: Iterable[tuple[Address, bytes]]) -> None:
+    """Give up the managed neighbour entries of a process that died: those of these addresses, or of these MAC addresses
+    (a gateway's)."""
+    backends = list(backends)
+    addresses, macs = {str(address) for address, _ in backends}, {mac for _, mac in backends if any(mac)}
+    with Netlink() as netlink:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for message in rtnetlink.neighbours(netlink, family):
+                found = _neighbour(message)
+                flags = rtnetlink.number(message.attributes(NEIGHBOUR).get(rtnetlink.NDA_FLAGS_EXT))
+                if found and flags & NTF_EXT_MANAGED:
+                    (index, address), (_, mac) = found
+                    if address in addresses or mac in macs:
+                        with suppress(OSError):  # it has gone meanwhile
+                            rtnetlink.delete_neighbour(netlink, index, address)
+
+
 class NextHops:
     """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current; and which of
     the VIPs are this machine's own addresses as well.
@@ -335,7 +352,7 @@ class NextHops:
 
     def macs(self, index: int) -> list[bytes]:
         """The MAC addresses that frames to an interface have: its own, and those of its bridge or bond."""
-        found: dict[int, _Link] = {}
+        found: dict[int, Link] = {}
         while index not in found and (link := self._tables.links.get(index)):
             found[index] = link
             index = link.master

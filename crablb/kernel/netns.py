@@ -114,8 +114,8 @@ def find(text: str) -> Namespace:
 
 
 def all_seen() -> bool:
-    """Whether this process sees those of all namespaces."""
-    return os.stat("/proc/self/ns/pid").st_ino == PROC_PID_INIT_INO
+    """Whether this process sees those of all namespaces: of all PID namespaces, and in /proc (hidepid)."""
+    return os.stat("/proc/self/ns/pid").st_ino == PROC_PID_INIT_INO and Path("/proc/1").exists()
 
 
 def places(but: Collection[int] = ()) -> Iterator[Path]:

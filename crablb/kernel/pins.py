@@ -161,8 +161,12 @@ def own(role: str, what: str, process: int = 0) -> Iterator[None]:
         except BlockingIOError:
             pid = os.read(fd, 32).decode() or "another process"
             raise KernelError(f"{what} is run already by process {pid}; stop it first") from None
-        os.ftruncate(fd, 0)
-        os.write(fd, str(process or os.getpid()).encode())
+        try:
+            os.ftruncate(fd, 0)
+            os.write(fd, str(process or os.getpid()).encode())
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise KernelError(f"cannot write {path}: {error.strerror}; crablb keeps its state in {RUN}") from None
         try:
             _link_old_name()
             yield

@@ -98,7 +98,7 @@ def test_serve_beside_another_xdp_program(lab, other_xdp_program):
     assert done.returncode == 2
     assert re.fullmatch(
         r"crablb: interface eth0 has an XDP program already \(id \d+, see bpftool net\);"
-        r" remove it: ip link set eth0 xdp off\n",
+        r" remove it: ip link set eth0 xdp off, or if that is refused, as of a link: bpftool link detach\n",
         done.stderr,
     )
     # The other program is left alone.

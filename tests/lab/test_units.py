@@ -16,6 +16,7 @@ from tests.helpers.processes import ROOT, answer, until
 from tests.helpers.world import World, agent_status
 
 UNITS = sorted((ROOT / "deploy").glob("*.service"))
+AGENTS = [unit for unit in UNITS if "agent" in unit.stem]
 
 
 def value(unit: Path, key: str) -> str:
@@ -36,7 +37,27 @@ def test_systemd_understands_it(unit: Path, tmp_path: Path):
     assert [line for line in done.stderr.splitlines() if unit.stem in line] == []
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def limited(unit: Path) -> list[str]:
+    """What has a command run with the capabilities of the unit."""
+    kept = ",".join("+" + name.removeprefix("CAP_").lower() for name in value(unit, "CapabilityBoundingSet").split())
+    return ["setpriv", "--bounding-set", f"-all,{kept}", "--no-new-privs"]
+
+
+def test_the_load_balancers_privileges_are_enough(make_world: Callable[..., World]):
+    """With the capabilities of the unit it serves, is reloaded, restarted, and ends."""
+    world = make_world()
+    world.servers()
+    program = [*limited(ROOT / "deploy/crablb.service"), *crablb()]
+    for seconds in ("600", "0"):
+        balancer = world.serve("--keep", seconds, program=program)
+        assert world.echo(VIP4, "10")["intact"]
+        balancer.terminate()
+        assert balancer.wait() == 0
+    assert "took over" in (world.folder / "serve.log").read_text()
+    assert not list(world.lab.lb.pins.glob("lb-*"))
+
+
+@pytest.mark.parametrize("unit", AGENTS, ids=lambda unit: unit.stem)
 def test_its_privileges_are_enough(make_world: Callable[..., World], unit: Path):
     """With the capabilities of the unit the agent starts, works, and ends."""
     world = make_world()
@@ -47,12 +68,11 @@ def test_its_privileges_are_enough(make_world: Callable[..., World], unit: Path)
     world.serve()
     if role == "server":
         world.client()
-    kept = ",".join("+" + name.removeprefix("CAP_").lower() for name in value(unit, "CapabilityBoundingSet").split())
     command = value(unit, "ExecStart").split()[1:-1]
     args = ["--vip", f"tcp://{VIP4}:80", *(["--backends", "10.0.0.0/24"] if role == "client" else [])]
     agent = world.program(
         node,
-        "setpriv", "--bounding-set", f"-all,{kept}", "--no-new-privs",
+        *limited(unit),
         *crablb(*command, *args, "--cgroup", str(node.cgroup)),
     )  # fmt: skip
     assert answer(agent) == "ready"

@@ -97,6 +97,7 @@ SAME = {
     "busy_poll": (["--busy-poll", "0"], 0, 0),
     "table_size": (["--table-size", "655373"], 655373, 655373),
     "flows": (["--flows", "1024"], 1024, 1024),
+    "keep": (["--keep", "60"], 60, 60.0),
     "ack_bypass": (["--ack-bypass", "off"], "off", Bypass.OFF),
     "announce": (["--announce", "arp"], "arp", Announce.ARP),
     "ping": (["--ping", "false"], False, False),

@@ -20,7 +20,7 @@ from crablb.agent.reporter import Reporter
 from crablb.agent.server import open_connections, redirects
 from crablb.cli.agent.ask import seconds
 from crablb.cli.agent.namespaces import chosen, in_each, named, prefix, require_root
-from crablb.cli.agent.process import Signals, Work, serve
+from crablb.cli.agent.process import Signals, Work, endure, serve
 from crablb.cli.agent.supervisor import Supervisor
 from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
 from crablb.errors import ConfigError, KernelError, Problems
@@ -87,6 +87,7 @@ def run_server_remove(args: argparse.Namespace) -> int:
 def _run(work: Work, namespaces: list[Namespace], every: bool) -> int:
     """``namespaces``: others than the process's own; ``every``: all that there are, and will be."""
     logging.set_up()
+    endure()
     require_root()
     if work.detach and not bpf.pins_last():
         raise KernelError(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
+from crablb import log as logging
 from crablb.agent.base import Agent
+from crablb.cli import streams
 from crablb.control.notify import notify
 
 log = structlog.get_logger()
 
-SIGNALS = {signal.SIGTERM, signal.SIGINT}
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 
 @dataclass
@@ -75,7 +79,20 @@ def serve(work: Work, orders: Orders) -> None:
 
 def ready() -> None:
     notify("READY=1")
-    print("ready", flush=True)
+    # To a pipe that is full, print would wait for whoever does not read it, and the agent never end.
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    if sys.stdout is not sys.__stdout__ or poll.poll(0):
+        with suppress(streams.UnwritableError):  # closed, full: whom does it concern?
+            print("ready", flush=True)
+
+
+def endure() -> None:
+    """The signals by which others are told to read or to log anew do not end an agent: what it has in the kernel would
+    stay."""
+    for number in (signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGUSR1, lambda *_: logging.reopen())
 
 
 class Signals:
@@ -93,7 +110,7 @@ class Signals:
 
     def until_end(self) -> bool:
         ready()
-        signal.sigwait(SIGNALS)
+        signal.sigwaitinfo(SIGNALS)  # sigwait(3) goes on when a handler is to run
         notify("STOPPING=1")
         return True
 

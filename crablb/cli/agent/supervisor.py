@@ -132,6 +132,7 @@ def _child(namespace: Namespace, work: Work, parent: socket.socket) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        logging.flush()
     return 1
 
 

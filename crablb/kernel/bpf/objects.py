@@ -60,7 +60,10 @@ def _outermost() -> str:
     """Of this process's ancestors the first that it may look at: in the best case, process 1."""
     process, found = "self", ""
     while process != "0":
-        status = Path(f"/proc/{process}/status").read_text()
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except FileNotFoundError:  # it is hidden (hidepid), and so are those above it
+            break
         process = status.partition("\nPPid:")[2].split(maxsplit=1)[0]
         with suppress(OSError):
             os.stat(f"/proc/{process}/root/sys")

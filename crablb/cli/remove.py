@@ -1,0 +1,53 @@
+"""``crablb remove``: take a load balancer that is dead, or that left its flows to the next, out of the kernel."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+from crablb.dataplane import attachment
+from crablb.errors import KernelError, Problems
+from crablb.values import parse_interface, whole
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "remove", help="take out of the kernel what a load balancer has left there that was killed, or had --keep"
+    )
+    parser.add_argument(
+        "--iface",
+        "--interface",
+        dest="interfaces",
+        action="append",
+        required=True,
+        metavar="IF",
+        help="one that was served, be it there or gone; repeatable",
+    )
+    parser.add_argument(
+        "--after", metavar="SECONDS", default="0", help="wait so long first, and leave alone what has been taken over"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    problems = Problems()
+    names = problems.each("--iface", args.interfaces, parse_interface)
+    after = problems.attempt("--after", _seconds, args.after)
+    problems.finish()
+    if os.geteuid() != 0:
+        raise KernelError("crablb remove works with BPF programs; run it as root")
+    left = {name: attachment.left(name) for name in names}
+    if after:
+        print(f"{', '.join(names)}: in {after} s, unless it is taken over", flush=True)
+        time.sleep(after)
+    for name, program in left.items():
+        if after and attachment.left(name) != program:
+            print(f"{name}: has been taken over")
+        else:
+            print(f"{name}: {'removed' if attachment.remove(name) else 'there was none'}")
+    return 0
+
+
+def _seconds(text: str) -> int:
+    return whole(0, 86400, int(text) if text.isascii() and text.isdigit() else text)
