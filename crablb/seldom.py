@@ -14,11 +14,12 @@ KINDS = 1000
 
 
 class Seldom:
-    """Whether a line of a kind is due."""
+    """Whether a line of a kind is due: ``burst`` of them in ``interval`` seconds."""
 
-    def __init__(self, interval: float = INTERVAL) -> None:
-        self._interval = interval
-        self._kinds: dict[Hashable, tuple[float, int]] = {}  # when the last was written, how many came since
+    def __init__(self, interval: float = INTERVAL, burst: int = 1) -> None:
+        self._interval, self._burst = interval, burst
+        # When the interval began, lines since, and what came and was not written.
+        self._kinds: dict[Hashable, tuple[float, int, int]] = {}
         self._tidied = -interval
 
     def due(self, kind: Hashable, now: float | None = None) -> int:
@@ -27,12 +28,14 @@ class Seldom:
         if kind not in self._kinds and len(self._kinds) >= KINDS:
             if now - self._tidied >= self._interval:
                 self._tidied = now
-                self._kinds = {k: v for k, v in self._kinds.items() if v[1] or now - v[0] < self._interval}
+                self._kinds = {k: v for k, v in self._kinds.items() if v[2] or now - v[0] < self._interval}
             if len(self._kinds) >= KINDS:
                 kind = None
-        at, count = self._kinds.get(kind, (None, 0))
-        if at is not None and now - at < self._interval:
-            self._kinds[kind] = at, count + 1
+        began, lines, left_out = self._kinds.get(kind, (now, 0, 0))
+        if now - began >= self._interval:
+            began, lines = now, 0
+        if lines >= self._burst:
+            self._kinds[kind] = began, lines, left_out + 1
             return 0
-        self._kinds[kind] = now, 0
-        return count + 1
+        self._kinds[kind] = began, lines + 1, 0
+        return left_out + 1

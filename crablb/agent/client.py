@@ -9,12 +9,14 @@ import socket
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, ClassVar
 
 import structlog
 
+from crablb import lasting
 from crablb._native import lib
 from crablb.agent import offering, routes
 from crablb.agent.base import FILTER, Agent, detach_filters, tool
@@ -314,7 +316,10 @@ class ClientAgent(Agent):
         """
         wake, woken = os.pipe()
         with Verifier(cls.folder()) if verify else nullcontext() as verifier:
-            thread = threading.Thread(target=cls._watch, args=(wake, verifier), name="crablb-watch", daemon=True)
+            watch = partial(cls._watch, wake, verifier)
+            thread = threading.Thread(
+                target=lasting.keep_in_thread, args=("watch", watch, wake), name="crablb-watch", daemon=True
+            )
             thread.start()
             try:
                 yield
@@ -357,7 +362,8 @@ class ClientAgent(Agent):
                 ready = dict(poll.poll(LOOK * 1000))
                 if stop in ready:
                     return
-                vain = cls._tell(vain)
+                with suppress(bpf.BpfNotFoundError):  # its pins are gone, which is told as a fault
+                    vain = cls._tell(vain)
                 due = not ready
                 if ready and events.concern(about):
                     due = True

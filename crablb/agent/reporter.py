@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from crablb import lasting
 from crablb.kernel.rtnetlink import tcp_sockets
 from crablb.model import Address, Vip
 from crablb.selection.reports import (
@@ -116,7 +117,12 @@ class Reporter:
         self._session = os.urandom(8)
         self._cpu = _Cpu()
         self._wake, self._waker = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="crablb-report", daemon=True)
+        self._thread = threading.Thread(
+            target=lasting.keep_in_thread,
+            args=("report", self._run, self._wake.fileno()),
+            name="crablb-report",
+            daemon=True,
+        )
 
     def start(self) -> None:
         self._thread.start()
@@ -132,6 +138,9 @@ class Reporter:
         told_at = -FULL_INTERVAL
         vips: list[VipReport] = []
         figure = again = 0
+        poll = select.poll()
+        for sock in (self._wake, *(t.socket for t in self._targets)):
+            poll.register(sock, select.POLLIN)
         while True:
             connections = self._connections()
             now = time.monotonic()
@@ -164,11 +173,11 @@ class Reporter:
                 ]
                 for target in self._targets:
                     self._tell(target, vips, figure)
-            ready, _, _ = select.select([self._wake, *(t.socket for t in self._targets)], [], [], CHANGES_INTERVAL)
-            if self._wake in ready:
+            ready = dict(poll.poll(CHANGES_INTERVAL * 1000))
+            if self._wake.fileno() in ready:
                 return
             for target in self._targets:
-                if target.socket in ready and self._hear(target):
+                if target.socket.fileno() in ready and self._hear(target):
                     self._tell(target, vips, figure)
 
     def _load(self) -> int:

@@ -15,8 +15,8 @@ from typing import Self
 
 import structlog
 
+from crablb import lasting
 from crablb._native import ffi
-from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.checksum import checksum
 from crablb.model import unmapped
@@ -80,7 +80,9 @@ class Verifier:
         except PermissionError:
             log.warning("backends are not verified, as that needs CAP_NET_RAW; give it, or say --no-verify")
             self._may = False
-        self._thread = threading.Thread(target=self._run, name="crablb-verify", daemon=True)
+        self._thread = threading.Thread(
+            target=lasting.keep_in_thread, args=("verify", self._run, self._stop), name="crablb-verify", daemon=True
+        )
         self._thread.start()
         return self
 
@@ -100,17 +102,15 @@ class Verifier:
         self._write(time.monotonic_ns() + int(LEASE * 1e9))
 
     def _run(self) -> None:
+        """Until the end.  Where it fails and the lease ends, the programs go on without, as with --no-verify."""
         poll = select.poll()
-        try:
-            with bpf.Ring(self._asks, self._answer) as ring:
-                poll.register(ring, select.POLLIN)
-                poll.register(self._stop, select.POLLHUP)
-                while self._stop not in dict(poll.poll(RENEWAL * 1000)):
-                    ring.consume()
-                    if self._may:
-                        self._renew()
-        except KernelError as error:  # the programs go on without, as with --no-verify
-            log.error("backends are not verified any more", reason=str(error))
+        with bpf.Ring(self._asks, self._answer) as ring:
+            poll.register(ring, select.POLLIN)
+            poll.register(self._stop, select.POLLHUP)
+            while self._stop not in dict(poll.poll(RENEWAL * 1000)):
+                ring.consume()
+                if self._may:
+                    self._renew()
 
     def _answer(self, ask: bytes) -> None:
         try:

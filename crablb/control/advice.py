@@ -18,6 +18,7 @@ from crablb.dataplane.events import Event, HopsChanged, Notice, Started, Swept
 from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Address, Config, Fallback
+from crablb.seldom import Seldom
 
 __all__ = ["Advice", "Adviser"]
 
@@ -54,12 +55,32 @@ def unusable(hops: Mapping[Address, NextHop]) -> Iterator[Advice]:
 def moved(before: Mapping[Address, NextHop], now: Mapping[Address, NextHop]) -> Iterator[Advice]:
     """Backends that have become reachable, or are not any more."""
     for address, hop in now.items():
-        if hop.state is HopState.RESOLVED:
+        former = before.get(address)
+        if hop.state is HopState.RESOLVED and former and former.state is HopState.RESOLVED:
+            yield from _changed(address, former, hop)
+        elif hop.state is HopState.RESOLVED:
             yield Advice("info", "backend reachable", {"backend": str(address), "mac": hop.dst_mac.hex(":")})
         elif address not in before:
             yield from unusable({address: hop})
         elif before[address].state is HopState.RESOLVED:
             yield _warning("backend unreachable", "backends_lost", backend=str(address), reason=hop.reason)
+
+
+def _changed(address: Address, before: NextHop, now: NextHop) -> Iterator[Advice]:
+    """A backend that is reached as before, but by another way, or at another MAC address: which may be forged."""
+    via = {"backend": str(address)} | ({"gateway": str(now.gateway)} if now.gateway else {})
+    if (before.gateway, before.ifindex) != (now.gateway, now.ifindex):
+        yield Advice("info", "another way to a backend", {**via, "mac": now.dst_mac.hex(":")})
+    elif before.dst_mac != now.dst_mac:
+        yield _warning(
+            "a backend's MAC address changed; if nobody exchanged its card or machine, somebody pretends to be it",
+            "backends_moved",
+            **via,
+            before=before.dst_mac.hex(":"),
+            mac=now.dst_mac.hex(":"),
+        )
+    elif before.mtu != now.mtu:
+        yield Advice("info", "the way to a backend has another MTU", {**via, "mtu": now.mtu})
 
 
 def narrow_tunnels(config: Config, hops: Mapping[Address, NextHop]) -> Iterator[Advice]:
@@ -173,11 +194,17 @@ class Adviser:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._seldom = Seldom(burst=5)
 
     def hear(self, notice: Notice) -> None:
         """A listener of the engine's."""
         for advice in self._advise(notice):
-            getattr(log, advice.level)(advice.text, **advice.facts)
+            # Whoever forges what the kernel believes can have these come without end.
+            backend = advice.facts.get("backend")
+            times = self._seldom.due((advice.text, backend)) if isinstance(notice, HopsChanged) and backend else 1
+            if times:
+                more = {"times": times} if times > 1 else {}
+                getattr(log, advice.level)(advice.text, **advice.facts, **more)
             if advice.counter:
                 self._engine.count(advice.counter)
 

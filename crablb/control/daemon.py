@@ -19,6 +19,10 @@ __all__ = ["serve"]
 log = structlog.get_logger()
 
 
+#: Seconds until what could not be applied, for want of memory perhaps, is tried again.
+AGAIN = 1.0
+
+
 def _reload(supervisor: Supervisor, read: Callable[[], Config]) -> None:
     """Read the configuration again and serve it; if it cannot be, say why and go on as before."""
     try:
@@ -28,6 +32,10 @@ def _reload(supervisor: Supervisor, read: Callable[[], Config]) -> None:
         supervisor.engine.count("reloads_refused")
         for problem in error.problems:
             log.error("not reloaded", reason=problem)
+    except Exception:  # half of it may be served
+        supervisor.engine.count("tasks_failed")
+        log.exception("not reloaded; it is tried again", seconds=AGAIN)
+        asyncio.get_running_loop().call_later(AGAIN, _reload, supervisor, read)
     else:
         log.info("reloaded", services=[str(s.vip) for s in config.services])
 

@@ -328,6 +328,10 @@ def best(found: Iterable[Route], rule: Rule, to: Address) -> Route | None:
     return chosen if chosen and chosen.to.prefixlen > rule.suppressed else None
 
 
+#: Datagrams that are read at a time.
+AT_ONCE = 1024
+
+
 class Events:
     """What changes of links, addresses, routes, rules, next hops and filters in this network namespace."""
 
@@ -342,16 +346,16 @@ class Events:
         return self._sock.fileno()
 
     def concern(self, prefixes: Iterable[Network]) -> bool:
-        """Read all that has come; whether any of it may concern packets to these prefixes."""
+        """Read what has come, of a flood a part; whether any of it may concern packets to these prefixes."""
         wanted = {family: [] for family in (socket.AF_INET, socket.AF_INET6)}  # type: dict[int, list[tuple[int, int]]]
         for prefix in prefixes:
             wanted[family_of(prefix)].append((int(prefix.network_address), prefix.prefixlen))
         found = False
-        while True:
+        for _ in range(AT_ONCE):
             try:
                 data = self._sock.recv(rtnetlink.ROOM)
             except BlockingIOError:
-                return found
+                break
             except OSError:  # ENOBUFS: some are lost, and any of them may have concerned us
                 found = True
                 continue
@@ -360,6 +364,7 @@ class Events:
                     found |= _covers(message, wanted.get(message.fields(ROUTE)[0], ()))
                 else:
                     found = True
+        return found
 
     def close(self) -> None:
         self._sock.close()

@@ -720,6 +720,28 @@ def let(client: Counted, seconds: float = 3600, since_ns: int = 0) -> None:
     client.maps["client_verifier"].update(0, bytes(ffi.buffer(value)))
 
 
+def test_a_ring_goes_on_after_a_failure(client):
+    """What a record's taker raises comes out when all were taken; the next ones are taken as before."""
+    let(client)
+    taken: list[bytes] = []
+
+    def take(record: bytes) -> None:
+        taken.append(record)
+        if len(taken) < 3:
+            raise MemoryError(f"record {len(taken)}")
+
+    with bpf.Ring(client.maps["client_asks"], take) as ring:
+        for family in (4, 6):
+            pend(client, family)
+            client.programs["crab_ingress"].test_run(bytes(full_answer(family)))
+        with pytest.raises(MemoryError, match="record 1"):
+            ring.consume()
+        assert len(taken) == 2
+        pend(client, 4)
+        client.programs["crab_ingress"].test_run(bytes(full_answer(4)))
+        assert ring.consume() == len(taken) - 2
+
+
 LONG = [("MSS", 1460), ("SAckOK", b""), ("Timestamp", (7, 8)), ("NOP", None), ("WScale", 7)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections.abc import Callable, Coroutine, Iterator
 from ipaddress import ip_address
 
@@ -11,6 +12,7 @@ import pytest
 import uvloop
 from structlog.testing import capture_logs
 
+from crablb.control.announce import announcement
 from crablb.kernel import rtnetlink
 from crablb.kernel.interface import interface_info
 from crablb.kernel.netlink import HopState, NextHop, NextHops
@@ -323,5 +325,31 @@ def test_other_neighbours_are_left_in_the_kernel(lab):
         assert taken
         about = [rtnetlink.address(m.attributes(NEIGHBOUR)[NDA_DST]) for d in taken for m in rtnetlink.parse(d)]
         assert set(about) <= {str(FIRST), str(SECOND), str(ABSENT)}
+
+    follow(lab, check)
+
+
+def test_a_forged_claim_for_a_backend(lab):
+    """It is followed, as the kernel follows it; not for a backend whose MAC address is pinned."""
+    forged = "02:00:00:00:66:66"
+
+    async def check(hops: Followed) -> None:
+        await hops.until(lambda: hops[FIRST].state is HopState.RESOLVED)
+
+        def forge() -> None:
+            with inside(lab.client.netns), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as wire:
+                wire.bind(("eth0", 0))
+                wire.send(announcement(FIRST, bytes.fromhex(forged.replace(":", ""))))
+
+        forge()
+        await hops.until(lambda: hops[FIRST].dst_mac.hex(":") == forged)
+        own = lab.servers[0].mac()
+        lab.lb.ip(f"neigh replace {FIRST} lladdr {own} nud permanent dev eth0")
+        await hops.until(lambda: hops[FIRST].dst_mac.hex(":") == own)
+        forge()
+        # What comes behind it has come.
+        lab.client.run("ping", "-c", "1", "-W", "5", lab.lb.ip4)
+        assert own in lab.lb.run("ip", "neigh", "show", str(FIRST)).stdout
+        assert hops[FIRST].dst_mac.hex(":") == own
 
     follow(lab, check)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
+from structlog.testing import capture_logs
 
 from crablb.control import advice
 from crablb.control.advice import Advice, Adviser
@@ -33,6 +34,34 @@ def test_backends_that_come_and_go():
     assert texts(advice.moved({A: SILENT}, {A: NextHop(HopState.NO_ROUTE)})) == []  # it was said already
     (reachable,) = advice.moved({}, {A: UP})
     assert reachable == Advice("info", "backend reachable", {"backend": "10.0.0.11", "mac": "02:00:00:00:00:01"})
+
+
+def test_a_backend_that_is_reached_otherwise():
+    gateway = ip_address("10.0.0.1")
+    other = replace(UP, dst_mac=b"\2\0\0\0\0\3")
+    (told,) = advice.moved({A: UP}, {A: other})
+    assert (told.level, told.counter) == ("warning", "backends_moved")
+    assert told.text.startswith("a backend's MAC address changed")
+    assert told.facts == {"backend": "10.0.0.11", "before": "02:00:00:00:00:01", "mac": "02:00:00:00:00:03"}
+    (told,) = advice.moved({A: replace(UP, gateway=gateway)}, {A: replace(other, gateway=gateway)})
+    assert told.facts["gateway"] == "10.0.0.1"
+    # Another way is no forgery.
+    assert texts(advice.moved({A: UP}, {A: replace(other, gateway=gateway)})) == [("another way to a backend", None)]
+    assert texts(advice.moved({A: UP}, {A: replace(other, ifindex=2)})) == [("another way to a backend", None)]
+    assert texts(advice.moved({A: UP}, {A: replace(UP, mtu=9000)})) == [("the way to a backend has another MTU", None)]
+    assert texts(advice.moved({A: UP}, {A: replace(UP, src_mac=b"\2\0\0\0\0\4")})) == []  # of our own
+
+
+def test_a_flood_writes_few_lines():
+    engine = Engine()
+    adviser = Adviser(engine)  # type: ignore[arg-type]
+    macs = [replace(UP, dst_mac=bytes([2, 0, 0, 0, i >> 8, i & 255])) for i in range(1000)]
+    with capture_logs() as said:
+        for i in range(1, 1000):
+            adviser.hear(HopsChanged({A: macs[i - 1]}, {A: macs[i]}))
+            adviser.hear(HopsChanged({B: macs[i - 1]}, {B: macs[i]}))
+    assert 2 <= len(said) <= 20
+    assert engine.counted.count("backends_moved") == 2 * 999
 
 
 @pytest.mark.parametrize(
@@ -129,7 +158,7 @@ def test_when_what_is_told():
     assert told(Started()) == ["narrow_tunnels"]
     assert told(HopsChanged({B: UP}, {B: SILENT})) == ["backends_lost", "narrow_tunnels"]  # what is known of its MTU
     same = engine.hops[B]
-    assert told(HopsChanged({B: same}, {B: replace(same, dst_mac=b"\2\0\0\0\0\3")})) == []
+    assert told(HopsChanged({B: same}, {B: replace(same, dst_mac=b"\2\0\0\0\0\3")})) == ["backends_moved"]
     assert told(Swept(flows=99, refused=1)) == ["flows_nearly_full", "cache_full"]
     assert told(Swept(flows=1, refused=0)) == []
     assert told(Swept(flows=1, refused=0, dropped=3)) == ["xsk_dropped"]

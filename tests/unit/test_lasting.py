@@ -107,6 +107,11 @@ def test_seldom():
     assert lines.due("a", 20) == 1
 
 
+def test_a_burst():
+    lines = Seldom(10, burst=2)
+    assert [lines.due("a", at) for at in (0, 1, 2, 3, 10, 10, 10, 20)] == [1, 1, 0, 0, 3, 1, 0, 2]
+
+
 def test_kinds_are_bounded():
     lines = Seldom(10)
     written = sum(lines.due(i, 0.0) > 0 for i in range(100_000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import os
 import re
@@ -10,10 +11,13 @@ import subprocess
 from ipaddress import ip_address
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crablb import lasting
 from crablb.agent.reporter import Reporter
+from crablb.control.reports import Reports
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import crablb
 from crablb.model import Vip
@@ -274,3 +278,64 @@ def test_a_load_balancer_of_before_and_its_successor(monkeypatch):
         finally:
             told.stop()
     assert heard == [(1, 7, None), (2, 7, (5, 3))]
+
+
+def test_reports_go_on_after_a_failure(monkeypatch):
+    """What it tells cannot be read for a moment; and one of its load balancers refuses what is sent."""
+    monkeypatch.setattr(lasting, "FIRST", 0.0)
+    here = ip_address("127.0.0.1")
+    failures = [MemoryError("none left"), OSError("gone"), RuntimeError("strange")]
+
+    def connections():
+        if failures:
+            raise failures.pop()
+        return {VIPS[0]: 7}
+
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody,
+    ):
+        for one in (sock, nobody):
+            one.bind((str(here), 0))
+        sock.settimeout(20)
+        targets = [(here, nobody.getsockname()[1]), (here, sock.getsockname()[1])]
+        nobody.close()  # ECONNREFUSED from now on
+        told = Reporter(connections, lambda: {}, targets, report.derive(MASTER, here))
+        told.start()
+        try:
+            for _ in range(3):
+                assert sock.recv(2048)
+            assert not failures
+        finally:
+            told.stop()
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_taking_reports_goes_on_after_a_failure(run):
+    counted, failures = [], [MemoryError("none left"), OSError("gone")]
+
+    class Engine:
+        def count(self, what):
+            if failures:
+                raise failures.pop()
+            counted.append(what)
+
+    async def main() -> None:
+        taker = Reports(Engine(), MASTER)
+        taker.follow([])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        await taker.start(ip_address("127.0.0.1"), port)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                async with asyncio.timeout(20):
+                    while len(counted) < 3:
+                        sock.sendto(b"rubbish", ("127.0.0.1", port))
+                        await asyncio.sleep(0.01)
+        finally:
+            taker.close()
+
+    run(main())
+    assert not failures

@@ -184,13 +184,17 @@ class Supervisor:
 
     def _take_up(self, namespaces: Iterable[Namespace]) -> dict[Namespace, str]:
         """Start a child in each, all at once; those that cannot be, and why."""
-        started = []
+        started, failed = [], {}
         for one in namespaces:
-            self._children[one.inode] = Child(one, self._work)
-            started.append(one)
-        failed = {one: why for one in started if (why := self._children[one.inode].installed())}
+            try:
+                self._children[one.inode] = Child(one, self._work)
+            except OSError as error:  # no room for another process now
+                failed[one] = f"cannot start its process: {error.strerror}"
+            else:
+                started.append(one)
+        failed |= {one: why for one in started if (why := self._children[one.inode].installed())}
         for one in failed:
-            del self._children[one.inode]
+            self._children.pop(one.inode, None)
         self._new = [one for one in started if one not in failed]
         return failed
 

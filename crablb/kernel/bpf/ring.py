@@ -16,7 +16,8 @@ __all__ = ["Ring"]
 class Ring:
     """The reader of a ring buffer; of each there may be one.  ``fileno()`` is readable when there is something to take.
 
-    ``take`` gets each record, as bytes, while :meth:`consume` runs; what it raises, consume raises when it is through.
+    ``take`` gets each record, as bytes, while :meth:`consume` runs; the first error that it raises, consume raises when
+    it is through.
     """
 
     def __init__(self, ring: Map, take: Callable[[bytes], None]) -> None:
@@ -49,14 +50,14 @@ class Ring:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def record(self, data: bytes) -> None:
+    def record(self, data: Any, size: int) -> None:
         try:
-            self._take(data)
+            self._take(bytes(ffi.buffer(data, size)))
         except BaseException as raised:  # it cannot pass libbpf
-            self._raised = raised
+            self._raised = self._raised or raised
 
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]
 def crab_ring_sample(context: Any, data: Any, size: int) -> int:
-    ffi.from_handle(context).record(bytes(ffi.buffer(data, size)))
+    ffi.from_handle(context).record(data, size)
     return 0
