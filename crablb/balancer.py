@@ -127,7 +127,7 @@ class LoadBalancer:
         loop.close()
 
     async def wait(self) -> None:
-        """Until it fails.  Raises :class:`KernelError` then: an interface is gone, for example."""
+        """Until it fails.  Raises :class:`KernelError` then: a task of its own has died, for example."""
         failure = self._running.engine.failure
         assert failure
         raise KernelError(await asyncio.shield(failure))
@@ -152,7 +152,7 @@ class LoadBalancer:
     def process_once(self, timeout: float = 0.0) -> int:
         """Work on the frames that have come on all queues; wait at most ``timeout`` seconds for some if there are none.
 
-        Returns how many there were.  For ``threads=False``.  Raises :class:`KernelError` if an interface is gone.
+        Returns how many there were.  For ``threads=False``.
         """
         return self._running.engine.process_once(timeout)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from crablb.control.advice import Adviser
@@ -25,7 +26,8 @@ class Supervisor:
         self.engine = Engine(config, seed, threads=threads)
         self.listeners: list[Callable[[Event], None]] = []
         self.engine.listeners += [Adviser(self.engine).hear, self._tell]
-        self._announcers: list[Announcer] = []
+        self._announcers: dict[str, Announcer] = {}  # by interface
+        self._ending: set[asyncio.Task[None]] = set()  # of announcers
         self._reports: Reports | None = None
 
     async def start(self) -> None:
@@ -43,17 +45,12 @@ class Supervisor:
             self._reports.follow(config.services)
             await self._reports.start(*config.report_listen)
         await self.engine.start()
-        if config.announce is Announce.ARP:
-            ours = {interface.mac for interface in self.engine.interfaces}
-            for interface in self.engine.interfaces:
-                announcer = Announcer(interface.name, ours, self._vip_in_use)
-                self._announcers.append(announcer)
-                announcer.start(service.vip.address for service in config.services)
+        for interface in self.engine.interfaces:
+            self._announce(interface.name)
 
     async def close(self) -> None:
         """Leave nothing in the kernel.  Idempotent."""
-        for announcer in self._announcers:
-            await announcer.close()
+        await asyncio.gather(*self._ending, *(announcer.close() for announcer in self._announcers.values()))
         self._announcers.clear()
         if self._reports:
             self._reports.close()
@@ -63,13 +60,28 @@ class Supervisor:
     def apply(self, config: Config) -> None:
         """See :meth:`Engine.apply`."""
         self.engine.apply(config)
-        for announcer in self._announcers:
+        for announcer in self._announcers.values():
             announcer.follow(service.vip.address for service in config.services)
         if self._reports:
             self._reports.follow(config.services)
 
+    def _announce(self, interface: str) -> None:
+        """Answer for the VIPs on an interface; also on one that has come back or was renamed: sockets do not follow."""
+        if self.engine.config.announce is not Announce.ARP:
+            return
+        names = {interface.name for interface in self.engine.interfaces}
+        for name in self._announcers.keys() - (names - {interface}):
+            task = asyncio.ensure_future(self._announcers.pop(name).close())
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+        ours = {interface.mac for interface in self.engine.interfaces}
+        announcer = self._announcers[interface] = Announcer(interface, ours, self._vip_in_use)
+        announcer.start(service.vip.address for service in self.engine.config.services)
+
     def _tell(self, notice: Notice) -> None:
         if isinstance(notice, Event):
+            if notice.kind in ("interface-back", "interface-renamed"):
+                self._announce(notice.interface)
             for listener in self.listeners:
                 listener(notice)
 

@@ -6,8 +6,9 @@ A daemon that dies leaves its link and its maps (:data:`.program.PINNED`), pinne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import structlog
 
@@ -34,15 +35,25 @@ class Attachment:
         self.info: Interface = interface_info(name)
         if not self.info.up:
             raise KernelError(f"interface {name} is down; bring it up: ip link set {name} up")
+        self.name = name  # as the configuration has it
         self.role = f"lb-{name}"
         self.pins = pins.folder(self.role)
         self.mode = ""  # "native" or "generic" while attached
+        self._owned = ExitStack()
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
 
-    def own(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def own(self) -> Iterator[None]:
         """Be the one process that serves the interface.  Raises :class:`KernelError` if another one does."""
-        return pins.own(self.role, f"the load balancer of {self.info.name}")
+        try:
+            self._own()
+            yield
+        finally:
+            self._owned.close()
+
+    def _own(self) -> None:
+        self._owned.enter_context(pins.own(self.role, f"the load balancer of {self.info.name}"))
 
     @property
     def left(self) -> bool:
@@ -86,16 +97,56 @@ class Attachment:
         for name in PINNED:
             program.maps[name].pin(self.pins / name)
 
+    def renew(self, program: Program) -> None:
+        """Attach once more what is attached: a veth has no program on queues that it got since (veth_set_channels)."""
+        assert self._link
+        with program.again() as again:  # the kernel takes the same one for no change
+            self._link.update(again.program(program.main.name))
+
+    def leave_name(self) -> None:
+        """The interface has another name now, and perhaps another one has this."""
+        self._owned.close()
+        aside = pins.folder(f"lb of {self.info.index}")
+        self.pins.rename(aside)
+        self.pins = aside
+
+    def take_name(self, name: str) -> None:
+        """Be known by it; raises :class:`KernelError` if another process is."""
+        self.info = replace(self.info, name=name)
+        self.role = f"lb-{name}"
+        self._own()
+        folder = pins.folder(self.role)
+        pins.remove(folder)
+        self.pins.rename(folder)
+        self.pins = folder
+
     def detach(self) -> None:
         """Leave nothing on the interface; what another daemon had left and was not taken over stays.  Idempotent."""
         if self._link:
             self._link.detach()
             self._link.close()
             pins.remove(self.pins)
-            self._link = None
+            self._link, self.mode = None, ""
         if self._left:
             self._left.close()
             self._left = None
+
+
+def rename(names: Mapping[Attachment, str]) -> list[tuple[Attachment, str]]:
+    """These interfaces have these names now; some may have exchanged theirs.
+
+    Those that had another one, which is told.
+    """
+    renamed = [(attachment, attachment.info.name) for attachment, name in names.items() if name != attachment.info.name]
+    for attachment, _ in renamed:
+        attachment.leave_name()
+    for attachment, _ in renamed:
+        try:
+            attachment.take_name(names[attachment])
+        except KernelError as error:
+            name = names[attachment]
+            log.warning("crablb status does not know an interface by its name", interface=name, reason=str(error))
+    return renamed
 
 
 def inherited(attachments: Sequence[Attachment], seed: bytes) -> Inherited | None:
@@ -125,5 +176,5 @@ def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool) -> tu
         and bool(attachment.mode)
         and (attachment.mode == "generic" or attachment.info.kind != "veth")
     )
-    generic = all(a.mode == "generic" for a in attachments)
+    generic = all(a.mode == "generic" for a in attachments if a.mode)
     return tx, hop.redirect or generic or forced

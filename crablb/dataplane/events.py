@@ -16,11 +16,13 @@ class Event:
     """Something that befell a load balancer."""
 
     #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "server-silent", "changed",
-    #: "redirects-stopped", "redirects-resumed"
+    #: "redirects-stopped", "redirects-resumed", "interface-gone", "interface-back", "interface-renamed",
+    #: "interface-changed", "interface-unserved"
     kind: str
     backend: Address | None = None
     vip: Vip | None = None
     reason: str = ""
+    interface: str = ""  # its name now
 
 
 @dataclass(frozen=True, slots=True)

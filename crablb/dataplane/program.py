@@ -110,6 +110,14 @@ class Program:
         filled = [*kept, *[kept[0]] * (lib.CRAB_MAX_MACS - len(kept))]
         self.maps["macs"].update(index, b"".join(mac + bytes(2) for mac in filled))
 
+    def disown(self, index: int) -> None:
+        """An interface has gone."""
+        self.maps["macs"].delete(index)
+
+    def again(self) -> bpf.Object:
+        """The same once more, on the same maps; to be closed."""
+        return bpf.Object(bpf.object_path("lb"), reuse=self.maps)
+
     def count_from_zero(self, index: int) -> None:
         """A service has got this index, which may have been another one's."""
         counters = self.maps["service_counters"]
@@ -122,10 +130,10 @@ class Program:
         else:
             self.maps["handlers"].delete(0)
 
-    def statistics(self, queues: int) -> dict[str, Any]:
+    def statistics(self, slots: Sequence[int]) -> dict[str, Any]:
         """See :func:`crablb.dataplane.statistics.read`."""
         maps = self.maps
-        return read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], queues)
+        return read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], slots)
 
     def close(self) -> None:
         """Forget it; what is pinned or attached stays."""

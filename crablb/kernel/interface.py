@@ -19,7 +19,8 @@ class Interface:
     mac: bytes
     mtu: int
     up: bool
-    rx_queues: int
+    rx_queues: int  # in use
+    max_queues: int  # RX queues that it may have in use
     kind: str  # "veth", "vlan", ...; empty for hardware
 
 
@@ -35,6 +36,7 @@ def interface_info(name: str) -> Interface:
         link = rtnetlink.link(netlink, index)
     *_, flags, _ = link.fields(LINK)
     found = link.attributes(LINK)
+    most = rtnetlink.number(found.get(rtnetlink.IFLA_NUM_RX_QUEUES)) or 1
     kind = rtnetlink.attributes(found.get(rtnetlink.IFLA_LINKINFO, b"")).get(rtnetlink.IFLA_INFO_KIND)
     return Interface(
         name,
@@ -42,6 +44,7 @@ def interface_info(name: str) -> Interface:
         found.get(rtnetlink.IFLA_ADDRESS, b""),
         rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
         bool(flags & 1),
-        rtnetlink.number(found.get(rtnetlink.IFLA_NUM_RX_QUEUES)) or 1,
+        rtnetlink.rx_queues(index) or most,
+        most,
         rtnetlink.text(kind),
     )

@@ -7,6 +7,7 @@ managed ones (``NTF_EXT_MANAGED``, Linux 5.16): the kernel then resolves them wi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,7 @@ from crablb.kernel import rtnetlink
 from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
 
-__all__ = ["HopState", "NextHop", "NextHops"]
+__all__ = ["HopState", "Link", "NextHop", "NextHops"]
 
 # include/uapi/linux/rtnetlink.h, neighbour.h
 GROUPS = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10  # link, neigh, ipv4 addr + route, ipv6 addr + route
@@ -30,6 +31,7 @@ NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, 
 NUD_PERMANENT = 0x80
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
+IFF_UP = 0x1
 NETDEV_XDP_ACT_NDO_XMIT = 4
 
 log = structlog.get_logger()
@@ -76,13 +78,14 @@ class _Route(NamedTuple):
         return self.ifindex, str(self.gateway or address)
 
 
-class _Link(NamedTuple):
+class Link(NamedTuple):
     name: str
     mac: bytes
     mtu: int
     ethernet: bool
     redirect: bool
     master: int  # index of the bridge or bond that it is a port of; 0: none
+    up: bool  # as the administrator wants it
 
 
 class _Tables(NamedTuple):
@@ -90,7 +93,7 @@ class _Tables(NamedTuple):
 
     routes: dict[Address, _Route]
     neighbours: dict[tuple[int, str], tuple[int, bytes]]  # (ifindex, address) -> NUD state, MAC
-    links: dict[int, _Link]
+    links: dict[int, Link]
 
 
 def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:
@@ -103,21 +106,22 @@ def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | 
     return (index, rtnetlink.address(found[rtnetlink.NDA_DST])), (state, mac)
 
 
-def _link(message: Message, features: Mapping[int, int]) -> tuple[int, _Link]:
+def _link(message: Message, features: Mapping[int, int]) -> tuple[int, Link]:
     """A link by its index."""
-    _, kind, index, *_ = message.fields(LINK)
+    _, kind, index, flags, _ = message.fields(LINK)
     found = message.attributes(LINK)
-    return index, _Link(
+    return index, Link(
         rtnetlink.text(found.get(rtnetlink.IFLA_IFNAME)),
         found.get(rtnetlink.IFLA_ADDRESS, b""),
         rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
         kind == ARPHRD_ETHER,
         bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT),
         rtnetlink.number(found.get(rtnetlink.IFLA_MASTER)),
+        bool(flags & IFF_UP),
     )
 
 
-def _route(netlink: Netlink, address: Address, links: Mapping[int, _Link]) -> _Route:
+def _route(netlink: Netlink, address: Address, links: Mapping[int, Link]) -> _Route:
     try:
         found = rtnetlink.route(netlink, address).attributes(ROUTE)
     except OSError as error:
@@ -145,8 +149,8 @@ class NextHops:
     """The next hops of a set of backends, through whatever Ethernet interfaces lead to them, kept current.
 
     ``on_change`` is called in the event loop with those that changed, as they were (those that were known) and as they
-    are; ``on_links``, when MAC addresses of interfaces may have changed.  :attr:`current` is what is known now, of
-    those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then
+    are; ``on_links``, when anything of interfaces (:attr:`links`) may have changed.  :attr:`current` is what is known
+    now, of those that are followed.  To be used in the network namespace of the load balancer: :meth:`start`, then
     :meth:`close`.
     """
 
@@ -165,6 +169,7 @@ class NextHops:
         # Long tables take their time.  One thread for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
         self._events: socket.socket | None = None
+        self._devices: socket.socket | None = None
         self._dirty = asyncio.Event()
         self._full = False
         self._task: asyncio.Task[None] | None = None
@@ -175,16 +180,27 @@ class NextHops:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         sock.bind((0, GROUPS))
         self._events = sock
+        self._devices = rtnetlink.device_events()
         self._wanted = frozenset(addresses)
         await self._refresh(full=True)
         asyncio.get_running_loop().add_reader(sock, self._read)
+        asyncio.get_running_loop().add_reader(self._devices, self._read_devices)
         self._task = asyncio.create_task(self._follow())
 
     def follow(self, addresses: Iterable[Address]) -> None:
         """Follow these addresses from now on; ``on_change`` tells of those that are new."""
         self._wanted = frozenset(addresses)
+        self.look()
+
+    def look(self) -> None:
+        """Ask the kernel anew, for all that no event may have told; soon."""
         self._full = True
         self._dirty.set()
+
+    @property
+    def links(self) -> Mapping[int, Link]:
+        """The interfaces there are, by index."""
+        return self._tables.links
 
     def macs(self, index: int) -> list[bytes]:
         """The MAC addresses that frames to an interface have: its own, and its bridge's or bond's."""
@@ -201,6 +217,9 @@ class NextHops:
         if self._events:
             asyncio.get_running_loop().remove_reader(self._events)
             self._events.close()
+        if self._devices:
+            asyncio.get_running_loop().remove_reader(self._devices)
+            self._devices.close()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
         self._thread.shutdown()
 
@@ -223,6 +242,13 @@ class NextHops:
                 elif not self._neighbour(message, gone=message.kind == RTM_NEIGH[1]):
                     continue
                 self._dirty.set()
+
+    def _read_devices(self) -> None:
+        assert self._devices
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._devices.recv(1 << 16)
+        self.look()
 
     def _neighbour(self, message: Message, gone: bool = False) -> bool:
         """Note a neighbour's change; whether it concerns a backend."""
