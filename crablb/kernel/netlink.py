@@ -1,7 +1,9 @@
 """Links, routes and neighbours: where frames for a backend go, from the kernel's own tables.
 
 :class:`NextHops` follows the kernel (rtnetlink(7)) and keeps the neighbour entries that it needs alive by asking for
-managed ones (``NTF_EXT_MANAGED``, Linux 5.16): the kernel then resolves them without traffic of its own.
+managed ones (``NTF_EXT_MANAGED``, Linux 5.16): the kernel then resolves them without traffic of its own.  It would take
+20 to 40 s to notice that one is dead; so it is asked to look more often, which concerns these entries and no others of
+their interfaces.
 """
 
 from __future__ import annotations
@@ -29,10 +31,15 @@ GROUPS = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10  # link, neigh, ip
 RTM_NEIGH = (28, 29)
 NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, probe, noarp, permanent
 NUD_PERMANENT = 0x80
+NUD_ASKED = NUD_VALID & ~(rtnetlink.NUD_PROBE | 0x40 | NUD_PERMANENT)  # those that may be dead, and are not asked now
+NUD_FAILED = 0x20
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
-IFF_UP = 0x1
+IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 NETDEV_XDP_ACT_NDO_XMIT = 4
+
+#: How often neighbours are asked whether they are there, in seconds; the kernel finds out with three probes, in 3 s.
+PROBE_INTERVAL = 3.0
 
 log = structlog.get_logger()
 
@@ -86,6 +93,7 @@ class Link(NamedTuple):
     redirect: bool
     master: int  # index of the bridge or bond that it is a port of; 0: none
     up: bool  # as the administrator wants it
+    carrier: bool
 
 
 class _Tables(NamedTuple):
@@ -94,6 +102,15 @@ class _Tables(NamedTuple):
     routes: dict[Address, _Route]
     neighbours: dict[tuple[int, str], tuple[int, bytes]]  # (ifindex, address) -> NUD state, MAC
     links: dict[int, Link]
+
+
+#: What is known of a neighbour that has no entry.
+NOBODY = 0, b""
+
+
+def _where(state: int, mac: bytes) -> tuple[bytes, bool]:
+    """Where frames for a neighbour go, and whether the administrator has said so."""
+    return mac if state & NUD_VALID else b"", bool(state & NUD_PERMANENT)
 
 
 def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:
@@ -118,6 +135,7 @@ def _link(message: Message, features: Mapping[int, int]) -> tuple[int, Link]:
         bool(features.get(index, 0) & NETDEV_XDP_ACT_NDO_XMIT),
         rtnetlink.number(found.get(rtnetlink.IFLA_MASTER)),
         bool(flags & IFF_UP),
+        bool(flags & IFF_LOWER_UP),
     )
 
 
@@ -172,7 +190,7 @@ class NextHops:
         self._devices: socket.socket | None = None
         self._dirty = asyncio.Event()
         self._full = False
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, addresses: Iterable[Address]) -> None:
         """Resolve what the kernel knows now, and begin to follow it."""
@@ -185,7 +203,7 @@ class NextHops:
         await self._refresh(full=True)
         asyncio.get_running_loop().add_reader(sock, self._read)
         asyncio.get_running_loop().add_reader(self._devices, self._read_devices)
-        self._task = asyncio.create_task(self._follow())
+        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._keep_asking())]
 
     def follow(self, addresses: Iterable[Address]) -> None:
         """Follow these addresses from now on; ``on_change`` tells of those that are new."""
@@ -211,9 +229,9 @@ class NextHops:
 
     async def close(self) -> None:
         """Stop following, and give up the managed neighbour entries."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._events:
             asyncio.get_running_loop().remove_reader(self._events)
             self._events.close()
@@ -251,17 +269,19 @@ class NextHops:
         self.look()
 
     def _neighbour(self, message: Message, gone: bool = False) -> bool:
-        """Note a neighbour's change; whether it concerns a backend."""
+        """Note a neighbour's change; whether it concerns the way to a backend."""
         found = _neighbour(message)
         if not found:
             return False
         key, state = found
+        before = self._tables.neighbours.get(key, NOBODY)
         if gone:
+            state = NOBODY
             self._tables.neighbours.pop(key, None)
             self._managed.discard(key)
         else:
             self._tables.neighbours[key] = state
-        return key in self._vias
+        return key in self._vias and (gone or _where(*before) != _where(*state))
 
     async def _follow(self) -> None:
         while True:
@@ -272,6 +292,15 @@ class NextHops:
                 await self._refresh(full)
             except OSError as error:
                 log.warning("cannot read routes and neighbours", error=str(error))
+
+    async def _keep_asking(self) -> None:
+        """Have the kernel find out who is dead, and who is there again, sooner than it would by itself."""
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL)
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._probe)
+            except OSError as error:
+                log.warning("cannot ask neighbours", error=str(error))
 
     async def _refresh(self, full: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -301,7 +330,9 @@ class NextHops:
             return NextHop(route.state, route.reason)
         via = route.neighbour(address)
         link = self._tables.links[route.ifindex]
-        nud, mac = self._tables.neighbours.get(via, (0, b""))
+        if not link.carrier:
+            return NextHop(HopState.UNRESOLVED, f"{link.name} has no link", route.ifindex, route.gateway)
+        nud, mac = self._tables.neighbours.get(via, NOBODY)
         if not nud & NUD_VALID or len(mac) != 6:
             reason = f"{via[1]} does not answer on {link.name}"
             return NextHop(HopState.UNRESOLVED, reason, route.ifindex, route.gateway)
@@ -332,6 +363,18 @@ class NextHops:
                     log.warning("cannot manage neighbour", neighbour=address, error=str(error))
             self._release(netlink, self._managed - wanted)
         self._managed = set(wanted)
+
+    def _probe(self) -> None:
+        with Netlink() as netlink:
+            for index, address in list(self._managed):
+                state, _ = self._tables.neighbours.get((index, address), NOBODY)
+                try:
+                    if state & NUD_ASKED:
+                        rtnetlink.probe_neighbour(netlink, index, address)
+                    if state & (NUD_ASKED | NUD_FAILED):
+                        rtnetlink.set_neighbour(netlink, index, address, 0, NTF_EXT_MANAGED)
+                except OSError:  # its entry, or interface, has gone or changed since: events tell
+                    continue
 
     def _release(self, netlink: Netlink, neighbours: Iterable[tuple[int, str]]) -> None:
         for index, address in neighbours:

@@ -31,6 +31,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
 RTAX_MTU = 2
 RTM_GETADDR, IFA_ADDRESS, IFA_LOCAL = 22, 1, 2
 NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
+NUD_PROBE = 0x10
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
 CTRL_ATTR_MCAST_GROUPS, CTRL_ATTR_MCAST_GRP_NAME, CTRL_ATTR_MCAST_GRP_ID = 7, 1, 2
 NETLINK_ADD_MEMBERSHIP, NETLINK_NO_ENOBUFS = 1, 5
@@ -231,6 +232,17 @@ def set_neighbour(netlink: Netlink, index: int, at: str, state: int, flags_ext: 
     family = socket.AF_INET if to.version == 4 else socket.AF_INET6
     more = {NDA_DST: to.packed, NDA_FLAGS_EXT: struct.pack("=I", flags_ext)}
     netlink.ask(RTM_NEWNEIGH, NEIGHBOUR.pack(family, index, state, 0, 0), more, NLM_F_CREATE | NLM_F_REPLACE)
+
+
+def probe_neighbour(netlink: Netlink, index: int, at: str) -> None:
+    """Have the kernel ask a neighbour whose link-layer address it knows whether it is still there.
+
+    It asks that address (RFC 1122, 2.3.2.1; RFC 4861, 7.3.3), by default three times, a second apart.  The entry's
+    other flags are lost; it keeps the state that it is told only without NTF_EXT_MANAGED (__neigh_update).
+    """
+    to = ipaddress.ip_address(at)
+    family = socket.AF_INET if to.version == 4 else socket.AF_INET6
+    netlink.ask(RTM_NEWNEIGH, NEIGHBOUR.pack(family, index, NUD_PROBE, 0, 0), {NDA_DST: to.packed}, NLM_F_REPLACE)
 
 
 def delete_neighbour(netlink: Netlink, index: int, at: str) -> None:

@@ -133,7 +133,7 @@ def test_one_of_two_goes_and_returns(make_world, bypass):
     world.servers(dsr=True)
     other.end()  # the second server's machine is a client of the other network
     other.cgroup.mkdir()
-    command(other, "agent", "remove")
+    other.run(*crablb("agent", "remove"))
     cable(lab.lb, other, 12)
     other.ip(f"route add {VIP4} via 10.9.0.2 dev eth1", f"route add {VIP6} via fd00:9::2 dev eth1")
     other.set({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1})
