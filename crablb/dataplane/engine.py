@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -314,6 +315,9 @@ class Engine:
 
         Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
         """
+        names = tuple(attachment.info.name for attachment in self._attachments)
+        if config.interfaces == names:  # some may have been renamed
+            config = replace(config, interfaces=self.config.interfaces)
         differ = [name for name in fixed_fields() if getattr(config, name) != getattr(self.config, name)]
         if differ:
             raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])

@@ -9,13 +9,13 @@ meanwhile; only socket and thread are made anew.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,8 @@ class _Worker:
         assert self.xsk
 
         def run() -> None:
-            os.sched_setaffinity(0, {cpu})
+            with contextlib.suppress(OSError):  # it has been taken away meanwhile
+                os.sched_setaffinity(0, {cpu})
             rc = lib.crab_worker_run(self.c)  # without the GIL
             if rc:
                 failed(self.failure(-rc))
@@ -132,7 +133,7 @@ class Queues:
         # program that calls once() again and again would hardly ever let go of the second.
         self._turn, self._lock = threading.Lock(), threading.Lock()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         with self._turn:
             self._lock.acquire()

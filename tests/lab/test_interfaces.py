@@ -17,6 +17,7 @@ from crablb import LoadBalancer
 from crablb.config import config_from_args
 from crablb.dataplane import engine
 from crablb.dataplane.events import Swept
+from crablb.errors import ConfigError
 from crablb.kernel.xsk import XskSocket
 from crablb.lab import VIP4, VIP6, Lab
 from crablb.lab.demo import crablb, services
@@ -124,6 +125,10 @@ def test_an_upload_and_a_larger_mtu(make_world):
     assert child.wait() == 0
 
 
+def other_status(lab: Lab) -> str:
+    return lab.lb.run(*crablb("status", "--iface", "eth1"), check=False).stderr
+
+
 @pytest.mark.parametrize("bypass", ["auto", "off"])
 def test_one_of_two_goes_and_returns(make_world, bypass):
     """The other one is served meanwhile, and what was connected by this one is still."""
@@ -145,6 +150,8 @@ def test_one_of_two_goes_and_returns(make_world, bypass):
     for turn in (1, 2):
         lab.lb.ip("link del eth1")
         until(lambda n=turn: status(lab)["daemon"]["interfaces_lost"] == n)
+        said = other_status(lab)
+        assert said == f"crablb: interface eth1 is gone; process {serving.pid} serves it again when it is back\n"
         for family in (4, 6):
             assert world.echo(VIP[family], "100000")["intact"]
         cable(lab.lb, other, 12)
@@ -268,6 +275,28 @@ def test_it_gets_another_name(make_world):
     assert exchange(held, "three") == "20"
     second.terminate()
     assert second.wait() == 0
+    assert not lab.lb.pins.exists()
+
+
+def test_a_configuration_names_it_so(make_lab):
+    lab = make_lab("bridge")
+    service = f"tcp://{VIP4}:80=10.0.0.11"
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config_from_args(["eth0"], [service]), bytes(16))
+        await load_balancer.start()
+        try:
+            lab.lb.ip("link set eth0 name lan0")
+            await until_async(lambda: load_balancer.modes == {"lan0": "native"})
+            for name in ("lan0", "eth0", "lan0"):  # as it was at the start, or is now
+                load_balancer.apply(config_from_args([name], [service]))
+            with pytest.raises(ConfigError, match="interfaces cannot be changed while serving"):
+                load_balancer.apply(config_from_args(["lan1"], [service]))
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
     assert not lab.lb.pins.exists()
 
 
