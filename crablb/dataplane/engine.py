@@ -83,7 +83,7 @@ class Engine:
         self._resolved = asyncio.Event()
         self._attached = False
         self._tried: dict[str, Interface] = {}  # interfaces as they were when last they were fitted
-        self._unfit: set[str] = set()  # those that could not be
+        self._unfit: dict[str, str] = {}  # those that could not be, and why
         self._sweep_soon = asyncio.Event()
         self._applied: list[Config] = []  # the configurations since the last sweep began
         self._stepped = time.monotonic()  # when weights were last looked at
@@ -390,19 +390,21 @@ class Engine:
             info = interface_info(attachment.info.name)
         except KernelError:  # its event is on its way
             return
-        if info == self._tried.get(name) or (info.index != attachment.info.index if attachment.mode else not info.up):
+        if info == self._tried.get(name) or not info.up or (attachment.mode and info.index != attachment.info.index):
             return
         # What cannot be is tried again when the interface has changed, or at a sweep.
         self._tried[name] = info
-        self._unfit.discard(name)
         try:
             if attachment.mode:
                 self._resize(attachment, info)
             else:
                 self._take_up(attachment, info)
         except KernelError as error:
-            self._unfit.add(name)
-            self._tell(Event("interface-unserved", interface=info.name, reason=str(error)))
+            if self._unfit.get(name) != str(error):
+                self._tell(Event("interface-unserved", interface=info.name, reason=str(error)))
+            self._unfit[name] = str(error)
+        else:
+            self._unfit.pop(name, None)
 
     def _resize(self, attachment: Attachment, info: Interface) -> None:
         """Sockets for all queues that an interface has now, for whatever its MTU lets come."""

@@ -10,13 +10,14 @@ from collections import Counter
 from ipaddress import ip_address
 
 import pytest
+from crablb._native import lib
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from crablb import LoadBalancer
 from crablb.config import config_from_args
-from crablb.dataplane import engine
-from crablb.dataplane.events import Swept
+from crablb.dataplane import engine, queues
+from crablb.dataplane.events import Event, Swept
 from crablb.errors import ConfigError
 from crablb.kernel.xsk import XskSocket
 from crablb.lab import VIP4, VIP6, Lab
@@ -38,16 +39,16 @@ def logged(world: World, event: str) -> list[dict[str, str]]:
     return [entry for entry in entries if entry["event"] == event]
 
 
-def number_queues(lab: Lab, queues: int) -> None:
+def number_queues(lab: Lab, count: int) -> None:
     """Of both ends of the load balancer's link, the receiver's first."""
     for node, interface in ((lab.lb, "eth0"), (lab.middle, "lb")):
-        node.run("ethtool", "-L", interface, "rx", str(queues), "tx", str(queues))
+        node.run("ethtool", "-L", interface, "rx", str(count), "tx", str(count))
 
 
-def wide(lab: Lab, queues: int = 4) -> None:
+def wide(lab: Lab, count: int = 4) -> None:
     """The load balancer's link can have so many queues, and has one."""
     lab.lb.ip("link del eth0")
-    plug(lab, f"numrxqueues {queues} numtxqueues {queues}")
+    plug(lab, f"numrxqueues {count} numtxqueues {count}")
     for node, interface in ((lab.lb, "eth0"), (lab.middle, "lb")):
         node.run("ethtool", "-L", interface, "rx", "1", "tx", "1")
 
@@ -60,7 +61,7 @@ def plug(lab: Lab, how: str = "") -> None:
     lab.client.ip("neigh flush all")  # it has another MAC address
 
 
-def spread(world: World, queues: int) -> None:
+def spread(world: World, count: int) -> None:
     """New connections come in by so many queues, all are redirected at once, and all workers had some."""
     before = status(world.lab)
     child = world.python(world.lab.client, "hold_names", VIP[4], "80", "80")
@@ -68,10 +69,10 @@ def spread(world: World, queues: int) -> None:
     child.terminate()
     child.wait()
     now = status(world.lab)
-    old = [queue["redirected"] for queue in before["workers"]] + [0] * queues
+    old = [queue["redirected"] for queue in before["workers"]] + [0] * count
     new = [queue["redirected"] - was for queue, was in zip(now["workers"], old, strict=False)]
     assert sum(new) == 80
-    assert len(new) == queues and min(new) > 0
+    assert len(new) == count and min(new) > 0
     assert now["total"]["retransmitted_syn"] == before["total"]["retransmitted_syn"]
     assert now["xdp"]["drop_no_socket"] == 0
 
@@ -84,12 +85,12 @@ def test_more_queues_while_serving(make_world):
     world.client()
     world.serve()
     spread(world, 1)
-    for queues in (2, 4):
-        number_queues(lab, queues)
-        until(lambda n=queues: status(lab)["queues"] == [f"eth0/{i}" for i in range(n)])
-        until(lambda n=queues: f"{n} queues, MTU 1500" in [entry["now"] for entry in logged(world, CHANGED)])
+    for count in (2, 4):
+        number_queues(lab, count)
+        until(lambda n=count: status(lab)["queues"] == [f"eth0/{i}" for i in range(n)])
+        until(lambda n=count: f"{n} queues, MTU 1500" in [entry["now"] for entry in logged(world, CHANGED)])
         until(lambda: world.echo(VIP[4])["intact"])  # its link was down for a moment
-        spread(world, queues)
+        spread(world, count)
 
 
 def test_fewer_cpus_than_queues(make_world):
@@ -103,6 +104,39 @@ def test_fewer_cpus_than_queues(make_world):
     spread(world, 3)
     child.terminate()
     assert child.wait() == 0
+
+
+def test_more_queues_than_there_is_room_for(make_lab, monkeypatch):
+    lab = make_lab("bridge")
+    wide(lab)
+
+    class Small:
+        """As the hot loop is, with room for two queues."""
+
+        CRAB_MAX_QUEUES = 2
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+    monkeypatch.setattr(queues, "lib", Small())
+
+    async def main() -> None:
+        load_balancer = engine.Engine(config_from_args(["eth0"], [f"tcp://{VIP4}:80=10.0.0.11"]), bytes(16))
+        heard: list[object] = []
+        load_balancer.listeners.append(heard.append)
+        await load_balancer.start()
+        try:
+            assert load_balancer.queues == 1
+            number_queues(lab, 4)
+            await until_async(lambda: any(isinstance(n, Event) and n.kind == "interface-unserved" for n in heard))
+            (reason,) = {n.reason for n in heard if isinstance(n, Event) and n.kind == "interface-unserved"}
+            assert reason == "eth0 has 4 queues, and there was room for 2 at the start; restart crablb serve"
+            assert load_balancer.queues == len(load_balancer.statistics()["workers"]) == 2
+        finally:
+            await load_balancer.close()
+
+    with inside(lab.lb.netns):
+        asyncio.run(main())
 
 
 def test_an_upload_and_a_larger_mtu(make_world):
@@ -236,6 +270,7 @@ def test_it_returns_and_cannot_be_served(make_world, monkeypatch):
                     lab.lb.ip("link set other name eth0")
                     await until_async(lambda n=known: counter(lb, "interfaces_unserved") > n)
                 await until_async(lambda: lb._supervisor.engine.modes == {"eth0": "native"})
+                assert counter(lb, "interfaces_unserved") == known + 1
                 assert await asyncio.to_thread(lambda: world.echo(VIP[4])["intact"])
 
     with inside(lab.lb.netns):
