@@ -216,6 +216,8 @@ enum crab_daemon_counter {
     CRAB_DAEMON_REPORTS_SILENT,   /* servers that stopped reporting */
     CRAB_DAEMON_REDIRECTS_STOPPED, /* times that a backend completed no redirects, and got the fallback alone */
     CRAB_DAEMON_XSK_DROPPED, /* sweeps since whose predecessor the kernel dropped packets in front of a worker */
+    CRAB_DAEMON_INTERFACES_LOST,  /* times that an interface served was gone */
+    CRAB_DAEMON_INTERFACES_UNSERVED, /* times that an interface, or some of its queues, could not be served */
     CRAB_DAEMON_COUNTERS
 };
 

@@ -195,9 +195,9 @@ class LoadBalancer:
             self._thread = None
 
     async def wait(self) -> None:
-        """Until it ends: returns when it is closed.  Raises :class:`KernelError` if it fails: an interface is gone.
+        """Until it ends: returns when it is closed.  In whatever event loop.
 
-        In whatever event loop.
+        Raises :class:`KernelError` if it fails: a task of its own is given up.
         """
         running = self._running
         assert self._loop
@@ -238,8 +238,7 @@ class LoadBalancer:
     def process_once(self, timeout: float = 0.0) -> int:
         """Work on the frames that have come on all queues; wait at most ``timeout`` seconds for some if there are none.
 
-        Returns how many there were.  For ``threads=False``.  Raises :class:`KernelError` if an interface is gone, or
-        if threads work on them.
+        Returns how many there were.  For ``threads=False``.  Raises :class:`KernelError` if threads work on them.
         """
         engine = self._running.engine
         if self._threads:

@@ -177,7 +177,7 @@ class Config:
     option: OptionForm = OptionForm.CRAB
     seed: bytes | None = None  # 16 bytes; None: made once and kept in the state directory
     xdp_mode: XdpMode = XdpMode.AUTO
-    queues: int | None = None  # of each interface; None: as many as it has
+    queues: int | None = None  # of each interface have a CPU of their own; None: all
     busy_poll: int = 20  # microseconds that a worker turns at most before it sleeps, under load; 0: never
     table_size: int = 65537  # prime
     flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections

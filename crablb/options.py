@@ -225,8 +225,8 @@ OPTIONS: tuple[Option, ...] = (
         scope=Config,
         name="queues",
         kind=_whole(1, 64),
-        help="RX queues to serve of each interface",
-        unset="all",
+        help="CPUs that work on each interface's RX queues; those beyond their number share them",
+        unset="one a queue",
         example=4,
     ),
     Option(

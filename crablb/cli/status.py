@@ -22,7 +22,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    interface = interface_info(parse_interface(args.interface))
+    name = parse_interface(args.interface)
+    try:
+        interface = interface_info(name)
+    except KernelError:
+        if pid := pins.owner(f"lb-{name}"):
+            raise KernelError(f"interface {name} is gone; process {pid} serves it again when it is back") from None
+        raise
     folder = pins.folder(f"lb-{args.interface}")
     try:
         counters = statistics.read_pinned(folder)

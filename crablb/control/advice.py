@@ -189,6 +189,25 @@ def redirects_stopped(event: Event) -> Iterator[Advice]:
     )
 
 
+def interface(event: Event) -> Iterator[Advice]:
+    """An interface that is served has changed."""
+    facts = {"interface": event.interface}
+    match event.kind:
+        case "interface-gone":
+            text = "an interface is gone; it is served again when there is one of its name, and others meanwhile"
+            yield Advice("warning", text, facts, "interfaces_lost")
+        case "interface-back":
+            yield Advice("info", "an interface is there again, and served", facts)
+        case "interface-renamed":
+            text = "an interface has another name, and is served by it; name it so in the configuration"
+            yield Advice("warning", text, facts | {"before": event.reason})
+        case "interface-changed":
+            yield Advice("info", "an interface has changed, and is served so", facts | {"now": event.reason})
+        case "interface-unserved":
+            text = "an interface, or a part of its queues, cannot be served; tried again within 30 s"
+            yield Advice("warning", text, facts | {"reason": event.reason}, "interfaces_unserved")
+
+
 class Adviser:
     """Listens to an engine, and tells what an operator should know: in the log, and by the daemon's counters."""
 
@@ -220,6 +239,9 @@ class Adviser:
                     yield from unreached(engine.hops, engine.reached)
             case HopsChanged(before, now):
                 yield from moved(before, now)
+                if engine.bypass:  # GRO was switched off at the other end of a veth, for example
+                    slower = {a: hop for a, hop in now.items() if a in before and before[a].redirect > hop.redirect}
+                    yield from unreached(slower, engine.reached)
                 if any(a not in before or hop.mtu != before[a].mtu for a, hop in now.items()):
                     yield from narrow_tunnels(engine.config, engine.hops)
             case Swept(flows, refused, lost):
@@ -229,6 +251,8 @@ class Adviser:
                 yield from silent(notice.backend)
             case Event(kind="redirects-stopped"):
                 yield from redirects_stopped(notice)
+            case Event() if notice.interface:
+                yield from interface(notice)
             case Event(kind="redirects-resumed"):
                 yield Advice(
                     "info", "redirects work again", {"service": str(notice.vip), "backend": str(notice.backend)}

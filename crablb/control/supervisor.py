@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 
 from crablb.control.advice import Adviser
@@ -29,7 +30,8 @@ class Supervisor:
         self.engine = Engine(config, seed, threads=threads)
         self.listeners: list[Callable[[Event], None]] = []
         self.engine.listeners += [Adviser(self.engine).hear, self._tell]
-        self._announcers: list[Announcer] = []
+        self._announcers: dict[str, Announcer] = {}  # by interface
+        self._ending: set[asyncio.Task[None]] = set()  # of announcers
         self._reports: Reports | None = None
 
     async def start(self) -> None:
@@ -47,21 +49,12 @@ class Supervisor:
             self._reports.follow(config.services)
             await self._reports.start(*config.report_listen)
         await self.engine.start()
-        if config.announce is Announce.ARP:
-            for interface in self.engine.interfaces:
-                announcer = Announcer(interface.name, self._vip_befell, self.engine.task)
-                self._announcers.append(announcer)
-                try:
-                    announcer.start(service.vip.address for service in config.services)
-                except OSError as error:
-                    reason = f"cannot announce VIPs on {interface.name}: {error.strerror}"
-                    raise KernelError(reason) from None
-            self._links_are(self.engine.links)
+        for interface in self.engine.interfaces:
+            self._announce(interface.name)
 
     async def close(self) -> None:
         """Leave nothing in the kernel, or for ``keep`` seconds.  Idempotent."""
-        for announcer in self._announcers:
-            await announcer.close()
+        await asyncio.gather(*self._ending, *(announcer.close() for announcer in self._announcers.values()))
         self._announcers.clear()
         if self._reports:
             self._reports.close()
@@ -72,23 +65,44 @@ class Supervisor:
     def apply(self, config: Config) -> None:
         """See :meth:`Engine.apply`."""
         self.engine.apply(config)
-        for announcer in self._announcers:
+        for announcer in self._announcers.values():
             announcer.follow(service.vip.address for service in config.services)
         if self._reports:
             self._reports.follow(config.services)
 
+    def _announce(self, interface: str) -> None:
+        """Answer for the VIPs on an interface; also on one that has come back or was renamed: sockets do not follow.
+
+        Raises :class:`KernelError` if that cannot be.
+        """
+        if self.engine.config.announce is not Announce.ARP:
+            return
+        names = {interface.name for interface in self.engine.interfaces}
+        for name in self._announcers.keys() - (names - {interface}):
+            task = asyncio.ensure_future(self._announcers.pop(name).close())
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+        announcer = self._announcers[interface] = Announcer(interface, self._vip_befell, self.engine.task)
+        try:
+            announcer.start(service.vip.address for service in self.engine.config.services)
+        except OSError as error:
+            raise KernelError(f"cannot announce VIPs on {interface}: {error.strerror}") from None
+        self._links_are(self.engine.links)
+
     def _tell(self, notice: Notice) -> None:
         if isinstance(notice, Event):
+            if notice.kind in ("interface-back", "interface-renamed"):
+                self._announce(notice.interface)
             for listener in self.listeners:
                 listener(notice)
         elif isinstance(notice, LinksChanged):
             self._links_are(notice.links)
 
     def _links_are(self, links: Mapping[int, Link]) -> None:
-        served = [links[i.index] for i in self.engine.interfaces if i.index in links] if self._announcers else []
-        for announcer, interface in zip(self._announcers, self.engine.interfaces, strict=False):
-            if interface.index in links:
-                announcer.link_is(links[interface.index], {link.mac for link in served})
+        served = {i.name: links[i.index] for i in self.engine.interfaces if i.index in links}
+        for name, announcer in self._announcers.items():
+            if name in served:
+                announcer.link_is(served[name], {link.mac for link in served.values()})
 
     def _vip_befell(self, address: Address, act: Act, mac: bytes) -> None:
         """What became of a VIP that is announced; ``mac``: who else has it, or had."""

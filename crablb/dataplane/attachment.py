@@ -7,8 +7,9 @@ A daemon that dies leaves its link and its maps (:data:`.program.PINNED`), pinne
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -61,18 +62,28 @@ class Attachment:
         self.info: Interface = interface_info(name)
         if not self.info.up:
             raise KernelError(f"interface {name} is down; bring it up: ip link set {name} up")
+        self.name = name  # as the configuration has it
         self.role = _role(name)
         self.pins = pins.folder(self.role)
         self.mode = ""  # "native" or "generic" while attached
         self.sums = False  # whether the interface does checksums of any packet, wherever in it they are
         self._offloads = _offloads(name)
+        self._owned = ExitStack()
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
         self._pinned = False  # whether what is in the folder is this process's
 
-    def own(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def own(self) -> Iterator[None]:
         """Be the one process that serves the interface.  Raises :class:`KernelError` if another one does."""
-        return pins.own(self.role, f"the load balancer of {self.info.name}")
+        try:
+            self._own()
+            yield
+        finally:
+            self._owned.close()
+
+    def _own(self) -> None:
+        self._owned.enter_context(pins.own(self.role, f"the load balancer of {self.info.name}"))
 
     def find(self) -> None:
         """Look for what a daemon that died left.  Raises :class:`BpfBusyError` if the program is somebody else's."""
@@ -164,12 +175,38 @@ class Attachment:
         found = ethtool.features(self.info.name)
         return self.info.kind == "veth" or any(found.get(name, ethtool.OFF).active for name in VLAN_OFFLOADS)
 
+    def renew(self, program: Program) -> None:
+        """Attach once more what is attached: a veth has no program on queues that it got since (veth_set_channels)."""
+        assert self._link
+        with program.again() as again:  # the kernel takes the same one for no change
+            self._link.update(again.program(program.main.name))
+
+    def leave_name(self) -> None:
+        """The interface has another name now, and perhaps another one has this."""
+        self._owned.close()
+        aside = pins.folder(f"lb of {self.info.index}")
+        self.pins.rename(aside)
+        self.pins = aside
+
+    def take_name(self, name: str) -> None:
+        """Be known by it; raises :class:`KernelError` if another process is."""
+        self.info = replace(self.info, name=name)
+        self.role = _role(name)
+        self._own()
+        with suppress(FileNotFoundError):
+            self._offloads.rename(_offloads(name))
+        self._offloads = _offloads(name)
+        folder = pins.folder(self.role)
+        pins.remove(folder)
+        self.pins.rename(folder)
+        self.pins = folder
+
     def detach(self) -> None:
         """Leave nothing on the interface; what another daemon had left and was not taken over stays.  Idempotent."""
         if self._link:
             self._link.detach()
             self._link.close()
-            self._link = None
+            self._link, self.mode = None, ""
         if self._left:
             self._left.close()
             self._left = None
@@ -218,6 +255,23 @@ def remove(name: str) -> bool:
     return there
 
 
+def rename(names: Mapping[Attachment, str]) -> list[tuple[Attachment, str]]:
+    """These interfaces have these names now; some may have exchanged theirs.
+
+    Those that had another one, which is told.
+    """
+    renamed = [(attachment, attachment.info.name) for attachment, name in names.items() if name != attachment.info.name]
+    for attachment, _ in renamed:
+        attachment.leave_name()
+    for attachment, _ in renamed:
+        try:
+            attachment.take_name(names[attachment])
+        except KernelError as error:
+            name = names[attachment]
+            log.warning("crablb status does not know an interface by its name", interface=name, reason=str(error))
+    return renamed
+
+
 def inherited(attachments: Sequence[Attachment], seed: bytes) -> Inherited | None:
     """The flows that a daemon that died left on one of these interfaces, if they are of use."""
     for attachment in attachments:
@@ -243,7 +297,7 @@ def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool) -> Wa
         and bool(attachment.mode)
         and (attachment.mode == "generic" or attachment.info.kind != "veth")
     )
-    modes = {a.mode for a in attachments}
+    modes = {a.mode for a in attachments if a.mode}
     generic = modes == {"generic"}
     partial = lib.CRAB_PARTIAL_ASK
     if modes == {"native"}:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import structlog
 
 from crablb import lasting
-from crablb.dataplane.attachment import Attachment, inherited, ways
+from crablb.dataplane.attachment import Attachment, inherited, rename, ways
 from crablb.dataplane.events import Event, HopsChanged, LinksChanged, Notice, Started, Swept
 from crablb.dataplane.handlers import Handle, Handlers, Match
 from crablb.dataplane.paths import Ways
@@ -29,8 +30,8 @@ from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
 from crablb.dataplane.snapshot import Sight, build
-from crablb.errors import ConfigError
-from crablb.kernel.interface import Interface
+from crablb.errors import ConfigError, KernelError
+from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
 from crablb.model import Address, Bypass, Config, State, Vip
 from crablb.options import fixed_fields
@@ -70,11 +71,11 @@ class Engine:
         self.listeners: list[Callable[[Notice], None]] = []
         self.failure: asyncio.Future[str] | None = None  # why it cannot go on
         self._attachments = [Attachment(name) for name in config.interfaces]
-        self._queues = Queues()
         self._balance = Balance()
         self._completions = Completions()
         self._custom = Custom(self._policy_failed)
         self._handlers = Handlers(self._handler_failed)
+        self._queues = Queues(config, self._handlers, self._custom, self._socket_failed)
         # Made at the start:
         self._program: Program | None = None
         self._registry = Registry(0)
@@ -86,6 +87,8 @@ class Engine:
         # What has happened:
         self._resolved = asyncio.Event()
         self._attached = False
+        self._tried: dict[str, Interface] = {}  # interfaces as they were when last they were fitted
+        self._unfit: dict[str, str] = {}  # those that could not be, and why
         self._sweep_soon = asyncio.Event()
         self._applied: list[Config] = []  # the configurations since the last sweep began
         self._stepped = time.monotonic()  # when weights were last looked at
@@ -101,7 +104,7 @@ class Engine:
 
     @property
     def interfaces(self) -> list[Interface]:
-        """Those that are served, as they were at the start."""
+        """Those that are served, as they are now; of one that is gone, as it was."""
         return [attachment.info for attachment in self._attachments]
 
     @property
@@ -111,7 +114,7 @@ class Engine:
 
     @property
     def modes(self) -> dict[str, str]:
-        """How the XDP program is attached, by interface: ``native`` or ``generic``."""
+        """How the XDP program is attached, by interface: ``native`` or ``generic``; empty while that is gone."""
         return {attachment.info.name: attachment.mode for attachment in self._attachments}
 
     @property
@@ -150,7 +153,7 @@ class Engine:
 
     def statistics(self) -> dict[str, Any]:
         """Packets by what became of them: see :func:`crablb.dataplane.statistics.read`."""
-        return self._running.statistics(len(self._queues))
+        return self._running.statistics(self._queues.slots)
 
     # ---- what it is told ----
 
@@ -229,10 +232,7 @@ class Engine:
             program.service_room, left.backends if left else None, left.services if left else None
         )
         self._registry.admit(self.config)
-        for attachment in self._attachments:
-            self._queues.open(attachment.info, self.config, program.maps, self._handlers, self._custom)
-        if program.flows:
-            self._queues.learn(program.flows.writer)
+        self._queues.open(program.maps, {a.name: a.info for a in self._attachments}, program.flows)
 
         self._nexthops = NextHops(self._hops_changed, self._links_changed, self.task)
         await self._nexthops.start(self._registry.backends, self.config.vips)
@@ -247,14 +247,14 @@ class Engine:
         await loop.run_in_executor(self._sweeper, lambda: None)
         self._tasks = [self.task("sweep", self._sweep), self.task("balance", self._keep_balance)]
         if self.threads:
-            self._queues.start(
-                sorted(os.sched_getaffinity(0)), lambda reason: self._from_thread(lambda: self._failed(reason))
-            )
+            self._queues.start(sorted(os.sched_getaffinity(0)))
         for attachment in self._attachments:
             attachment.attach(program, self.config.xdp_mode)
         self._attached = True
+        self._tried = {attachment.name: attachment.info for attachment in self._attachments}
         self._publish()  # what the XDP program can reach depends on how it is attached
         self._tell(Started())
+        self._nexthops.look()  # what has changed since we looked at the interfaces
 
     async def _resolve(self) -> None:
         """Wait for all next hops that can still resolve, for a moment."""
@@ -343,6 +343,9 @@ class Engine:
 
         Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
         """
+        names = tuple(attachment.info.name for attachment in self._attachments)
+        if config.interfaces == names:  # some may have been renamed
+            config = replace(config, interfaces=self.config.interfaces)
         differ = [name for name in fixed_fields() if getattr(config, name) != getattr(self.config, name)]
         if differ:
             raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
@@ -375,9 +378,88 @@ class Engine:
             elif address in before and before[address].state is HopState.RESOLVED:
                 self._tell(Event("backend-down", address, reason=hop.reason))
 
+    def _socket_failed(self, name: str, reason: str) -> None:
+        """From whatever thread.  Why it did, and what to do, the interfaces tell."""
+
+        def note() -> None:
+            log.warning("a socket failed", interface=name, reason=reason)
+            if self._nexthops:
+                self._nexthops.look()
+
+        self._from_thread(note)
+
     def _links_changed(self) -> None:
+        """Serve the interfaces as they are now."""
         self._own()
-        self._tell(LinksChanged(self.links))
+        if not self._attached:
+            return
+        links = self._nexthops.links if self._nexthops else {}
+        there = {a: link for a in self._attachments if a.mode and (link := links.get(a.info.index))}
+        for attachment, before in rename({a: link.name for a, link in there.items()}):
+            self._tell(Event("interface-renamed", interface=attachment.info.name, reason=before))
+        for attachment in self._attachments:
+            self._fit(attachment, there=attachment in there)
+        self._tell(LinksChanged(links))
+
+    def _fit(self, attachment: Attachment, *, there: bool) -> None:
+        """Serve an interface as it is now: gone, there again, or with other queues or another MTU."""
+        name = attachment.name
+        if attachment.mode and (not there or self._queues.failed(name)):
+            self._give_up(attachment)
+            self._tried.pop(name, None)
+            self._tell(Event("interface-gone", interface=attachment.info.name))
+        try:
+            info = interface_info(attachment.info.name)
+        except KernelError:  # its event is on its way
+            return
+        if info == self._tried.get(name) or not info.up or (attachment.mode and info.index != attachment.info.index):
+            return
+        # What cannot be is tried again when the interface has changed, or at a sweep.
+        self._tried[name] = info
+        try:
+            if attachment.mode:
+                self._resize(attachment, info)
+            else:
+                self._take_up(attachment, info)
+        except KernelError as error:
+            if self._unfit.get(name) != str(error):
+                self._tell(Event("interface-unserved", interface=info.name, reason=str(error)))
+            self._unfit[name] = str(error)
+        else:
+            self._unfit.pop(name, None)
+
+    def _resize(self, attachment: Attachment, info: Interface) -> None:
+        """Sockets for all queues that an interface has now, for whatever its MTU lets come."""
+        before, attachment.info = attachment.info, info
+        sockets = len(self._queues)
+        try:
+            self._queues.fit(attachment.name, info)
+        finally:
+            if len(self._queues) > sockets:
+                attachment.renew(self._running)
+        if len(self._queues) > sockets or before.mtu != info.mtu:
+            facts = f"{info.rx_queues} queues, MTU {info.mtu}"
+            self._tell(Event("interface-changed", interface=info.name, reason=facts))
+
+    def _take_up(self, attachment: Attachment, info: Interface) -> None:
+        """Serve an interface that was gone."""
+        attachment.info = info
+        try:
+            attachment.find()
+            self._queues.fit(attachment.name, info)
+            self._own()
+            attachment.attach(self._running, self.config.xdp_mode)
+        except BaseException:
+            self._give_up(attachment)
+            raise
+        self._publish()
+        self._tell(Event("interface-back", interface=info.name))
+
+    def _give_up(self, attachment: Attachment) -> None:
+        self._queues.close_interface(attachment.name)
+        attachment.detach()
+        self._running.disown(attachment.info.index)
+        self._publish()
 
     def _own(self) -> None:
         """Have the XDP program know which frames are sent to us, and which VIPs are ours alone."""
@@ -480,6 +562,8 @@ class Engine:
         self._refused, self._dropped = refused, dropped
         if quiet:
             self._forget(left)
+        for name in self._unfit:
+            self._tried.pop(name, None)
         if self._nexthops:  # also for what no event tells: whether an interface takes redirected packets
             self._nexthops.follow(self._registry.backends, self.config.vips)
 

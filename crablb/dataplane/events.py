@@ -17,11 +17,13 @@ class Event:
 
     #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "vip-taken", "vip-yielded",
     #: "server-silent", "changed", "redirects-stopped", "redirects-resumed",
-    #: "failed" (it cannot go on: an interface is gone, for example)
+    #: "interface-gone", "interface-back", "interface-renamed", "interface-changed", "interface-unserved",
+    #: "failed" (it cannot go on: a task of its own is given up)
     kind: str
     backend: Address | None = None
     vip: Vip | None = None
     reason: str = ""
+    interface: str = ""  # its name now
 
 
 @dataclass(frozen=True, slots=True)

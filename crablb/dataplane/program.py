@@ -23,6 +23,7 @@ xdp_counters       nowhere; nor are service_counters, passed
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from crablb._native import ffi, lib
@@ -60,6 +61,13 @@ def bypass(config: Config) -> bool:
     return config.ack_bypass is not Bypass.OFF
 
 
+def _load(reuse: Mapping[str, bpf.Map], sizes: Mapping[str, int] = MappingProxyType({})) -> bpf.Object:
+    # Without sockets of that kind an interface whose MTU exceeds a page takes the program in generic mode, where it
+    # forwards known flows at least.
+    frags = bool(lib.crab_xsk_knows_frags())
+    return bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes, frags=frags)
+
+
 class Program:
     """The program with its maps, for one process; several interfaces may have it attached.
 
@@ -79,10 +87,7 @@ class Program:
         else:
             sizes["flows"] = buckets
         try:
-            # Without such sockets an interface whose MTU exceeds a page takes the program in generic mode, where it
-            # forwards known flows at least.
-            frags = bool(lib.crab_xsk_knows_frags())
-            self._object = bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes, frags=frags)
+            self._object = _load(reuse, sizes)
         finally:
             if inherited:
                 inherited.close()
@@ -135,6 +140,14 @@ class Program:
         filled = [*kept, *[kept[0]] * (lib.CRAB_MAX_MACS - len(kept))]
         self.maps["macs"].update(index, b"".join(mac + bytes(2) for mac in filled))
 
+    def disown(self, index: int) -> None:
+        """An interface has gone."""
+        self.maps["macs"].delete(index)
+
+    def again(self) -> bpf.Object:
+        """The same once more, on the same maps; to be closed."""
+        return _load(self.maps)
+
     def count_from_zero(self, index: int) -> None:
         """A service has got this index, which may have been another one's."""
         counters = self.maps["service_counters"]
@@ -147,10 +160,10 @@ class Program:
         else:
             self.maps["handlers"].delete(0)
 
-    def statistics(self, queues: int) -> dict[str, Any]:
+    def statistics(self, slots: Sequence[int]) -> dict[str, Any]:
         """See :func:`crablb.dataplane.statistics.read`."""
         maps = self.maps
-        return read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], queues)
+        return read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], slots)
 
     def close(self) -> None:
         """Forget it; what is pinned or attached stays."""

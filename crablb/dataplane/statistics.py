@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ class DaemonCounters:
         self._map.update(DAEMON_COUNTERS.index(what), struct.pack("=Q", self._counts[what]))
 
 
-def read(xdp: Map, workers: Map, daemon: Map, queues: int) -> dict[str, Any]:
+def read(xdp: Map, workers: Map, daemon: Map, slots: Iterable[int]) -> dict[str, Any]:
     """Counts since the start: ``{"xdp": {...}, "workers": [{...} a queue], "total": {... over the workers},
-    "daemon": {...}}``, packets all but the last."""
+    "daemon": {...}}``, packets all but the last.  ``slots``: of map ``worker_counters``, one a queue."""
     per_queue = []
-    for queue in range(queues):
-        values = struct.unpack(f"={lib.CRAB_WORKER_COUNTERS}Q", workers.lookup(queue) or b"")
+    for slot in slots:
+        values = struct.unpack(f"={lib.CRAB_WORKER_COUNTERS}Q", workers.lookup(slot) or b"")
         per_queue.append(dict(zip(WORKER_COUNTERS, values, strict=False)))
     return {
         "xdp": {name: xdp.sum_u64(i) for i, name in enumerate(XDP_COUNTERS)},
@@ -64,15 +65,15 @@ def read_pinned(folder: Path) -> dict[str, Any]:
     ):
         queues = read_interfaces(interfaces)
         more = {
-            "queues": queues,
+            "queues": list(queues.values()),
             "services": read_services(services, counters),
             "flows": FlowTable(flows).count(),
         }
-        return read(xdp, workers, daemon, len(queues)) | more
+        return read(xdp, workers, daemon, queues) | more
 
 
-def read_interfaces(interfaces: Map) -> list[str]:
-    """The workers' queues, by name: ``eth0/0``, ``eth0/1``, ``eth1/0``."""
+def read_interfaces(interfaces: Map) -> dict[int, str]:
+    """The workers' queues by slot, in order: ``eth0/0``, ``eth0/1``, ``eth1/0``."""
     found = {}
     for key in interfaces.keys():  # noqa: SIM118 - a map, not a dict
         first, count = struct.unpack("=II", interfaces.lookup(key) or bytes(8))
@@ -82,7 +83,7 @@ def read_interfaces(interfaces: Map) -> list[str]:
         except OSError:  # it is gone
             name = f"if{index}"
         found.update({first + queue: f"{name}/{queue}" for queue in range(count)})
-    return [name for _, name in sorted(found.items())]
+    return dict(sorted(found.items()))
 
 
 def read_services(services: Map, counters: Map) -> dict[str, dict[str, int]]:

@@ -20,7 +20,8 @@ class Interface:
     mac: bytes
     mtu: int
     up: bool
-    rx_queues: int
+    rx_queues: int  # in use
+    max_queues: int  # RX queues that it may have in use
     kind: str  # "veth", "vlan", ...; empty for hardware
 
 
@@ -36,13 +37,15 @@ def interface_info(name: str) -> Interface:
         link = rtnetlink.link(netlink, index)
     *_, flags, _ = link.fields(LINK)
     found = link.attributes(LINK)
+    most = rtnetlink.number(found.get(rtnetlink.IFLA_NUM_RX_QUEUES)) or 1
     return Interface(
         name,
         index,
         found.get(rtnetlink.IFLA_ADDRESS, b""),
         rtnetlink.number(found.get(rtnetlink.IFLA_MTU)),
         bool(flags & 1),
-        rtnetlink.number(found.get(rtnetlink.IFLA_NUM_RX_QUEUES)) or 1,
+        rtnetlink.rx_queues(index) or most,
+        most,
         _kind(found),
     )
 

@@ -1,7 +1,9 @@
 """Links, routes and neighbours: where frames for a backend go, from the kernel's own tables.
 
 :class:`NextHops` follows the kernel (rtnetlink(7)) and keeps the neighbour entries that it needs alive by asking for
-managed ones (``NTF_EXT_MANAGED``, Linux 5.16): the kernel then resolves them without traffic of its own.
+managed ones (``NTF_EXT_MANAGED``, Linux 5.16): the kernel then resolves them without traffic of its own.  It would take
+20 to 40 s to notice that one is dead; so it is asked to look more often, which concerns these entries and no others of
+their interfaces.
 """
 
 from __future__ import annotations
@@ -38,11 +40,12 @@ GROUPS = sum(1 << group - 1 for group in (1, 3, 5, 7, 8, 9, 11, 19, 32))
 RTM_NEIGH = (28, 29)
 NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, probe, noarp, permanent
 NUD_FAILED, NUD_PERMANENT = 0x20, 0x80
+NUD_ASKED = NUD_VALID & ~(rtnetlink.NUD_PROBE | 0x40 | NUD_PERMANENT)  # those that may be dead, and are not asked now
 RTN_LOCAL = 2
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
 NETDEV_XDP_ACT_NDO_XMIT, NETDEV_XDP_ACT_NDO_XMIT_SG = 4, 64
-IFF_RUNNING = 0x40
+IFF_RUNNING, IFF_LOWER_UP = 0x40, 0x10000
 SKF_AD_NLATTR = 0xFFFFF000 + 12  # linux/filter.h
 
 #: Seconds between looks at the kernel's tables: a storm of events is one.
@@ -58,6 +61,9 @@ KINDS = {
     4: "an anycast address of this machine itself",
     5: "a multicast address",
 }
+
+#: How often neighbours are asked whether they are there, in seconds; the kernel finds out with three probes, in 3 s.
+PROBE_INTERVAL = 3.0
 
 log = structlog.get_logger()
 
@@ -131,6 +137,7 @@ class Link(NamedTuple):
     master: int  # index of the bridge or bond that it is a port of; 0: none
     running: bool  # it is up, and has a carrier
     ups: int  # how often it got a carrier
+    carrier: bool
 
 
 class _Tables(NamedTuple):
@@ -140,6 +147,15 @@ class _Tables(NamedTuple):
     neighbours: dict[tuple[int, str], tuple[int, bytes]]  # (ifindex, address) -> NUD state, MAC
     links: dict[int, Link]
     elsewhere: frozenset[Address]  # of those asked for, the addresses that are not this machine's
+
+
+#: What is known of a neighbour that has no entry.
+NOBODY = 0, b""
+
+
+def _where(state: int, mac: bytes) -> tuple[bytes, bool]:
+    """Where frames for a neighbour go, and whether the administrator has said so."""
+    return mac if state & NUD_VALID else b"", bool(state & NUD_PERMANENT)
 
 
 def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:
@@ -166,6 +182,7 @@ def _link(message: Message, features: Mapping[int, int]) -> tuple[int, Link]:
         rtnetlink.number(found.get(rtnetlink.IFLA_MASTER)),
         bool(flags & IFF_RUNNING),
         rtnetlink.number(found.get(rtnetlink.IFLA_CARRIER_UP_COUNT)),
+        bool(flags & IFF_LOWER_UP),
     )
 
 
@@ -315,9 +332,10 @@ class NextHops:
         self._path_mtu: PathMtu | None = None
         self._narrower: set[Address] = set()  # those whose way has become so, as a router says
         self._seldom = Seldom()
+        self._devices: socket.socket | None = None
         self._dirty = asyncio.Event()
         self._full = False
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, addresses: Iterable[Address], vips: Iterable[Address] = ()) -> None:
         """Resolve what the kernel knows now, and begin to follow it."""
@@ -326,17 +344,29 @@ class NextHops:
         sockfilter.attach(sock, _events_about(self._vias))
         sock.bind((0, GROUPS))
         self._events = sock
+        self._devices = rtnetlink.device_events()
         self._path_mtu = PathMtu()
         self._wanted, self._vips = frozenset(addresses), frozenset(vips)
         await self._refresh(full=True)
         self._readers.append(Reader(sock, rtnetlink.ROOM, self._take, self._lost))
         for errors in self._path_mtu.sockets:
             self._readers.append(Reader(errors, pathmtu.ROOM, partial(self._narrow, errors.family), self._lost))
-        self._task = self._start_task("next hops", self._follow)
+        # What it says is of no matter, nor whether all of it arrived.
+        self._readers.append(
+            Reader(self._devices, rtnetlink.ROOM, lambda *_: self.look(), lambda _: self.look()),
+        )
+        self._tasks = [
+            self._start_task("next hops", self._follow),
+            self._start_task("neighbours", self._keep_asking),
+        ]
 
     def follow(self, addresses: Iterable[Address], vips: Iterable[Address] = ()) -> None:
         """Follow these addresses from now on; ``on_change`` tells of those that are new."""
         self._wanted, self._vips = frozenset(addresses), frozenset(vips)
+        self.look()
+
+    def look(self) -> None:
+        """Ask the kernel anew, for all that no event may have told; soon."""
         self._full = True
         self._dirty.set()
 
@@ -360,15 +390,17 @@ class NextHops:
 
     async def close(self) -> None:
         """Stop following, and give up the managed neighbour entries."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         while self._readers:
             self._readers.pop().close()
         if self._events:
             self._events.close()
         if self._path_mtu:
             self._path_mtu.close()
+        if self._devices:
+            self._devices.close()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
         self._thread.shutdown()
 
@@ -398,18 +430,21 @@ class NextHops:
             self._dirty.set()
 
     def _neighbour(self, message: Message, gone: bool = False) -> bool:
-        """Note a neighbour's change; whether it concerns a backend."""
+        """Note a neighbour's change; whether it concerns the way to a backend."""
         found = _neighbour(message)
         if not found:
             return False
         key, state = found
+        before, asked = self._tables.neighbours.get(key, NOBODY), key in self._failed
         if gone:
+            state = NOBODY
             self._tables.neighbours.pop(key, None)
             self._managed.discard(key)
         else:
             self._tables.neighbours[key] = state
             self._note_failure(key, state[0])
-        return key in self._vias
+        changed = _where(*before) != _where(*state) or asked != (key in self._failed)
+        return key in self._vias and (gone or changed)
 
     def _note_failure(self, key: tuple[int, str], nud: int) -> None:
         """A managed entry is asked for again and again: that it is, says nothing."""
@@ -430,6 +465,12 @@ class NextHops:
                 self._dirty.set()
                 raise
             await asyncio.sleep(LEAST)
+
+    async def _keep_asking(self) -> None:
+        """Have the kernel find out who is dead, and who is there again, sooner than it would by itself."""
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._probe)
 
     async def _refresh(self, full: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -482,7 +523,10 @@ class NextHops:
         for way in ways:
             via = way.neighbour(address)
             link = self._tables.links[way.ifindex]
-            nud, mac = self._tables.neighbours.get(via, (0, b""))
+            if not link.carrier:
+                silent.append(f"{link.name} has no link")
+                continue
+            nud, mac = self._tables.neighbours.get(via, NOBODY)
             if nud & NUD_VALID and len(mac) == 6:
                 return NextHop(
                     HopState.RESOLVED, "", way.ifindex, way.gateway, mac, link.mac, way.source, way.mtu,
@@ -520,6 +564,18 @@ class NextHops:
                     log.warning("cannot manage neighbour", neighbour=address, error=str(error))
             self._release(netlink, self._managed - wanted)
         self._managed = set(wanted)
+
+    def _probe(self) -> None:
+        with Netlink() as netlink:
+            for index, address in list(self._managed):
+                state, _ = self._tables.neighbours.get((index, address), NOBODY)
+                try:
+                    if state & NUD_ASKED:
+                        rtnetlink.probe_neighbour(netlink, index, address)
+                    if state & (NUD_ASKED | NUD_FAILED):
+                        rtnetlink.set_neighbour(netlink, index, address, 0, NTF_EXT_MANAGED)
+                except OSError:  # its entry, or interface, has gone or changed since: events tell
+                    continue
 
     def _release(self, netlink: Netlink, neighbours: Iterable[tuple[int, str]]) -> None:
         for index, address in neighbours:

@@ -21,6 +21,7 @@ NETLINK_SOCK_DIAG, NETLINK_GENERIC = 4, 16
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
 NLM_F_REPLACE, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x400, 0x300
 NLM_F_CAPPED, NLM_F_ACK_TLVS = 0x100, 0x200
+NLA_F_NESTED = 0x8000
 NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = 2, 3, 4
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NLMSGERR_ATTR_MSG = 270, 10, 11, 1
 RTM_GETLINK, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 26, 28, 29, 30
@@ -32,9 +33,16 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
 RTAX_MTU = 2
 RTM_GETADDR, IFA_ADDRESS, IFA_LOCAL = 22, 1, 2
 NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
+NUD_PROBE = 0x10
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
+CTRL_ATTR_MCAST_GROUPS, CTRL_ATTR_MCAST_GRP_NAME, CTRL_ATTR_MCAST_GRP_ID = 7, 1, 2
+NETLINK_ADD_MEMBERSHIP, NETLINK_NO_ENOBUFS = 1, 5
 SOCK_DIAG_BY_FAMILY, IPPROTO_TCP, INET_DIAG_SKV6ONLY = 20, 6, 11
 NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, NETDEV_A_DEV_XDP_FEATURES = 1, 1, 3
+ETHTOOL_MSG_CHANNELS_GET, ETHTOOL_A_CHANNELS_HEADER, ETHTOOL_A_HEADER_DEV_INDEX = 17, 1, 1
+ETHTOOL_A_CHANNELS_RX_COUNT, ETHTOOL_A_CHANNELS_COMBINED_COUNT = 6, 9
+#: Who tells, in generic netlink, of what rtnetlink does not: queues and offloads, and what XDP programs can do.
+DEVICE_EVENTS = (("ethtool", "monitor"), ("netdev", "mgmt"))
 
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port id
 LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
@@ -166,9 +174,20 @@ class Netlink:
 
     def family(self, name: str) -> int:
         """The number of a generic netlink family (of a NETLINK_GENERIC socket)."""
+        return number(self._family(name)[CTRL_ATTR_FAMILY_ID])
+
+    def group(self, family: str, name: str) -> int:
+        """The number of a generic netlink family's multicast group; 0 if it has no such group."""
+        for entry in attributes(self._family(family).get(CTRL_ATTR_MCAST_GROUPS, b"")).values():
+            found = attributes(entry)
+            if text(found.get(CTRL_ATTR_MCAST_GRP_NAME)) == name:
+                return number(found.get(CTRL_ATTR_MCAST_GRP_ID))
+        return 0
+
+    def _family(self, name: str) -> dict[int, bytes]:
         more = {CTRL_ATTR_FAMILY_NAME: name.encode() + b"\0"}
         (answer,) = self.ask(GENL_ID_CTRL, GENERIC.pack(CTRL_CMD_GETFAMILY, 1), more)
-        return number(answer.attributes(GENERIC)[CTRL_ATTR_FAMILY_ID])
+        return answer.attributes(GENERIC)
 
     def close(self) -> None:
         self._sock.close()
@@ -223,6 +242,17 @@ def set_neighbour(netlink: Netlink, index: int, at: str, state: int, flags_ext: 
     family = socket.AF_INET if to.version == 4 else socket.AF_INET6
     more = {NDA_DST: to.packed, NDA_FLAGS_EXT: struct.pack("=I", flags_ext)}
     netlink.ask(RTM_NEWNEIGH, NEIGHBOUR.pack(family, index, state, 0, 0), more, NLM_F_CREATE | NLM_F_REPLACE)
+
+
+def probe_neighbour(netlink: Netlink, index: int, at: str) -> None:
+    """Have the kernel ask a neighbour whose link-layer address it knows whether it is still there.
+
+    It asks that address (RFC 1122, 2.3.2.1; RFC 4861, 7.3.3), by default three times, a second apart.  The entry's
+    other flags are lost; it keeps the state that it is told only without NTF_EXT_MANAGED (__neigh_update).
+    """
+    to = ipaddress.ip_address(at)
+    family = socket.AF_INET if to.version == 4 else socket.AF_INET6
+    netlink.ask(RTM_NEWNEIGH, NEIGHBOUR.pack(family, index, NUD_PROBE, 0, 0), {NDA_DST: to.packed}, NLM_F_REPLACE)
 
 
 def delete_neighbour(netlink: Netlink, index: int, at: str) -> None:
@@ -326,3 +356,41 @@ def xdp_features() -> dict[int, int]:
         return {}
     found = [device.attributes(GENERIC) for device in devices]
     return {number(a.get(NETDEV_A_DEV_IFINDEX)): number(a.get(NETDEV_A_DEV_XDP_FEATURES)) for a in found}
+
+
+def rx_queues(index: int) -> int | None:
+    """How many RX queues an interface has in use; None if its driver does not say: then it always has all it has.
+
+    Source: Documentation/networking/ethtool-netlink.rst, CHANNELS_GET.
+    """
+    try:
+        with Netlink(NETLINK_GENERIC) as netlink:
+            which = encode({ETHTOOL_A_HEADER_DEV_INDEX: struct.pack("=I", index)})
+            more = {ETHTOOL_A_CHANNELS_HEADER | NLA_F_NESTED: which}
+            answer, *_ = netlink.ask(netlink.family("ethtool"), GENERIC.pack(ETHTOOL_MSG_CHANNELS_GET, 1), more)
+    except OSError:
+        return None
+    found = answer.attributes(GENERIC)
+    counts = (ETHTOOL_A_CHANNELS_RX_COUNT, ETHTOOL_A_CHANNELS_COMBINED_COUNT)
+    return sum(number(found.get(kind)) for kind in counts) or None
+
+
+def device_events() -> socket.socket:
+    """A socket that becomes readable when something of :data:`DEVICE_EVENTS` happens in this network namespace.
+
+    What it says is of no matter, nor whether all of it arrived: who reads asks anew.
+    """
+    sock = socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, NETLINK_GENERIC
+    )
+    sock.setsockopt(SOL_NETLINK, NETLINK_NO_ENOBUFS, 1)
+    sock.bind((0, 0))
+    with Netlink(NETLINK_GENERIC) as netlink:
+        for family, name in DEVICE_EVENTS:
+            try:
+                group = netlink.group(family, name)
+            except OSError:  # a kernel without it
+                continue
+            if group:
+                sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+    return sock

@@ -54,6 +54,22 @@ def test_neighbours(namespace):
         assert caught.value.errno == errno.ENOENT
 
 
+def test_queues_and_who_tells_of_them(namespace):
+    index = socket.if_nametoindex("veth0")
+    assert rtnetlink.rx_queues(index) == 1
+    assert rtnetlink.rx_queues(socket.if_nametoindex("lo")) is None
+    assert rtnetlink.rx_queues(2**31 - 1) is None
+    namespace.ip("link", "add", "wide0", "numrxqueues", "4", "type", "veth", "peer", "name", "wide1")
+    index = socket.if_nametoindex("wide0")
+    with rtnetlink.device_events() as events:
+        events.setblocking(True)
+        events.settimeout(10)
+        for command in (("-L", "wide0", "rx", "3"), ("-K", "wide1", "gro", "on")):
+            subprocess.run(["ethtool", *command], check=True)
+            assert events.recv(1 << 16)
+    assert rtnetlink.rx_queues(index) == 3
+
+
 def test_a_family_that_is_none(namespace):
     with Netlink(rtnetlink.NETLINK_GENERIC) as netlink, pytest.raises(OSError) as caught:
         netlink.family("nothing")

@@ -14,7 +14,7 @@ import pytest
 
 from crablb.kernel import pins
 from crablb.lab import VIP4, Lab, existing
-from crablb.lab.demo import VIPS, crablb, services, start_agent
+from crablb.lab.demo import VIPS, crablb, start_agent
 from tests.helpers.processes import ROOT, until
 from tests.helpers.world import agent_status, status
 
@@ -62,10 +62,6 @@ WRONG = {
     "busy-poll": (
         ["--iface", "eth0", "--service", SERVICE, "--busy-poll", "-1"],
         "--busy-poll: -1 is not a whole number from 0 to 1000000",
-    ),
-    "no-such-queue": (
-        ["--iface", "eth0", "--service", SERVICE, "--queues", "9"],
-        r"eth0 has no queue \d \(see ethtool -l eth0\)",
     ),
     "no-file": (["--config", "/nowhere.toml"], "/nowhere.toml: cannot be read: No such file or directory"),
     "both": (
@@ -174,22 +170,6 @@ def test_serve_from_a_file_and_its_logs(lab, tmp_path):
     assert shown.startswith(f"eth0: generic XDP, process {child.pid}\n")
     child.send_signal(2)
     assert child.wait() == 0
-    assert leftovers(lab) == []
-
-
-def test_the_interface_goes_while_serving(lab, tmp_path):
-    child = lab.lb.popen(
-        *crablb("serve", "--iface", "eth0", *(p for s in services(lab) for p in ("--service", s))),
-        stderr=subprocess.PIPE,
-    )
-    assert child.stderr
-    for line in child.stderr:
-        if json.loads(line)["event"] == "serving":
-            break
-    lab.lb.ip("link del eth0")
-    said = [json.loads(line) for line in child.stderr]
-    assert child.wait() == 1
-    assert "queue 0 of eth0 failed" in said[-1]["reason"]
     assert leftovers(lab) == []
 
 

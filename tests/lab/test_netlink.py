@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 from collections.abc import Callable, Coroutine, Iterator
@@ -13,7 +14,7 @@ import uvloop
 from structlog.testing import capture_logs
 
 from crablb.control.announce import announcement
-from crablb.kernel import rtnetlink
+from crablb.kernel import netlink, rtnetlink
 from crablb.kernel.interface import interface_info
 from crablb.kernel.netlink import HopState, NextHop, NextHops
 from crablb.kernel.rtnetlink import NDA_DST, NEIGHBOUR
@@ -174,6 +175,26 @@ def test_a_gateway_of_the_other_family(lab):
     follow(lab, check)
 
 
+@pytest.mark.parametrize("address", [FIRST, SECOND])
+def test_a_neighbour_that_is_dead(lab, address):
+    """It is asked more often than the kernel does by itself: here that would take it hours."""
+    lab.lb.set({f"net.ipv{address.version}.neigh.eth0.base_reachable_time_ms": 36_000_000})
+
+    async def check(hops: Followed) -> None:
+        await hops.until(lambda: hops[address].state is HopState.RESOLVED)
+        entries = json.loads(lab.lb.run("ip", "-j", "neigh", "show", str(address)).stdout)
+        assert entries[0]["state"] == ["REACHABLE"]
+        # It is the switch's link that goes: ours is as it was.
+        lab.middle.ip("link set server1 down")
+        await hops.until(lambda: hops[address].state is HopState.UNRESOLVED)
+        assert hops[address].reason == f"{address} does not answer on eth0"
+        lab.middle.ip("link set server1 up")
+        await hops.until(lambda: hops[address].state is HopState.RESOLVED)
+        assert "managed" in lab.lb.run("ip", "neigh", "show", str(address)).stdout
+
+    follow(lab, check)
+
+
 @pytest.mark.parametrize("compatible", [1, 0], ids=["said-in-routes", "objects-alone"])
 def test_next_hop_objects_change(lab, compatible):
     """What is exchanged below a route, of which nothing is said but the object's own event."""
@@ -195,6 +216,24 @@ def test_next_hop_objects_change(lab, compatible):
         await hops.until(lambda: hops[BEHIND].dst_mac == macs["a"])
         lab.lb.ip("nexthop add id 4 blackhole", "route replace 192.0.2.0/24 nhid 4")
         await hops.until(lambda: hops[BEHIND].state is HopState.NO_ROUTE)
+
+    follow(lab, check)
+
+
+def test_a_neighbour_that_lives(lab, monkeypatch):
+    """Nobody hears of its being asked."""
+    monkeypatch.setattr(netlink, "PROBE_INTERVAL", 0.01)
+
+    async def check(hops: Followed) -> None:
+        await hops.until(lambda: {hops[a].state for a in (FIRST, SECOND)} == {HopState.RESOLVED})
+        told: list[object] = []
+        hops.hops._on_change = lambda *changed: told.append(changed)
+        asked = lab.servers[0].counters()["rx_packets"]
+        async with asyncio.timeout(20):
+            while lab.servers[0].counters()["rx_packets"] < asked + 50:
+                await asyncio.sleep(0.01)
+        assert not told
+        assert "managed" in lab.lb.run("ip", "neigh", "show", str(FIRST)).stdout
 
     follow(lab, check)
 
@@ -351,5 +390,21 @@ def test_a_forged_claim_for_a_backend(lab):
         lab.client.run("ping", "-c", "1", "-W", "5", lab.lb.ip4)
         assert own in lab.lb.run("ip", "neigh", "show", str(FIRST)).stdout
         assert hops[FIRST].dst_mac.hex(":") == own
+
+    follow(lab, check)
+
+
+def test_no_link(lab):
+    """Known at once, whatever the neighbours' entries say."""
+
+    async def check(hops: Followed) -> None:
+        await hops.until(lambda: hops[FIRST].state is HopState.RESOLVED)
+        lab.lb.ip("neigh replace 10.0.0.11 lladdr 02:00:00:00:88:88 nud permanent dev eth0")
+        await hops.until(lambda: hops[FIRST].dst_mac == bytes.fromhex("020000008888"))
+        lab.middle.ip("link set lb down")
+        await hops.until(lambda: hops[FIRST].state is HopState.UNRESOLVED)
+        assert hops[FIRST].reason == "eth0 has no link"
+        lab.middle.ip("link set lb up")
+        await hops.until(lambda: hops[FIRST].state is HopState.RESOLVED)
 
     follow(lab, check)

@@ -96,6 +96,17 @@ def test_who_is_not_reached():
     assert not list(advice.unreached({A: gone}, set()))
 
 
+def test_interfaces():
+    def told(kind: str) -> Advice:
+        (found,) = advice.interface(Event(kind, interface="eth0", reason="it"))
+        return found
+
+    assert (told("interface-gone").level, told("interface-back").level) == ("warning", "info")
+    assert told("interface-renamed").facts == {"interface": "eth0", "before": "it"}
+    assert told("interface-changed").facts == {"interface": "eth0", "now": "it"}
+    assert told("interface-unserved").facts == {"interface": "eth0", "reason": "it"}
+
+
 def test_full_tables():
     assert not list(advice.full(flows=900, refused=0, room=1000))
     assert texts(advice.full(flows=901, refused=3, room=1000)) == [
@@ -165,4 +176,8 @@ def test_when_what_is_told():
     assert told(Event("server-silent", B)) == ["reports_silent"]
     assert told(Event("redirects-stopped", B, WEB6)) == ["redirects_stopped"]
     assert told(Event("redirects-resumed", B, WEB6)) == []
+    assert told(Event("interface-gone", interface="eth0")) == ["interfaces_lost"]
+    assert told(Event("interface-unserved", interface="eth0", reason="no memory")) == ["interfaces_unserved"]
+    for kind in ("interface-back", "interface-renamed", "interface-changed"):
+        assert told(Event(kind, interface="eth0", reason="it")) == []
     assert told(Event("changed")) == []
