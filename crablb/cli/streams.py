@@ -95,7 +95,7 @@ def _fill() -> None:
 def discard() -> None:
     """Write no more to standard output, nor what was printed and waits."""
     output = sys.stdout
-    if output and output is sys.__stdout__:
+    if output is not None and id(output) == id(sys.__stdout__):
         with suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
