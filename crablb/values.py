@@ -10,7 +10,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import ipaddress
+import logging
+import os
 import re
+import stat
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -34,6 +37,8 @@ __all__ = [
 PORT = 7171  # of reports
 MAX_WEIGHT = 65535
 MAX_MACS = 14  # CRAB_MAX_MACS of bpf/maps.h, less an interface's own and its master's
+log = logging.getLogger(__name__)
+
 E = TypeVar("E", bound=Enum)
 
 
@@ -294,11 +299,25 @@ def read_text(path: Path | str) -> str:
         raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from None
 
 
+def _guarded(path: Path | str) -> None:
+    """A secret that others can write is refused; one that all can read is named in the log.  Raises
+    :class:`ConfigError`."""
+    found = os.stat(path)
+    mode = stat.S_IMODE(found.st_mode)
+    if not stat.S_ISREG(found.st_mode):  # a pipe of whoever runs this
+        return
+    if mode & 0o022:
+        raise ConfigError(f"{path}: others can write it (mode {mode:04o}), and it is a secret; chmod 600 {path}")
+    if mode & 0o004:
+        log.warning("%s can be read by every user of this machine, and is a secret; chmod 600 %s", path, path)
+
+
 def _read_digits(path: Path | str, count: int, remedy: str) -> bytes:
     try:
         text = read_text(path).strip()
     except ConfigError as error:
         raise ConfigError(f"{error}; {remedy}") from None
+    _guarded(path)
     if not re.fullmatch(rf"[0-9a-fA-F]{{{count}}}", text):
         raise ConfigError(f"{path}: does not hold {count} hexadecimal digits; {remedy}")
     return bytes.fromhex(text)

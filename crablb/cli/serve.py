@@ -55,6 +55,7 @@ def read_config(args: argparse.Namespace) -> Config:
 def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # until the daemon takes them
+    logging.hold()
     settings = read_config(args)
     logging.set_up(args.log_level)
     if os.geteuid() != 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
+import time
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -18,8 +20,8 @@ __all__ = ["Reports"]
 
 log = structlog.get_logger()
 
-#: Senders of refused reports that are named in the log, at most.
-NAMED = 1000
+#: Senders of refused reports that are named in the log in so many seconds, at most.
+NAMED, NAMED_IN = 100, 600.0
 
 
 class Reports(asyncio.DatagramProtocol):
@@ -32,7 +34,8 @@ class Reports(asyncio.DatagramProtocol):
         """``master``: the 32 bytes that the backends' keys are derived from."""
         self._engine = engine
         self._judge = Judge(master)
-        self._refused: set[tuple[Any, str]] = set()
+        self._refused: set[tuple[Any, str]] = set()  # those named since
+        self._refused_since = -math.inf
         self._served: set[tuple[Vip, Address]] = set()
         self._deserted: set[tuple[Vip, Address]] = set()  # of services and servers where nothing listens
         self._transport: asyncio.DatagramTransport | None = None
@@ -66,15 +69,28 @@ class Reports(asyncio.DatagramProtocol):
             message, answer = self._judge.judge(data)
         except Refused as refused:
             self._engine.count(refused.counter)
-            if (addr[0], refused.counter) not in self._refused and len(self._refused) < NAMED:
-                self._refused.add((addr[0], refused.counter))
-                log.warning("report refused", sender=addr[0], reason=refused.counter.removeprefix("reports_"))
+            self._name(addr[0], refused.counter)
             return
         if answer:
             assert self._transport
             self._transport.sendto(answer, addr)
         if message:
             self._take(message)
+
+    def _name(self, sender: str, counter: str) -> None:
+        """Have the sender of a refused report in the log: each once in a while, and of a flood's not all."""
+        now = time.monotonic()
+        if now - self._refused_since >= NAMED_IN:
+            self._refused.clear()
+            self._refused_since = now
+        if (sender, counter) in self._refused or len(self._refused) > NAMED:
+            return
+        self._refused.add((sender, counter))
+        if len(self._refused) <= NAMED:
+            log.warning("report refused", sender=sender, reason=counter.removeprefix("reports_"))
+        else:
+            again = round(self._refused_since + NAMED_IN - now)
+            log.warning("more senders' reports are refused; they are counted, and named again later", seconds=again)
 
     def error_received(self, exc: Exception) -> None:
         """An answer did not arrive; the next report will be answered too."""

@@ -18,6 +18,8 @@ __all__ = ["SILENT", "Backends", "Balance", "Load"]
 STEPS = 10
 #: Seconds without a report after which a server's load is not known any more.
 SILENT = 3.0
+#: Connections of a backend at most, whatever it reports: what is assigned until the next report is added, in 32 bits.
+MANY = 2**31 - 1
 
 _LOAD = np.dtype([("assigned", "<u4"), ("base", "<u4"), ("open", "<u4"), ("figure", "<u4")])
 assert _LOAD.itemsize == ffi.sizeof("struct crab_load")
@@ -122,7 +124,7 @@ class Balance:
     def report(self, vip: Vip, backend: Address, connections: int, figure: int) -> None:
         """A server's report: its connections, and its load in thousandths.  What was assigned until now is in it."""
         load = self.load(vip, backend)
-        load.open, load.base, load.figure = connections, load.assigned, figure
+        load.open, load.base, load.figure = min(connections, MANY), load.assigned, figure
 
     def heard(self, backend: Address, at: float) -> bool:
         """A server reported.  True if its load was not known before."""
@@ -213,5 +215,5 @@ class Balance:
             if backend.address not in told:
                 load = self.load(service.vip, backend.address)
                 load.base = load.assigned
-                load.open = round(mean * backend.share)
+                load.open = min(round(mean * backend.share), MANY)
                 load.figure = sum(figures) // len(figures) if figures else 0

@@ -141,11 +141,14 @@ class Judge:
         self._secret = os.urandom(32)
         self._generation = 0
         self._sessions: dict[Address, _Session] = {}
+        #: Challenges up to this generation were given before the backend was one (again): reports may be recorded ones.
+        self._floors: dict[Address, int] = {}
         self._keys: dict[Address, bytes] = {}
 
     def follow(self, backends: Sequence[Address]) -> None:
         """Believe these backends, and no others."""
         self._keys = {address: derive(self._master, address) for address in backends}
+        self._floors = {address: self._floors.get(address, self._generation) for address in backends}
         self._sessions = {a: s for a, s in self._sessions.items() if a in self._keys}
 
     def _mac(self, backend: Address, session: bytes, generation: int) -> bytes:
@@ -163,7 +166,7 @@ class Judge:
             raise Refused("reports_malformed")
         generation = int.from_bytes(message.challenge[:8], "big")
         right = self._mac(backend, message.session, generation)
-        if not hmac.compare_digest(right, message.challenge[8:]):
+        if not hmac.compare_digest(right, message.challenge[8:]) or generation <= self._floors[backend]:
             self._generation += 1
             new = self._generation.to_bytes(8, "big") + self._mac(backend, message.session, self._generation)
             return None, replace(message, kind=CHALLENGE, challenge=new, vips=(), figure=0).encode(key)

@@ -11,17 +11,22 @@ import subprocess
 from ipaddress import ip_address
 
 import pytest
+import structlog
 import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crablb import lasting
+from crablb import cli, lasting
 from crablb.agent.reporter import Reporter
+from crablb.config import config_from_args
+from crablb.control import reports as receiver
 from crablb.control.reports import Reports
+from crablb.errors import ConfigError
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import crablb
 from crablb.model import Vip
 from crablb.selection import reports as report
+from crablb.selection.loads import Balance
 
 A, B = ip_address("10.0.0.11"), ip_address("fd00::12")
 
@@ -184,6 +189,108 @@ def test_nothing_is_believed_twice():
     again.hear(stale.judge(again.report())[1])
     again.hear(judge.judge(again.report())[1])
     assert believed(judge, again.report(11)) == 11
+
+
+def test_nothing_recorded_is_believed_when_its_backend_comes_back():
+    """What was challenged before is challenged again, and the server goes on."""
+    judge, sender = acquainted()
+    told, kept_back = sender.report(1), sender.report(2)
+    assert believed(judge, told) == 1
+    judge.follow([A, B])  # as a reload does that changes others
+    assert believed(judge, sender.report(3)) == 3
+    judge.follow([B])
+    judge.follow([A, B])
+    for recorded in (told, kept_back):
+        assert believed(judge, recorded) == "challenged"
+    sender.hear(judge.judge(sender.report(4))[1])
+    assert believed(judge, sender.report(5)) == 5
+
+
+@pytest.mark.parametrize("connections", [2**31, 2**32 - 1, 2 * (2**32 - 1)])
+def test_counts_near_the_end_of_their_bits(connections):
+    """As large as a report can say; the mean that others get is multiplied by their weights."""
+    (service,) = config_from_args(["eth0"], ["tcp://10.0.0.100:80=10.0.0.11,10.0.0.12*1000"]).services
+    balance = Balance()
+    balance.report(service.vip, A, connections, 2**32 - 1)
+    balance.heard(A, 0.0)
+    balance.age(service)
+    balance.load(service.vip, A).assigned += 5
+    for backend in service.backends:
+        read = balance.read(service.vip, backend.address)
+        assert 2**31 - 1 <= read.open < 2**32
+
+
+def test_refused_senders_are_named_for_ever(monkeypatch):
+    """However many there were: a hundred in a while, then that there are more, and others later."""
+    now = [0.0]
+    monkeypatch.setattr(receiver.time, "monotonic", lambda: now[0])
+    with structlog.testing.capture_logs() as logs:
+        reports = receiver.Reports(Counting(), MASTER)
+        for n in range(3000):
+            reports.datagram_received(b"rubbish", (f"10.1.{n // 250}.{n % 250}", 1))
+            reports.datagram_received(b"rubbish", ("10.1.0.0", 1))
+        assert [line["event"] for line in logs].count("report refused") == 100
+        assert len(logs) == 101
+        assert logs[-1]["seconds"] == 600
+        logs.clear()
+        now[0] = 601.0
+        reports.datagram_received(b"rubbish", ("10.9.9.9", 1))
+        assert [line["sender"] for line in logs] == ["10.9.9.9"]
+
+
+class Counting:
+    """In place of an engine."""
+
+    def count(self, what):
+        assert what == "reports_malformed"
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o622, 0o620])
+def test_a_key_that_others_can_write_is_refused(tmp_path, mode):
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    key.chmod(mode)
+    with pytest.raises(ConfigError, match=f"others can write it .mode {mode:04o}., and it is a secret; chmod 600"):
+        report.read_key(key)
+
+
+@pytest.mark.parametrize(("mode", "named"), [(0o644, True), (0o444, True), (0o640, False), (0o600, False)])
+def test_a_key_that_all_can_read_is_named(tmp_path, mode, named, caplog):
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    key.chmod(mode)
+    assert report.read_key(key) == bytes.fromhex("ab" * 32)
+    said = f"{key} can be read by every user of this machine, and is a secret; chmod 600 {key}"
+    assert caplog.messages == [said] * named
+
+
+def test_keys_are_made_for_their_owner_alone(tmp_path, capsys):
+    """Whatever the umask; a file that is there is not lost."""
+    master, own = tmp_path / "master", tmp_path / "own"
+    before = os.umask(0)
+    try:
+        assert cli.main(["key", "new", "-o", str(master)]) == 0
+        assert cli.main(["key", "backend", "10.0.0.11", "--master", str(master), "-o", str(own)]) == 0
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (master, own)] == [0o600, 0o600]
+    key = report.read_key(master)
+    assert report.read_key(own) == report.derive(key, A)
+    assert cli.main(["key", "new", "-o", str(master)]) == 2
+    assert "is there already; remove it" in capsys.readouterr().err
+    assert report.read_key(master) == key
+    for path, why in ((tmp_path / "no" / "key", "No such file or directory"), ("/dev/full/x", "Not a directory")):
+        assert cli.main(["key", "new", "-o", str(path)]) == 2
+        assert f"cannot be made: {why}" in capsys.readouterr().err
+
+
+def test_a_key_that_the_shell_writes(tmp_path):
+    """It is told what mode the file has."""
+    with open(tmp_path / "key", "w") as file:
+        os.chmod(file.name, 0o644)
+        done = subprocess.run(crablb("key", "new"), stdout=file, stderr=subprocess.PIPE, text=True, check=True)
+    assert "standard output is a file that others may read or write (mode 0644); use -o FILE" in done.stderr
+    assert len((tmp_path / "key").read_text()) == 65
 
 
 @given(st.randoms(use_true_random=False), st.floats(0, 0.6))

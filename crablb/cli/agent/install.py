@@ -105,6 +105,7 @@ def _run(work: Work, namespaces: list[Namespace], every: bool) -> int:
 
 
 def run_server(args: argparse.Namespace) -> int:
+    logging.hold()
     problems = Problems()
     if not args.vip:
         problems.add("", "the following arguments are required: --vip (see crablb agent server --help)")
