@@ -199,6 +199,7 @@ enum crab_daemon_counter {
     CRAB_DAEMON_REPORTS_REPLAYED, /* refused: older than the last one */
     CRAB_DAEMON_REPORTS_SILENT,   /* servers that stopped reporting */
     CRAB_DAEMON_REDIRECTS_STOPPED, /* times that a backend completed no redirects, and got the fallback alone */
+    CRAB_DAEMON_SERVICES_IDLE, /* services found configured without a backend that takes new connections */
     CRAB_DAEMON_COUNTERS
 };
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import ipaddress
+import os
 import re
+import stat
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -26,7 +28,8 @@ __all__ = [
     "parse_policy",
     "parse_prefix",
     "parse_vip",
-    "read_key",
+    "read_backend_key",
+    "read_master_key",
     "read_seed",
     "resolve",
 ]
@@ -236,6 +239,8 @@ def parse_interfaces(value: object) -> tuple[str, ...]:
     names = [parse_interface(name) for name in (listed(value) if isinstance(value, list | tuple) else [value])]
     if not names:
         raise ConfigError("names no interface")
+    if "lo" in names:
+        raise ConfigError("no client's packets come in by lo; name the interface that leads to them (ip route)")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{', '.join(twice)} is named twice")
@@ -301,21 +306,44 @@ def _read_digits(path: Path | str, count: int, remedy: str) -> bytes:
         raise ConfigError(f"{error}; {remedy}") from None
     if not re.fullmatch(rf"[0-9a-fA-F]{{{count}}}", text):
         raise ConfigError(f"{path}: does not hold {count} hexadecimal digits; {remedy}")
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode) and mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise ConfigError(
+            f"{path}: holds a secret, and every user can read or write it; take that away: chmod o= {path}"
+        )
     return bytes.fromhex(text)
 
 
-def read_key(path: Path | str) -> bytes:
-    """A key of 32 bytes from a file of 64 hexadecimal digits.  Raises :class:`ConfigError`."""
-    return _read_digits(path, 64, "make a key: crablb key new")
+#: What keys of each kind begin with, so that none is taken for another; of those of versions before nothing is known.
+MASTER_KEY, BACKEND_KEY = b"crabmast", b"crabback"
+
+
+def read_master_key(path: Path | str) -> bytes:
+    """A master key of 32 bytes from a file of 64 hexadecimal digits.  Raises :class:`ConfigError`."""
+    key = _read_digits(path, 64, "make a key: crablb key new")
+    if key.startswith(BACKEND_KEY):
+        raise ConfigError(f"{path}: is a backend's key; here belongs the master key (crablb key new)")
+    return key
+
+
+def read_backend_key(path: Path | str) -> bytes:
+    """The same of a backend's."""
+    key = _read_digits(path, 64, "make a key: crablb key backend ADDRESS --master FILE, where the master key is")
+    if key.startswith(MASTER_KEY):
+        raise ConfigError(
+            f"{path}: is the master key, which speaks for every backend; here belongs this backend's own: crablb key"
+            " backend ADDRESS --master FILE, on a load balancer"
+        )
+    return key
 
 
 def parse_key(value: object) -> bytes:
-    """A key, or the path of its file.  Raises :class:`ConfigError`."""
+    """A master key, or the path of its file.  Raises :class:`ConfigError`."""
     if isinstance(value, bytes):
         if len(value) != 32:
             raise ConfigError(f"a key has 32 bytes, not {len(value)}")
         return value
-    return read_key(value if isinstance(value, Path) else string(value))
+    return read_master_key(value if isinstance(value, Path) else string(value))
 
 
 def read_seed(path: Path | str) -> bytes:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import secrets
+import os
+import stat
+import sys
+from contextlib import suppress
 
 from crablb.config import parse_backend
-from crablb.selection.reports import derive, read_key
+from crablb.selection.reports import derive, new_master
+from crablb.values import read_master_key
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,11 +24,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     backend.set_defaults(run=run_backend)
 
 
+def _print(key: bytes) -> None:
+    """Also into a file, which nobody else may read then."""
+    with suppress(OSError):  # the output is no file, or somebody else's
+        mode = os.fstat(sys.stdout.fileno()).st_mode
+        if stat.S_ISREG(mode):
+            os.fchmod(sys.stdout.fileno(), stat.S_IMODE(mode) & 0o700)
+    print(key.hex())
+
+
 def run_new(_: argparse.Namespace) -> int:
-    print(secrets.token_hex(32))
+    _print(new_master())
     return 0
 
 
 def run_backend(args: argparse.Namespace) -> int:
-    print(derive(read_key(args.master), parse_backend(args.address).address).hex())
+    _print(derive(read_master_key(args.master), parse_backend(args.address).address))
     return 0

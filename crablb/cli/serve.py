@@ -30,6 +30,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
                 *option.flags,
                 dest=option.name,
                 action="append" if option.repeatable else "store",
+                nargs="?" if option.kind.implied else None,
+                const=option.kind.implied,
                 metavar=option.kind.metavar,
                 help=option.explained.replace("%", "%%"),
             )
