@@ -218,6 +218,7 @@ enum crab_daemon_counter {
     CRAB_DAEMON_XSK_DROPPED, /* sweeps since whose predecessor the kernel dropped packets in front of a worker */
     CRAB_DAEMON_INTERFACES_LOST,  /* times that an interface served was gone */
     CRAB_DAEMON_INTERFACES_UNSERVED, /* times that an interface, or some of its queues, could not be served */
+    CRAB_DAEMON_SERVICES_IDLE, /* services found configured without a backend that takes new connections */
     CRAB_DAEMON_COUNTERS
 };
 

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
-from logging.handlers import MemoryHandler
 
 import structlog
 
@@ -90,13 +89,6 @@ class _Writer:
                     data = data[os.write(STDERR, data) :]
 
 
-class _Forward(logging.Handler):
-    """What the ground logs, which does without structlog."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        structlog.get_logger().log(record.levelno, record.getMessage())
-
-
 _writer = _Writer()
 
 
@@ -127,11 +119,6 @@ def reopen() -> None:
     structlog.get_logger().info("the log was opened anew" if path else "the log is no file: there is nothing to open")
 
 
-def hold() -> None:
-    """What the ground logs from now on waits until it is known how: for :func:`set_up`."""
-    logging.getLogger("crablb").handlers = [MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)]
-
-
 def set_up(level: str = "info") -> None:
     """``level``: debug, info, warning or error."""
     _writer.path = _file()
@@ -152,9 +139,3 @@ def set_up(level: str = "info") -> None:
         logger_factory=structlog.WriteLoggerFactory(_writer),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
-    ground = logging.getLogger("crablb")
-    held, ground.handlers = ground.handlers, [_Forward()]
-    for handler in held:
-        if isinstance(handler, MemoryHandler):
-            handler.setTarget(ground.handlers[0])
-            handler.flush()

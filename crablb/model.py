@@ -183,6 +183,7 @@ class Config:
     flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections
     ack_bypass: Bypass = Bypass.AUTO
     announce: Announce = Announce.NONE
+    allow_own_address: bool = False  # a VIP may be an address that the machine itself is reached by
     ping: bool = True  # echo requests to the VIPs are answered
     closed: Closed = Closed.AUTO
     macs: tuple[str, ...] = ()  # that the interfaces take frames to beside their own: 00:00:5e:00:01:07

@@ -48,6 +48,7 @@ class Kind:
     read: Callable[[str], object] = str  # an argument -> what a file would hold; raises ConfigError
     words: tuple[str, ...] = ()  # those there are, or the usual ones
     each: bool = False  # a list; ``parse`` is for one of its elements
+    implied: str | None = None  # what the flag says without an argument
     nested: Scope | None = None  # a list of tables, whose keys are the options of this scope
 
 
@@ -165,7 +166,7 @@ def _truth(text: str) -> object:
     return {"true": True, "false": False}.get(text, text)
 
 
-_BOOLEAN = Kind(says="`true`, `false`", metavar="BOOL", parse=values.boolean, read=_truth)
+_BOOLEAN = Kind(says="`true`, `false`", metavar="BOOL", parse=values.boolean, read=_truth, implied="true")
 
 # ---- the table ----
 
@@ -268,6 +269,15 @@ OPTIONS: tuple[Option, ...] = (
         help="who answers ARP and neighbour discovery for the VIPs: arp: the load balancer; none: nobody has to (a"
         " router leads to it), or somebody else does (keepalived)",
         example="none",
+    ),
+    Option(
+        scope=Config,
+        name="allow_own_address",
+        kind=_BOOLEAN,
+        help="a VIP may be an address that the machine itself is reached by: its port is the service's then, and no"
+        " program's here any more. What keepalived adds (/32, /128), and what is on the loopback, needs no leave",
+        example=False,
+        reload=True,
     ),
     Option(
         scope=Config,

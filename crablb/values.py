@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import ipaddress
-import logging
 import os
 import re
 import stat
@@ -29,7 +28,8 @@ __all__ = [
     "parse_policy",
     "parse_prefix",
     "parse_vip",
-    "read_key",
+    "read_backend_key",
+    "read_master_key",
     "read_seed",
     "resolve",
 ]
@@ -37,7 +37,6 @@ __all__ = [
 PORT = 7171  # of reports
 MAX_WEIGHT = 65535
 MAX_MACS = 14  # CRAB_MAX_MACS of bpf/maps.h, less an interface's own and its master's
-log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=Enum)
 
@@ -241,6 +240,8 @@ def parse_interfaces(value: object) -> tuple[str, ...]:
     names = [parse_interface(name) for name in (listed(value) if isinstance(value, list | tuple) else [value])]
     if not names:
         raise ConfigError("names no interface")
+    if "lo" in names:
+        raise ConfigError("no client's packets come in by lo; name the interface that leads to them (ip route)")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{', '.join(twice)} is named twice")
@@ -300,16 +301,13 @@ def read_text(path: Path | str) -> str:
 
 
 def _guarded(path: Path | str) -> None:
-    """A secret that others can write is refused; one that all can read is named in the log.  Raises
-    :class:`ConfigError`."""
-    found = os.stat(path)
-    mode = stat.S_IMODE(found.st_mode)
-    if not stat.S_ISREG(found.st_mode):  # a pipe of whoever runs this
-        return
-    if mode & 0o022:
-        raise ConfigError(f"{path}: others can write it (mode {mode:04o}), and it is a secret; chmod 600 {path}")
-    if mode & 0o004:
-        log.warning("%s can be read by every user of this machine, and is a secret; chmod 600 %s", path, path)
+    """Raises :class:`ConfigError` if other users can read or write it."""
+    found = os.stat(path).st_mode
+    if stat.S_ISREG(found) and found & 0o026:  # else it is a pipe of whoever runs this
+        mode = stat.S_IMODE(found)
+        raise ConfigError(
+            f"{path}: holds a secret, and others can read or write it (mode {mode:04o}); chmod 600 {path}"
+        )
 
 
 def _read_digits(path: Path | str, count: int, remedy: str) -> bytes:
@@ -323,18 +321,36 @@ def _read_digits(path: Path | str, count: int, remedy: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def read_key(path: Path | str) -> bytes:
-    """A key of 32 bytes from a file of 64 hexadecimal digits.  Raises :class:`ConfigError`."""
-    return _read_digits(path, 64, "make a key: crablb key new")
+#: What keys of each kind begin with, so that none is taken for another; of those of versions before nothing is known.
+MASTER_KEY, BACKEND_KEY = b"crabmast", b"crabback"
+
+
+def read_master_key(path: Path | str) -> bytes:
+    """A master key of 32 bytes from a file of 64 hexadecimal digits.  Raises :class:`ConfigError`."""
+    key = _read_digits(path, 64, "make a key: crablb key new")
+    if key.startswith(BACKEND_KEY):
+        raise ConfigError(f"{path}: is a backend's key; here belongs the master key (crablb key new)")
+    return key
+
+
+def read_backend_key(path: Path | str) -> bytes:
+    """The same of a backend's."""
+    key = _read_digits(path, 64, "make a key: crablb key backend ADDRESS --master FILE, where the master key is")
+    if key.startswith(MASTER_KEY):
+        raise ConfigError(
+            f"{path}: is the master key, which speaks for every backend; here belongs this backend's own: crablb key"
+            " backend ADDRESS --master FILE, on a load balancer"
+        )
+    return key
 
 
 def parse_key(value: object) -> bytes:
-    """A key, or the path of its file.  Raises :class:`ConfigError`."""
+    """A master key, or the path of its file.  Raises :class:`ConfigError`."""
     if isinstance(value, bytes):
         if len(value) != 32:
             raise ConfigError(f"a key has 32 bytes, not {len(value)}")
         return value
-    return read_key(value if isinstance(value, Path) else string(value))
+    return read_master_key(value if isinstance(value, Path) else string(value))
 
 
 def read_seed(path: Path | str) -> bytes:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import stat
 import sys
 from contextlib import suppress
 
-from crablb.cli.streams import complain
 from crablb.config import parse_backend
 from crablb.errors import ConfigError
-from crablb.selection.reports import derive, read_key
+from crablb.selection.reports import derive, new_master
+from crablb.values import read_master_key
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,20 +33,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_new(args: argparse.Namespace) -> int:
-    _put(secrets.token_hex(32), args.output)
+    _put(new_master().hex(), args.output)
     return 0
 
 
 def run_backend(args: argparse.Namespace) -> int:
-    _put(derive(read_key(args.master), parse_backend(args.address).address).hex(), args.output)
+    _put(derive(read_master_key(args.master), parse_backend(args.address).address).hex(), args.output)
     return 0
 
 
 def _put(key: str, path: str | None) -> None:
     """Raises :class:`ConfigError` if there is such a file, or it cannot be written."""
     if path is None:
+        _guard_output()
         print(key)
-        _look_at_output()
         return
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -63,11 +62,9 @@ def _put(key: str, path: str | None) -> None:
         raise ConfigError(f"--output {path}: cannot be written: {error.strerror}") from None
 
 
-def _look_at_output() -> None:
-    """The shell makes a file of the mode that its umask says."""
-    with suppress(OSError, ValueError):  # it has no number: it is in this process
+def _guard_output() -> None:
+    """Standard output may be a file, which the shell makes of the mode that its umask says."""
+    with suppress(OSError, ValueError):  # it is somebody else's; or it has no number: it is in this process
         mode = os.fstat(sys.stdout.fileno()).st_mode
-        if stat.S_ISREG(mode) and mode & 0o077:
-            complain(
-                f"standard output is a file that others may read or write (mode {stat.S_IMODE(mode):04o}); use -o FILE"
-            )
+        if stat.S_ISREG(mode):
+            os.fchmod(sys.stdout.fileno(), stat.S_IMODE(mode) & 0o700)

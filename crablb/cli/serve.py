@@ -31,6 +31,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
                 *option.flags,
                 dest=option.name,
                 action="append" if option.repeatable else "store",
+                nargs="?" if option.kind.implied else None,
+                const=option.kind.implied,
                 metavar=option.kind.metavar,
                 help=option.explained.replace("%", "%%"),
             )
@@ -55,7 +57,6 @@ def read_config(args: argparse.Namespace) -> Config:
 def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # until the daemon takes them
-    logging.hold()
     settings = read_config(args)
     logging.set_up(args.log_level)
     if os.geteuid() != 0:

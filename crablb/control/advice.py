@@ -17,7 +17,7 @@ from crablb.dataplane.engine import Engine
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started, Swept
 from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, NextHop
-from crablb.model import Address, Config, Fallback
+from crablb.model import Address, Config, Fallback, State
 from crablb.seldom import Seldom
 
 __all__ = ["Advice", "Adviser"]
@@ -101,6 +101,19 @@ def narrow_tunnels(config: Config, hops: Mapping[Address, NextHop]) -> Iterator[
                     reason=f"its tunnel carries {room} bytes, and IPv6 needs {IPV6_MTU};"
                     " raise the MTU of the way to it",
                 )
+
+
+def idle(config: Config) -> Iterator[Advice]:
+    """Services none of whose backends takes new connections, as the configuration has it."""
+    for service in config.services:
+        if not any(backend.share for backend in service.backends):
+            states = sorted({"weight 0" if b.state is State.UP else b.state.value for b in service.backends})
+            yield _warning(
+                "no backend of a service takes new connections",
+                "services_idle",
+                service=str(service.vip),
+                reason=f"all are set so: {', '.join(states)}",
+            )
 
 
 def unreached(hops: Mapping[Address, NextHop], reached: Collection[Address]) -> Iterator[Advice]:
@@ -232,11 +245,14 @@ class Adviser:
         match notice:
             case Started():
                 yield from unusable(engine.hops)
+                yield from idle(engine.config)
                 yield from narrow_tunnels(engine.config, engine.hops)
                 yield from too_long(engine.interfaces, engine.narrow)
                 yield from unseen_tags(engine.tags_beside)
                 if engine.bypass:
                     yield from unreached(engine.hops, engine.reached)
+            case Event(kind="changed"):
+                yield from idle(engine.config)
             case HopsChanged(before, now):
                 yield from moved(before, now)
                 if engine.bypass:  # GRO was switched off at the other end of a veth, for example

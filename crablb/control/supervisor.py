@@ -12,11 +12,30 @@ from crablb.control.keeping import remove_later
 from crablb.control.reports import Reports
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.events import Event, LinksChanged, Notice
-from crablb.errors import KernelError
+from crablb.errors import ConfigError, KernelError
+from crablb.kernel import rtnetlink
 from crablb.kernel.netlink import Link
+from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, Announce, Config
 
 __all__ = ["Supervisor"]
+
+
+def _check_own(config: Config) -> None:
+    """Raises :class:`ConfigError` for VIPs that this machine itself is reached by, unless that is allowed."""
+    if config.allow_own_address:
+        return
+    with Netlink() as netlink:
+        own = rtnetlink.reached_by(netlink)
+    problems = [
+        f"{service.vip}: {service.vip.address} is this machine's own address: nobody would reach its port"
+        f" {service.vip.port} any more; take an address beside it for the VIP, or say that it is meant:"
+        " --allow-own-address (allow_own_address = true)"
+        for service in config.services
+        if str(service.vip.address) in own
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 class Supervisor:
@@ -35,7 +54,8 @@ class Supervisor:
         self._reports: Reports | None = None
 
     async def start(self) -> None:
-        """See :meth:`Engine.start`.  Raises :class:`KernelError` also if reports cannot be taken where they should."""
+        """See :meth:`Engine.start`.  Raises :class:`KernelError` also if reports cannot be taken where they should, and
+        :class:`ConfigError` for VIPs that are the machine's own addresses."""
         try:
             await self._start()
         except BaseException:
@@ -44,6 +64,7 @@ class Supervisor:
 
     async def _start(self) -> None:
         config = self.engine.config
+        _check_own(config)
         if config.report_listen and config.report_key:
             self._reports = Reports(self.engine, config.report_key)
             self._reports.follow(config.services)
@@ -63,7 +84,8 @@ class Supervisor:
             remove_later(kept, self.engine.config.keep)
 
     def apply(self, config: Config) -> None:
-        """See :meth:`Engine.apply`."""
+        """See :meth:`Engine.apply`.  Raises :class:`ConfigError` also for VIPs that are the machine's own addresses."""
+        _check_own(config)
         self.engine.apply(config)
         for announcer in self._announcers.values():
             announcer.follow(service.vip.address for service in config.services)

@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,7 +32,11 @@ IFLA_CARRIER_UP_COUNT = 47
 IFLA_INFO_KIND = 1
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
 RTAX_MTU = 2
-RTM_GETADDR, IFA_ADDRESS, IFA_LOCAL = 22, 1, 2
+RTM_GETADDR, IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 22, 1, 2, 8
+IFA_F_SECONDARY, IFA_F_DEPRECATED = 0x01, 0x20
+IFF_LOOPBACK = 0x8
+#: Addresses that only a default route leads to (RFC 5737, RFC 3849).
+FAR = (ipaddress.IPv4Address("192.0.2.1"), ipaddress.IPv6Address("2001:db8::1"))
 NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
 NUD_PROBE = 0x10
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
@@ -228,6 +233,29 @@ def addresses(netlink: Netlink) -> dict[str, int]:
     for message in netlink.dump(RTM_GETADDR, ADDRESS.pack(0, 0, 0, 0, 0)):
         more = message.attributes(ADDRESS)
         found[address(more.get(IFA_LOCAL) or more.get(IFA_ADDRESS))] = message.fields(ADDRESS)[4]
+    return found
+
+
+def reached_by(netlink: Netlink) -> set[str]:
+    """Of this network namespace's own addresses those that it is reached by.
+
+    Not those that were added beside: on the loopback, secondary (IPv4), deprecated (IPv6), or for one host (/32, /128)
+    unless the kernel sends from it by default.
+    """
+    loopbacks = {one.fields(LINK)[2] for one in links(netlink) if one.fields(LINK)[3] & IFF_LOOPBACK}
+    senders = set()
+    for far in FAR:
+        with suppress(OSError):  # no default route
+            senders.add(address(route(netlink, far).attributes(ROUTE).get(RTA_PREFSRC)))
+    found = set()
+    for message in netlink.dump(RTM_GETADDR, ADDRESS.pack(0, 0, 0, 0, 0)):
+        family, bits, flags, _, index = message.fields(ADDRESS)
+        more = message.attributes(ADDRESS)
+        own = address(more.get(IFA_LOCAL) or more.get(IFA_ADDRESS))
+        beside = (number(more.get(IFA_FLAGS)) or flags) & (IFA_F_SECONDARY | IFA_F_DEPRECATED)
+        alone = bits == (32 if family == socket.AF_INET else 128) and own not in senders
+        if index not in loopbacks and not beside and not alone:
+            found.add(own)
     return found
 
 

@@ -29,9 +29,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from crablb.model import Address, Vip, mapped, unmapped
-from crablb.values import PORT, read_key
+from crablb.values import BACKEND_KEY, MASTER_KEY, PORT
 
-__all__ = ["PORT", "Judge", "Message", "Refused", "VipReport", "derive", "read_key"]
+__all__ = ["PORT", "Judge", "Message", "Refused", "VipReport", "derive", "new_master"]
 
 REPORT, CHALLENGE = 1, 2
 NO_CHALLENGE = bytes(24)
@@ -53,9 +53,15 @@ class Refused(Exception):
         self.counter = counter
 
 
+def new_master() -> bytes:
+    """A master key: 32 bytes, 24 of them random."""
+    return MASTER_KEY + os.urandom(32 - len(MASTER_KEY))
+
+
 def derive(master: bytes, backend: Address) -> bytes:
-    """The key of one backend: 32 bytes, from a master key of 32."""
-    return hmac.digest(master, b"crablb report key" + mapped(backend), hashlib.sha256)
+    """The key of one backend: 32 bytes, from a master key of 32.  If that says what it is, this one does too."""
+    key = hmac.digest(master, b"crablb report key" + mapped(backend), hashlib.sha256)
+    return BACKEND_KEY + key[len(BACKEND_KEY) :] if master.startswith(MASTER_KEY) else key
 
 
 @dataclass(frozen=True, slots=True)

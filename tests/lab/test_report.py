@@ -12,6 +12,7 @@ import pytest
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import crablb, start_agent
 from tests.helpers.processes import answer, exchange, until
+from tests.helpers.secret import secret
 from tests.helpers.world import World, agent_status, status
 
 
@@ -73,7 +74,7 @@ class Reporting:
     def __init__(self, world: World) -> None:
         self.world = world
         self.master = world.folder / "master"
-        self.master.write_text(MASTER.hex())
+        secret(self.master, MASTER.hex())
 
     def serve(self, policy: str = "least-connections"):
         listen = ["--report-listen", self.world.lab.lb.ip4, "--report-key", str(self.master)]

@@ -29,6 +29,7 @@ from crablb.model import (
     XdpMode,
 )
 from crablb.options import OPTIONS, of, toml
+from tests.helpers.secret import secret
 
 SCOPES = (Config, Service, Backend)
 ONE = "tcp://10.0.0.100:80=10.0.0.11"
@@ -74,7 +75,7 @@ def test_a_value_is_what_its_own_check_takes(option, tmp_path):
     example = option.example
     if option.field == "report_key":
         example = str(tmp_path / "key")
-        Path(example).write_text("ab" * 32)
+        secret(Path(example), "ab" * 32)
     for given in example if option.kind.each else [example]:
         value = option.kind.parse(given)
         assert option.kind.parse(value) == value
@@ -100,6 +101,7 @@ SAME = {
     "keep": (["--keep", "60"], 60, 60.0),
     "ack_bypass": (["--ack-bypass", "off"], "off", Bypass.OFF),
     "announce": (["--announce", "arp"], "arp", Announce.ARP),
+    "allow_own_address": (["--allow-own-address"], True, True),
     "ping": (["--ping", "false"], False, False),
     "closed": (["--closed", "drop"], "drop", Closed.DROP),
     "macs": (
@@ -131,8 +133,8 @@ def test_an_argument_and_a_key_for_every_option():
 @pytest.mark.parametrize("name", SAME)
 def test_arguments_and_files_mean_the_same(name, tmp_path):
     places = {"key": tmp_path / "key", "seed": tmp_path / "seed"}
-    places["key"].write_text("ab" * 32 + "\n")
-    places["seed"].write_text(f"{SEED}\n")
+    secret(places["key"], "ab" * 32 + "\n")
+    secret(places["seed"], f"{SEED}\n")
     names = next((pair for pair in TOGETHER if name in pair), {name}) | {"interface", "service"}
     arguments = [part.format(**places) for each in names for part in SAME[each][0]]
     said: dict[type, list[str]] = {Config: [], Service: []}
@@ -258,7 +260,7 @@ def test_bad_arguments(flag, text, tmp_path):
         rest += ["--report-listen", "10.0.0.2"]
     if flag == "--report-listen":
         key = tmp_path / "key"
-        key.write_text("ab" * 32)
+        secret(key, "ab" * 32)
         rest += ["--report-key", str(key)]
     if flag == "--source-prefix" and text != "24,56":
         rest += ["--policy", "source-hash"]

@@ -14,6 +14,7 @@ from crablb.config import load_config
 from crablb.model import Config, Service, State
 from crablb.options import OPTIONS, of
 from tests.helpers.processes import ROOT
+from tests.helpers.secret import secret
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
@@ -51,7 +52,7 @@ def test_the_manual_s_examples_are_accepted(place, text, tmp_path):
 def written(text: str, folder: Path) -> Path:
     """A configuration whose key file is there."""
     key = folder / "master.key"
-    key.write_text("ab" * 32)
+    secret(key, "ab" * 32)
     path = folder / "lb.toml"
     path.write_text(re.sub(r'(?m)^report_key_file = ".*"', f'report_key_file = "{key}"', text))
     return path

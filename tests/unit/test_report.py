@@ -21,12 +21,12 @@ from crablb.agent.reporter import Reporter
 from crablb.config import config_from_args
 from crablb.control import reports as receiver
 from crablb.control.reports import Reports
-from crablb.errors import ConfigError
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import crablb
 from crablb.model import Vip
 from crablb.selection import reports as report
 from crablb.selection.loads import Balance
+from crablb.values import read_backend_key, read_master_key
 
 A, B = ip_address("10.0.0.11"), ip_address("fd00::12")
 
@@ -245,25 +245,6 @@ class Counting:
         assert what == "reports_malformed"
 
 
-@pytest.mark.parametrize("mode", [0o666, 0o622, 0o620])
-def test_a_key_that_others_can_write_is_refused(tmp_path, mode):
-    key = tmp_path / "key"
-    key.write_text("ab" * 32)
-    key.chmod(mode)
-    with pytest.raises(ConfigError, match=f"others can write it .mode {mode:04o}., and it is a secret; chmod 600"):
-        report.read_key(key)
-
-
-@pytest.mark.parametrize(("mode", "named"), [(0o644, True), (0o444, True), (0o640, False), (0o600, False)])
-def test_a_key_that_all_can_read_is_named(tmp_path, mode, named, caplog):
-    key = tmp_path / "key"
-    key.write_text("ab" * 32)
-    key.chmod(mode)
-    assert report.read_key(key) == bytes.fromhex("ab" * 32)
-    said = f"{key} can be read by every user of this machine, and is a secret; chmod 600 {key}"
-    assert caplog.messages == [said] * named
-
-
 def test_keys_are_made_for_their_owner_alone(tmp_path, capsys):
     """Whatever the umask; a file that is there is not lost."""
     master, own = tmp_path / "master", tmp_path / "own"
@@ -274,23 +255,14 @@ def test_keys_are_made_for_their_owner_alone(tmp_path, capsys):
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in (master, own)] == [0o600, 0o600]
-    key = report.read_key(master)
-    assert report.read_key(own) == report.derive(key, A)
+    key = read_master_key(master)
+    assert read_backend_key(own) == report.derive(key, A)
     assert cli.main(["key", "new", "-o", str(master)]) == 2
     assert "is there already; remove it" in capsys.readouterr().err
-    assert report.read_key(master) == key
+    assert read_master_key(master) == key
     for path, why in ((tmp_path / "no" / "key", "No such file or directory"), ("/dev/full/x", "Not a directory")):
         assert cli.main(["key", "new", "-o", str(path)]) == 2
         assert f"cannot be made: {why}" in capsys.readouterr().err
-
-
-def test_a_key_that_the_shell_writes(tmp_path):
-    """It is told what mode the file has."""
-    with open(tmp_path / "key", "w") as file:
-        os.chmod(file.name, 0o644)
-        done = subprocess.run(crablb("key", "new"), stdout=file, stderr=subprocess.PIPE, text=True, check=True)
-    assert "standard output is a file that others may read or write (mode 0644); use -o FILE" in done.stderr
-    assert len((tmp_path / "key").read_text()) == 65
 
 
 @given(st.randoms(use_true_random=False), st.floats(0, 0.6))

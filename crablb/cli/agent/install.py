@@ -28,7 +28,7 @@ from crablb.kernel import bpf, pins, rtnetlink
 from crablb.kernel.netns import Namespace
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import OptionForm, Vip
-from crablb.values import parse_interface, read_key, whole
+from crablb.values import parse_interface, read_backend_key, whole
 
 log = structlog.get_logger()
 
@@ -105,7 +105,6 @@ def _run(work: Work, namespaces: list[Namespace], every: bool) -> int:
 
 
 def run_server(args: argparse.Namespace) -> int:
-    logging.hold()
     problems = Problems()
     if not args.vip:
         problems.add("", "the following arguments are required: --vip (see crablb agent server --help)")
@@ -176,7 +175,7 @@ def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[
     if problems:
         raise ConfigError(problems)
     targets = [parse_endpoint(text.strip()) for text in args.report.split(",")]
-    key = read_key(args.report_key)
+    key = read_backend_key(args.report_key)
     backend = parse_backend(args.report_as).address if args.report_as is not None else None
     figure = Path(args.report_figure) if args.report_figure else None
 
