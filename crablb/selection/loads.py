@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from crablb._native import ffi
+from crablb._native import ffi, lib
 from crablb.model import Address, Backend, Service, Vip
 
 __all__ = ["SILENT", "Backends", "Balance", "Load"]
@@ -66,29 +66,39 @@ class Backends:
 class _Block:
     """The loads of a service's backends: never moved, because workers hold pointers."""
 
-    SIZE = 4096  # loads at first; more are in blocks of as many
+    ROOM = lib.CRAB_NO_BACKEND  # as many as there are ids of backends; what is not touched takes no memory
 
     def __init__(self) -> None:
+        self._loads = np.zeros(self.ROOM, _LOAD)
+        self._first = ffi.cast("struct crab_load *", ffi.from_buffer(self._loads))
         self._slots: dict[Address, int] = {}
-        self._parts: list[Any] = []
+        self._cooling: dict[Address, int] = {}  # of backends that were removed, which workers may be assigning to yet
+        self._free: list[int] = []
 
     def load(self, backend: Address) -> Any:
         """``struct crab_load *``, which keeps what it points into: pools outlive configurations too."""
-        slot = self._slots.setdefault(backend, len(self._slots))
-        while slot >= len(self._parts) * self.SIZE:
-            self._parts.append(ffi.new(f"struct crab_load[{self.SIZE}]"))
-        part = self._parts[slot // self.SIZE]
-        # A pool writes there as long as it lives, also when the service is gone: its pointer keeps the part alive.
-        return ffi.gc(ffi.addressof(part, slot % self.SIZE), lambda _, part=part: None)
+        # A pool writes there as long as it lives, also when the service is gone: its pointer keeps the loads alive.
+        return ffi.gc(self._first + self._slot(backend), lambda _, loads=self._loads: None)
+
+    def _slot(self, backend: Address) -> int:
+        if backend in self._cooling:
+            self._slots[backend] = self._cooling.pop(backend)
+        elif backend not in self._slots:
+            fresh = len(self._slots) + len(self._cooling)
+            self._slots[backend] = self._free.pop() if self._free else fresh
+        return self._slots[backend]
 
     def backends(self, weights: Mapping[Address, int]) -> Backends:
-        for address in weights:
-            self.load(address)
-        views = [np.frombuffer(ffi.buffer(part), _LOAD) for part in self._parts]
-        # More than one part is a copy: its loads are those of the moment when the snapshot was made.
-        loads = views[0] if len(views) == 1 else np.concatenate(views) if views else np.empty(0, _LOAD)
-        slots = np.array([self._slots[a] for a in weights], np.intp)
-        return Backends(tuple(weights), np.array(list(weights.values()), np.int64), loads, slots)
+        slots = np.array([self._slot(address) for address in weights], np.intp)
+        return Backends(tuple(weights), np.array(list(weights.values()), np.int64), self._loads, slots)
+
+    def forget(self, kept: Container[Address]) -> None:
+        """See :meth:`Balance.forget`."""
+        for slot in self._cooling.values():
+            self._loads[slot] = 0
+            self._free.append(slot)
+        gone = [address for address in self._slots if address not in kept]
+        self._cooling = {address: self._slots.pop(address) for address in gone}
 
 
 class Balance:
@@ -194,11 +204,17 @@ class Balance:
         )
 
     def forget(self, services: Iterable[Service]) -> None:
-        """Keep what these services need only."""
+        """Keep what these services need only.
+
+        To be called when no worker uses a snapshot from before the last call: what was let go of then is others' now.
+        """
         services = list(services)
         pairs = {(service.vip, b.address) for service in services for b in service.backends}
         vips = {service.vip for service in services}
         self._blocks = {vip: block for vip, block in self._blocks.items() if vip in vips}
+        for service in services:
+            if service.vip in self._blocks:
+                self._blocks[service.vip].forget({b.address for b in service.backends})
         self._since = {pair: began for pair, began in self._since.items() if pair in pairs}
         self._turns = {vip: turn for vip, turn in self._turns.items() if vip in vips}
         backends = {address for _, address in pairs}

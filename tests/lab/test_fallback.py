@@ -11,8 +11,9 @@ import socket
 import struct
 
 import pytest
-from scapy.layers.inet import IP
+from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
 from scapy.utils import rdpcap
 
 from crablb.lab import VIP4, VIP6, Node
@@ -358,6 +359,59 @@ def test_no_change_breaks_a_connection(make_world, bypass):
         lb.child.wait()
         lb.start()
         assert exchange(held, f"restart after {number}") == "200"
+
+
+def server_of(world: World, port: int) -> str:
+    """The server that takes a connection from this port of the client's, which ends it by a RST."""
+    with inside(world.lab.client.netns), socket.socket() as conn:
+        conn.settimeout(10)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        conn.bind(("", port))
+        conn.connect((VIP[4], 80))
+        return conn.makefile().readline().split()[0]
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+def test_a_port_used_again_is_a_new_connection(make_world, bypass):
+    """It does not follow the one before to a backend that takes none."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, bypass)
+    lb.write(ALL[:2])
+    lb.start()
+    ports = range(30001, 30013)
+    assert {server_of(world, port) for port in ports} == {"server1", "server2"}
+    lb.write([named("10.0.0.11", state="drain"), ALL[1]])
+    lb.reload()
+    assert {server_of(world, port) for port in ports} == {"server2"}
+    lb.write(ALL[2:])
+    lb.reload()
+    assert {server_of(world, port) for port in ports} == {"server3"}
+
+
+@pytest.mark.parametrize("bypass", ["on", "off"])
+def test_forged_packets_move_no_connection(make_world, bypass):
+    """From somebody who knows the four-tuple, while new connections go elsewhere."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    lb = Reloaded(world, bypass)
+    lb.write(ALL[:2])
+    lb.start()
+    forged = {40001: "", 40002: "S", 40003: "RS", 40004: "RRS", 40005: "FFS", 40006: "SF", 40007: "SSSR"}
+    held = {port: world.python(world.lab.client, "hold", VIP[4], "80", str(port), ready=True) for port in forged}
+    for child in held.values():
+        assert exchange(child, "one") == "one"
+    lb.write(ALL[2:])
+    lb.reload()
+    with inside(world.lab.client.netns), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as wire:
+        wire.bind(("eth0", 0))
+        for port, flags in forged.items():
+            for flag in flags:
+                tcp = TCP(sport=port, dport=80, flags={"F": "FA"}.get(flag, flag), seq=0x11111111)
+                wire.send(bytes(Ether(dst=world.lab.lb.mac()) / IP(src="10.0.0.1", dst=VIP[4]) / tcp))
+    for port, child in held.items():
+        for text in ("two", "three"):
+            assert exchange(child, text) == text, forged[port]
 
 
 def test_a_flow_taken_over_outlives_its_backends_place(make_world):

@@ -1,4 +1,4 @@
-"""Connections of one four-tuple, one after the other or forged: which of them a packet belongs to, and who may end whom."""
+"""Connections of one four-tuple, one after the other or forged: which one a packet belongs to, and who may end whom."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLIENT, VIP = {4: "10.0.0.1", 6: "fd00::1"}, {4: "10.0.0.100", 6: "fd00::100"}
 
 
 class Contested:
-    """A service of two backends, ``old`` and ``new``, whose table leads all to ``old``, and to ``new`` after :meth:`move`."""
+    """A service of two backends: its table leads everybody to ``old``, and to ``new`` after :meth:`move`."""
 
     def __init__(self, family: int = 4, *, table: bool = False, reached: bool = True, flows: int = 4096) -> None:
         self.family = family
@@ -112,7 +112,7 @@ def test_what_is_forged_moves_nothing(family, table, flags):
 
 @pytest.mark.parametrize("isn", [LATER, 2**32 - 1, 2**32 - 60000])
 def test_what_may_follow_a_syn(isn):
-    """What its client may send before more than the SYN is acknowledged: from the number behind it, a window's worth."""
+    """What its client may send before more than the SYN is acknowledged: a window, from the number behind it."""
     for seq, flags, follows in [
         (isn, "A", False), (isn + 1, "A", True), (isn + 1, "R", True), (isn + 1, "FA", True), (isn + 1449, "PA", True),
         (isn + 65536, "A", True), (isn + 65537, "A", False), (isn - 1, "A", False), (isn + 2**31, "A", False),

@@ -462,3 +462,37 @@ def test_who_does_not_report_is_taken_for_average():
     assert [balance.silent(at) for at in (13.4, 13.6, 13.7, 14.1)] == [set(), {A}, set(), {B}]
     balance.age(service)
     assert (a.open, b.open, c.open) == (0, 0, 0)
+
+
+def test_loads_of_more_backends_than_there_is_room_for():
+    """Of a service that scales all the time: what a policy in Python sees is what workers and reports write, always."""
+    balance, other = Balance(), Vip(ip_address("10.0.0.100"), 81)
+    kept = balance.load(other, A)
+    kept.open = 7
+    for generation in range(12):
+        addresses = [ip_address((10 << 24) + generation * 10_000 + i) for i in range(10_000)]
+        services = [Service(VIP, tuple(map(Backend, addresses))), Service(other, (Backend(A),))]
+        seen = balance.backends(VIP, dict.fromkeys(addresses, 1))
+        assert not seen.connections.any()
+        assert not seen.load.any()
+        last = balance.load(VIP, addresses[-1])
+        last.open = generation + 1
+        seen.assigned(np.array([9_999, 9_999, 3], np.intp))
+        assert seen.connections.sum() == generation + 4
+        assert (last.assigned, seen.connections[9_999]) == (2, generation + 3)
+        balance.forget(services)
+    assert (kept.open, balance.read(other, A).open) == (7, 7)
+
+
+def test_loads_cool_before_they_are_anothers():
+    """A worker may be assigning to a backend that was removed, until the snapshots before are gone."""
+    balance, service = Balance(), Service(VIP, (Backend(A),))
+    gone = balance.load(VIP, B)
+    balance.forget([service])
+    new = balance.load(VIP, C)
+    gone.assigned = 5
+    assert new.assigned == 0
+    assert balance.load(VIP, B).assigned == 5  # it came back in time
+    balance.forget([service])
+    balance.forget([service])
+    assert [balance.load(VIP, x).assigned for x in (B, C)] == [0, 0]

@@ -289,7 +289,7 @@ def test_a_pool_keeps_the_loads_that_it_writes():
     wanted = config(Service(WEB, (Backend(A), Backend(B)), policy="round-robin"))
     state = sight(wanted)
     load = state.balance.load(WEB, A)
-    held = weakref.ref(state.balance._blocks[WEB]._parts[0])
+    held = weakref.ref(state.balance._blocks[WEB]._loads)
     core = made(wanted, state)
     del load
     state.balance.forget([])
