@@ -201,7 +201,10 @@ class NextHops:
         if self._events:
             asyncio.get_running_loop().remove_reader(self._events)
             self._events.close()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
+        except RuntimeError:  # the interpreter ends, and gives threads no work any more
+            self._forget()
         self._thread.shutdown()
 
     def _read(self) -> None:
