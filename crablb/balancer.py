@@ -8,8 +8,10 @@ own.  The packets are worked on by C in threads, without the GIL, in both cases;
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -86,6 +88,7 @@ class LoadBalancer:
         self._thread: threading.Thread | None = None
         self._changing = asyncio.Lock()  # its life: starting and closing, one after the other
         self._ended: asyncio.Future[None] | None = None
+        self._guard: asyncio.Task[None] | None = None
         self._process = self._loop_thread = 0  # that it runs in
         self._listening: weakref.WeakSet[asyncio.Queue[Event | None]] = weakref.WeakSet()
 
@@ -115,9 +118,25 @@ class LoadBalancer:
                 if self._config is not config:
                     supervisor.apply(self._config)
                 self._serving = True
+                self._guard = asyncio.create_task(self._until_ended(self._ended))
+                await asyncio.sleep(0)  # it has begun: one that has not is cancelled without a trace
             except BaseException:
                 await self._end()
                 raise
+
+    async def _until_ended(self, ended: asyncio.Future[None]) -> None:
+        """An event loop that ends, as asyncio.run does, cancels its tasks: then so ends what nobody closed."""
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            self._unclosed()
+            await self.close()
+            raise
+
+    def _unclosed(self) -> None:
+        if self._serving:
+            names = ", ".join(self._config.interfaces)
+            warnings.warn(f"unclosed LoadBalancer on {names}", ResourceWarning, stacklevel=2, source=self)
 
     async def close(self) -> None:
         """Stop; leave nothing in the kernel.  Idempotent; during the start, and during a close, it waits for that.
@@ -166,6 +185,7 @@ class LoadBalancer:
 
         self._thread = threading.Thread(target=run, name="crablb-control", daemon=True)
         self._thread.start()
+        _in_threads.add(self)
         self._loop = ready.result()
         starting = asyncio.run_coroutine_threadsafe(self.start(), self._loop)
         try:
@@ -441,6 +461,18 @@ class LoadBalancer:
         if queue.full():
             queue.get_nowait()
         queue.put_nowait(event)
+
+
+#: Those with a thread of their own.
+_in_threads: weakref.WeakSet[LoadBalancer] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for balancer in list(_in_threads):
+        if balancer._thread and balancer._process == os.getpid():
+            balancer._unclosed()
+            balancer._leave()
 
 
 def _parsed(service: object) -> Service:

@@ -301,9 +301,12 @@ def read_text(path: Path | str) -> str:
 
 
 def _guarded(path: Path | str) -> None:
-    """Raises :class:`ConfigError` if other users can read or write it."""
+    """Raises :class:`ConfigError` if others can write it, or every user can read it where it lies."""
     found = os.stat(path).st_mode
-    if stat.S_ISREG(found) and found & 0o026:  # else it is a pipe of whoever runs this
+    if not stat.S_ISREG(found):  # a pipe of whoever runs this
+        return
+    reached = all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(path).resolve().parents)
+    if found & 0o022 or (found & 0o004 and reached):
         mode = stat.S_IMODE(found)
         raise ConfigError(
             f"{path}: holds a secret, and others can read or write it (mode {mode:04o}); chmod 600 {path}"

@@ -401,7 +401,10 @@ class NextHops:
             self._path_mtu.close()
         if self._devices:
             self._devices.close()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
+        except RuntimeError:  # the interpreter ends, and gives threads no work any more
+            self._forget()
         self._thread.shutdown()
 
     def _take(self, data: bytes, _: Any) -> None:

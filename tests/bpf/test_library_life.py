@@ -380,3 +380,49 @@ with LoadBalancer("veth0", ["{WEB}=10.0.0.99"], flows=64):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert "backend not usable yet" in done.stderr
+
+
+FORGOTTEN = {
+    "in an event loop": """
+async def main():
+    await lb.start()
+asyncio.run(main())
+""",
+    "by an exception": """
+async def main():
+    await lb.start()
+    raise SystemExit(3)
+asyncio.run(main())
+""",
+    "in a thread": "lb.__enter__()",
+    "in a function": """
+def serve():
+    LoadBalancer("veth0", ["tcp://10.0.0.100:80=10.0.0.11"], flows=64).__enter__()
+serve()
+""",
+    "by a child": """
+lb.__enter__()
+if not os.fork():
+    sys.exit()
+os.wait()
+assert lb.statistics()
+""",
+}
+
+
+@pytest.mark.parametrize("how", FORGOTTEN)
+def test_forgotten(wired, how):
+    """What nobody closes is closed when its event loop ends, or the program; that is said to who asks for warnings."""
+    start = f"""
+import asyncio, os, sys
+from crablb import LoadBalancer
+lb = LoadBalancer("veth0", ["{WEB}={BACKEND}"], flows=64)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "default::ResourceWarning", "-c", start + FORGOTTEN[how]],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == (3 if how == "by an exception" else 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("unclosed LoadBalancer on veth0") == 1
+    nothing_left()

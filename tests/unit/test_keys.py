@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -38,7 +40,23 @@ def test_keys_of_both_kinds(tmp_path):
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o620, 0o622, 0o644, 0o666, 0o777])
 def test_a_secret_that_others_can_read(tmp_path, mode):
-    path = secret(tmp_path / "key", "ab" * 32)
+    folder = Path(tempfile.mkdtemp(dir="/var/tmp"))  # tmp_path lies in one that is private
+    try:
+        folder.chmod(0o755)
+        refused(folder / "key", mode)
+    finally:
+        shutil.rmtree(folder)
+    private = secret(tmp_path / "key", "ab" * 32)
+    private.chmod(mode)
+    if mode & 0o022:
+        with pytest.raises(ConfigError, match="holds a secret"):
+            parse_key(private)
+    else:
+        assert parse_key(private) == b"\xab" * 32
+
+
+def refused(path: Path, mode: int) -> None:
+    secret(path, "ab" * 32)
     path.chmod(mode)
     for read in (read_master_key, read_backend_key, parse_key):
         with pytest.raises(ConfigError, match=f"{path}: holds a secret, and others can .*; chmod 600 {path}"):
