@@ -6,6 +6,7 @@ Only the module of the command that is given is imported: a daemon does not carr
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,9 @@ from typing import NoReturn
 
 from crablb.errors import ConfigError, CrablbError
 from crablb.values import near
+
+# NumPy's linear algebra would start threads when it is imported, which keep what capabilities a command had then.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 COMMANDS = ("serve", "status", "agent", "config", "key", "lab", "demo", "bench", "completion")
 
