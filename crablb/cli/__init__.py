@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,9 @@ from typing import NoReturn
 from crablb.cli import streams
 from crablb.errors import ConfigError, CrablbError
 from crablb.values import near
+
+# NumPy's linear algebra would start threads when it is imported, which keep what capabilities a command had then.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 COMMANDS = ("serve", "status", "remove", "agent", "config", "key", "lab", "demo", "bench", "completion")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 
 import uvloop
@@ -13,7 +12,8 @@ from crablb import log as logging
 from crablb.control import seed
 from crablb.control.daemon import serve
 from crablb.control.supervisor import Supervisor
-from crablb.errors import ConfigError, KernelError
+from crablb.errors import ConfigError
+from crablb.kernel import capabilities, pins
 from crablb.model import Config, Service
 from crablb.options import OPTIONS
 
@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, signal.SIG_IGN)  # until the daemon takes them
     settings = read_config(args)
     logging.set_up(args.log_level)
-    if os.geteuid() != 0:
-        raise KernelError("crablb serve attaches BPF programs and binds AF_XDP sockets; run it as root")
+    capabilities.require("crablb serve", capabilities.SERVE)
+    pins.prepare()
+    # Files are read again, whosever they are, if this process could read them.
+    capabilities.keep((*capabilities.SERVE, "CAP_DAC_READ_SEARCH"))
     supervisor = Supervisor(settings, settings.seed or seed.load())
     return uvloop.run(serve(supervisor, (lambda: read_config(args)) if args.config else None))

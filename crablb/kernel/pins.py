@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crablb.errors import KernelError
-from crablb.kernel import netns
+from crablb.kernel import capabilities, netns
 from crablb.kernel.bpf import BpfError, Link, ensure_bpffs
 from crablb.kernel.bpf.descriptor import Descriptor
 
@@ -95,6 +95,28 @@ def tidy() -> None:
             if link.is_symlink() and not link.exists():
                 link.unlink(missing_ok=True)
         root().rmdir()
+
+
+def prepare() -> None:
+    """Before rights are given up: find the BPF file system, and remove what namespaces that are no more have left.
+
+    Raises :class:`KernelError`, and says how to mend it, if a user other than root may not write where state is kept.
+    """
+    where = ensure_bpffs()
+    collect()
+    if os.geteuid() == 0:
+        return
+    for path in (RUN, where / "crablb"):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            usable = os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True)
+        except OSError:
+            usable = False
+        if not usable:
+            raise KernelError(
+                f"user {os.geteuid()} cannot write {path}; as root: chmod o+x {where} && install -d -o {os.geteuid()}"
+                f" {RUN} {where / 'crablb'}"
+            )
 
 
 def _lock_path(role: str) -> Path:
@@ -232,9 +254,10 @@ def _alive() -> tuple[set[int], set[str]]:
 def collect() -> None:
     """Remove what network namespaces that are no more have left.
 
-    Not in a PID namespace (a container's): it hides the processes of others, whose pins may be here.
+    Not in a PID namespace (a container's): it hides the processes of others, whose pins may be here; nor without the
+    right to enter others.
     """
-    if not netns.all_seen():
+    if not netns.all_seen() or capabilities.lacking(("CAP_SYS_ADMIN",)):
         return
     folders = [path for path in root().glob("*") if path.is_dir() and not path.is_symlink()]
     files = list(RUN.glob(f"{PREFIX}*-*"))

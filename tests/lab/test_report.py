@@ -91,7 +91,7 @@ class Reporting:
     def agent(self, server, *more: str):
         key = self.world.folder / server.name
         shown = server.run(*crablb("key", "backend", server.ip4, "--master", str(self.master))).stdout
-        key.write_text(shown)
+        secret(key, shown)
         return start_agent(server, "server", "--report", self.world.lab.lb.ip4, "--report-key", str(key), *more)
 
     def daemon(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from crablb.agent import ClientAgent, ServerAgent
 from crablb.agent.base import Agent
-from crablb.cli.agent.namespaces import chosen, in_each, prefix, require_root
+from crablb.cli.agent.namespaces import chosen, in_each, prefix, require_rights
 from crablb.errors import ConfigError, KernelError, Problems
 from crablb.kernel import pins
 from crablb.kernel.netns import Namespace
@@ -34,7 +34,7 @@ def _roles(args: argparse.Namespace) -> Mapping[str, type[Agent]]:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    require_root()
+    require_rights()
     problems = Problems()
     found = in_each(chosen(args), problems, _statuses)
     if args.all_netns:
@@ -107,7 +107,7 @@ def _vip(status: Mapping[str, Any], vip: str) -> str:
 
 
 def run_repair(args: argparse.Namespace) -> int:
-    require_root()
+    require_rights()
     roles = _roles(args)
     which = f"{args.role} agent" if args.role else "agent"
 
@@ -150,7 +150,7 @@ def run_remove(args: argparse.Namespace) -> int:
     problems = Problems()
     wait = problems.each("--wait", [args.wait] if args.wait is not None else [], seconds)
     problems.finish()
-    require_root()
+    require_rights()
     end = time.monotonic() + wait[0] if wait else None
     with ExitStack() as owned:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,12 @@ from crablb.agent.base import find_cgroup
 from crablb.agent.reporter import Reporter
 from crablb.agent.server import open_connections, redirects
 from crablb.cli.agent.ask import seconds
-from crablb.cli.agent.namespaces import chosen, in_each, named, prefix, require_root
+from crablb.cli.agent.namespaces import AGENT, chosen, in_each, named, prefix, require_rights
 from crablb.cli.agent.process import Signals, Work, endure, serve
 from crablb.cli.agent.supervisor import Supervisor
 from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
 from crablb.errors import ConfigError, KernelError, Problems
-from crablb.kernel import bpf, pins, rtnetlink
+from crablb.kernel import bpf, capabilities, pins, rtnetlink
 from crablb.kernel.netns import Namespace
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import OptionForm, Vip
@@ -51,7 +50,7 @@ def _changed_vips(args: argparse.Namespace) -> list[Vip]:
 def _change(args: argparse.Namespace, change: Callable[[], dict[Vip, str]]) -> int:
     """``change`` is for the network namespace where it is called, and says what became of each VIP."""
     logging.set_up()
-    require_root()
+    require_rights()
 
     def make(namespace: Namespace | None) -> None:
         if ServerAgent.present() or not args.all_netns:
@@ -88,7 +87,7 @@ def _run(work: Work, namespaces: list[Namespace], every: bool) -> int:
     """``namespaces``: others than the process's own; ``every``: all that there are, and will be."""
     logging.set_up()
     endure()
-    require_root()
+    require_rights()
     if work.detach and not bpf.pins_last():
         raise KernelError(
             "--detach: what is to stay would go with this mount namespace (ip netns exec makes one); mount the BPF file"
@@ -134,7 +133,7 @@ def run_server(args: argparse.Namespace) -> int:
         _warn_of_own(vips)
         return agent()
 
-    if os.geteuid() == 0 and not problems.found:
+    if not capabilities.lacking(AGENT) and not problems.found:
         in_each(namespaces, problems, lambda _: agent())
     problems.finish()
     return _run(Work(make, args.detach, reporting or nullcontext), namespaces, args.all_netns)
@@ -230,7 +229,7 @@ def run_client(args: argparse.Namespace) -> int:
             raise ConfigError(found)
 
     # Who is not root may ask of this one only, and is told so if that is all that is wrong.
-    if os.geteuid() == 0 or (problems.found and not args.netns):
+    if not capabilities.lacking(AGENT) or (problems.found and not args.netns):
         in_each([] if args.all_netns else namespaces if args.netns else [None], problems, check)
     problems.finish()
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
-from crablb.errors import KernelError, Problems
-from crablb.kernel import netns
+from crablb.errors import Problems
+from crablb.kernel import capabilities, netns, pins
 from crablb.kernel.netns import Namespace
 
 T = TypeVar("T")
@@ -29,9 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser, every: str) -> None:
     which.add_argument("--all-netns", action="store_true", help=every)
 
 
-def require_root() -> None:
-    if os.geteuid() != 0:
-        raise KernelError("crablb agent works with BPF programs; run it as root")
+#: Of an agent in its own network namespace; in others it needs CAP_SYS_ADMIN as well (setns(2)).
+AGENT = ("CAP_NET_ADMIN", "CAP_BPF", "CAP_PERFMON")
+
+
+def require_rights() -> None:
+    capabilities.require("crablb agent", AGENT)
+    pins.prepare()
 
 
 def named(args: argparse.Namespace, problems: Problems) -> list[Namespace]:
