@@ -301,7 +301,7 @@ struct packet {
     __be16 cport;
     __be16 check;   /* of TCP */
     __u32 pseudo;   /* sum of the pseudo-header */
-    __u32 frame;    /* bytes, in all its buffers: the headers are in the first, which alone is in reach */
+    __u32 frame;    /* bytes, of all buffers that the packet is in; the headers are in the first, which alone is in reach */
     __u32 len;      /* bytes of the IP packet; 0: it is not what its headers say, and user space refuses it */
     __u16 l3, l4;   /* offsets of the headers */
     __u8 class, v6;
@@ -381,8 +381,8 @@ static __always_inline __u64 flow_hash(const struct crab_hashing *h, const struc
     return crab_sip_end(&s, ports | 36ull << 56);
 }
 
-/* The sum of len bytes at an offset, in 32 bits; 0 (which no packet's is), if they are too many or not in reach.  By the helper, in pieces of
- * so many bytes that both it and the verifier take them.  Global, so that it is verified once. */
+/* The sum of len bytes at an offset, in 32 bits; 0 (which no packet's is), if they are too many or not in reach.  By the
+ * helper, in pieces of so many bytes that both it and the verifier take them.  Global, so that it is verified once. */
 __noinline __u32 sum_of(struct xdp_md *ctx, __u32 at, __u32 len)
 {
     void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
@@ -453,8 +453,10 @@ static __always_inline int checksum(struct xdp_md *ctx, const struct packet *p, 
         return CRAB_CSUM_BAD;
     if (crab_is_whole((__u64)sum + p->pseudo))
         return CRAB_CSUM_OK;
+    if (icmp || p->check != p->pseudo)
+        return CRAB_CSUM_BAD;
     *right = (__u16)~fold(sum);
-    return !icmp && p->check == p->pseudo ? CRAB_CSUM_PARTIAL : CRAB_CSUM_BAD;
+    return CRAB_CSUM_PARTIAL;
 }
 
 /* Does a backend merely send back what was sent to it?  Unless it is the connection's client too. */
@@ -550,7 +552,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         }
     }
     if (sum == CRAB_CSUM_PARTIAL && path->partial == CRAB_PARTIAL_FINISH) {
-        struct tcphdr *tcp = (void *)(long)ctx->data + ETH_HLEN + (p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+        struct tcphdr *tcp = (void *)(long)ctx->data + ETH_HLEN + (p->v6 ? CRAB_IP6_HEADER : CRAB_IP4_HEADER);
         if ((void *)(tcp + 1) > (void *)(long)ctx->data_end)
             return XDP_DROP;
         tcp->check = right;
@@ -607,6 +609,16 @@ static __always_inline int parse_icmp(void *icmp, void *end, struct packet *p)
     return 0;
 }
 
+/* Bytes of the packet, as crab_valid_length has it, if need be in several buffers. */
+static __always_inline __u32 length_of(struct xdp_md *ctx, struct packet *p, const __u8 *l3, int family, __u32 least)
+{
+    __u32 length = crab_valid_length(l3, family, least, p->frame - p->l3);
+    if (length)
+        return length;
+    p->frame = (__u32)bpf_xdp_get_buff_len(ctx);
+    return crab_valid_length(l3, family, least, p->frame - p->l3);
+}
+
 SEC("xdp")
 int crab_lb(struct xdp_md *ctx)
 {
@@ -633,7 +645,7 @@ int crab_lb(struct xdp_md *ctx)
         l3 += 4;
     }
     p.l3 = (__u16)(l3 - data);
-    p.frame = (__u32)bpf_xdp_get_buff_len(ctx);
+    p.frame = (__u32)(end - data);
     if (type == bpf_htons(ETH_P_IP)) {
         struct iphdr *ip = l3;
         if ((void *)(ip + 1) > end)
@@ -644,7 +656,7 @@ int crab_lb(struct xdp_md *ctx)
         __builtin_memcpy(p.vip.addr + 12, &ip->daddr, 4);
         __builtin_memcpy(p.client + 12, &ip->saddr, 4);
         p.class = ip->tos;
-        p.len = crab_valid_length(l3, 4, icmp ? CRAB_ICMP_ERROR(4) : CRAB_TCP_HEADER, p.frame - p.l3);
+        p.len = length_of(ctx, &p, l3, 4, icmp ? CRAB_ICMP_ERROR(4) : CRAB_TCP_HEADER);
         if (!crab_valid_ip4_sum(l3))
             p.len = 0;
         p.pseudo = icmp ? 0 : fold((__u64)ip->saddr + ip->daddr + bpf_htons((__u16)(p.len - sizeof *ip)) +
@@ -660,7 +672,7 @@ int crab_lb(struct xdp_md *ctx)
         __builtin_memcpy(p.vip.addr, &ip->daddr, 16);
         __builtin_memcpy(p.client, &ip->saddr, 16);
         p.class = (__u8)(bpf_ntohl(*(__be32 *)ip) >> 20);
-        p.len = crab_valid_length(l3, 6, icmp ? CRAB_ICMP_ERROR(6) : CRAB_TCP_HEADER, p.frame - p.l3);
+        p.len = length_of(ctx, &p, l3, 6, icmp ? CRAB_ICMP_ERROR(6) : CRAB_TCP_HEADER);
         p.mapped = crab_is_mapped(p.vip.addr) || crab_is_mapped(p.client);
         p.v6 = 1;
         __u32 *words = (void *)&ip->saddr;

@@ -35,8 +35,6 @@ from crablb.selection.custom import Custom
 __all__ = ["Queues"]
 
 FRAMES = 4096  # a queue
-#: Up to these MTUs packets fit into frames of 2,048 and of 4,096 bytes, with Ethernet's header and two VLAN tags.
-LONG, LONGEST = (size - HEADROOM - 14 - 8 for size in (2048, 4096))
 
 
 class _Worker:
@@ -101,14 +99,19 @@ class _Worker:
         lib.crab_core_free(self.core)
 
 
+def _room(frame_size: int) -> int:
+    """Bytes of the largest IP packet that fits into a frame, with Ethernet's header and two VLAN tags."""
+    return frame_size - HEADROOM - 14 - 8
+
+
 def _socket(interface: Interface, queue: int, *, copy: bool | None = None) -> XskSocket:
     """What does not fit into a frame lies in several; where a socket cannot have that, frames are as long as can be."""
-    several = bool(lib.crab_xsk_knows_frags()) and interface.mtu <= LONG
+    several = bool(lib.crab_xsk_knows_frags()) and interface.mtu <= _room(2048)
     size = 2048 if several else 4096
     xsk = XskSocket(
         interface.name, queue, frames=FRAMES, frame_size=size, load_program=False, multi_buffer=True, copy=copy
     )
-    if xsk.zero_copy and not xsk.multi_buffer and interface.mtu > LONGEST:
+    if xsk.zero_copy and not xsk.multi_buffer and interface.mtu > _room(4096):
         xsk.close()
         return _socket(interface, queue, copy=True)
     return xsk
@@ -116,9 +119,9 @@ def _socket(interface: Interface, queue: int, *, copy: bool | None = None) -> Xs
 
 def _takes(xsk: XskSocket, mtu: int) -> bool:
     """Whether no other socket would take more of such packets."""
-    if xsk.multi_buffer or mtu <= LONG:
+    if xsk.multi_buffer or mtu <= _room(2048):
         return True
-    return xsk.frame_size == 4096 and not (xsk.zero_copy and mtu > LONGEST)
+    return xsk.frame_size == 4096 and not (xsk.zero_copy and mtu > _room(4096))
 
 
 class _Port:
@@ -179,7 +182,8 @@ class Queues:
     @property
     def narrow(self) -> dict[str, int]:
         """Interfaces whose sockets take no packet in several frames, and bytes of the largest IP packet they take."""
-        return {worker.xsk.interface: LONGEST for worker in self._workers if worker.xsk and not worker.xsk.multi_buffer}
+        sockets = (worker.xsk for worker in self._workers)
+        return {xsk.interface: _room(xsk.frame_size) for xsk in sockets if xsk and not xsk.multi_buffer}
 
     @property
     def snapshot(self) -> Snapshot | None:
