@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ def remove_later(interfaces: Sequence[str], seconds: float) -> None:
     command = [sys.executable, "-P", "-m", "crablb", "remove", *ifaces, "--after", f"{seconds:.0f}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     try:
+        if not sys.executable or getattr(sys, "frozen", False):
+            raise OSError(errno.ENOENT, "this program has no Python interpreter that could be started")
         # A session and no files of ours: who waits for the end of our output, or our terminal, does not wait for it.
         subprocess.Popen(
             command,
