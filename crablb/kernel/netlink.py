@@ -284,7 +284,7 @@ class NextHops:
         self._full = True
         self._dirty.set()
         if count := self._seldom.due("lost"):
-            log.warning("events of the kernel were lost; it is asked for everything", error=str(error), times=count)
+            log.warning("events of the kernel were lost; it is asked for everything", error=repr(error), times=count)
 
     def _neighbour(self, message: Message, gone: bool = False) -> bool:
         """Note a neighbour's change; whether it concerns a backend."""
