@@ -347,6 +347,6 @@ class Announcer:
     def _lost(self, error: Exception) -> None:
         """Also that the link was taken down: it may be up again before anybody can tell."""
         if count := self._seldom.due("read"):
-            log.warning("cannot read from the segment", interface=self.interface, reason=str(error), times=count)
+            log.warning("cannot read from the segment", interface=self.interface, reason=repr(error), times=count)
         if isinstance(error, OSError):
             self._begin()

@@ -8,7 +8,7 @@ After RFC 5227, for ARP and, as the questions and claims are the same, for neigh
 - An address that is held is asked after now and then, as two that were parted do not hear each other's answers to
   others.  Whoever claims it is answered by an announcement, once in :data:`DEFEND_INTERVAL` (2.4), and asked.  Only if
   he answers question after question and has the lower MAC address, the address is left to him: of two load balancers
-  that both hold it one stays, and a few forged claims take nothing.
+  that both hold it one stays, and forged claims take nothing, be they few or a flood.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ DEFEND_INTERVAL = 10.0
 ASK_INTERVAL = 3.0
 #: Before an address is probed again that somebody else has; at random, as others may wait for it too.
 RETRY = 2.0, 4.0
+#: Claims after one question that are an answer; more are a flood, and whoever sends it has not the address for that.
+ANSWER = 20
 
 
 class State(Enum):
@@ -63,7 +65,7 @@ class Claim:
         self._asked = self._ask_at = 0.0
         self._rival = b""  # who claimed it after the last question, or before the first one
         self._answers = 0  # questions that he answered, one after the other
-        self._answered = False
+        self._said = 0  # his claims since the last question
         self._contested = False  # somebody claimed it, and perhaps others believe him still
         self.begin(now)
 
@@ -106,9 +108,9 @@ class Claim:
         if self.state is State.IN_USE:
             self.holder = other
             return None
-        if not self._answers:
-            self._rival = other
-        self._answered |= other == self._rival
+        if not self._answers and other != self._rival:
+            self._rival, self._said = other, 0
+        self._said += other == self._rival
         self._ask_at = min(self._ask_at, self._asked + PROBE_INTERVAL)
         self._plan()
         if now < self._defend_at:
@@ -137,7 +139,7 @@ class Claim:
         self._defend_at = now
         self._asked = now
         self._ask_at = now + self.ask_interval
-        self._rival, self._answers, self._answered = b"", 0, False
+        self._rival, self._answers, self._said = b"", 0, 0
         self._contested = False
         self._plan()
 
@@ -148,17 +150,19 @@ class Claim:
 
     def _ask(self, now: float, mac: bytes) -> Act:
         """Ask after an address that is held.  The first answer may have been a claim that nobody asked for."""
-        if self._answered:
+        if self._said:
             self._contested = True
-            self._answers += 1
-            if self._answers > PROBES and self._rival < mac:
-                return self._leave(now, self._rival, Act.YIELDED)
         elif self._contested:  # he is silent now: the last word is ours
             self._contested = False
             self._owed = max(self._owed, 1)
-        if not self._answered or self._answers > PROBES:
-            self._answers, self._rival = 0, b""
-        self._answered = False
+        self._answers = self._answers + 1 if 0 < self._said <= ANSWER else 0
+        if self._answers > PROBES:
+            if self._rival < mac:
+                return self._leave(now, self._rival, Act.YIELDED)
+            self._answers = 0
+        if not self._answers:
+            self._rival = b""
+        self._said = 0
         self._asked = now
         self._ask_at = now + (PROBE_INTERVAL if self._answers else self.ask_interval)
         self._plan()

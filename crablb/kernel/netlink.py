@@ -420,7 +420,7 @@ class NextHops:
         self._full = True
         self._dirty.set()
         if count := self._seldom.due("lost"):
-            log.warning("events of the kernel were lost; it is asked for everything", error=str(error), times=count)
+            log.warning("events of the kernel were lost; it is asked for everything", error=repr(error), times=count)
 
     def _narrow(self, family: int, message: bytes, _: Any) -> None:
         found = pathmtu.too_big(message, family)

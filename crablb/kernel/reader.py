@@ -34,7 +34,9 @@ class Reader:
         lost: Callable[[Exception], None],
     ) -> None:
         """``room``: bytes that a datagram may have."""
-        self._sock, self._room, self._take, self._lost = sock, room, take, lost
+        self._sock, self._take, self._lost = sock, take, lost
+        # Made now: later there may be no memory for one, and what waits would be asked for again and again.
+        self._room = memoryview(bytearray(room))
         self._epoll = select.epoll()
         self._epoll.register(sock, select.EPOLLIN)
         self._loop = asyncio.get_running_loop()
@@ -43,7 +45,8 @@ class Reader:
     def _read(self) -> None:
         for _ in range(BATCH):
             try:
-                self._take(*self._sock.recvfrom(self._room))
+                size, sender = self._sock.recvfrom_into(self._room)
+                self._take(bytes(self._room[:size]), sender)
             except BlockingIOError:
                 return
             except Exception as error:
