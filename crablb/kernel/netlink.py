@@ -575,7 +575,7 @@ class NextHops:
                 try:
                     if state & NUD_ASKED:
                         rtnetlink.probe_neighbour(netlink, index, address)
-                    if state & (NUD_ASKED | NUD_FAILED):
+                    if not state or state & (NUD_ASKED | NUD_FAILED):
                         rtnetlink.set_neighbour(netlink, index, address, 0, NTF_EXT_MANAGED)
                 except OSError:  # its entry, or interface, has gone or changed since: events tell
                     continue

@@ -43,6 +43,7 @@ HEADROOM = 256  # bytes that the kernel leaves in front of a received frame
 SHORTEST = 14  # bytes of a frame to send: an Ethernet header
 BUSY_BUDGET = 64  # frames that a driver may take at once when busy polling; the kernel's own for interrupts (NAPI)
 MOST = 1 << 20  # frames of a UMEM, entries of a ring
+MOST_PARTS = 18  # frames of a packet to send: MAX_SKB_FRAGS + 1; of longer ones the kernel (6.18) loses the frames
 
 
 class XskError(KernelError):
@@ -135,15 +136,24 @@ class Umem:
             raise FrameError("a frame was sent or released already, or its address was changed to another frame's")
         return numbers
 
-    def sendable(self, descs: npt.NDArray[Any]) -> None:
-        """Raises :class:`FrameError` if a frame is too short, or longer than its room."""
-        room = self.room(descs["addr"])
-        wrong = (descs["len"] < SHORTEST) | (descs["len"] > room)
+    def sendable(self, descs: npt.NDArray[Any], most: int) -> None:
+        """Raises :class:`FrameError` if a frame is longer than its room, or a packet shorter than can be, or not whole.
+
+        ``most``: frames of a packet.
+        """
+        room, length = self.room(descs["addr"]), descs["len"]
+        more = descs["more"] != 0
+        begins = np.concatenate(([True], ~more[:-1]))[: len(descs)]
+        least = np.where(begins, SHORTEST, 1)
+        wrong = (length < least) | (length > room)
         if wrong.any():
             i = int(wrong.argmax())
-            raise FrameError(
-                f"frame {i} has {descs['len'][i]} bytes; one that is sent has {SHORTEST} to {room[i]}, its room"
-            )
+            raise FrameError(f"frame {i} has {length[i]} bytes; one that is sent has {least[i]} to {room[i]}, its room")
+        if more.any():
+            ends = np.flatnonzero(~more)
+            longest = int(np.diff(ends, prepend=-1).max()) if len(ends) else 0
+            if more[-1] or longest > most:
+                raise FrameError(f"a packet's frames are sent together, and there are {most} at the most")
 
     def take(self, descs: npt.NDArray[Any], ticket: int) -> None:
         """From the caller's hands, each once.  Raises :class:`FrameError`, and takes none, if that cannot be."""
@@ -295,6 +305,7 @@ class XskSocket:
         _word("copy", copy, (None, True, False))
         _word("need_wakeup", need_wakeup, (True, False))
         _word("load_program", load_program, (True, False))
+        _word("multi_buffer", multi_buffer, (True, False))
         _word("mode", mode, ("auto", "native", "generic"))
         self._frames, self.frame_size, self._busy = frames, int(frame_size), bool(busy_poll)
         self.mode = ""
@@ -432,7 +443,7 @@ class XskSocket:
         descs = np.array(batch.descs)  # what is looked at is what is used
         self._umem.owned(descs, batch._ticket)
         if to_send:
-            self._umem.sendable(descs)
+            self._umem.sendable(descs, MOST_PARTS if self.multi_buffer else 1)
         self._umem.take(descs, batch._ticket)
         return descs
 

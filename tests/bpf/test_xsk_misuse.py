@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from crablb import KernelError, LoadBalancer
 from crablb.kernel import bpf, pins
 from crablb.kernel.xsk import DESC, Batch, FrameError, XskError, XskSocket
+from tests.helpers.programs import several_buffers
 
 FRAME = np.frombuffer(bytes.fromhex("ffffffffffff02000000000188b5") + bytes(46), np.uint8)
 
@@ -122,6 +123,28 @@ def test_a_length_that_cannot_be(namespace, length):
             xsk.send(batch)
         batch.lengths[2] = 14
         assert xsk.send(batch) == 4
+        all_there(xsk)
+
+
+@several_buffers
+def test_packets_that_are_not_whole(namespace):
+    """A packet's frames are sent together, of which only the first needs a header, and so many as the kernel takes."""
+    with small(multi_buffer=True) as xsk:
+        batch = xsk.allocate(20, 60)
+        for more in ([0] * 19 + [1], [1] * 18 + [0, 0], [1] * 20):
+            batch.descs["more"] = more
+            with pytest.raises(FrameError, match="a packet's frames are sent together, and there are 18 at the most"):
+                xsk.send(batch)
+        batch.descs["more"] = [1, 0] + [0] * 18
+        batch.lengths[:2] = [20, 1]
+        assert xsk.send(batch) == 20
+        all_there(xsk)
+    with small() as xsk:
+        batch = xsk.allocate(2, 60)
+        batch.descs["more"] = [1, 0]
+        with pytest.raises(FrameError, match="are sent together"):
+            xsk.send(batch)
+        xsk.release(batch)
         all_there(xsk)
 
 

@@ -19,6 +19,7 @@ from crablb.config import config_from_args
 from crablb.dataplane import engine, queues
 from crablb.dataplane.events import Event, Swept
 from crablb.errors import ConfigError
+from crablb.kernel.netlink import HopState
 from crablb.kernel.xsk import XskSocket
 from crablb.lab import VIP4, VIP6, Lab
 from crablb.lab.demo import crablb, services
@@ -408,8 +409,9 @@ def test_it_goes_while_a_program_works(make_world):
                 until(lambda n=turn: lb.statistics().daemon["interfaces_lost"] == n)
                 plug(lab)
                 until(lambda: lb._supervisor.engine.modes == {"eth0": "native"})
+                until(lambda: [hop.state for hop in lb._supervisor.engine.hops.values()] == [HopState.RESOLVED])
             assert world.echo(VIP[4])["intact"]
-            assert lb.statistics().workers["redirected"] == 4
+            assert lb.statistics().workers["sent"] >= 4  # counted on, from one socket to the next
         finally:
             ended.set()
             worker.join()
