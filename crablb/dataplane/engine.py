@@ -390,12 +390,11 @@ class Engine:
 
     def _links_changed(self) -> None:
         """Serve the interfaces as they are now."""
+        self._own()
         if not self._attached:
-            self._own()
             return
         links = self._nexthops.links if self._nexthops else {}
         there = {a: link for a in self._attachments if a.mode and (link := links.get(a.info.index))}
-        self._own()
         for attachment, before in rename({a: link.name for a, link in there.items()}):
             self._tell(Event("interface-renamed", interface=attachment.info.name, reason=before))
         for attachment in self._attachments:
