@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
-from crablb.errors import KernelError
-from crablb.lab import VIP4, VIP6, Lab, existing
+from crablb.errors import ConfigError, KernelError
+from crablb.lab import VIP4, VIP6, Lab, existing, mine
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,7 +23,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     up.set_defaults(run=run_up)
 
     down = actions.add_parser("down", help="remove a lab and end what runs in it")
-    down.add_argument("--all", action="store_true", help="every lab")
+    which = down.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every lab, whoever made it; tells them, and asks")
+    which.add_argument("--mine", action="store_true", help="every lab that this user has made (of sudo: who asked)")
+    down.add_argument("--yes", action="store_true", help="do not ask")
     down.set_defaults(run=run_down)
 
     status = actions.add_parser("status", help="the labs there are, their nodes and processes")
@@ -53,10 +57,28 @@ def run_up(args: argparse.Namespace) -> int:
 
 def run_down(args: argparse.Namespace) -> int:
     _require_root()
-    for name in existing() if args.all else [args.name]:
-        Lab.open(name).destroy()
-        print(f"lab {name} is gone")
+    several = [name for name in existing() if args.all or mine(name)]
+    labs = [Lab.open(name) for name in (several if args.all or args.mine else [args.name])]
+    if args.all and labs and not args.yes and not _agreed(labs):
+        print("nothing was removed")
+        return 1
+    for lab in labs:
+        lab.destroy()
+        print(f"lab {lab.name} is gone")
     return 0
+
+
+def _agreed(labs: list[Lab]) -> bool:
+    """Whether these labs are meant, and what runs in them.  Raises :class:`ConfigError` if nobody can say."""
+    for lab in labs:
+        whose = "" if mine(lab.name) else ", which somebody else has made"
+        print(f"lab {lab.name}{whose}")
+        for node in lab.nodes.values():
+            if running := [_command(pid) for pid in node.processes()]:
+                print(f"  {node.name:10} {', '.join(running)}")
+    if not sys.stdin.isatty():
+        raise ConfigError("--all ends all of these; say that it is meant: --yes, or take your own alone: --mine")
+    return input("remove them, and end what runs there? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def run_status(args: argparse.Namespace) -> int:

@@ -17,6 +17,6 @@ IPv6 likewise: fd00::/64 on the segment; fd00:1::/64, fd00:2::/64 and fd00:3::/6
 the fallback needs.
 """
 
-from crablb.lab.lab import VIP4, VIP6, Lab, Node, existing
+from crablb.lab.lab import VIP4, VIP6, Lab, Node, existing, mine
 
-__all__ = ["VIP4", "VIP6", "Lab", "Node", "existing"]
+__all__ = ["VIP4", "VIP6", "Lab", "Node", "existing", "mine"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
 import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -153,7 +154,8 @@ class Node:
             child.wait()
             for stream in (child.stdin, child.stdout, child.stderr):
                 if stream:
-                    stream.close()
+                    with suppress(BrokenPipeError):  # what was said to it, and it never read
+                        stream.close()
         self._children.clear()
 
     def destroy(self) -> None:
@@ -236,7 +238,7 @@ class Lab:
         try:
             STATE.mkdir(parents=True, exist_ok=True)
             (STATE / f"{name}.json").write_text(
-                json.dumps({"topology": topology, "servers": servers, "offload": offload})
+                json.dumps({"topology": topology, "servers": servers, "offload": offload, "user": maker()})
             )
             lab._build(offload)
         except BaseException:
@@ -329,6 +331,19 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self.destroy()
+
+
+def maker() -> str:
+    """Whose labs those are that this process makes: the user's, of sudo the one who asked."""
+    return os.environ.get("SUDO_USER") or str(os.getuid())
+
+
+def mine(name: str) -> bool:
+    """Whether a lab was made by the same user.  Of versions before it is not known."""
+    try:
+        return bool(json.loads((STATE / f"{name}.json").read_text()).get("user") == maker())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
 def existing() -> list[str]:

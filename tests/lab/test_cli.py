@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,8 @@ from tests.helpers.world import agent_status, status
 SERVICE = "tcp://10.0.0.100:80=10.0.0.11"
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(crablb(*args), capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+def run(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(crablb(*args), capture_output=True, text=True, cwd=ROOT, timeout=60, check=False, **more)
 
 
 def leftovers(lab: Lab) -> list[str]:
@@ -118,7 +119,7 @@ def test_serve_without_privilege(lab):
     powerless = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", "--ambient-caps", "-all"]
     done = lab.lb.run(*powerless, *crablb("serve", "--iface", "eth0", "--service", SERVICE), check=False)
     assert done.returncode == 2
-    assert "CAP_BPF and CAP_NET_ADMIN" in done.stderr
+    assert "crablb serve lacks CAP_NET_ADMIN" in done.stderr
     assert "Traceback" not in done.stderr
     assert leftovers(lab) == []
 
@@ -288,6 +289,37 @@ def test_agent_remove_while_one_runs(lab):
 
 
 # ---- lab and demo ----
+
+
+def test_labs_of_others_are_let_be():
+    """By --mine; --all names them, and does nothing unless somebody agrees."""
+    names = [f"t{os.getpid()}-{whose}" for whose in ("mine", "theirs")]
+    users = [{**os.environ, "SUDO_USER": name} for name in names]
+    try:
+        for name, user in zip(names, users, strict=True):
+            assert run("lab", "up", "--name", name, "--servers", "1", env=user).returncode == 0
+        every = run("lab", "down", "--all", env=users[0], stdin=subprocess.DEVNULL)
+        assert every.returncode == 2
+        assert f"lab {names[0]}\n" in every.stdout
+        assert f"lab {names[1]}, which somebody else has made\n" in every.stdout
+        assert every.stderr.startswith("crablb: --all ends all of these; say that it is meant: --yes, or take")
+        assert set(names) <= set(existing())
+        done = run("lab", "down", "--mine", env=users[0])
+        assert (done.returncode, done.stdout) == (0, f"lab {names[0]} is gone\n")
+        assert names[0] not in existing() and names[1] in existing()
+    finally:
+        for name in set(names) & set(existing()):
+            run("lab", "down", "--name", name)
+
+
+def test_a_lab_whose_programs_have_died(tmp_path):
+    """What was said to one, and it never read, is in nobody's way."""
+    with Lab.create(f"t{os.getpid()}-died", servers=1) as lab:
+        child = lab.client.popen("true", stdin=subprocess.PIPE)
+        assert child.stdin
+        child.stdin.write("said\n")  # and not sent yet
+        child.wait()
+    assert lab.name not in existing()
 
 
 def test_lab(tmp_path):
