@@ -26,6 +26,7 @@ policy = "{policy}"
 backends = [{backends}]
 """
 REPORT_WAIT = 20  # seconds
+REPORTED = "reports its load"  # of the log
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Farm:
         config.write_text(text)
         start_serve(self.lab, self.folder, config=config)
         end = time.monotonic() + REPORT_WAIT
-        while self.report and (self.folder / "serve.log").read_text().count("reports its load") < len(self.servers):
+        while self.report and (self.folder / "serve.log").read_text().count(REPORTED) < len(self.servers):
             if time.monotonic() > end:
                 raise Unavailable(f"not all servers have reported their load within {REPORT_WAIT} s")
             time.sleep(0.02)

@@ -74,6 +74,7 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None) -> in
             services=[str(s.vip) for s in engine.config.services],
             remove_if_killed=" ".join(["crablb remove", *(f"--iface {name}" for name in engine.modes)]),
         )
+        await asyncio.to_thread(logging.flush)  # whoever waits for us may read why something is not as it should be
         notify("READY=1")
         stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
         failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]

@@ -122,7 +122,7 @@ def test_what_the_kernel_drops():
 
 
 def test_packets_that_are_too_long():
-    jumbo = Interface("eth0", 1, bytes(6), 9000, True, 1, "")
+    jumbo = Interface("eth0", 1, bytes(6), 9000, True, 1, 1, "")
     assert not list(advice.too_long([jumbo], {}))
     assert not list(advice.too_long([jumbo], {"eth1": 3818}))
     assert not list(advice.too_long([replace(jumbo, mtu=3818)], {"eth0": 3818}))
@@ -133,7 +133,7 @@ def test_packets_that_are_too_long():
 
 @pytest.mark.parametrize(("kind", "remedy"), [("veth", "ethtool -K PEER txvlan off"), ("", "of the VLAN itself")])
 def test_tags_that_are_not_seen(kind, remedy):
-    (told,) = advice.unseen_tags([Interface("eth0", 1, bytes(6), 1500, True, 1, kind)])
+    (told,) = advice.unseen_tags([Interface("eth0", 1, bytes(6), 1500, True, 1, 1, kind)])
     assert told.facts["interface"] == "eth0"
     assert remedy in told.facts["reason"]
 
