@@ -203,13 +203,12 @@ class LoadBalancer:
             self._leave()
 
     def _leave(self) -> None:
-        """Close, and end the thread, also if Ctrl-C comes meanwhile."""
+        """Close, and end the thread, also if Ctrl-C comes meanwhile, at whatever instant."""
         assert self._loop and self._thread
-        closing = asyncio.run_coroutine_threadsafe(self.close(), self._loop)
         try:
-            closing.result()
+            asyncio.run_coroutine_threadsafe(self.close(), self._loop).result()
         finally:
-            closing.exception()  # waits
+            asyncio.run_coroutine_threadsafe(self.close(), self._loop).exception()  # waits
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._thread = None
