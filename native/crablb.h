@@ -391,10 +391,10 @@ void crab_core_handle(struct crab_core *core, void (*handle)(void *context, stru
 /* The handler of the first match that holds for a frame, or -1. */
 int crab_match_find(const struct crab_matches *matches, const uint8_t *frame, size_t len);
 
-/* ---- xsk: an AF_XDP socket with a UMEM of its own ---- */
+/* ---- xsk: AF_XDP sockets, and the UMEM of one or several ---- */
 
-/* By one thread at a time, but for what does not change (fd, umem, zero_copy) and what asks the kernel alone (statistics,
- * error): any thread. */
+/* By one thread at a time for all sockets of a UMEM, but for what does not change (fd, memory, zero_copy) and what asks the
+ * kernel alone (statistics, error): any thread. */
 
 /* A frame: its address in the UMEM, and its length in bytes.  A packet may lie in several that follow each other, if the
  * socket was made with CRAB_BIND_FRAGS. */
@@ -413,7 +413,7 @@ struct crab_xsk_stats { /* frames since the socket was made; linux/if_xdp.h, str
     uint64_t tx_ring_empty_descs;
 };
 
-/* Where the frames are, and how many; all = the sum of the others. */
+/* Where a UMEM's frames are, and how many; all = the sum of the others.  Those of closed sockets are not counted. */
 struct crab_xsk_places {
     uint32_t all, free, receiving, held, sending;
 };
@@ -426,33 +426,55 @@ struct crab_xsk_places {
 /* Bytes behind the UMEM that the kernel does not know of: for whoever puts a packet together. */
 #define CRAB_WHOLE 65536
 
+struct crab_umem;
 struct crab_xsk;
 
-/* frame_count and ring_size (entries) are powers of two; frame_size is 2048 or 4096.  bind_flags: CRAB_BIND_*; with neither
- * COPY nor ZEROCOPY, zero-copy is tried first.  On failure: NULL, *error an errno, *stage what was being done (a constant). */
-struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_count, uint32_t frame_size,
+/* frame_count is a power of two; frame_size is 2048 or 4096.  NULL: no memory. */
+struct crab_umem *crab_umem_new(uint32_t frame_count, uint32_t frame_size);
+/* Unmaps it: when none of its sockets is left. */
+void crab_umem_free(struct crab_umem *umem);
+/* frame_count * frame_size bytes, and CRAB_WHOLE behind them; a crab_desc's addr is an offset into them. */
+uint8_t *crab_umem_memory(const struct crab_umem *umem);
+/* Open sockets. */
+uint32_t crab_umem_sockets(const struct crab_umem *umem);
+/* For all of them: take back what was sent, and give the kernel free frames to receive into. */
+void crab_umem_settle(struct crab_umem *umem);
+/* Before a second socket: from now on remember which frames are in which socket's rings.  held: of each frame, whether it
+ * is in the caller's hands.  0, or -errno: ENOMEM, or EBUSY, if so many cannot be. */
+int crab_umem_share(struct crab_umem *umem, const bool *held);
+/* Frames of a closed socket's that the kernel has let go of are free. */
+void crab_umem_add(struct crab_umem *umem, const uint64_t *addresses, uint32_t n);
+
+/* A socket with a UMEM, which has to outlive it.  ring_size (entries) is a power of two.  share: NULL for the UMEM's first
+ * socket; for another (after crab_umem_share) an open one, like which it is bound.  bind_flags, for the first: CRAB_BIND_*;
+ * with neither COPY nor ZEROCOPY, zero-copy is tried first.  On failure: NULL, *error an errno, *stage what was being done (a constant). */
+struct crab_xsk *crab_xsk_new(struct crab_umem *umem, const struct crab_xsk *share, uint32_t ifindex, uint32_t queue,
                               uint32_t ring_size, uint32_t bind_flags, int *error, const char **stage);
-/* Closes the socket.  The UMEM stays, to be read and written, until crab_xsk_free; nothing else may be done with it. */
+/* Closes the socket.  What it had in its rings is not free by that: the kernel may still write to it, and send it. */
 void crab_xsk_close(struct crab_xsk *xsk);
 /* The same in a child of fork(2), where the socket stays its parent's, the rings are not mapped, and the UMEM is zeros. */
 void crab_xsk_forked(struct crab_xsk *xsk);
-/* Closes the socket, and unmaps the UMEM. */
+/* Closes the socket, if it is open. */
 void crab_xsk_free(struct crab_xsk *xsk);
+/* Of one of several: the addresses of the frames in its rings, at most the UMEM's.  Returns how many. */
+uint32_t crab_xsk_in_rings(const struct crab_xsk *xsk, uint64_t *addresses);
+/* Whether the kernel has unbound it: its interface is gone, from this network namespace at least. */
+bool crab_xsk_unbound(const struct crab_xsk *xsk);
+/* Which network namespace it is in (SO_NETNS_COOKIE); 0 before Linux 5.14, which cannot tell. */
+uint64_t crab_xsk_namespace(const struct crab_xsk *xsk);
 /* Have system calls run the driver for so long, and for so many frames at once, in place of interrupts: af_xdp.rst and
  * SO_PREFER_BUSY_POLL of socket(7).  0, or -errno. */
 int crab_xsk_busy_poll(struct crab_xsk *xsk, uint32_t microseconds, uint32_t budget);
 /* The socket's, which closes it. */
 int crab_xsk_fd(const struct crab_xsk *xsk);
-/* frame_count * frame_size bytes, the socket's, and CRAB_WHOLE behind them; a crab_desc's addr is an offset into them. */
-uint8_t *crab_xsk_umem(const struct crab_xsk *xsk);
 bool crab_xsk_zero_copy(const struct crab_xsk *xsk);
 /* Whether packets may lie in several frames. */
 bool crab_xsk_frags(const struct crab_xsk *xsk);
 /* Whether this kernel has such sockets (Linux 6.6). */
 bool crab_xsk_knows_frags(void);
 
-/* Give the kernel free frames to receive into, so that it has half of all; the other half is for sending.  Returns how
- * many. */
+/* Give the kernel free frames to receive into, so that it has half of all, an equal part by each socket; the other half is
+ * for sending.  Returns how many. */
 uint32_t crab_xsk_refill(struct crab_xsk *xsk);
 /* Take up to n received frames, which are the caller's until released or sent.  Returns how many: whole packets only, of
  * which none has more than CRAB_MAX_FRAGS. */
@@ -478,8 +500,10 @@ int crab_xsk_error(const struct crab_xsk *xsk);
 uint64_t crab_xsk_dropped(const struct crab_xsk *xsk);
 /* 0, or -errno. */
 int crab_xsk_statistics(const struct crab_xsk *xsk, struct crab_xsk_stats *out);
-void crab_xsk_frames(const struct crab_xsk *xsk, struct crab_xsk_places *out);
-/* Whether every frame is in one place.  Always, unless there is a bug. */
+void crab_umem_frames(const struct crab_umem *umem, struct crab_xsk_places *out);
+/* The same of the frames in this socket's rings. */
+void crab_xsk_frames(const struct crab_xsk *xsk, uint32_t *receiving, uint32_t *sending);
+/* Whether every frame is in one place, if no socket was closed.  Always, unless there is a bug. */
 bool crab_xsk_conserved(const struct crab_xsk *xsk);
 
 /* ---- worker: one queue, one thread ---- */

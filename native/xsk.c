@@ -58,23 +58,142 @@ static uint8_t *map_umem(size_t len)
     return all + before;
 }
 
+struct crab_umem *crab_umem_new(uint32_t frame_count, uint32_t frame_size)
+{
+    struct crab_umem *u = calloc(1, sizeof *u);
+    if (!u)
+        return NULL;
+    *u = (struct crab_umem){.len = (size_t)frame_count * frame_size, .frame_count = frame_count,
+                            .frame_size = frame_size};
+    u->memory = map_umem(u->len + CRAB_WHOLE);
+    u->free = malloc(frame_count * sizeof *u->free);
+    if (!u->memory || !u->free) {
+        crab_umem_free(u);
+        return NULL;
+    }
+    for (uint32_t i = 0; i < frame_count; i++)
+        u->free[i] = (uint64_t)(frame_count - 1 - i) * frame_size;
+    u->free_count = frame_count;
+    return u;
+}
+
+void crab_umem_free(struct crab_umem *u)
+{
+    if (u->memory)
+        munmap(u->memory, u->len + CRAB_WHOLE);
+    free(u->free);
+    free(u->rings);
+    free(u);
+}
+
+uint8_t *crab_umem_memory(const struct crab_umem *u)
+{
+    return u->memory;
+}
+
+uint32_t crab_umem_sockets(const struct crab_umem *u)
+{
+    return u->count;
+}
+
+int crab_umem_share(struct crab_umem *u, const bool *held)
+{
+    if (u->rings)
+        return 0;
+    uint32_t *rings = calloc(u->frame_count, sizeof *rings), n = 0;
+    if (!rings)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < u->frame_count; i++)
+        rings[i] = held[i] ? 0 : u->sockets->number;
+    for (uint32_t i = 0; i < u->free_count; i++)
+        rings[u->free[i] / u->frame_size] = 0;
+    for (uint32_t i = 0; i < u->frame_count; i++)
+        n += rings[i] != 0;
+    if (n != u->sockets->in_fill + u->sockets->in_tx) {
+        free(rings);
+        return -EBUSY;
+    }
+    u->rings = rings;
+    return 0;
+}
+
+void crab_umem_add(struct crab_umem *u, const uint64_t *addresses, uint32_t n)
+{
+    memcpy(u->free + u->free_count, addresses, n * sizeof *addresses);
+    u->free_count += n;
+}
+
+static void divide(struct crab_umem *u)
+{
+    for (struct crab_xsk *x = u->sockets; x; x = x->next)
+        x->share = u->frame_count / 2 > u->count ? u->frame_count / 2 / u->count : 1;
+}
+
+/* These frames go into the rings of a socket, or, 0, out of them. */
+static void mark(struct crab_xsk *x, const uint64_t *addresses, uint32_t n, uint32_t number)
+{
+    struct crab_umem *u = x->pool;
+    if (crab_unlikely(u->rings))
+        for (uint32_t i = 0; i < n; i++)
+            u->rings[addresses[i] / u->frame_size] = number;
+}
+
+static void mark_descs(struct crab_xsk *x, const struct crab_desc *descs, uint32_t n, uint32_t number)
+{
+    struct crab_umem *u = x->pool;
+    if (crab_unlikely(u->rings))
+        for (uint32_t i = 0; i < n; i++)
+            u->rings[descs[i].addr / u->frame_size] = number;
+}
+
+/* Into the list of its UMEM's sockets. */
+static void join(struct crab_xsk *x)
+{
+    struct crab_umem *u = x->pool;
+    x->number = ++u->made;
+    x->next = u->sockets;
+    u->sockets = x;
+    u->count++;
+    divide(u);
+}
+
+static void leave(struct crab_xsk *x)
+{
+    struct crab_umem *u = x->pool;
+    for (struct crab_xsk **at = &u->sockets; *at; at = &(*at)->next)
+        if (*at == x) {
+            *at = x->next;
+            u->count--;
+            divide(u);
+            return;
+        }
+}
+
 /* Bind.  A queue whose last socket was closed a moment ago is released by a kernel worker: EBUSY until then. */
-static int bind_queue(struct crab_xsk *x, uint16_t flags)
+static int bind_queue(struct crab_xsk *x, const struct crab_xsk *share, uint16_t flags)
 {
     struct sockaddr_xdp addr = {
         .sxdp_family = AF_XDP, .sxdp_flags = flags, .sxdp_ifindex = x->ifindex, .sxdp_queue_id = x->queue};
+    if (share) { /* it is bound like the other one; any flag more is refused */
+        addr.sxdp_flags = XDP_SHARED_UMEM;
+        addr.sxdp_shared_umem_fd = (uint32_t)share->fd;
+    }
     for (int i = 0;; i++) {
         if (!bind(x->fd, (struct sockaddr *)&addr, sizeof addr)) {
             x->bind_flags = flags;
             return 0;
         }
+        /* On the very queue of the other one, which would have its fill and completion rings. */
+        if (errno == EINVAL && share && share->ifindex == x->ifindex && share->queue == x->queue)
+            return -EBUSY;
         if (errno != EBUSY || i == BIND_TRIES)
             return -errno;
         poll(NULL, 0, BIND_PAUSE_MS);
     }
 }
 
-static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, const char **stage)
+static int set_up(struct crab_xsk *x, const struct crab_xsk *share, uint32_t ring_size, uint32_t bind_flags,
+                  const char **stage)
 {
     int rc;
     *stage = "socket";
@@ -83,22 +202,18 @@ static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, c
         return -errno;
 
     *stage = "umem";
-    x->umem_len = (size_t)x->frame_count * x->frame_size;
-    x->umem = map_umem(x->umem_len + CRAB_WHOLE);
-    if (!x->umem)
-        return -errno;
     /* The kernel refuses a structure whose unknown tail is not zero, so it is zeroed as a whole. */
     struct xdp_umem_reg reg;
     memset(&reg, 0, sizeof reg);
     reg.addr = (uintptr_t)x->umem;
     reg.len = x->umem_len;
     reg.chunk_size = x->frame_size;
-    if (setsockopt(x->fd, SOL_XDP, XDP_UMEM_REG, &reg, sizeof reg))
+    if (!share && setsockopt(x->fd, SOL_XDP, XDP_UMEM_REG, &reg, sizeof reg))
         return -errno;
 
     *stage = "rings";
     /* Every frame fits into the fill ring, and into the completion ring, at once. */
-    uint32_t umem_ring = x->frame_count;
+    uint32_t umem_ring = x->pool->frame_count;
     const struct {
         int option;
         uint32_t size;
@@ -121,29 +236,26 @@ static int set_up(struct crab_xsk *x, uint32_t ring_size, uint32_t bind_flags, c
         return rc;
 
     *stage = "frames";
-    x->free = malloc(x->frame_count * sizeof *x->free);
-    if (!x->free)
-        return -ENOMEM;
-    for (uint32_t i = 0; i < x->frame_count; i++)
-        x->free[i] = (uint64_t)(x->frame_count - 1 - i) * x->frame_size;
-    x->free_count = x->frame_count;
+    join(x);
     crab_xsk_refill(x); /* before the socket is bound: some drivers look at the fill ring only then */
 
     *stage = "bind";
+    if (share)
+        return bind_queue(x, share, (uint16_t)share->bind_flags);
     uint16_t wakeup = bind_flags & XDP_USE_NEED_WAKEUP, frags = bind_flags & XDP_USE_SG;
     const uint16_t modes[] = {XDP_ZEROCOPY, XDP_COPY}, forced = bind_flags & (XDP_ZEROCOPY | XDP_COPY);
     rc = -EINVAL;
     for (int i = 0; i < 2 && rc && rc != -EBUSY; i++) {
         if (forced && forced != modes[i])
             continue;
-        rc = bind_queue(x, modes[i] | frags | wakeup);
+        rc = bind_queue(x, NULL, modes[i] | frags | wakeup);
         if (rc && rc != -EBUSY && frags)
-            rc = bind_queue(x, modes[i] | wakeup);
+            rc = bind_queue(x, NULL, modes[i] | wakeup);
     }
     return rc;
 }
 
-struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_count, uint32_t frame_size,
+struct crab_xsk *crab_xsk_new(struct crab_umem *umem, const struct crab_xsk *share, uint32_t ifindex, uint32_t queue,
                               uint32_t ring_size, uint32_t bind_flags, int *error, const char **stage)
 {
     struct crab_xsk *x = calloc(1, sizeof *x);
@@ -152,10 +264,15 @@ struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_c
         *error = ENOMEM;
         return NULL;
     }
-    *x = (struct crab_xsk){.fd = -1, .ifindex = ifindex, .queue = queue, .frame_count = frame_count,
-                           .frame_size = frame_size};
-    int rc = set_up(x, ring_size, bind_flags, stage);
+    *x = (struct crab_xsk){.pool = umem, .fd = -1, .ifindex = ifindex, .queue = queue, .frame_size = umem->frame_size,
+                           .umem = umem->memory, .umem_len = umem->len};
+    int rc = set_up(x, share, ring_size, bind_flags, stage);
     if (rc) {
+        /* Not bound: the kernel has taken none. */
+        if (x->in_fill) {
+            mark(x, x->fill.descs, x->in_fill, 0);
+            crab_umem_add(umem, x->fill.descs, x->in_fill);
+        }
         crab_xsk_free(x);
         *error = -rc;
         return NULL;
@@ -166,8 +283,10 @@ struct crab_xsk *crab_xsk_new(uint32_t ifindex, uint32_t queue, uint32_t frame_c
 
 static void close_socket(struct crab_xsk *x, bool rings_are_mapped)
 {
-    if (x->fd >= 0)
+    if (x->fd >= 0) {
+        leave(x);
         close(x->fd);
+    }
     x->fd = -1;
     struct crab_ring *rings[] = {&x->fill, &x->completion, &x->rx, &x->tx};
     for (size_t i = 0; i < sizeof rings / sizeof *rings; i++) {
@@ -192,9 +311,6 @@ void crab_xsk_free(struct crab_xsk *x)
     if (!x)
         return;
     crab_xsk_close(x);
-    if (x->umem)
-        munmap(x->umem, x->umem_len + CRAB_WHOLE);
-    free(x->free);
     free(x);
 }
 
@@ -203,9 +319,29 @@ int crab_xsk_fd(const struct crab_xsk *x)
     return x->fd;
 }
 
-uint8_t *crab_xsk_umem(const struct crab_xsk *x)
+uint32_t crab_xsk_in_rings(const struct crab_xsk *x, uint64_t *addresses)
 {
-    return x->umem;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < x->pool->frame_count; i++)
+        if (x->pool->rings[i] == x->number)
+            addresses[n++] = (uint64_t)i * x->frame_size;
+    return n;
+}
+
+bool crab_xsk_unbound(const struct crab_xsk *x)
+{
+    if (recvfrom(x->fd, NULL, 0, MSG_DONTWAIT, NULL, NULL) >= 0 || errno != ENXIO)
+        return false;
+    struct crab_xsk_stats s;
+    crab_xsk_statistics(x, &s); /* waits for the unbinding to end: it takes the same mutex */
+    return true;
+}
+
+uint64_t crab_xsk_namespace(const struct crab_xsk *x)
+{
+    uint64_t cookie = 0;
+    socklen_t len = sizeof cookie;
+    return getsockopt(x->fd, SOL_SOCKET, SO_NETNS_COOKIE, &cookie, &len) ? 0 : cookie;
 }
 
 int crab_xsk_busy_poll(struct crab_xsk *x, uint32_t microseconds, uint32_t budget)
@@ -242,21 +378,42 @@ bool crab_xsk_knows_frags(void)
     return known;
 }
 
+/* Free frames that one of several sockets may have to receive into.  The first took half of all when it was alone, and
+ * gives them back only as frames come in by it: so that something is left to send with, the others leave an eighth, of
+ * which a socket that has none takes half. */
+static uint32_t spare(const struct crab_xsk *x)
+{
+    uint32_t left = x->pool->frame_count / 8, n = x->pool->free_count;
+    return n > left ? n - left : x->in_fill ? 0 : (n + 1) / 2;
+}
+
 uint32_t crab_xsk_refill(struct crab_xsk *x)
 {
-    uint32_t share = x->frame_count / 2;
-    if (x->in_fill >= share)
+    struct crab_umem *u = x->pool;
+    if (x->in_fill >= x->share)
         return 0;
-    uint32_t n = share - x->in_fill;
-    if (n > x->free_count)
-        n = x->free_count;
+    uint32_t n = x->share - x->in_fill, most = crab_unlikely(u->count > 1) ? spare(x) : u->free_count;
+    if (n > most)
+        n = most;
     n = crab_ring_room(&x->fill, n);
     uint64_t *ring = x->fill.descs;
+    const uint64_t *top = u->free + u->free_count;
     for (uint32_t i = 0; i < n; i++)
-        ring[(x->fill.mine + i) & x->fill.mask] = x->free[--x->free_count];
+        ring[(x->fill.mine + i) & x->fill.mask] = *--top;
+    u->free_count -= n;
+    mark(x, top, n, x->number);
     crab_ring_produced(&x->fill, n);
     x->in_fill += n;
     return n;
+}
+
+void crab_umem_settle(struct crab_umem *u)
+{
+    for (struct crab_xsk *x = u->sockets; x; x = x->next)
+        crab_xsk_reap(x);
+    for (struct crab_xsk *x = u->sockets; x; x = x->next)
+        if (crab_xsk_refill(x) && !x->busy_poll) /* that one runs its driver itself */
+            crab_xsk_wake(x);
 }
 
 /* How many of n frames are there until a packet's end. */
@@ -276,26 +433,31 @@ uint32_t crab_xsk_receive(struct crab_xsk *x, struct crab_desc *out, uint32_t wa
         out[i] = (struct crab_desc){.addr = d->addr, .len = d->len, .more = d->options & XDP_PKT_CONTD};
     }
     n = whole_packets(out, n);
+    mark_descs(x, out, n, 0);
     crab_ring_consumed(&x->rx, n);
     x->in_fill -= n;
-    x->held += n;
+    x->pool->held += n;
     return n;
 }
 
 uint32_t crab_xsk_take(struct crab_xsk *x, struct crab_desc *out, uint32_t want)
 {
-    uint32_t n = want < x->free_count ? want : x->free_count;
+    struct crab_umem *u = x->pool;
+    uint32_t n = want < u->free_count ? want : u->free_count;
     for (uint32_t i = 0; i < n; i++)
-        out[i] = (struct crab_desc){.addr = x->free[--x->free_count] + KERNEL_HEADROOM, .len = 0};
-    x->held += n;
+        out[i] = (struct crab_desc){.addr = u->free[--u->free_count] + KERNEL_HEADROOM, .len = 0};
+    u->held += n;
     return n;
 }
 
 void crab_xsk_release(struct crab_xsk *x, const struct crab_desc *descs, uint32_t n)
 {
+    struct crab_umem *u = x->pool;
+    uint64_t *top = u->free + u->free_count;
     for (uint32_t i = 0; i < n; i++)
-        x->free[x->free_count++] = descs[i].addr - descs[i].addr % x->frame_size;
-    x->held -= n;
+        *top++ = descs[i].addr - descs[i].addr % x->frame_size;
+    u->free_count += n;
+    u->held -= n;
 }
 
 uint32_t crab_xsk_send(struct crab_xsk *x, const struct crab_desc *descs, uint32_t want)
@@ -305,8 +467,9 @@ uint32_t crab_xsk_send(struct crab_xsk *x, const struct crab_desc *descs, uint32
     for (uint32_t i = 0; i < n; i++)
         ring[(x->tx.mine + i) & x->tx.mask] =
             (struct xdp_desc){.addr = descs[i].addr, .len = descs[i].len, .options = descs[i].more ? XDP_PKT_CONTD : 0};
+    mark_descs(x, descs, n, x->number);
     crab_ring_produced(&x->tx, n);
-    x->held -= n;
+    x->pool->held -= n;
     x->in_tx += n;
     return n;
 }
@@ -315,10 +478,13 @@ uint32_t crab_xsk_reap(struct crab_xsk *x)
 {
     uint32_t n = crab_ring_ready(&x->completion, x->completion.size);
     const uint64_t *ring = x->completion.descs;
+    uint64_t *top = x->pool->free + x->pool->free_count;
     for (uint32_t i = 0; i < n; i++) {
         uint64_t addr = ring[(x->completion.mine + i) & x->completion.mask];
-        x->free[x->free_count++] = addr - addr % x->frame_size;
+        *top++ = addr - addr % x->frame_size;
     }
+    mark(x, top - n, n, 0);
+    x->pool->free_count += n;
     crab_ring_consumed(&x->completion, n);
     x->in_tx -= n;
     return n;
@@ -383,12 +549,24 @@ int crab_xsk_statistics(const struct crab_xsk *x, struct crab_xsk_stats *out)
     return 0;
 }
 
-void crab_xsk_frames(const struct crab_xsk *x, struct crab_xsk_places *out)
+void crab_umem_frames(const struct crab_umem *u, struct crab_xsk_places *out)
 {
-    *out = (struct crab_xsk_places){x->frame_count, x->free_count, x->in_fill, x->held, x->in_tx};
+    *out = (struct crab_xsk_places){.all = u->frame_count, .free = u->free_count, .held = u->held};
+    for (const struct crab_xsk *x = u->sockets; x; x = x->next) {
+        out->receiving += x->in_fill;
+        out->sending += x->in_tx;
+    }
+}
+
+void crab_xsk_frames(const struct crab_xsk *x, uint32_t *receiving, uint32_t *sending)
+{
+    *receiving = x->in_fill;
+    *sending = x->in_tx;
 }
 
 bool crab_xsk_conserved(const struct crab_xsk *x)
 {
-    return x->free_count + x->in_fill + x->held + x->in_tx == x->frame_count;
+    struct crab_xsk_places p;
+    crab_umem_frames(x->pool, &p);
+    return p.free + p.receiving + p.held + p.sending == p.all;
 }

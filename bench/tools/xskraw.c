@@ -89,7 +89,10 @@ int main(int argc, char **argv)
     if (!batch || batch > MAX_BATCH)
         return 2;
     const char *stage;
-    struct crab_xsk *x = crab_xsk_new(ifindex, queue, FRAMES, 2048, RING,
+    struct crab_umem *umem = crab_umem_new(FRAMES, 2048);
+    if (!umem)
+        die("memory");
+    struct crab_xsk *x = crab_xsk_new(umem, NULL, ifindex, queue, RING,
                                       CRAB_BIND_COPY | (wakeup ? CRAB_BIND_NEED_WAKEUP : 0), &error, &stage);
     if (!x) {
         errno = error;
@@ -134,12 +137,13 @@ int main(int argc, char **argv)
         } else {
             if (receives)
                 for (uint32_t i = 0; i < n; i++)
-                    swap_macs(crab_xsk_umem(x) + descs[i].addr);
+                    swap_macs(crab_umem_memory(umem) + descs[i].addr);
             if (n || !receives)
                 send_all(x, descs, n);
         }
         crab_xsk_refill(x);
     }
     crab_xsk_free(x);
+    crab_umem_free(umem);
     return 0;
 }

@@ -18,13 +18,15 @@ import errno
 import operator
 import os
 import select
+import socket
 import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -43,6 +45,8 @@ HEADROOM = 256  # bytes that the kernel leaves in front of a received frame
 SHORTEST = 14  # bytes of a frame to send: an Ethernet header
 BUSY_BUDGET = 64  # frames that a driver may take at once when busy polling; the kernel's own for interrupts (NAPI)
 MOST = 1 << 20  # frames of a UMEM, entries of a ring
+#: Of a UMEM, if nothing else is said.
+UMEM_OPTIONS = {"frames": 4096, "frame_size": 2048, "need_wakeup": True, "multi_buffer": False}
 MOST_PARTS = 18  # frames of a packet to send: MAX_SKB_FRAGS + 1; of longer ones the kernel (6.18) loses the frames
 
 
@@ -66,12 +70,16 @@ def _explain(interface: str, queue: int, stage: str, number: int) -> str:
     if stage == "bind":
         if number == errno.EBUSY:
             return (
-                f"queue {queue} of {interface} has an AF_XDP socket of another program; stop that, or use another queue"
+                f"queue {queue} of {interface} has an AF_XDP socket of another program, or of this one;"
+                " close that, or use another queue"
             )
         if number == errno.EINVAL:
             return f"{interface} has no queue {queue} (see ethtool -l {interface})"
         if number == errno.EOPNOTSUPP:
-            return f"the driver of {interface} cannot bind in the mode asked for; leave the mode to the kernel"
+            return (
+                f"the driver of {interface} cannot bind in the mode asked for; leave the mode to the kernel,"
+                " or, where it is a shared UMEM's, make its first socket with copy=True"
+            )
         if number == errno.ENETDOWN:
             return f"interface {interface} is down; bring it up: ip link set {interface} up"
     if number == errno.ENOMEM:
@@ -113,6 +121,11 @@ class Umem:
     def revoke(self) -> None:
         """No frame is in the caller's hands any more."""
         self._tickets[:] = 0
+
+    def held(self) -> npt.NDArray[np.bool_]:
+        """Which frames are in the caller's hands."""
+        held: npt.NDArray[np.bool_] = self._tickets != 0
+        return held
 
     def _held(self, addr: int, ticket: int) -> bool:
         return addr < len(self.memory) and int(self._tickets[min(addr // self.frame_size, self._frames)]) == ticket
@@ -164,6 +177,93 @@ class Umem:
             self._tickets[numbers] = ticket
             raise FrameError("a frame is in the batch twice")
         self._tickets[numbers] = 0
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What a closed socket had in its rings: the kernel's, until its queue can be had again, or is gone."""
+
+    namespace: int  # SO_NETNS_COOKIE; 0: not known
+    ifindex: int
+    queue: int
+    addresses: npt.NDArray[np.uint64]
+    receiving: int
+    sending: int
+
+
+class _Pool:
+    """A UMEM and the sockets that have it, one or several, which take turns: ``lock``.  Raises :class:`MemoryError`."""
+
+    def __init__(self, frames: int, frame_size: int) -> None:
+        c = lib.crab_umem_new(frames, frame_size)
+        if not c:
+            raise MemoryError
+        self.c = ffi.gc(c, lib.crab_umem_free)
+        # Every view holds the memory, and the memory the C structure that it belongs to.
+        held = ffi.gc(lib.crab_umem_memory(c), lambda _, owner=self.c: None)
+        size = frames * frame_size
+        #: The frames, and behind them room to put one packet together in.
+        self.whole: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(held, size + lib.CRAB_WHOLE), np.uint8)
+        self.umem = Umem(self.whole[:size], frame_size)
+        self.lock = threading.RLock()
+        self._left: list[_Left] = []
+
+    def share(self) -> int:
+        """Get ready for one socket more: 0, or an errno."""
+        return -int(lib.crab_umem_share(self.c, ffi.from_buffer("bool[]", self.umem.held())))
+
+    def joined(self, xsk: Any, ifindex: int, queue: int) -> None:
+        """A socket was bound to a queue: what a closed one had there is free, and what those of lost interfaces had.
+
+        The kernel lets a queue go when it has done with the frames of the socket that had it, and not before: a child
+        of a fork may keep that for a while, and so may a driver.
+        """
+        namespace = int(lib.crab_xsk_namespace(xsk))
+        for left in list(self._left):
+            here = namespace and left.namespace == namespace
+            if here and ((left.ifindex, left.queue) == (ifindex, queue) or _gone(left.ifindex)):
+                self._left.remove(left)
+                self._add(left.addresses)
+        lib.crab_umem_settle(self.c)
+
+    def _add(self, addresses: npt.NDArray[np.uint64]) -> None:
+        lib.crab_umem_add(self.c, ffi.from_buffer("uint64_t[]", addresses), len(addresses))
+
+    def close(self, xsk: Any, ifindex: int, queue: int) -> None:
+        """Close a socket.  The last one takes the frames out of the caller's hands."""
+        if lib.crab_umem_sockets(self.c) == 1:
+            lib.crab_xsk_close(xsk)
+            self.umem.revoke()
+            return
+        lib.crab_xsk_reap(xsk)
+        receiving, sending = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        lib.crab_xsk_frames(xsk, receiving, sending)
+        addresses = np.empty(len(self.umem.held()), np.uint64)
+        n = lib.crab_xsk_in_rings(xsk, ffi.from_buffer("uint64_t[]", addresses))
+        left = _Left(int(lib.crab_xsk_namespace(xsk)), ifindex, queue, addresses[:n].copy(), receiving[0], sending[0])
+        unbound = lib.crab_xsk_unbound(xsk)
+        lib.crab_xsk_close(xsk)
+        if unbound:
+            self._add(left.addresses)
+        else:
+            self._left.append(left)
+        lib.crab_umem_settle(self.c)
+
+    def places(self) -> dict[str, int]:
+        out = ffi.new("struct crab_xsk_places *")
+        lib.crab_umem_frames(self.c, out)
+        places = {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct crab_xsk_places").fields}
+        places["receiving"] += sum(left.receiving for left in self._left)
+        places["sending"] += sum(left.sending for left in self._left)
+        return places
+
+
+def _gone(ifindex: int) -> bool:
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError as error:
+        return error.errno in (errno.ENXIO, errno.ENODEV)
+    return False
 
 
 class Batch:
@@ -255,7 +355,7 @@ def _word(name: str, value: object, words: tuple[object, ...]) -> None:
 
 
 class XskSocket:
-    """An AF_XDP socket on one queue of an interface, with a UMEM of its own.
+    """An AF_XDP socket on one queue of an interface, with a UMEM of its own, or another's: ``share``.
 
     With ``load_program`` (the default) a program is attached that hands every frame of the interface's bound queues to
     their sockets; without it, put the socket into your own XSKMAP with :meth:`register`.
@@ -273,74 +373,104 @@ class XskSocket:
     several frames of a batch, see :attr:`Batch.more`, which have to be sent or released together.  The attribute of
     that name says whether kernel (6.6) and driver do so; without it such packets are dropped.
 
+    ``share``: an open socket, of another queue or interface, whose UMEM this one is to have too (XDP_SHARED_UMEM, Linux
+    5.10): each sends and releases what the other received.  ``frames``, ``frame_size``, ``copy``, ``need_wakeup`` and
+    ``multi_buffer`` are the UMEM's then, and need not be said again.  The memory is there until the last is closed.
+    Threads take turns with all of them; native code that uses a ``handle`` has to be alone with the UMEM.
+
     Raises :class:`XskError`, :class:`crablb.kernel.bpf.BpfError`, or :class:`KernelError` if the interface does not
     exist or is down; :class:`ValueError` or :class:`TypeError` for other arguments.
     """
 
     _xsk: Any = None  # struct crab_xsk *; None: closed
     _closed_as = "is closed"
+    _pool: _Pool
+    _umem: Umem
+    _options: dict[str, int]
+    zero_copy: bool
 
     def __init__(
         self,
         interface: str,
         queue: int = 0,
         *,
-        frames: int = 4096,
-        frame_size: int = 2048,
+        frames: int | None = None,
+        frame_size: int | None = None,
         ring: int = 2048,
         copy: bool | None = None,
-        need_wakeup: bool = True,
+        need_wakeup: bool | None = None,
         busy_poll: int = 0,
         load_program: bool = True,
         mode: Literal["auto", "native", "generic"] = "auto",
-        multi_buffer: bool = False,
+        multi_buffer: bool | None = None,
+        share: XskSocket | None = None,
     ) -> None:
         if not isinstance(interface, str):
             raise TypeError(f"interface is a name, not {interface!r}")
-        if frame_size not in (2048, 4096):
+        if frame_size not in (None, 2048, 4096):
             raise ValueError(f"frame_size is 2048 or 4096 bytes, not {frame_size}")
+        if not isinstance(share, XskSocket | None):
+            raise TypeError(f"share is an XskSocket, not {share!r}")
         self.interface, self.queue = interface, _counted("queue", queue, 65535)
-        frames, ring = _power_of_two("frames", frames), _power_of_two("ring", ring)
+        if frames is not None:
+            _power_of_two("frames", frames)
+        ring = _power_of_two("ring", ring)
         busy_poll = _counted("busy_poll", busy_poll, 1_000_000)
         _word("copy", copy, (None, True, False))
-        _word("need_wakeup", need_wakeup, (True, False))
+        _word("need_wakeup", need_wakeup, (None, True, False))
         _word("load_program", load_program, (True, False))
-        _word("multi_buffer", multi_buffer, (True, False))
+        _word("multi_buffer", multi_buffer, (None, True, False))
         _word("mode", mode, ("auto", "native", "generic"))
-        self._frames, self.frame_size, self._busy = frames, int(frame_size), bool(busy_poll)
+        given = {"frames": frames, "frame_size": frame_size, "need_wakeup": need_wakeup, "multi_buffer": multi_buffer}
+        self._options = dict(share._options if share else UMEM_OPTIONS)
+        for name, value in given.items():
+            if share and value not in (None, self._options[name]):
+                raise ValueError(f"{name} is that of the UMEM, {self._options[name]}, not {value}")
+            if value is not None:
+                self._options[name] = type(self._options[name])(value)
+        self._frames, self.frame_size = self._options["frames"], self._options["frame_size"]
         self.mode = ""
         self._program: tuple[bpf.Object, bpf.Link] | None = None
-        self._lock = threading.RLock()
         info = interface_info(interface)
         if not info.up:
             raise KernelError(f"interface {interface} is down; bring it up: ip link set {interface} up")
-        flags = lib.CRAB_BIND_NEED_WAKEUP if need_wakeup else 0
-        flags |= lib.CRAB_BIND_FRAGS if multi_buffer else 0
+        self._ifindex = info.index
+        with share._using() if share else nullcontext(ffi.NULL) as other:
+            if share and copy not in (None, not share.zero_copy):
+                raise ValueError(f"copy is that of the UMEM, {not share.zero_copy}, not {copy}")
+            self._bind(share, other, ring, copy)
+            try:
+                self._pool.joined(self._xsk, info.index, self.queue)
+                if busy_poll and (rc := lib.crab_xsk_busy_poll(self._xsk, busy_poll, BUSY_BUDGET)):
+                    raise XskError(f"this kernel does not busy poll (Linux 5.11 does): {os.strerror(-rc)}", -rc)
+                self.zero_copy = bool(lib.crab_xsk_zero_copy(self._xsk))
+                self.multi_buffer = bool(lib.crab_xsk_frags(self._xsk))
+                self.memory, self.umem = self._pool.whole, self._umem.memory
+                if load_program:
+                    self._load(info.index, mode)
+            except BaseException:
+                self.close()
+                raise
+
+    def _bind(self, share: XskSocket | None, other: Any, ring: int, copy: bool | None) -> None:
+        """``other``: ``share``'s C socket."""
+        flags = lib.CRAB_BIND_NEED_WAKEUP if self._options["need_wakeup"] else 0
+        flags |= lib.CRAB_BIND_FRAGS if self._options["multi_buffer"] else 0
         flags |= {None: 0, True: lib.CRAB_BIND_COPY, False: lib.CRAB_BIND_ZEROCOPY}[copy]
         error, stage = ffi.new("int *"), ffi.new("char **")
-        xsk = lib.crab_xsk_new(info.index, self.queue, frames, frame_size, ring, flags, error, stage)
+        try:
+            self._pool = share._pool if share else _Pool(self._frames, self.frame_size)
+        except MemoryError:
+            raise XskError(_explain(self.interface, self.queue, "umem", errno.ENOMEM), errno.ENOMEM) from None
+        self._umem = self._pool.umem
+        if share and (number := self._pool.share()):
+            raise XskError(f"{share!r} cannot share its UMEM: {os.strerror(number)}", number)
+        xsk = lib.crab_xsk_new(self._pool.c, other, self._ifindex, self.queue, ring, flags, error, stage)
         if not xsk:
             where = bytes(ffi.string(stage[0])).decode()
-            raise XskError(_explain(interface, queue, where, error[0]), error[0])
-        self._xsk = ffi.gc(xsk, lib.crab_xsk_free)
+            raise XskError(_explain(self.interface, self.queue, where, error[0]), error[0])
+        self._xsk = ffi.gc(xsk, lambda c, umem=self._pool.c: lib.crab_xsk_free(c))  # which has to outlive it
         _open.add(self)
-        try:
-            if busy_poll and (rc := lib.crab_xsk_busy_poll(self._xsk, busy_poll, BUSY_BUDGET)):
-                raise XskError(f"this kernel does not busy poll (Linux 5.11 does): {os.strerror(-rc)}", -rc)
-            self.zero_copy = bool(lib.crab_xsk_zero_copy(self._xsk))
-            self.multi_buffer = bool(lib.crab_xsk_frags(self._xsk))
-            # Every view holds the memory, and the memory the C socket that it belongs to.
-            held = ffi.gc(lib.crab_xsk_umem(self._xsk), lambda _, owner=self._xsk: None)
-            size = frames * frame_size
-            #: The UMEM, and behind it room to put one packet together in.
-            self.memory: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(held, size + lib.CRAB_WHOLE), np.uint8)
-            self.umem = self.memory[:size]
-            self._umem = Umem(self.umem, self.frame_size)
-            if load_program:
-                self._load(info.index, mode)
-        except BaseException:
-            self.close()
-            raise
 
     def _load(self, ifindex: int, mode: Literal["auto", "native", "generic"]) -> None:
         program = bpf.Object(bpf.object_path("xsk"), frags=self.multi_buffer)
@@ -383,7 +513,7 @@ class XskSocket:
     @contextmanager
     def _using(self) -> Iterator[Any]:
         """The C socket, which nobody else uses meanwhile.  Raises :class:`XskError` if it is closed."""
-        with self._lock:
+        with self._pool.lock:
             if not self._xsk:
                 which = f"the AF_XDP socket on queue {self.queue} of {self.interface}"
                 raise XskError(f"{which} {self._closed_as}", errno.EBADF)
@@ -399,6 +529,8 @@ class XskSocket:
             poll = select.poll()
             poll.register(self.fd, select.POLLIN)
         while True:
+            with self._using():  # what came free since may be what it takes to receive
+                lib.crab_umem_settle(self._pool.c)
             left = 1.0 if end is None else max(0.0, min(1.0, end - time.monotonic()))
             events = poll.poll(left * 1000)
             with self._using() as xsk:
@@ -421,7 +553,7 @@ class XskSocket:
         with self._using() as xsk:
             got = lib.crab_xsk_receive(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
             ticket = self._umem.issue(descs[:got])
-            lib.crab_xsk_refill(xsk)
+            lib.crab_umem_settle(self._pool.c)
             lib.crab_xsk_wake(xsk)
         return Batch(descs[:got], self._umem, ticket)
 
@@ -430,7 +562,7 @@ class XskSocket:
         descs = np.zeros(min(_counted("n", n, sys.maxsize), self._frames), DESC)
         length = _counted("length", length, 0xFFFFFFFF)
         with self._using() as xsk:
-            lib.crab_xsk_reap(xsk)
+            lib.crab_umem_settle(self._pool.c)
             got = lib.crab_xsk_take(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
             ticket = self._umem.issue(descs[:got])
         descs["len"] = length
@@ -439,7 +571,7 @@ class XskSocket:
     def _taken(self, batch: Batch, *, to_send: bool) -> npt.NDArray[Any]:
         """Its frames, from the caller's hands."""
         if not isinstance(batch, Batch) or batch._umem is not self._umem:
-            raise FrameError(f"{batch!r} is no batch of this socket: receive(), allocate() and select() give them")
+            raise FrameError(f"{batch!r} is no batch of this socket's UMEM: receive(), allocate(), select() give them")
         descs = np.array(batch.descs)  # what is looked at is what is used
         self._umem.owned(descs, batch._ticket)
         if to_send:
@@ -455,6 +587,7 @@ class XskSocket:
         with self._using() as xsk:
             descs = self._taken(batch, to_send=False)
             lib.crab_xsk_release(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
+            lib.crab_umem_settle(self._pool.c)
 
     def send(self, batch: Batch) -> int:
         """Send frames; returns how many the TX ring took.  The rest are released, unsent.
@@ -468,7 +601,7 @@ class XskSocket:
             rest = descs[taken:]
             lib.crab_xsk_release(xsk, ffi.from_buffer("struct crab_desc[]", rest), len(rest))
             rc = lib.crab_xsk_kick(xsk)
-            lib.crab_xsk_reap(xsk)
+            lib.crab_umem_settle(self._pool.c)
         if rc:
             raise XskError(f"cannot send on {self.interface}: {os.strerror(-rc)}", -rc)
         return taken
@@ -485,19 +618,19 @@ class XskSocket:
         return counters | {"tx_dropped": dropped}
 
     def frames(self) -> dict[str, int]:
-        """Where the UMEM's frames are; ``all`` is the sum of the others."""
-        out = ffi.new("struct crab_xsk_places *")
-        with self._using() as xsk:
-            lib.crab_xsk_reap(xsk)
-            lib.crab_xsk_frames(xsk, out)
-        return {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct crab_xsk_places").fields}
+        """Where the UMEM's frames are, by whichever socket; ``all`` is the sum of the others."""
+        with self._using():
+            lib.crab_umem_settle(self._pool.c)
+            return self._pool.places()
 
     def close(self) -> None:
         """Detach the program, close the socket.  Idempotent.
 
-        Its batches' frames cannot be had any more; an array that was one is memory of your own from now on.
+        The last socket of a UMEM takes its frames along: batches cannot be had any more; an array that was a frame is
+        memory of your own from now on.  Of one of several, what it had in its rings (received, not taken; to be
+        received into) comes back when one of them binds its queue again, or makes a socket after its interface is gone.
         """
-        with self._lock:
+        with self._pool.lock:
             xsk, self._xsk = self._xsk, None
             if not xsk:
                 return
@@ -510,13 +643,11 @@ class XskSocket:
                     link.close()
                     program.close()
             finally:
-                lib.crab_xsk_close(xsk)
-                if umem := getattr(self, "_umem", None):
-                    umem.revoke()
+                self._pool.close(xsk, self._ifindex, self.queue)
 
     def _forked(self) -> None:
         """In a child: let go of what keeps the queue and the program, and leave them to the parent."""
-        self._lock = threading.RLock()  # another thread of the parent's may have had it
+        self._pool.lock = threading.RLock()  # another thread of the parent's may have had it
         xsk, self._xsk, self._closed_as = self._xsk, None, "belongs to the process that forked this one; open another"
         if xsk:
             lib.crab_xsk_forked(xsk)
