@@ -14,6 +14,8 @@ from contextlib import suppress
 
 import structlog
 
+from crablb.errors import CrablbError
+
 __all__ = ["Pauses", "keep", "keep_in_thread", "task"]
 
 #: Seconds before what failed is begun anew: the first time, doubled each time, at most.
@@ -38,10 +40,16 @@ class Pauses:
         return min(FIRST * (1 << min(self.failures - 1, 10)), LONGEST)
 
 
+def _why(error: BaseException) -> dict[str, object]:
+    """What the machine refuses is a reason; anything else is our fault, and whoever mends it wants to see where."""
+    refused = isinstance(error, OSError | MemoryError | CrablbError)
+    return {"reason": str(error) or type(error).__name__} if refused else {"exc_info": error}
+
+
 def _say(name: str, error: Exception, pause: float, failed: Callable[[], None]) -> None:
     with suppress(Exception):  # there may not even be the memory to say it
         failed()
-        log.error("a background task failed; it is begun anew", task=name, seconds=pause, exc_info=error)
+        log.error("a background task failed; it is begun anew", task=name, seconds=pause, **_why(error))
 
 
 async def keep(name: str, work: Callable[[], Awaitable[None]], failed: Callable[[], None] = lambda: None) -> None:
@@ -73,7 +81,7 @@ def task(
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
-            log.error("a background task is given up", task=name, exc_info=error)
+            log.error("a background task is given up", task=name, **_why(error))
             given_up(f"task {name} failed: {error!r}")
 
     made = asyncio.create_task(keep(name, work, failed))

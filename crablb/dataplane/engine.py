@@ -46,6 +46,8 @@ log = structlog.get_logger()
 #: How long the start waits for the backends' neighbours before it serves with those that answered, in seconds.
 RESOLVE_TIMEOUT = 1.0
 SWEEP_INTERVAL = 30.0  # seconds
+#: Descriptors kept back for what is opened and closed while it serves, and as many for the end, which clears away.
+SPARE = 8
 #: How often schedules are worked out anew, and the loads of backends that do not report aged, in seconds.
 REFRESH_INTERVAL = 0.1
 AGE_INTERVAL = 1.0

@@ -193,7 +193,7 @@ def test_what_lacks_is_told(make_lab: Callable[..., Lab], name: str):
     assert not list(lab.lb.pins.glob("lb-*"))
 
 
-@pytest.mark.parametrize("files", [64, 70, 80, 100])
+@pytest.mark.parametrize("files", [64, 70, 80, 90, 100])
 def test_files_run_out_later(make_lab: Callable[..., Lab], files: int):
     """Enough to begin with, and too few for its maps and queues: one line, or it serves."""
     lab = make_lab("bridge")
