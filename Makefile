@@ -2,6 +2,7 @@
 #   make demo    real connections through the load balancer, in a network of namespaces
 #   make test    every test but the long ones
 # And
+#   make demo-often    the demo again and again, up to its first failure (TIMES=30)
 #   make man     manual pages, into build/man
 #   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
 #   make test-long     what takes minutes: no byte twice, nobody worse off, load balancers of others
@@ -19,6 +20,7 @@ STAMPS := .stamps
 # Namespaces, BPF and AF_XDP belong to root.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 ARGS ?=
+TIMES ?= 30
 # Of test-distros and test-kernels, which get ARGS, MIRROR, ACCEL and proxies by the environment; none: all.
 DISTROS ?=
 COMMANDS ?= demo test
@@ -38,12 +40,17 @@ KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zst
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo test test-long bench man test-stacks test-distros test-kernels test-pythons test-compilers lint c-test clean help
+.PHONY: demo demo-often test test-long bench man test-stacks test-distros test-kernels test-pythons test-compilers lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMPS)/built
 	@$(SUDO) $(VENV)/bin/crablb demo $(ARGS)
+
+demo-often: $(STAMPS)/built
+	@n=0; while [ $$n -lt $(TIMES) ]; do n=$$((n + 1)); echo "==> demo $$n of $(TIMES)"; \
+	  $(SUDO) $(VENV)/bin/crablb demo $(ARGS) || { s=$$?; echo "crablb: demo $$n of $(TIMES) failed" >&2; exit $$s; }; \
+	done
 
 test: $(STAMPS)/tested-tools c-test lint
 	$(SUDO) $(VENV)/bin/python -m pytest --durations=10 $(ARGS)

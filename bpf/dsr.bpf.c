@@ -105,7 +105,8 @@ static __always_inline int carry_ecn(__u8 *ip, int family, __u8 outer)
     return 0;
 }
 
-SEC("xdp")
+/* All headers that it looks at are in a frame's first buffer, however many there are (an MTU above a page's). */
+SEC("xdp.frags")
 int crab_decap(struct xdp_md *ctx)
 {
     void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;

@@ -2,6 +2,9 @@
 
 A daemon that dies leaves its link and its maps (:data:`.program.PINNED`), pinned in the interface's folder
 (:mod:`crablb.kernel.pins`): its program goes on forwarding the flows that it knows, and drops SYNs.
+
+A takeover may fail, on this interface or another one: until :meth:`Attachment.settle` what was left can be put back.
+For that the program is pinned as well, as the kernel gives out programs by their ids to CAP_SYS_ADMIN alone.
 """
 
 from __future__ import annotations
@@ -52,6 +55,37 @@ def _put_back(name: str) -> None:
     offloads.unlink()
 
 
+class _Before:
+    """What a daemon that died had left in a folder, held open to be put back there."""
+
+    def __init__(self, folder: Path, link: bpf.Link | None) -> None:
+        """``link``: of its program, if that is attached still."""
+        self.maps: dict[str, bpf.Map] = {}
+        self.program: bpf.Program | None = None
+        self.mode = link.mode if link else ""
+        for name in PINNED:
+            with suppress(bpf.BpfNotFoundError):
+                self.maps[name] = bpf.Map.from_pin(folder / name)
+        if link:
+            with suppress(bpf.BpfNotFoundError):  # versions of before did not pin it
+                program = bpf.Program.from_pin(folder / "program")
+                if program.id == link.program_id:
+                    self.program = program
+                else:
+                    program.close()
+
+    def pin(self, folder: Path) -> None:
+        for name in PINNED:
+            if name in self.maps:
+                pins.put(self.maps[name], folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for held in (*self.maps.values(), *([self.program] if self.program else [])):
+            held.close()
+
+
 class Attachment:
     """An interface that clients' packets come in by.
 
@@ -72,6 +106,7 @@ class Attachment:
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
         self._pinned = False  # whether what is in the folder is this process's
+        self._before: _Before | None = None  # what was in the folder, until settled
 
     @contextmanager
     def own(self) -> Iterator[None]:
@@ -103,16 +138,16 @@ class Attachment:
             return
         if link:  # of an interface that is gone, or somebody has detached it: there are the flows still
             link.close()
-            (self.pins / "link").unlink(missing_ok=True)
         if attached:
             name = self.info.name
             raise bpf.BpfBusyError(
                 f"interface {name} has an XDP program already (id {attached}, see bpftool net); remove it: ip link set"
                 f" {name} xdp off, or if that is refused, as of a link: bpftool link detach"
             )
+        (self.pins / "link").unlink(missing_ok=True)
 
     def attach(self, program: Program, want: XdpMode) -> None:
-        """Attach, in place of what was left there, and pin link and maps.
+        """Attach, in place of what was left there, and pin link, maps and program.
 
         The process may be killed between any two steps.  A pin is replaced, never missing; and the maps come before the
         program that learns flows into them.  Raises :class:`KernelError`.
@@ -125,6 +160,7 @@ class Attachment:
                     " serve its ports in its place, or leave xdp_mode at auto"
                 )
             want = XdpMode.GENERIC
+        self._before = _Before(self.pins, self._left)
         self._pinned = True
         flows = self.pins / "flows"
         if not self._is(flows, program.maps["flows"]):
@@ -143,9 +179,39 @@ class Attachment:
             self._link = program.main.attach_xdp(self.info.index, want.value)
             (self.pins / "link").unlink(missing_ok=True)
             self._link.pin(self.pins / "link")
+        pins.put(program.main, self.pins / "program")
         self.mode = self._link.mode
         self.sums = ethtool.features(self.info.name).get("tx-checksum-ip-generic", ethtool.OFF).active
         self._keep_tags()
+
+    def settle(self) -> None:
+        """What was there before will not be wanted any more."""
+        if self._before:
+            self._before.close()
+            self._before = None
+
+    def _return(self, before: _Before) -> None:
+        """Leave what a daemon that died had left, as it was."""
+        if before.mode and not before.program and self._link:
+            return  # of its program there is nothing left; this process's forwards the same flows, and stays
+        before.pin(self.pins)
+        link = self._link or self._left
+        if not before.program:
+            if self._link:
+                self._link.detach()
+                (self.pins / "link").unlink(missing_ok=True)
+        elif link and link.mode == before.mode:
+            if link.program_id != before.program.id:
+                link.update(before.program)
+        else:
+            if link:
+                link.detach()
+            with before.program.attach_xdp(self.info.index, before.mode) as again:  # type: ignore[arg-type]
+                pins.put(again, self.pins / "link")
+        if before.program:
+            pins.put(before.program, self.pins / "program")
+        else:
+            (self.pins / "program").unlink(missing_ok=True)
 
     @staticmethod
     def _is(path: Path, held: bpf.Map) -> bool:
@@ -180,6 +246,7 @@ class Attachment:
         assert self._link
         with program.again() as again:  # the kernel takes the same one for no change
             self._link.update(again.program(program.main.name))
+            pins.put(again.program(program.main.name), self.pins / "program")
 
     def leave_name(self) -> None:
         """The interface has another name now, and perhaps another one has this."""
@@ -202,25 +269,30 @@ class Attachment:
         self.pins = folder
 
     def detach(self) -> None:
-        """Leave nothing on the interface; what another daemon had left and was not taken over stays.  Idempotent."""
-        if self._link:
+        """Leave nothing on the interface but what another daemon had left, which is as it was.  Idempotent."""
+        before, self._before = self._before, None
+        if before and before.maps:
+            try:
+                self._return(before)
+            except (KernelError, OSError) as error:  # the interface has gone, or somebody else has it
+                log.warning("what was left cannot be put back", interface=self.info.name, reason=str(error))
+        elif self._link:
             self._link.detach()
-            self._link.close()
-            self._link, self.mode = None, ""
-        if self._left:
-            self._left.close()
-            self._left = None
-        elif self._pinned:
+        if before:
+            before.close()
+        if self._pinned and not (before and before.maps):
             pins.remove(self.pins)
             _put_back(self.info.name)
-        self._pinned = False
+        self.leave()
 
     def leave(self) -> None:
         """Leave the program there, and the flows, as a daemon that is killed does."""
-        if self._link:
-            self._link.close()
-            self._link = None
-        self._pinned = False
+        self.settle()
+        for link in (self._link, self._left):
+            if link:
+                link.close()
+        self._link = self._left = None
+        self.mode, self._pinned = "", False
 
 
 def left(name: str) -> int | None:

@@ -218,6 +218,7 @@ class Engine:
         try:
             await self._start()
         except BaseException:
+            self._attached = False  # what did not come to serve keeps nothing
             await self.close()
             raise
 
@@ -255,6 +256,8 @@ class Engine:
         self._attached = True
         self._tried = {attachment.name: attachment.info for attachment in self._attachments}
         self._publish()  # what the XDP program can reach depends on how it is attached
+        for attachment in self._attachments:
+            attachment.settle()
         self._tell(Started())
         self._nexthops.look()  # what has changed since we looked at the interfaces
 
@@ -451,6 +454,7 @@ class Engine:
             self._queues.fit(attachment.name, info)
             self._own()
             attachment.attach(self._running, self.config.xdp_mode)
+            attachment.settle()
         except BaseException:
             self._give_up(attachment)
             raise

@@ -1385,6 +1385,16 @@ def test_decapsulation(dsr, inner, outer):
 
 
 @pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+def test_decapsulation_of_several_buffers(dsr, inner, outer):
+    packet = to_vip(inner, flags="A") / (bytes(range(256)) * 34)
+    frame = bytes(ether() / layer(outer)(src=TUNNEL_SRC[outer], dst=DIP[outer]) / packet)
+    run = dsr.programs["crab_decap"].test_run(frame)
+    assert (run.retval, run.data) == (XDP_PASS, bytes(ether() / packet))
+    assert dsr.counts() == {"decapsulated": 1}
+
+
+@pytest.mark.parametrize("outer", [4, 6])
 def test_tunnels_to_another_mac_address_are_let_alone(dsr, outer):
     dsr.maps["dsr_macs"].update(LO, macs(OURS))
     frame = bytes(ether() / layer(outer)(src=TUNNEL_SRC[outer], dst=DIP[outer]) / to_vip(4, flags="A"))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,55 @@ def test_what_was_taken_over_is_not_removed(make_world: Callable[..., World]):
     world.serve().kill()
     assert answer(remove) == "eth0: has been taken over"
     assert program(world.lab)
+
+
+def programs(lab: Lab, *interfaces: str) -> list[tuple[int, str]]:
+    with inside(lab.lb.netns):
+        return [bpf.xdp_program(socket.if_nametoindex(name)) for name in interfaces]
+
+
+@pytest.mark.parametrize(
+    "how", ["another program", "another mode", "another mode, another seed", "another mode of the first, another seed"]
+)
+def test_a_takeover_that_fails(make_world: Callable[..., World], tmp_path: Path, other_xdp_program: Path, how: str):
+    """On one of two interfaces: what a dead one had left goes on by both, and the next one takes it over."""
+    world = make_world(servers=2, offload=False)
+    lab = world.lab
+    world.servers(dsr=True)
+    lab.lb.ip("link add br1 type bridge", "link set br1 up")  # it has no native mode
+    if "of the first" in how:
+        lab.lb.ip("link set eth0 name swap", "link set br1 name eth0", "link set swap name br1")
+    more = ["--iface", "br1"]
+    first = world.serve(*more)
+    held = world.python(lab.client, "hold_many", str(VIP4), "80", "20", ready=True)
+    assert exchange(held, "one") == "20"
+    first.kill()
+    first.wait()
+    if how == "another program":
+        with bpf.Link.from_pin(lab.lb.pins / "lb-br1" / "link") as link:
+            link.detach()
+        lab.lb.ip(f"link set br1 xdpgeneric obj {other_xdp_program} sec xdp")
+    before = programs(lab, "eth0", "br1")
+    pinned = sorted(lab.lb.pins.glob("lb-*/*"))
+    wrong = [*more, "--xdp-mode", "native", "--service", f"tcp://{VIP4}:81=10.0.0.11"]  # and other services
+    if "seed" in how:
+        (tmp_path / "seed").write_text("00" * 16)
+        (tmp_path / "seed").chmod(0o600)
+        wrong += ["--seed-file", str(tmp_path / "seed")]
+    done = lab.lb.run(*crablb("serve", "--iface", "eth0", *wrong), check=False)
+    assert done.returncode == 2
+    assert "XDP program" in done.stderr and "Traceback" not in done.stderr
+    assert programs(lab, "eth0", "br1") == before
+    assert sorted(lab.lb.pins.glob("lb-*/*")) == pinned
+    assert exchange(held, "two") == "20"
+    if how == "another program":
+        lab.lb.ip("link set br1 xdpgeneric off")
+    last = world.serve(*more)
+    assert '"flows": 20' in (world.folder / "serve.log").read_text()
+    assert exchange(held, "three") == "20"
+    last.terminate()
+    assert last.wait() == 0
+    assert left(lab) == []
 
 
 @pytest.mark.parametrize("how", ["kill", "gone"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
+from crablb.kernel import bpf
 from crablb.lab import VIP4, VIP6
+from tests.helpers.namespaces import inside
 from tests.helpers.processes import exchange, until
 from tests.helpers.programs import several_buffers
-from tests.helpers.world import World, status
+from tests.helpers.world import World, agent_status, status
 
 SIZE = "2000000"
 
@@ -71,11 +74,15 @@ def test_through_a_tunnel(make_world):
     set_mtu(world, 9000)
     world.servers(dsr=True)
     world.serve()
+    (server,) = world.lab.servers
+    with inside(server.netns):
+        assert bpf.xdp_program(socket.if_nametoindex("eth0"))[1] == "native"
     for vip in (VIP4, VIP6):
         assert world.echo(vip, SIZE)["intact"]
     now = status(world.lab)
     assert lost(now) == {}
     assert now["xdp"]["flow"] >= 2 * int(SIZE) // 9000
+    assert agent_status(server)["server"]["counters"]["dsr_decapsulated"] >= 2 * int(SIZE) // 9000
 
 
 def test_what_the_kernel_drops_is_counted(make_world):
