@@ -13,6 +13,8 @@ import pytest
 from tests.helpers.namespaces import Pair
 from tests.helpers.processes import ROOT
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -22,10 +24,7 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    ["takeover", *(pytest.param(name, marks=pytest.mark.long) for name in ("start", "other-seed", "reload", "stop"))],
-)
+@pytest.mark.parametrize("scenario", ["start", "takeover", "other-seed", "reload", "stop"])
 def test_killed_at_each_step(killer: Path, scenario: str):
     """A program is attached by a pinned link, and the flows can be adopted, at each instant; the next one serves."""
     with Pair.made() as pair:
