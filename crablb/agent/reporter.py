@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from crablb import lasting
+from crablb.errors import KernelError
 from crablb.kernel.rtnetlink import tcp_sockets
 from crablb.model import Address, Vip
 from crablb.selection.reports import (
@@ -64,7 +65,10 @@ class _Cpu:
 
 
 def waiting() -> tuple[dict[int, int], dict[int, int]]:
-    """Half-open connections, and those that wait to be accepted, by port (sock_diag(7))."""
+    """Half-open connections, and those that wait to be accepted, by port (sock_diag(7)).
+
+    Raises :class:`KernelError` where the kernel does not tell.
+    """
     half_open: dict[int, int] = {}
     queues: dict[int, int] = {}
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -138,6 +142,7 @@ class Reporter:
         told_at = -FULL_INTERVAL
         vips: list[VipReport] = []
         figure = again = 0
+        blind = False
         poll = select.poll()
         for sock in (self._wake, *(t.socket for t in self._targets)):
             poll.register(sock, select.POLLIN)
@@ -146,7 +151,12 @@ class Reporter:
             now = time.monotonic()
             full = now - told_at >= FULL_INTERVAL
             if full:
-                half_open, queues = waiting()
+                try:
+                    half_open, queues, blind = *waiting(), False
+                except KernelError as error:
+                    if not blind:
+                        log.warning("reports are without queues, and who listens", reason=str(error))
+                    half_open, queues, blind = {}, {}, True
                 figure = self._load()
                 told_at = now
                 for target in self._targets:
@@ -167,7 +177,7 @@ class Reporter:
                         half_open.get(vip.port, 0),
                         queues.get(vip.port, 0),
                         redirects.get(vip),
-                        vip.port in queues,
+                        blind or vip.port in queues,
                     )
                     for vip, n in connections.items()
                 ]

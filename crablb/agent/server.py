@@ -179,7 +179,11 @@ class ServerAgent(Agent):
 
     @classmethod
     def faults(cls) -> list[str]:
-        return super().faults() + list(cls._lacking().values())
+        found = super().faults()
+        try:
+            return found + list(cls._lacking().values())
+        except KernelError as error:  # who listens is not known
+            return [*found, str(error)]
 
     @classmethod
     def _lacking(cls) -> dict[Vip, str]:
@@ -349,8 +353,9 @@ class ServerAgent(Agent):
     def status(cls) -> dict[str, Any] | None:
         status = super().status()
         if status:
-            lacking = map(str, cls._lacking())
-            status["listening"] = dict.fromkeys(status["vips"], True) | dict.fromkeys(lacking, False)
+            with suppress(KernelError):  # which is among the faults
+                lacking = map(str, cls._lacking())
+                status["listening"] = dict.fromkeys(status["vips"], True) | dict.fromkeys(lacking, False)
             if status["counters"]:
                 status["connections"] = {str(vip): n for vip, n in cls.connections().items()}
                 with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(cls.folder() / COUNTED[1]) as counts:

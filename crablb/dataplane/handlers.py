@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +186,8 @@ class Handlers:
                 i = int(wrong.argmax())
                 raise ValueError(f"it made a frame of {descs['len'][i]} bytes, not of 14 to {room[i]}")
         except Exception as error:  # whatever somebody's handler does
-            self._complain(match, f"{type(error).__name__}: {error}")
+            with suppress(Exception):  # the log or the event loop may be closed; frames are dropped all the same
+                self._complain(match, f"{type(error).__name__}: {error}")
             handled["verdict"] = lib.CRAB_HANDLED_FAILED
             return handled
         finally:

@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
+from crablb.errors import KernelError
+
 __all__ = ["Message", "Netlink", "attributes", "parse"]
 
 NETLINK_SOCK_DIAG, NETLINK_GENERIC = 4, 16
@@ -289,23 +291,32 @@ def delete_neighbour(netlink: Netlink, index: int, at: str) -> None:
     netlink.ask(RTM_DELNEIGH, NEIGHBOUR.pack(family, index, 0, 0, 0), {NDA_DST: to.packed})
 
 
+def _tcp(family: int, states: int) -> list[Message]:
+    """The TCP sockets of this network namespace that are in some states.
+
+    Raises :class:`KernelError` where the kernel's module for it is not there, or may not be loaded (ENOENT).  Source:
+    sock_diag(7).
+    """
+    try:
+        with Netlink(NETLINK_SOCK_DIAG) as netlink:
+            return netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
+    except FileNotFoundError:
+        raise KernelError("the kernel lists no TCP sockets (sock_diag); load its module: modprobe tcp_diag") from None
+
+
 def tcp_sockets(family: int, states: int) -> list[tuple[int, int, int]]:
     """TCP sockets in some states (a bit for each): state, local port, bytes (a listener's: connections) in the queue.
 
     Source: sock_diag(7).
     """
-    with Netlink(NETLINK_SOCK_DIAG) as netlink:
-        found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
-    messages = (DIAG.unpack_from(message.body) for message in found)
+    messages = (DIAG.unpack_from(message.body) for message in _tcp(family, states))
     return [(state, int.from_bytes(port, "big"), queue) for _, state, port, queue in messages]
 
 
 def tcp_addresses(family: int, states: int) -> list[bytes]:
     """The local addresses of TCP sockets in some states, one a socket."""
-    with Netlink(NETLINK_SOCK_DIAG) as netlink:
-        found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
     size = 4 if family == socket.AF_INET else 16
-    return [message.body[8 : 8 + size] for message in found]
+    return [message.body[8 : 8 + size] for message in _tcp(family, states)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,9 +331,7 @@ class Listener:
 def tcp_listeners() -> Iterator[Listener]:
     """Who listens in this network namespace."""
     for family in (socket.AF_INET, socket.AF_INET6):
-        with Netlink(NETLINK_SOCK_DIAG) as netlink:
-            found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, 1 << TCP_LISTEN))
-        for message in found:
+        for message in _tcp(family, 1 << TCP_LISTEN):
             _, _, port, _, local, *_ = DIAG_WHOLE.unpack_from(message.body)
             number = int.from_bytes(port, "big")
             if family == socket.AF_INET:
@@ -347,9 +356,7 @@ class Connection:
 def tcp_connections() -> Iterator[Connection]:
     """The TCP connections of this network namespace that are not over."""
     for family in (socket.AF_INET, socket.AF_INET6):
-        with Netlink(NETLINK_SOCK_DIAG) as netlink:
-            found = netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, TCP_OPEN))
-        for message in found:
+        for message in _tcp(family, TCP_OPEN):
             of, state, local_port, remote_port, local, remote, inode = DIAG_WHOLE.unpack_from(message.body)
             if state == TCP_FIN_WAIT2 and not inode:
                 continue  # nobody has it, and all that it sent has arrived
@@ -363,12 +370,10 @@ def tcp_ports() -> set[bytes]:
     namespace, of those that are over as well, as long as there is a socket."""
     found = set()
     for family in (socket.AF_INET, socket.AF_INET6):
-        with Netlink(NETLINK_SOCK_DIAG) as netlink:
-            request = DIAG_REQUEST.pack(family, IPPROTO_TCP, TCP_ALL & ~(1 << TCP_LISTEN))
-            for message in netlink.dump(SOCK_DIAG_BY_FAMILY, request):
-                _, _, local_port, remote_port, local, *_ = DIAG_WHOLE.unpack_from(message.body)
-                whole = local if family == socket.AF_INET6 else bytes(10) + b"\xff\xff" + local[:4]
-                found.add(whole + local_port + remote_port)
+        for message in _tcp(family, TCP_ALL & ~(1 << TCP_LISTEN)):
+            _, _, local_port, remote_port, local, *_ = DIAG_WHOLE.unpack_from(message.body)
+            whole = local if family == socket.AF_INET6 else bytes(10) + b"\xff\xff" + local[:4]
+            found.add(whole + local_port + remote_port)
     return found
 
 

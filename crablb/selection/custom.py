@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,15 +95,18 @@ class Custom:
                     f"it returned indices from {chosen.min()} to {chosen.max()} of {len(backends)} backends"
                 )
         except Exception as error:  # whatever somebody's policy does
-            reason = f"{type(error).__name__}: {error}"
-            self._failed(vip, reason)
-            now = time.monotonic()
-            if now - self._complained.get(vip, -COMPLAIN_INTERVAL) >= COMPLAIN_INTERVAL:
-                self._complained[vip] = now
-                log.error("policy failed; its connections are hashed", service=str(vip), reason=reason)
+            with suppress(Exception):  # the log or the event loop may be closed; connections are hashed all the same
+                self._complain(vip, f"{type(error).__name__}: {error}")
             return np.full(len(batch), lib.CRAB_NO_BACKEND, np.uint16)
         backends.assigned(chosen[chosen >= 0])
         return np.where(chosen >= 0, ids[chosen], np.uint16(lib.CRAB_NO_BACKEND))
+
+    def _complain(self, vip: Vip, reason: str) -> None:
+        self._failed(vip, reason)
+        now = time.monotonic()
+        if now - self._complained.get(vip, -COMPLAIN_INTERVAL) >= COMPLAIN_INTERVAL:
+            self._complained[vip] = now
+            log.error("policy failed; its connections are hashed", service=str(vip), reason=reason)
 
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]

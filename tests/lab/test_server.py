@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from crablb.agent import reporter
+from crablb.errors import KernelError
 from crablb.kernel import bpf
+from crablb.kernel.rtnetlink import SOCK_DIAG_BY_FAMILY, Netlink
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import VIPS, crablb, start_agent
 from tests.helpers.processes import answer, exchange, until
-from tests.helpers.world import World, agent_status
+from tests.helpers.world import World, agent_status, command
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
 OTHER = "tcp://10.0.0.101:81"
@@ -370,3 +373,32 @@ def test_agents_of_namespaces_that_share_a_cgroup(make_world: Callable[..., Worl
     for i in range(2):
         told = counters(world, i)
         assert (told["no_room"], told["unknown_vip"]) == (0, 0)
+
+
+def test_a_kernel_that_lists_no_sockets(make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch):
+    """It has no tcp_diag: what is not known is said, and the rest of the status is there."""
+    world = make_world()
+    world.servers()
+    client, (server,) = world.lab.client, world.lab.servers
+    agent = world.client()
+    dump = Netlink.dump
+
+    def refuse(self: Netlink, kind: int, body: bytes) -> object:
+        if kind == SOCK_DIAG_BY_FAMILY:
+            raise FileNotFoundError(2, "No such file or directory")
+        return dump(self, kind, body)
+
+    monkeypatch.setattr(Netlink, "dump", refuse)
+    why = "the kernel lists no TCP sockets (sock_diag); load its module: modprobe tcp_diag"
+    now = agent_status(server, 1)["server"]
+    assert now["faults"] == [why]
+    assert now["counters"] and set(now["connections"]) == set(VIPS)
+    assert "listening" not in now
+    assert why in command(server, "agent", "status", expected=1)
+    assert agent_status(client)["client"]["counters"]
+    agent.kill()
+    agent.wait()
+    assert command(client, "agent", "remove", "client", expected=2) == ""  # how long would it wait?
+    assert command(client, "agent", "remove", "client", "--now") == "client: removed\n"
+    with pytest.raises(KernelError, match="modprobe"):
+        reporter.waiting()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address
 from typing import Any
 
+import numpy as np
 import pytest
 from crablb._native import ffi, lib
 from hypothesis import given
@@ -16,7 +17,11 @@ from scapy.layers.sctp import SCTP
 from scapy.packet import Packet, Raw
 
 from crablb import ConfigError, Frames, LoadBalancer, Match, Vip
+from crablb.dataplane import handlers
+from crablb.kernel.xsk import Umem
 from crablb.lab import VIP4
+from crablb.selection import custom
+from crablb.selection.loads import Balance
 from tests.helpers.frames import ether, reference
 from tests.helpers.native import Core, compiled
 
@@ -181,3 +186,32 @@ def test_services_come_first():
 def test_what_is_no_match():
     with pytest.raises(ConfigError, match=r"'udp' is no Match: write Match\("):
         LoadBalancer("eth0").handle("udp", lambda frames: None)  # type: ignore[arg-type]
+
+
+def closed(*_: object, **__: object) -> None:
+    """As a logger whose stream is closed."""
+    raise ValueError("I/O operation on closed file")
+
+
+@pytest.mark.parametrize("failing", ["log", "told"])
+def test_a_failure_that_cannot_be_told(monkeypatch, failing):
+    """A handler's frames are dropped, and a policy's connections hashed, all the same."""
+    told: list[object] = []
+    for module in (handlers, custom):
+        monkeypatch.setattr(module.log, "error", closed if failing == "log" else told.append, raising=False)
+    failed = closed if failing == "told" else lambda *what: told.append(what)
+    memory = np.zeros(4 * 2048, np.uint8)
+    handled = np.zeros(2, handlers.HANDLED)
+    handled["data"], handled["len"] = memory.ctypes.data + np.array([0, 2048]), 60
+    mine = handlers.Handlers(failed)
+    mine.add(Match(protocol=17), lambda frames: 1 // 0)
+    mine.run(handled, Umem(memory, 2048))
+    assert handled["verdict"].tolist() == [lib.CRAB_HANDLED_FAILED] * 2
+    asked = custom.Custom(failed)
+    backends = Balance().backends(VIP, {A: 1})
+    asked.publish({5: custom.Asked(VIP, lambda batch, backends: 1 // 0, backends, np.zeros(1, np.uint16))})
+    choices = np.zeros(2, custom.CHOICE)
+    choices["service"] = 5
+    asked.choose(choices)
+    assert choices["backend"].tolist() == [lib.CRAB_NO_BACKEND] * 2
+    assert bool(told) == (failing == "log")

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from crablb.agent import ClientAgent, ServerAgent
@@ -173,9 +173,12 @@ def run_remove(args: argparse.Namespace) -> int:
 
         def finish(namespace: Namespace | None) -> None:
             for cls in begun[namespace]:
-                left = cls.live() if args.now else 0
+                left = 0
                 if not args.now:
                     left = cls.drain(None if end is None else end - time.monotonic(), _pause)
+                else:
+                    with suppress(KernelError):  # how many there are is merely told
+                        left = cls.live()
                 removed = cls.remove()
                 cut = f", and {left} connections end by it" if left else ""
                 said = f"removed{cut}" if removed else "there was none"
