@@ -33,6 +33,7 @@ from crablb.values import parse_address, shown
 __all__ = ["LoadBalancer", "Statistics"]
 
 T = TypeVar("T")
+LAST = 10.0  # seconds that the end of the program waits for an event loop in another thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class LoadBalancer:
         self._serving = False  # what is told to the supervisor is done at once; else it is done after the start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._claim = threading.Lock()  # of two who start it at once one does
         self._changing = asyncio.Lock()  # its life: starting and closing, one after the other
         self._ended: asyncio.Future[None] | None = None
         self._guard: asyncio.Task[None] | None = None
@@ -99,17 +101,20 @@ class LoadBalancer:
 
         Raises :class:`KernelError`, and leaves nothing in the kernel, if that cannot be, or it runs already.
         """
-        if self._supervisor:
-            self._in_this_process()
-            raise KernelError("the load balancer is running already")
-        log.to_standard_error()
-        config = self._config
-        supervisor = Supervisor(config, config.seed or seeds.load(), threads=self._threads)
-        supervisor.listeners.append(self._hear)
-        self._supervisor, self._loop, self._process = supervisor, asyncio.get_running_loop(), os.getpid()
-        self._loop_thread = threading.get_ident()
-        self._changing = asyncio.Lock()
-        self._ended = self._loop.create_future()
+        with self._claim:
+            if self._supervisor:
+                self._in_this_process()
+                raise KernelError("the load balancer is running already")
+            log.to_standard_error()
+            config = self._config
+            supervisor = Supervisor(config, config.seed or seeds.load(), threads=self._threads)
+            supervisor.listeners.append(self._hear)
+            self._loop, self._process = asyncio.get_running_loop(), os.getpid()
+            self._loop_thread = threading.get_ident()
+            self._changing = asyncio.Lock()
+            self._ended = self._loop.create_future()
+            self._supervisor = supervisor
+            _open.add(self)
         async with self._changing:
             try:
                 await supervisor.start()
@@ -145,6 +150,8 @@ class LoadBalancer:
         """
         if not self._supervisor or self._process != os.getpid():
             return
+        if self._loop and self._loop.is_closed():
+            return self._close_at_last()
         if asyncio.get_running_loop() is not self._loop:
             raise KernelError("the load balancer was started in another event loop; close it there")
         async with self._changing:
@@ -156,11 +163,28 @@ class LoadBalancer:
             return
         self._serving = False
         await self._supervisor.close()
-        self._supervisor = None
+        self._let_go()
         if self._ended and not self._ended.done():
             self._ended.set_result(None)
         for queue in self._listening:
             self._put(queue, None)
+
+    def _let_go(self) -> None:
+        self._serving, self._supervisor = False, None
+        _open.discard(self)
+
+    def _close_at_last(self) -> None:
+        """From outside of its event loop, which may run elsewhere, or not at all any more."""
+        assert self._supervisor and self._loop
+        if self._thread:
+            self._leave()
+        elif self._loop.is_closed():
+            self._supervisor.engine.abandon()
+            self._let_go()
+        elif self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(self.close(), self._loop).result(LAST)
+        else:
+            self._loop.run_until_complete(self.close())
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -185,7 +209,6 @@ class LoadBalancer:
 
         self._thread = threading.Thread(target=run, name="crablb-control", daemon=True)
         self._thread.start()
-        _in_threads.add(self)
         self._loop = ready.result()
         starting = asyncio.run_coroutine_threadsafe(self.start(), self._loop)
         try:
@@ -463,15 +486,16 @@ class LoadBalancer:
 
 
 #: Those with a thread of their own.
-_in_threads: weakref.WeakSet[LoadBalancer] = weakref.WeakSet()
+#: Those that serve, or begin to: what nobody has closed is closed when the program ends.
+_open: set[LoadBalancer] = set()
 
 
 @atexit.register
-def _leave_all() -> None:
-    for balancer in list(_in_threads):
-        if balancer._thread and balancer._process == os.getpid():
+def _close_all() -> None:
+    for balancer in list(_open):
+        if balancer._process == os.getpid():
             balancer._unclosed()
-            balancer._leave()
+            balancer._close_at_last()
 
 
 def _parsed(service: object) -> Service:

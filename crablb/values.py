@@ -23,6 +23,7 @@ from crablb.model import POLICIES, Address, Backend, Network, Vip, host_port
 
 __all__ = [
     "PORT",
+    "guarded",
     "parse_backend",
     "parse_endpoint",
     "parse_policy",
@@ -300,7 +301,7 @@ def read_text(path: Path | str) -> str:
         raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from None
 
 
-def _guarded(path: Path | str) -> None:
+def guarded(path: Path | str) -> None:
     """Raises :class:`ConfigError` if others can write it, or every user can read it where it lies."""
     found = os.stat(path).st_mode
     if not stat.S_ISREG(found):  # a pipe of whoever runs this
@@ -318,7 +319,7 @@ def _read_digits(path: Path | str, count: int, remedy: str) -> bytes:
         text = read_text(path).strip()
     except ConfigError as error:
         raise ConfigError(f"{error}; {remedy}") from None
-    _guarded(path)
+    guarded(path)
     if not re.fullmatch(rf"[0-9a-fA-F]{{{count}}}", text):
         raise ConfigError(f"{path}: does not hold {count} hexadecimal digits; {remedy}")
     return bytes.fromhex(text)

@@ -76,9 +76,12 @@ def _agreed(labs: list[Lab]) -> bool:
         for node in lab.nodes.values():
             if running := [_command(pid) for pid in node.processes()]:
                 print(f"  {node.name:10} {', '.join(running)}")
-    if not sys.stdin.isatty():
+    if not (sys.stdin and sys.stdin.isatty()):
         raise ConfigError("--all ends all of these; say that it is meant: --yes, or take your own alone: --mine")
-    return input("remove them, and end what runs there? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("remove them, and end what runs there? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def run_status(args: argparse.Namespace) -> int:

@@ -271,7 +271,7 @@ class Announcer:
     async def _run(self) -> None:
         while True:
             self._wake.clear()
-            if not self._link or self._link.running:
+            if (not self._link or self._link.running) and self.mac:  # it has none when its interface is gone
                 for address, claim in list(self._claims.items()):
                     if claim.due <= (now := self._now()):
                         self._do(address, claim, claim.step(now, self.mac))
@@ -336,6 +336,8 @@ class Announcer:
 
     def _judge(self, question: Question, claim: Claim) -> None:
         mac, probed = self.mac, question.asks and question.sender is None
+        if not mac:
+            return
         other = question.mac != mac and question.mac not in self._ours
         if question.asks and claim.state is State.HELD and (other or not probed):
             self._send(answer(question, mac))

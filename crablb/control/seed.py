@@ -12,13 +12,19 @@ from pathlib import Path
 
 import structlog
 
+from crablb.values import guarded
+
 PATH = Path("/var/lib/crablb/seed")
 
 
 def load(path: Path = PATH) -> bytes:
-    """16 bytes, from ``path``, which is made (mode 0600) if it does not exist."""
+    """16 bytes, from ``path``, which is made (mode 0600) if it does not exist.
+
+    Raises :class:`ConfigError` if others can write it, or every user can read it.
+    """
     try:
         seed = bytes.fromhex(path.read_text())
+        guarded(path)
         if len(seed) == 16:
             return seed
         reason = "it does not hold 32 hexadecimal digits"

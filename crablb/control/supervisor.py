@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
+import structlog
+
 from crablb.control.advice import Adviser
 from crablb.control.announce import Announcer
 from crablb.control.claim import Act
@@ -19,6 +21,8 @@ from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, Announce, Config
 
 __all__ = ["Supervisor"]
+
+log = structlog.get_logger()
 
 
 def _check_own(config: Config) -> None:
@@ -49,7 +53,8 @@ class Supervisor:
         self.engine = Engine(config, seed, threads=threads)
         self.listeners: list[Callable[[Event], None]] = []
         self.engine.listeners += [Adviser(self.engine).hear, self._tell]
-        self._announcers: dict[str, Announcer] = {}  # by interface
+        self._announcers: dict[tuple[str, int], Announcer] = {}  # by an interface's name and index
+        self._announcing = False
         self._ending: set[asyncio.Task[None]] = set()  # of announcers
         self._reports: Reports | None = None
 
@@ -70,11 +75,13 @@ class Supervisor:
             self._reports.follow(config.services)
             await self._reports.start(*config.report_listen)
         await self.engine.start()
-        for interface in self.engine.interfaces:
-            self._announce(interface.name)
+        self._announcing = config.announce is Announce.ARP
+        self._announce()
+        self._links_are(self.engine.links)
 
     async def close(self) -> None:
         """Leave nothing in the kernel, or for ``keep`` seconds.  Idempotent."""
+        self._announcing = False
         await asyncio.gather(*self._ending, *(announcer.close() for announcer in self._announcers.values()))
         self._announcers.clear()
         if self._reports:
@@ -92,39 +99,47 @@ class Supervisor:
         if self._reports:
             self._reports.follow(config.services)
 
-    def _announce(self, interface: str) -> None:
-        """Answer for the VIPs on an interface; also on one that has come back or was renamed: sockets do not follow.
+    def _announce(self) -> None:
+        """Have one who answers for the VIPs on each interface there is: sockets follow none that goes or is renamed.
 
         Raises :class:`KernelError` if that cannot be.
         """
-        if self.engine.config.announce is not Announce.ARP:
+        if not self._announcing:
             return
-        names = {interface.name for interface in self.engine.interfaces}
-        for name in self._announcers.keys() - (names - {interface}):
-            task = asyncio.ensure_future(self._announcers.pop(name).close())
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
-        announcer = self._announcers[interface] = Announcer(interface, self._vip_befell, self.engine.task)
-        try:
-            announcer.start(service.vip.address for service in self.engine.config.services)
-        except OSError as error:
-            raise KernelError(f"cannot announce VIPs on {interface}: {error.strerror}") from None
-        self._links_are(self.engine.links)
+        modes = self.engine.modes
+        there = {(interface.name, interface.index) for interface in self.engine.interfaces if modes[interface.name]}
+        for key in self._announcers.keys() - there:
+            self._end(self._announcers.pop(key))
+        for name, index in there - self._announcers.keys():
+            announcer = Announcer(name, self._vip_befell, self.engine.task)
+            try:
+                announcer.start(service.vip.address for service in self.engine.config.services)
+            except OSError as error:
+                self._end(announcer)
+                raise KernelError(f"cannot announce VIPs on {name}: {error.strerror or error}") from None
+            self._announcers[name, index] = announcer
+
+    def _end(self, announcer: Announcer) -> None:
+        task = asyncio.ensure_future(announcer.close())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     def _tell(self, notice: Notice) -> None:
         if isinstance(notice, Event):
-            if notice.kind in ("interface-back", "interface-renamed"):
-                self._announce(notice.interface)
             for listener in self.listeners:
                 listener(notice)
         elif isinstance(notice, LinksChanged):
             self._links_are(notice.links)
 
     def _links_are(self, links: Mapping[int, Link]) -> None:
-        served = {i.name: links[i.index] for i in self.engine.interfaces if i.index in links}
-        for name, announcer in self._announcers.items():
-            if name in served:
-                announcer.link_is(served[name], {link.mac for link in served.values()})
+        try:
+            self._announce()
+        except KernelError as error:  # tried again the next time, which comes at each sweep
+            log.warning("VIPs are not announced", reason=str(error))
+        served = {i.index: links[i.index] for i in self.engine.interfaces if i.index in links}
+        for (_, index), announcer in self._announcers.items():
+            if index in served:
+                announcer.link_is(served[index], {link.mac for link in served.values()})
 
     def _vip_befell(self, address: Address, act: Act, mac: bytes) -> None:
         """What became of a VIP that is announced; ``mac``: who else has it, or had."""

@@ -86,6 +86,7 @@ class Engine:
         self._tasks: list[asyncio.Task[None]] = []
         self._sweeper = ThreadPoolExecutor(1, "crablb-sweep")
         self._stack = ExitStack()
+        self._spare: list[int] = []
         # What has happened:
         self._resolved = asyncio.Event()
         self._attached = False
@@ -225,6 +226,7 @@ class Engine:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         self.failure = loop.create_future()
+        self._keep_back(2 * SPARE)
         for attachment in self._attachments:
             self._stack.enter_context(attachment.own())
         for attachment in self._attachments:
@@ -260,6 +262,14 @@ class Engine:
             attachment.settle()
         self._tell(Started())
         self._nexthops.look()  # what has changed since we looked at the interfaces
+        self._keep_back(SPARE)
+
+    def _keep_back(self, count: int) -> None:
+        """Hold so many descriptors, so that a process that may have few fails at its start, and not afterwards."""
+        while len(self._spare) > count:
+            os.close(self._spare.pop())
+        while len(self._spare) < count:
+            self._spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     async def _resolve(self) -> None:
         """Wait for all next hops that can still resolve, for a moment."""
@@ -272,6 +282,7 @@ class Engine:
         """Stop serving; leave nothing in the kernel, or for ``keep`` seconds what a daemon that is killed does.
         Returns the interfaces where something is left.  Idempotent.
         """
+        self._keep_back(0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -293,6 +304,21 @@ class Engine:
             self._program = None
         self._stack.close()
         return [attachment.info.name for attachment in kept]
+
+    def abandon(self) -> None:
+        """Leave nothing in the kernel, where there is no event loop any more to :meth:`close` in."""
+        self._keep_back(0)
+        self._sweeper.shutdown()
+        for attachment in self._attachments:
+            attachment.detach()
+        self._queues.close()
+        if self._nexthops:
+            self._nexthops.abandon()
+            self._nexthops = None
+        if self._program:
+            self._program.close()
+            self._program = None
+        self._stack.close()
 
     @property
     def _running(self) -> Program:

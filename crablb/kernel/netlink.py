@@ -407,6 +407,14 @@ class NextHops:
             self._forget()
         self._thread.shutdown()
 
+    def abandon(self) -> None:
+        """:meth:`close`, where the event loop is gone already."""
+        for sock in (self._events, self._path_mtu, self._devices):
+            if sock:
+                sock.close()
+        self._forget()
+        self._thread.shutdown()
+
     def _take(self, data: bytes, _: Any) -> None:
         for message in rtnetlink.parse(data):
             if message.kind not in RTM_NEIGH:

@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -206,6 +206,8 @@ class _Pool:
         self.whole: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(held, size + lib.CRAB_WHOLE), np.uint8)
         self.umem = Umem(self.whole[:size], frame_size)
         self.lock = threading.RLock()
+        self.busy = False  # one of the sockets is in use
+        self.closing: list[XskSocket] = []  # those to be closed when it is not any more
         self._left: list[_Left] = []
 
     def share(self) -> int:
@@ -405,6 +407,8 @@ class XskSocket:
         multi_buffer: bool | None = None,
         share: XskSocket | None = None,
     ) -> None:
+        if self._xsk:
+            raise XskError(f"{self!r} is open", errno.EBUSY)
         if not isinstance(interface, str):
             raise TypeError(f"interface is a name, not {interface!r}")
         if frame_size not in (None, 2048, 4096):
@@ -475,7 +479,7 @@ class XskSocket:
     def _load(self, ifindex: int, mode: Literal["auto", "native", "generic"]) -> None:
         program = bpf.Object(bpf.object_path("xsk"), frags=self.multi_buffer)
         try:
-            self.register(program.map("sockets"))
+            program.map("sockets").update(self.queue, self.fd)
             try:
                 link = program.program("crab_xsk").attach_xdp(ifindex, mode)
             except bpf.BpfBusyError as busy:
@@ -513,11 +517,19 @@ class XskSocket:
     @contextmanager
     def _using(self) -> Iterator[Any]:
         """The C socket, which nobody else uses meanwhile.  Raises :class:`XskError` if it is closed."""
-        with self._pool.lock:
-            if not self._xsk:
-                which = f"the AF_XDP socket on queue {self.queue} of {self.interface}"
-                raise XskError(f"{which} {self._closed_as}", errno.EBADF)
-            yield self._xsk
+        pool, which = self._pool, f"the AF_XDP socket on queue {self.queue} of {self.interface}"
+        with pool.lock:
+            if pool.busy:  # the lock lets its own thread in: a signal's handler, in the middle of a call
+                raise XskError(f"{which} is in use, by what was interrupted; note what is to be done", errno.EBUSY)
+            pool.busy = True
+            try:
+                if not self._xsk:
+                    raise XskError(f"{which} {self._closed_as}", errno.EBADF)
+                yield self._xsk
+            finally:
+                pool.busy = False
+                while pool.closing:
+                    pool.closing.pop().close()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for frames, at most ``timeout`` seconds; False if none came.
@@ -629,8 +641,13 @@ class XskSocket:
         The last socket of a UMEM takes its frames along: batches cannot be had any more; an array that was a frame is
         memory of your own from now on.  Of one of several, what it had in its rings (received, not taken; to be
         received into) comes back when one of them binds its queue again, or makes a socket after its interface is gone.
+
+        From a signal's handler that has interrupted a call: as soon as that is done.
         """
         with self._pool.lock:
+            if self._pool.busy:
+                self._pool.closing.append(self)
+                return
             xsk, self._xsk = self._xsk, None
             if not xsk:
                 return
@@ -647,7 +664,7 @@ class XskSocket:
 
     def _forked(self) -> None:
         """In a child: let go of what keeps the queue and the program, and leave them to the parent."""
-        self._pool.lock = threading.RLock()  # another thread of the parent's may have had it
+        self._pool.lock, self._pool.busy = threading.RLock(), False  # another thread of the parent's may have had it
         xsk, self._xsk, self._closed_as = self._xsk, None, "belongs to the process that forked this one; open another"
         if xsk:
             lib.crab_xsk_forked(xsk)
@@ -657,6 +674,9 @@ class XskSocket:
             self._program = None
             link.close()
             program.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an XskSocket is one of a kind: it cannot be copied or pickled")
 
     def __enter__(self) -> Self:
         with self._using():

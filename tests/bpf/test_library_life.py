@@ -345,6 +345,33 @@ def test_a_start_that_fails_leaves_nothing(wired, why):
         assert other.statistics()
 
 
+def test_two_start_it(wired):
+    """In two threads: one of them does."""
+    lb = balancer()
+    both, done = threading.Barrier(2), []
+
+    def start() -> None:
+        both.wait()
+        try:
+            with lb:
+                done.append("started")
+                stop.wait()
+        except KernelError as error:
+            done.append(str(error))
+            stop.set()
+
+    for _ in range(10):
+        stop = threading.Event()
+        threads = [threading.Thread(target=start) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(done) == ["started", "the load balancer is running already"]
+        done.clear()
+        nothing_left()
+
+
 # ---- arguments ----
 
 
@@ -401,6 +428,25 @@ asyncio.run(main())
 def serve():
     LoadBalancer("veth0", ["tcp://10.0.0.100:80=10.0.0.11"], flows=64).__enter__()
 serve()
+""",
+    "by a loop that is run now and then": """
+loop = asyncio.new_event_loop()
+loop.run_until_complete(lb.start())
+""",
+    "by a loop that is closed": """
+loop = asyncio.new_event_loop()
+loop.run_until_complete(lb.start())
+loop.close()
+""",
+    "by another thread": """
+import threading
+started = threading.Event()
+async def main():
+    await lb.start()
+    started.set()
+    await asyncio.Event().wait()
+threading.Thread(target=lambda: asyncio.run(main()), daemon=True).start()
+started.wait()
 """,
     "by a child": """
 lb.__enter__()

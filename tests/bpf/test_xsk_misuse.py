@@ -6,6 +6,7 @@ import copy
 import errno
 import gc
 import os
+import pickle
 import select
 import signal
 import socket
@@ -232,6 +233,55 @@ def test_threads_take_turns(namespace):
 
 
 # ---- the end of a socket ----
+
+
+@pytest.mark.parametrize("interrupted", ["send", "release"])
+def test_a_signal_in_the_middle_of_a_call(namespace, monkeypatch, interrupted):
+    """Its handler runs in the same thread, which the lock lets in."""
+    with small() as xsk:
+        batch, other = xsk.allocate(2, 60), xsk.allocate(2, 60)
+        take = type(xsk._umem).take
+
+        def signalled(umem, descs, ticket):
+            for call in (xsk.receive, xsk.frames, lambda: xsk.send(batch), lambda: xsk.release(other)):
+                with pytest.raises(XskError, match="is in use, by what was interrupted") as refused:
+                    call()
+                assert refused.value.errno == errno.EBUSY
+            take(umem, descs, ticket)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(xsk._umem), "take", signalled)
+            getattr(xsk, interrupted)(batch)
+        xsk.release(other)
+        assert xsk.frames()["held"] == 0
+
+
+def test_closed_by_a_signal_in_the_middle_of_a_call(namespace, monkeypatch):
+    """Which is done first."""
+    xsk = small()
+    batch = xsk.allocate(2, 60)
+    take = type(xsk._umem).take
+
+    def signalled(umem, descs, ticket):
+        xsk.close()
+        xsk.close()
+        assert xsk.fileno() >= 0
+        take(umem, descs, ticket)
+
+    monkeypatch.setattr(type(xsk._umem), "take", signalled)
+    xsk.release(batch)
+    assert xsk.fileno() == -1
+    assert bpf.xdp_program(socket.if_nametoindex("veth0"))[0] == 0
+
+
+def test_copies(namespace):
+    with small() as xsk:
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                make(xsk)
+        with pytest.raises(XskError, match="is open"):
+            xsk.__init__("veth0")
+        all_there(xsk)
 
 
 def test_closed(namespace):
