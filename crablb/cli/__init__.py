@@ -22,6 +22,8 @@ from crablb.values import near
 # NumPy's linear algebra would start threads when it is imported, which keep what capabilities a command had then.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+#: Those whose process must not end by what tells others to read or to log anew: what it has in the kernel would stay.
+LASTING = ("serve", "agent", "remove")
 COMMANDS = ("serve", "status", "remove", "agent", "config", "key", "lab", "demo", "bench", "completion")
 
 
@@ -121,6 +123,9 @@ def _terminable() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 for anything that the user can mend."""
+    if argv is None and sys.argv[1:2] and sys.argv[1] in LASTING:
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # until it takes them, if it does
     try:
         streams.prepare()
         try:

@@ -222,6 +222,7 @@ def test_the_only_one_goes_and_returns(make_world):
     until(lambda: len(logged(world, GONE)) == 2)
     serving.terminate()
     assert serving.wait() == 0
+    assert not logged(world, "a background task failed; it is begun anew")
     assert not lab.lb.pins.exists()
 
 
