@@ -443,6 +443,8 @@ class Engine:
             info = interface_info(attachment.info.name)
         except KernelError:  # its event is on its way
             return
+        if any(other.mode and other.info.index == info.index for other in self._attachments if other is not attachment):
+            return  # it has that one's name now
         if info == self._tried.get(name) or not info.up or (attachment.mode and info.index != attachment.info.index):
             return
         # What cannot be is tried again when the interface has changed, or at a sweep.
