@@ -20,6 +20,8 @@ from crablb.lab import VIP4
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import until
 
+pytestmark = pytest.mark.long
+
 VIP = f"tcp://{VIP4}:80"
 
 

@@ -11,6 +11,8 @@ from bench import paper, policies
 from bench.farm import Farm, Unavailable, Way
 from tests.helpers.bench import quiet, written
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", params=[paper, policies], ids=["paper", "policies"])
 def suite(request):

@@ -10,6 +10,8 @@ import pytest
 from bench import lab, peers
 from tests.helpers.bench import quiet, written
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def suite():

@@ -30,6 +30,8 @@ from tests.lab.test_engine import until as until_async
 from tests.lab.test_fallback import cable
 from tests.lab.test_macs import send
 
+pytestmark = pytest.mark.long
+
 VIP = {4: str(VIP4), 6: str(VIP6)}
 CHANGED = "an interface has changed, and is served so"
 GONE = "an interface is gone; it is served again when there is one of its name, and others meanwhile"

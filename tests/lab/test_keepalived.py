@@ -12,6 +12,8 @@ from crablb.lab.demo import start_agent, start_serve
 from tests.helpers.processes import ROOT, until
 from tests.helpers.world import World, status
 
+pytestmark = pytest.mark.long
+
 EXAMPLE = ROOT / "examples" / "keepalived.conf"
 
 

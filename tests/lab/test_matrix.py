@@ -22,6 +22,8 @@ from tests.lab.test_fallback import cable
 from tests.lab.test_interfaces import number_queues, wide
 from tests.lab.test_mtu import set_mtu
 
+pytestmark = pytest.mark.long
+
 #: What others have there: on tc (accept: it ends the chain), on cgroups (it hears of every state), on interfaces.  And,
 #: on the switch's port to the load balancer, a VLAN of the TCP packets: what goes has a tag, what comes must have it.
 PROGRAMS = """

@@ -14,6 +14,8 @@ from tests.helpers.processes import exchange, until
 from tests.helpers.programs import several_buffers
 from tests.helpers.world import World, agent_status, status
 
+pytestmark = pytest.mark.long
+
 SIZE = "2000000"
 
 

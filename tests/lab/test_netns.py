@@ -19,6 +19,8 @@ from tests.helpers.namespaces import Island, inside, unique
 from tests.helpers.processes import answer, exchange, until
 from tests.helpers.world import World, agent_status, command
 
+pytestmark = pytest.mark.long
+
 ALL = [part for vip in VIPS for part in ("--vip", vip)]
 BACKENDS = ["--backends", "10.0.0.0/24", "--backends", "fd00::/64"]
 

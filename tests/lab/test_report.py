@@ -118,7 +118,7 @@ LOSSY = """table inet lossy {
 """
 
 
-@pytest.mark.parametrize("lossy", [False, True], ids=["sound", "lossy"])
+@pytest.mark.parametrize("lossy", [False, pytest.param(True, marks=pytest.mark.long)], ids=["sound", "lossy"])
 def test_least_connections_sees_the_servers(make_world, lossy):
     """Right to the connection after restarts of everything, and with three tenths of the datagrams lost."""
     world = make_world(servers=3)

@@ -18,6 +18,8 @@ from crablb.lab.demo import VIPS, crablb
 from tests.helpers.processes import ROOT, until
 from tests.helpers.world import World, status
 
+pytestmark = pytest.mark.long
+
 SERVICE = f"tcp://{VIP4}:80=10.0.0.11"
 #: Commands that print.
 PRINTING = {

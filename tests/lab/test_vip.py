@@ -17,6 +17,8 @@ from tests.helpers.namespaces import inside
 from tests.helpers.processes import until
 from tests.helpers.world import World, status
 
+pytestmark = pytest.mark.long
+
 VIP = {4: str(VIP4), 6: str(VIP6)}
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 FORWARDS = {"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1}
