@@ -26,7 +26,8 @@ struct crab_worker {
     uint64_t *counters;
     int wake;   /* eventfd */
     int packet; /* socket that sends by any interface, and receives nothing */
-    uint32_t asked; /* second in which the kernel's counters were read */
+    uint32_t asked;             /* second in which the kernel's counters were read */
+    struct crab_xsk_stats told; /* what they were then */
     uint64_t spin; /* nanoseconds: turn so long before a sleep, if that seems worth it */
     bool worth_it;
     _Atomic(bool) stop;
@@ -175,17 +176,18 @@ static inline uint32_t single(const struct crab_desc *descs, uint32_t n)
     return i;
 }
 
-/* Let who reads the worker's counters see the kernel's. */
+/* Let who reads the worker's counters see the kernel's, which begin anew with each socket. */
 static void count_kernels(struct crab_worker *w)
 {
-    struct crab_xsk_stats s;
+    struct crab_xsk_stats s, *told = &w->told;
     if (crab_xsk_statistics(w->xsk, &s))
         return;
-    w->counters[CRAB_C_XSK_RX_DROPPED] = s.rx_dropped;
-    w->counters[CRAB_C_XSK_RX_INVALID] = s.rx_invalid_descs;
-    w->counters[CRAB_C_XSK_TX_INVALID] = s.tx_invalid_descs;
-    w->counters[CRAB_C_XSK_RX_FULL] = s.rx_ring_full;
-    w->counters[CRAB_C_XSK_FILL_EMPTY] = s.rx_fill_ring_empty_descs;
+    w->counters[CRAB_C_XSK_RX_DROPPED] += s.rx_dropped - told->rx_dropped;
+    w->counters[CRAB_C_XSK_RX_INVALID] += s.rx_invalid_descs - told->rx_invalid_descs;
+    w->counters[CRAB_C_XSK_TX_INVALID] += s.tx_invalid_descs - told->tx_invalid_descs;
+    w->counters[CRAB_C_XSK_RX_FULL] += s.rx_ring_full - told->rx_ring_full;
+    w->counters[CRAB_C_XSK_FILL_EMPTY] += s.rx_fill_ring_empty_descs - told->rx_fill_ring_empty_descs;
+    *told = s;
 }
 
 static int work(struct crab_worker *w)

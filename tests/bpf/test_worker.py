@@ -22,8 +22,8 @@ from tests.reference import packets
 
 
 class Worker:
-    def __init__(self, xsk: XskSocket, reference: packets.LoadBalancer) -> None:
-        core = Core(reference, ifindex=socket.if_nametoindex(xsk.interface))
+    def __init__(self, xsk: XskSocket, reference: packets.LoadBalancer, core: Core | None = None) -> None:
+        core = core or Core(reference, ifindex=socket.if_nametoindex(xsk.interface))
         self.xsk, self.core = xsk, core
         self.c = ffi.gc(lib.crab_worker_new(xsk.handle, core.core, core.counters), lib.crab_worker_free)
 
@@ -73,6 +73,21 @@ def test_every_frame_goes_somewhere(namespace, mode):
             assert got == expected
         else:
             assert set(got) <= set(expected)
+
+
+def test_what_the_kernel_drops_adds_up(namespace):
+    """Its counts begin at zero with each socket; the worker's go on."""
+    for name in ("veth0", "veth1"):
+        namespace.ip("link", "set", name, "mtu", "3000")
+    lb, core = reference(), None
+    with namespace.wire() as wire:
+        for dropped in (3, 5):  # with the first socket, and with another one
+            with XskSocket("veth0", frame_size=2048) as xsk:
+                worker = Worker(xsk, lb, core)
+                core = worker.core
+                for _ in range(dropped - core.counts().get("xsk_rx_dropped", 0)):
+                    wire.send(bytes(ether()) + bytes(2500))
+                until(lambda w=worker, n=dropped: w.once() == 0 and w.core.counts().get("xsk_rx_dropped") == n)
 
 
 def test_waits_for_frames(namespace):
