@@ -23,10 +23,10 @@ from dataclasses import dataclass, field, replace
 from crablb.errors import KernelError
 from crablb.kernel import routing, rtnetlink
 from crablb.kernel.routing import Route, Rule
-from crablb.kernel.rtnetlink import ROUTE, Netlink
+from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, Network
 
-__all__ = ["EGRESS", "Paths", "is_local", "leads", "look", "remove"]
+__all__ = ["EGRESS", "Paths", "leads", "look", "remove"]
 
 #: Of our routes and rules (ip route show table all proto 67); nobody's in /etc/iproute2/rt_protos.
 PROTOCOL = 67
@@ -37,19 +37,10 @@ EGRESS = "crab_egress"
 #: What iproute2 called it in routes that agents of before had made by it.
 OLD_EGRESS = "egress:"
 FAMILIES = socket.AF_INET, socket.AF_INET6
-RTN_LOCAL = 2
 
 
 def _table(rule: Rule) -> int:
     return rule.table ^ TABLES ^ (rule.suppressed + 1) << 24
-
-
-def is_local(netlink: Netlink, address: Address) -> bool:
-    """Whether an address is this host's own."""
-    try:
-        return rtnetlink.route(netlink, address).fields(ROUTE)[7] == RTN_LOCAL
-    except OSError:
-        return False
 
 
 def leads(netlink: Netlink, address: Address) -> str:
@@ -185,7 +176,7 @@ def look(netlink: Netlink, vips: Iterable[Address], backends: Iterable[Network] 
                 paths.ours[1].append(replace(route, priority=0))  # IPv6 routes have one, said or not
             else:
                 paths.routes.append(route)
-    paths.local = {vip for vip in paths.vips if is_local(netlink, vip)}
+    paths.local = {vip for vip in paths.vips if routing.is_local(netlink, vip)}
     return paths
 
 

@@ -287,34 +287,34 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        kept = self._attached and bool(self.config.keep) and self.bypass
+        self._take_down(keep=kept)
+        if self._nexthops:
+            await self._nexthops.close()
+        self._let_go()
+        return [attachment.info.name for attachment in self._attachments] if kept else []
+
+    def abandon(self) -> None:
+        """Leave nothing in the kernel, where there is no event loop any more to :meth:`close` in."""
+        self._keep_back(0)
+        self._take_down(keep=False)
+        if self._nexthops:
+            self._nexthops.abandon()
+        self._let_go()
+
+    def _take_down(self, *, keep: bool) -> None:
+        """Take no packets any more.  ``keep``: leave the XDP program, and the flows."""
         self._sweeper.shutdown()
-        kept = self._attachments if self._attached and self.config.keep and self.bypass else []
         for attachment in self._attachments:
-            if attachment in kept:
+            if keep:
                 attachment.leave()
             else:
                 attachment.detach()
         self._attached = False
         self._queues.close()
-        if self._nexthops:
-            await self._nexthops.close()
-            self._nexthops = None
-        if self._program:
-            self._program.close()
-            self._program = None
-        self._stack.close()
-        return [attachment.info.name for attachment in kept]
 
-    def abandon(self) -> None:
-        """Leave nothing in the kernel, where there is no event loop any more to :meth:`close` in."""
-        self._keep_back(0)
-        self._sweeper.shutdown()
-        for attachment in self._attachments:
-            attachment.detach()
-        self._queues.close()
-        if self._nexthops:
-            self._nexthops.abandon()
-            self._nexthops = None
+    def _let_go(self) -> None:
+        self._nexthops = None
         if self._program:
             self._program.close()
             self._program = None

@@ -41,7 +41,6 @@ RTM_NEIGH = (28, 29)
 NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # reachable, stale, delay, probe, noarp, permanent
 NUD_FAILED, NUD_PERMANENT = 0x20, 0x80
 NUD_ASKED = NUD_VALID & ~(rtnetlink.NUD_PROBE | 0x40 | NUD_PERMANENT)  # those that may be dead, and are not asked now
-RTN_LOCAL = 2
 NTF_EXT_MANAGED = 1
 ARPHRD_ETHER = 1
 NETDEV_XDP_ACT_NDO_XMIT, NETDEV_XDP_ACT_NDO_XMIT_SG = 4, 64
@@ -273,14 +272,6 @@ def _route(netlink: Netlink, address: Address, links: Mapping[int, Link]) -> _Ro
     return _Route(HopState.NOT_ETHERNET, reason)
 
 
-def _is_local(netlink: Netlink, address: Address) -> bool:
-    """Whether the kernel keeps packets to an address for itself."""
-    try:
-        return rtnetlink.route(netlink, address).fields(ROUTE)[7] == RTN_LOCAL
-    except OSError:  # no route
-        return False
-
-
 def release_managed(backends: Iterable[tuple[Address, bytes]]) -> None:
     """Give up the managed neighbour entries of a process that died: those of these addresses, or of these MAC addresses
     (a gateway's)."""
@@ -395,12 +386,7 @@ class NextHops:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         while self._readers:
             self._readers.pop().close()
-        if self._events:
-            self._events.close()
-        if self._path_mtu:
-            self._path_mtu.close()
-        if self._devices:
-            self._devices.close()
+        self._hear_no_more()
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
         except RuntimeError:  # the interpreter ends, and gives threads no work any more
@@ -409,11 +395,14 @@ class NextHops:
 
     def abandon(self) -> None:
         """:meth:`close`, where the event loop is gone already."""
+        self._hear_no_more()
+        self._forget()
+        self._thread.shutdown()
+
+    def _hear_no_more(self) -> None:
         for sock in (self._events, self._path_mtu, self._devices):
             if sock:
                 sock.close()
-        self._forget()
-        self._thread.shutdown()
 
     def _take(self, data: bytes, _: Any) -> None:
         for message in rtnetlink.parse(data):
@@ -559,7 +548,7 @@ class NextHops:
                 for family in (socket.AF_INET, socket.AF_INET6)
                 for message in rtnetlink.neighbours(netlink, family)
             ]
-            elsewhere = frozenset(vip for vip in self._vips if not _is_local(netlink, vip))
+            elsewhere = frozenset(vip for vip in self._vips if not routing.is_local(netlink, vip))
             return _Tables(routes, dict(filter(None, neighbours)), links, elsewhere)
 
     def _ask_routes(self, addresses: Iterable[Address], links: Mapping[int, Link]) -> dict[Address, _Route]:

@@ -17,7 +17,20 @@ from crablb.kernel import rtnetlink
 from crablb.kernel.rtnetlink import ROUTE, Message, Netlink, encode
 from crablb.model import Address, Network
 
-__all__ = ["LOCAL_TABLE", "Events", "Hop", "Route", "Rule", "best", "family_of", "hops", "lookup", "routes", "rules"]
+__all__ = [
+    "LOCAL_TABLE",
+    "Events",
+    "Hop",
+    "Route",
+    "Rule",
+    "best",
+    "family_of",
+    "hops",
+    "is_local",
+    "lookup",
+    "routes",
+    "rules",
+]
 
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
@@ -224,6 +237,14 @@ def _parse(netlink: Netlink, message: Message) -> Route | None:
 def lookup(netlink: Netlink, to: Address) -> Route | None:
     """The route to an address as it stands in the tables, with all its next hops.  Raises OSError: there is none."""
     return _parse(netlink, rtnetlink.route(netlink, to, flags=RTM_F_FIB_MATCH))
+
+
+def is_local(netlink: Netlink, address: Address) -> bool:
+    """Whether an address is this host's own: the kernel keeps packets to it."""
+    try:
+        return rtnetlink.route(netlink, address).fields(ROUTE)[7] == RTN_LOCAL
+    except OSError:  # no route
+        return False
 
 
 def _covers(message: Message, wanted: Iterable[tuple[int, int]]) -> bool:
