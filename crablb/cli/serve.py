@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import uvloop
 
@@ -12,7 +11,7 @@ from crablb import log as logging
 from crablb.control import seed
 from crablb.control.daemon import serve
 from crablb.control.supervisor import Supervisor
-from crablb.errors import ConfigError, KernelError
+from crablb.errors import ConfigError
 from crablb.kernel import capabilities, pins
 from crablb.model import Config, Service
 from crablb.options import OPTIONS
@@ -58,8 +57,6 @@ def run(args: argparse.Namespace) -> int:
     settings = read_config(args)
     logging.set_up(args.log_level)
     capabilities.require("crablb serve", capabilities.SERVE)
-    if settings.keep and os.geteuid() != 0:
-        raise KernelError("keep: a process of its own removes what is kept, as root; leave keep out, or run as root")
     pins.prepare()
     # Files are read again, whosever they are, if this process could read them.
     capabilities.keep((*capabilities.SERVE, "CAP_DAC_READ_SEARCH"))

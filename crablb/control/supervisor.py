@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 
 import structlog
 
@@ -25,19 +26,26 @@ __all__ = ["Supervisor"]
 log = structlog.get_logger()
 
 
-def _check_own(config: Config) -> None:
-    """Raises :class:`ConfigError` for VIPs that this machine itself is reached by, unless that is allowed."""
+def _own_addresses(config: Config) -> Iterator[str]:
+    """What is wrong with VIPs that this machine itself is reached by, unless that is allowed."""
     if config.allow_own_address:
         return
     with Netlink() as netlink:
         own = rtnetlink.reached_by(netlink)
-    problems = [
-        f"{service.vip}: {service.vip.address} is this machine's own address: nobody would reach its port"
-        f" {service.vip.port} any more; take an address beside it for the VIP, or say that it is meant:"
-        " --allow-own-address (allow_own_address = true)"
-        for service in config.services
-        if str(service.vip.address) in own
-    ]
+    for service in config.services:
+        if str(service.vip.address) in own:
+            yield (
+                f"{service.vip}: {service.vip.address} is this machine's own address: nobody would reach its port"
+                f" {service.vip.port} any more; take an address beside it for the VIP, or say that it is meant:"
+                " --allow-own-address (allow_own_address = true)"
+            )
+
+
+def _check(config: Config) -> None:
+    """Raises :class:`ConfigError` for what would harm this machine, or cannot be done by this user."""
+    problems = list(_own_addresses(config))
+    if config.keep and os.geteuid() != 0:
+        problems.append("keep: a process of its own removes what is kept, as root; leave keep out, or run as root")
     if problems:
         raise ConfigError(problems)
 
@@ -60,7 +68,7 @@ class Supervisor:
 
     async def start(self) -> None:
         """See :meth:`Engine.start`.  Raises :class:`KernelError` also if reports cannot be taken where they should, and
-        :class:`ConfigError` for VIPs that are the machine's own addresses."""
+        :class:`ConfigError` for VIPs that are the machine's own addresses, and ``keep`` for another user than root."""
         try:
             await self._start()
         except BaseException:
@@ -69,7 +77,7 @@ class Supervisor:
 
     async def _start(self) -> None:
         config = self.engine.config
-        _check_own(config)
+        _check(config)
         if config.report_listen and config.report_key:
             self._reports = Reports(self.engine, config.report_key)
             self._reports.follow(config.services)
@@ -77,7 +85,7 @@ class Supervisor:
         await self.engine.start()
         self._announcing = config.announce is Announce.ARP
         self._announce()
-        self._links_are(self.engine.links)
+        self._tell_links(self.engine.links)
 
     async def close(self) -> None:
         """Leave nothing in the kernel, or for ``keep`` seconds.  Idempotent."""
@@ -91,8 +99,8 @@ class Supervisor:
             remove_later(kept, self.engine.config.keep)
 
     def apply(self, config: Config) -> None:
-        """See :meth:`Engine.apply`.  Raises :class:`ConfigError` also for VIPs that are the machine's own addresses."""
-        _check_own(config)
+        """See :meth:`Engine.apply`.  Raises :class:`ConfigError` also as :meth:`start` does."""
+        _check(config)
         self.engine.apply(config)
         for announcer in self._announcers.values():
             announcer.follow(service.vip.address for service in config.services)
@@ -129,13 +137,13 @@ class Supervisor:
             for listener in self.listeners:
                 listener(notice)
         elif isinstance(notice, LinksChanged):
-            self._links_are(notice.links)
+            try:
+                self._announce()
+            except KernelError as error:  # tried again the next time, which comes at each sweep
+                log.warning("VIPs are not announced", reason=str(error))
+            self._tell_links(notice.links)
 
-    def _links_are(self, links: Mapping[int, Link]) -> None:
-        try:
-            self._announce()
-        except KernelError as error:  # tried again the next time, which comes at each sweep
-            log.warning("VIPs are not announced", reason=str(error))
+    def _tell_links(self, links: Mapping[int, Link]) -> None:
         served = {i.index: links[i.index] for i in self.engine.interfaces if i.index in links}
         for (_, index), announcer in self._announcers.items():
             if index in served:
