@@ -18,6 +18,7 @@ from scapy.utils import rdpcap
 
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb, start_agent
+from tests.helpers.cables import cable, two_networks
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import exchange, until
 from tests.helpers.world import World, agent_status, status
@@ -525,14 +526,6 @@ def test_flows_move_to_another_load_balancer_and_back(make_world):
 # ---- several interfaces ----
 
 
-def cable(one: Node, other: Node, number: int) -> None:
-    """Interfaces eth1 of two nodes, joined; 10.9.0.0/24 and fd00:9::/64 are there."""
-    one.ip(f"link add eth1 type veth peer name eth1 netns {other.netns}")
-    for node, host in ((one, 2), (other, number)):
-        node.run("ethtool", "-K", "eth1", "tx", "off", "tso", "off", "gso", "off", "gro", "on")
-        node.ip("link set eth1 up", f"addr add 10.9.0.{host}/24 dev eth1", f"addr add fd00:9::{host}/64 dev eth1 nodad")
-
-
 @pytest.mark.parametrize("bypass", ["auto", "off"])
 @pytest.mark.parametrize("fallback", ["dsr-l2", "dsr-ipip"])
 def test_backends_behind_another_interface(make_world, fallback, bypass):
@@ -564,15 +557,7 @@ def test_clients_of_several_interfaces(make_world):
     """Two networks of clients, one load balancer; it is killed, taken over, and leaves nothing at its end."""
     world = make_world(servers=2, offload=False)
     lab = world.lab
-    server, other = lab.servers
-    world.servers(dsr=True)
-    other.end()  # the second server's machine is a client of the other network
-    other.cgroup.mkdir()
-    other.run(*crablb("agent", "remove"))
-    cable(lab.lb, other, 12)
-    other.ip(f"route add {VIP4} via 10.9.0.2 dev eth1", f"route add {VIP6} via fd00:9::2 dev eth1")
-    other.set({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1})
-    server.ip(f"route add 10.9.0.0/24 via {other.ip4}", f"route add fd00:9::/64 via {other.ip6}")
+    server, other = two_networks(world)
     what = [f"tcp://{VIP4}:80={server.ip4}", f"tcp://[{VIP6}]:80={server.ip6}"]
     first = world.serve("--iface", "eth1", what=what)
     held = [world.python(node, "hold_many", VIP[4], "80", "20", ready=True) for node in (lab.client, other)]

@@ -23,11 +23,11 @@ from crablb.kernel.netlink import HopState
 from crablb.kernel.xsk import XskSocket
 from crablb.lab import VIP4, VIP6, Lab
 from crablb.lab.demo import crablb, services
+from tests.helpers.cables import cable, two_networks
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import answer, exchange, until
 from tests.helpers.world import World, command, status
 from tests.lab.test_engine import until as until_async
-from tests.lab.test_fallback import cable
 from tests.lab.test_macs import send
 
 pytestmark = pytest.mark.long
@@ -171,15 +171,7 @@ def test_one_of_two_goes_and_returns(make_world, bypass):
     """The other one is served meanwhile, and what was connected by this one is still."""
     world = make_world(servers=2, offload=False)
     lab = world.lab
-    server, other = lab.servers
-    world.servers(dsr=True)
-    other.end()  # the second server's machine is a client of the other network
-    other.cgroup.mkdir()
-    other.run(*crablb("agent", "remove"))
-    cable(lab.lb, other, 12)
-    other.ip(f"route add {VIP4} via 10.9.0.2 dev eth1", f"route add {VIP6} via fd00:9::2 dev eth1")
-    other.set({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1})
-    server.ip(f"route add 10.9.0.0/24 via {other.ip4}", f"route add fd00:9::/64 via {other.ip6}")
+    server, other = two_networks(world)
     what = [f"tcp://{VIP4}:80={server.ip4}", f"tcp://[{VIP6}]:80={server.ip6}"]
     serving = world.serve("--iface", "eth1", "--ack-bypass", bypass, what=what)
     held = world.python(other, "hold_many", VIP[4], "80", "20", ready=True)

@@ -14,11 +14,11 @@ import pytest
 
 from crablb.kernel import bpf
 from crablb.lab import VIP4, VIP6
+from tests.helpers.cables import cable
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import exchange
 from tests.helpers.programs import several_buffers
 from tests.helpers.world import World
-from tests.lab.test_fallback import cable
 from tests.lab.test_interfaces import number_queues, wide
 from tests.lab.test_mtu import set_mtu
 
