@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from crablb._native import ffi, lib
 from crablb.errors import ConfigError
 from crablb.kernel.xsk import DESC, Batch, Umem
 from crablb.model import Address, mapped
+from crablb.seldom import Seldom
 
 __all__ = ["Frames", "Handle", "Handlers", "Match"]
 
@@ -28,8 +28,6 @@ HANDLED = np.dtype(
 )
 #: IP protocols with ports where TCP has them: TCP, UDP, DCCP, SCTP, UDP-Lite.
 WITH_PORTS = (6, 17, 33, 132, 136)
-#: A handler that fails is named in the log once in so many seconds.
-COMPLAIN_INTERVAL = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +132,7 @@ class Handlers:
         # By number; a number is never used again, for a batch on its way may still name it.
         self._functions: Mapping[int, tuple[Match, Handle]] = {}
         self._next = 0
-        self._complained: dict[Match, float] = {}
+        self._seldom = Seldom()
         self._lock = threading.Lock()  # handlers are called by one worker at a time
 
     def add(self, match: Match, function: Handle) -> None:
@@ -198,9 +196,7 @@ class Handlers:
 
     def _complain(self, match: Match, reason: str) -> None:
         self._failed(match, reason)
-        now = time.monotonic()
-        if now - self._complained.get(match, -COMPLAIN_INTERVAL) >= COMPLAIN_INTERVAL:
-            self._complained[match] = now
+        if self._seldom.due(match):
             log.error("handler failed; its frames are dropped", match=str(match), reason=reason)
 
 

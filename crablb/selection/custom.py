@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import structlog
 
 from crablb._native import ffi, lib
 from crablb.model import Vip
+from crablb.seldom import Seldom
 from crablb.selection.loads import Backends
 
 __all__ = ["CHOICE", "Asked", "Choose", "Custom"]
@@ -41,8 +41,6 @@ assert CHOICE.itemsize == ffi.sizeof("struct crab_choice")
 #: Gets the connections of a batch, an array of dtype :data:`CHOICE` and shape (n,), and the backends; returns for each
 #: connection the index of a backend, shape (n,), or -1: the hash decides.
 Choose = Callable[[npt.NDArray[np.void], Backends], npt.ArrayLike]
-#: A policy that fails is named in the log once in so many seconds.
-COMPLAIN_INTERVAL = 10.0
 
 
 class Asked(NamedTuple):
@@ -63,7 +61,7 @@ class Custom:
     def __init__(self, failed: Callable[[Vip, str], None]) -> None:
         self._failed = failed
         self._services: Mapping[int, Asked] = {}
-        self._complained: dict[Vip, float] = {}
+        self._seldom = Seldom()
         self._lock = threading.Lock()  # policies are asked by one worker at a time
         self.handle = ffi.new_handle(self)
 
@@ -103,9 +101,7 @@ class Custom:
 
     def _complain(self, vip: Vip, reason: str) -> None:
         self._failed(vip, reason)
-        now = time.monotonic()
-        if now - self._complained.get(vip, -COMPLAIN_INTERVAL) >= COMPLAIN_INTERVAL:
-            self._complained[vip] = now
+        if self._seldom.due(vip):
             log.error("policy failed; its connections are hashed", service=str(vip), reason=reason)
 
 
