@@ -335,7 +335,8 @@ def _work_in(document: Any, vip: Vip, edit: ServiceEdit) -> None:
         return
     service = services[at]
     _set(service, edit.settings, Service)
-    for address, member in edit.backends.items():
+    # Those that are added first: an array that would be empty in between loses its form.
+    for address, member in sorted(edit.backends.items(), key=lambda each: each[1].added is None):
         _work_in_backend(service["backends"], parse_address(address), member)
 
 
@@ -346,7 +347,9 @@ def _work_in_backend(backends: Any, address: Address, edit: MemberEdit) -> None:
         if isinstance(backends, tomlkit.items.AoT):
             backends.append(tomlkit.item(edit.added))
         else:
-            backends.append(_entry(read_backend(edit.added)))
+            # Behind a last one without a comma and with comments, tomlkit 0.15 puts the next without one between.
+            last = _well(backends.as_string(), (entry := _entry(read_backend(edit.added))))
+            backends.insert(len(backends) - (not last), entry)
         return
     at = next(i for i, each in enumerate(backends) if _address(each) == address)
     entry = backends[at]
@@ -358,6 +361,19 @@ def _work_in_backend(backends: Any, address: Address, edit: MemberEdit) -> None:
         if "weight" in edit.settings:
             entry["address"] = entry["address"].partition("*")[0]
         _set(entry, edit.settings, Backend)
+
+
+def _well(array: str, entry: Any) -> bool:
+    """Whether an element can be put at the end of an array."""
+    import tomlkit
+
+    trial = tomlkit.parse(f"a = {array}")
+    trial["a"].append(entry)
+    try:
+        tomlkit.parse(tomlkit.dumps(trial))
+    except ValueError:
+        return False
+    return True
 
 
 def _set(found: Any, settings: Mapping[str, Edit], scope: type) -> None:
