@@ -123,6 +123,13 @@ class Admin:
             self._tcp = None
         self._operator.close()
 
+    def abandon(self) -> None:
+        """Leave no socket behind, where there is no event loop any more to :meth:`close` in."""
+        if self._place:
+            self._place.remove()
+        if self._tcp:
+            self._tcp.close()
+
 
 def _group(name: str) -> int:
     try:
