@@ -98,9 +98,20 @@ def _backend(service: Service, address: Address) -> Backend:
 
 
 def _vip(text: str) -> Vip:
-    """``tcp://10.0.0.100:80``, ``tcp:10.0.0.100:80``, ``10.0.0.100:80``."""
+    """``tcp://10.0.0.100:80``, ``tcp:10.0.0.100:80``, ``10.0.0.100:80``.  Raises :class:`NotFoundError`."""
     bare = text.removeprefix("tcp:").removeprefix("//")
-    return parse_vip(f"tcp://{bare}")
+    try:
+        return parse_vip(f"tcp://{bare}")
+    except ConfigError as error:  # there is none of that name
+        raise NotFoundError(error.problems) from None
+
+
+def _address(text: str) -> Address:
+    """Raises :class:`NotFoundError`."""
+    try:
+        return parse_address(text)
+    except ConfigError as error:
+        raise NotFoundError(error.problems) from None
 
 
 class Operator:
@@ -128,6 +139,11 @@ class Operator:
         self._looking: asyncio.TimerHandle | None = None
         supervisor.listeners.append(self.journal.add)
         self._engine.listeners.append(self._hear)
+
+    @property
+    def listeners(self) -> list[Callable[[Event], None]]:
+        """Called with each event."""
+        return self._supervisor.listeners
 
     # ---- questions ----
 
@@ -359,7 +375,7 @@ class Operator:
         if not 0 <= limit <= MOST_FLOWS:
             raise ConfigError(f"limit: {limit} is not a whole number from 0 to {MOST_FLOWS}")
         service = _service(self._engine.config, _vip(vip)).vip if vip else None
-        address = self._known(parse_address(backend)) if backend else None
+        address = self._known(_address(backend)) if backend else None
         who, port = _client(client) if client else (None, None)
         if who and port is None and service is None and len(self._engine.config.services) > 1:
             raise ConfigError("client: without a port it is looked for in one service: say which (vip)")
@@ -403,7 +419,7 @@ class Operator:
     def patch(self, address: str, what: types.Patch, vip: str | None = None) -> types.Applied:
         """Give a backend another weight or state, in one service; None: in all that it is in."""
         given = self._checked_patch(what)
-        at = parse_address(address)
+        at = _address(address)
         config = self._engine.config
         services = (
             [_service(config, _vip(vip))]
@@ -457,7 +473,7 @@ class Operator:
     def remove_backend(self, vip: str, address: str) -> types.Applied:
         """It gets nothing new; the flows that it has go on."""
         service = _service(self._engine.config, _vip(vip))
-        gone = _backend(service, parse_address(address))
+        gone = _backend(service, _address(address))
         made = replace(service, backends=tuple(b for b in service.backends if b is not gone))
         return self._change(self._with(made), [Event("backend-removed", gone.address, service.vip)])
 
