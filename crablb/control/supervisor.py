@@ -21,7 +21,7 @@ from crablb.kernel.netlink import Link
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, Announce, Config
 
-__all__ = ["Supervisor"]
+__all__ = ["Supervisor", "check"]
 
 log = structlog.get_logger()
 
@@ -41,7 +41,7 @@ def _own_addresses(config: Config) -> Iterator[str]:
             )
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
     """Raises :class:`ConfigError` for what would harm this machine, or cannot be done by this user."""
     problems = list(_own_addresses(config))
     if config.keep and os.geteuid() != 0:
@@ -77,7 +77,7 @@ class Supervisor:
 
     async def _start(self) -> None:
         config = self.engine.config
-        _check(config)
+        check(config)
         if config.report_listen and config.report_key:
             self._reports = Reports(self.engine, config.report_key)
             self._reports.follow(config.services)
@@ -100,7 +100,7 @@ class Supervisor:
 
     def apply(self, config: Config) -> None:
         """See :meth:`Engine.apply`.  Raises :class:`ConfigError` also as :meth:`start` does."""
-        _check(config)
+        check(config)
         self.engine.apply(config)
         for announcer in self._announcers.values():
             announcer.follow(service.vip.address for service in config.services)
