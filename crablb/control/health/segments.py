@@ -57,38 +57,40 @@ class Complaint:
     sequence: int
 
 
+PROHIBITED, PORT, NO_PROTOCOL = "administratively prohibited", "port unreachable", "protocol unreachable"
+TOO_BIG, LOOP = "packet too big", "time exceeded"
 #: ICMP errors, of IPv4 and of IPv6, by type and code; without code: any other.
 ERRORS: dict[tuple[int, int] | tuple[int], str] = {
     (3, 0): "network unreachable",
     (3, 1): "host unreachable",
-    (3, 2): "protocol unreachable",
-    (3, 3): "port unreachable",
-    (3, 4): "packet too big",
-    (3, 9): "administratively prohibited",
-    (3, 10): "administratively prohibited",
-    (3, 13): "administratively prohibited",
+    (3, 2): NO_PROTOCOL,
+    (3, 3): PORT,
+    (3, 4): TOO_BIG,
+    (3, 9): PROHIBITED,
+    (3, 10): PROHIBITED,
+    (3, 13): PROHIBITED,
     (3,): "unreachable",
-    (11,): "time exceeded",
+    (11,): LOOP,
     (12,): "parameter problem",
 }
 ERRORS6: dict[tuple[int, int] | tuple[int], str] = {
     (1, 0): "no route to destination",
-    (1, 1): "administratively prohibited",
+    (1, 1): PROHIBITED,
     (1, 3): "address unreachable",
-    (1, 4): "port unreachable",
+    (1, 4): PORT,
     (1, 5): "source address failed policy",
     (1, 6): "reject route to destination",
     (1,): "unreachable",
-    (2,): "packet too big",
-    (3,): "time exceeded",
-    (4, 1): "protocol unreachable",
+    (2,): TOO_BIG,
+    (3,): LOOP,
+    (4, 1): NO_PROTOCOL,
     (4,): "parameter problem",
 }
 
 
 def options_of_syn(mtu: int, version: int, stamp: int, vip: Address | None, form: OptionForm) -> bytes:
-    """The options of a Linux client's SYN (RFC 9293, 3.7.1; RFC 7323; RFC 2018), and the redirect to ``vip`` behind them."""
-    size = min(mtu - (40 if version == 4 else 60), 0xFFFF)
+    """The options of a Linux client's SYN (RFC 9293, 7323, 2018), and behind them the redirect to ``vip``."""
+    size = max(min(mtu - (40 if version == 4 else 60), 0xFFFF), 0)
     base = struct.pack("!BBHBBBBIIBBBB", 2, 4, size, 4, 2, 8, 10, stamp, MARK, NOP, 3, 3, 7)
     if vip is None:
         return base
@@ -134,7 +136,9 @@ def segment(
 def packet(source: Address, destination: Address, protocol: int, payload: bytes) -> bytes:
     """An IP packet that is not to be fragmented."""
     if source.version == 6:
-        return struct.pack("!IHBB", 6 << 28, len(payload), protocol, HOPS) + source.packed + destination.packed + payload
+        return (
+            struct.pack("!IHBB", 6 << 28, len(payload), protocol, HOPS) + source.packed + destination.packed + payload
+        )
     head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 0, 0x4000, HOPS, protocol, 0)
     head += source.packed + destination.packed
     return head[:10] + checksum(head) + head[12:] + payload
