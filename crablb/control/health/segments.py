@@ -26,8 +26,8 @@ TCP, IPIP, IPV6, ICMPV6 = 6, 4, 41, 58
 ICMP = 1
 NOP, EOL, CRAB, EXPERIMENTAL = 1, 0, 42, 253
 EXID = b"CR"
-#: In the timestamps of a check's SYN, in the place of an echo, which means nothing in a SYN (RFC 7323, 3.2): by this
-#: servers' agents know that no connection will come of it, and do not count it as a redirect (bpf/server.h).
+#: In a check's SYN, in the place of its timestamps' echo, which means nothing there (RFC 7323, 3.2): by this servers'
+#: agents know that no connection will come of it, and do not count it as a redirect (crab_is_check of bpf/syn.h).
 MARK = 0x43524142
 HOPS = 64
 TCP_HEADER = 20
