@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import itertools
 import secrets
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -41,6 +41,8 @@ __all__ = ["Answer", "Sounder"]
 #: Source ports: a pair of backend and VIP takes another one each time, and comes back to the first when its server has
 #: forgotten that even if the RST was lost: after 64 checks, 128 s, where Linux keeps a half-open connection for 63 s.
 PORTS = 64
+#: Ports that are tried for one that no other check has to the same address and port.
+FEW = 8
 #: SYNs that are sent before the event loop has its turn.
 BATCH = 64
 #: Bytes of answers that may wait in a socket.
@@ -82,8 +84,8 @@ class _Check:
     """One kind of check of a backend for a VIP: how it is sent, and what is under way of it."""
 
     __slots__ = (
-        "dip", "form", "hop", "ifindex", "mac", "packed", "port", "reset", "secret", "sent", "sequence", "syn",
-        "timeout", "timer", "to", "tunnel", "turn", "vip", "waiting",
+        "connection", "dip", "form", "hop", "ifindex", "mac", "packed", "port", "reset", "sent", "sequence", "syn",
+        "timeout", "timer", "to", "tunnel", "turn", "vip", "waiting", "whole",
     )  # fmt: skip
 
     def __init__(self, dip: Address, vip: Vip, form: OptionForm | None) -> None:
@@ -92,6 +94,7 @@ class _Check:
         #: Where the SYN goes, and the SYN-ACK must come from.
         self.to = dip if form else vip.address
         self.packed = self.to.packed
+        self.whole = mapped(dip) + vip.key()
         self.turn = secrets.randbits(16)
         self.hop: NextHop | None = None  # that it is aimed at
         self.tunnel = False
@@ -108,7 +111,7 @@ class _Check:
         options = segments.options_of_syn(hop.mtu, self.to.version, redirect, self.form or OptionForm.CRAB)
         self.syn = self._template(hop, source, SYN, options)
         self.reset = self._template(hop, source, RST, b"")
-        self.secret = mapped(source) + mapped(self.to) + mapped(self.dip) + struct.pack("!H?", self.vip.port, tunnel)
+        self.connection = mapped(source) + self.packed + self.vip.port.to_bytes(2, "big")
 
     def _template(self, hop: NextHop, source: Address, flags: int, options: bytes) -> Template:
         tcp = segments.segment(source, self.to, (0, self.vip.port), 0, flags, options)
@@ -264,13 +267,13 @@ class Sounder:
         return next((address for _, address in sorted(able, key=lambda a: a[0]) if address not in avoided), None)
 
     def _number(self, check: _Check) -> None:
-        """Give it a port and a sequence number."""
-        while True:
+        """Give it a port and a sequence number: a keyed hash of the connection, so that none has two checks at a time
+        (of a VIP with more backends than there are ports some may share one)."""
+        for attempt in itertools.count():
             check.turn += 1
             check.port = self._first + check.turn % PORTS
-            hashed = hashlib.blake2s(
-                check.secret + check.port.to_bytes(2, "big"), key=self._key, digest_size=3
-            ).digest()
+            of = check.connection if attempt < FEW else check.connection + check.whole
+            hashed = hashlib.blake2s(of + check.port.to_bytes(2, "big"), key=self._key, digest_size=3).digest()
             tag = int.from_bytes(hashed, "big")
             if (check.port, tag) not in self._sent:
                 break
