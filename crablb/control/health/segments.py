@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from typing import NamedTuple
 
 from crablb._native import ffi, lib
 from crablb.kernel import sockfilter
@@ -17,27 +16,33 @@ from crablb.kernel.checksum import checksum
 from crablb.kernel.netlink import NextHop
 from crablb.model import Address, OptionForm, mapped
 
-__all__ = ["ACK", "RST", "SYN", "Complaint", "Reply", "frame", "options_of_syn", "packet", "parse", "segment", "taken"]
+__all__ = [
+    "ACK", "RST", "SYN", "Complaint", "Reply", "Template",
+    "frame", "options_of_syn", "packet", "parse", "redirects", "segment", "taken",
+]  # fmt: skip
 
 SYN, RST, ACK = 0x02, 0x04, 0x10
 TCP, IPIP, IPV6, ICMPV6 = 6, 4, 41, 58
 ICMP = 1
 NOP, EOL, CRAB, EXPERIMENTAL = 1, 0, 42, 253
 EXID = b"CR"
-#: In the timestamps of a check's SYN, in the place of an echo, which means nothing in a SYN (RFC 7323, 3.2): by this
-#: servers' agents know that no connection will come of it, and do not count it as a redirect (bpf/server.h).
+#: In a check's SYN, in the place of its timestamps' echo, which means nothing there (RFC 7323, 3.2): by this servers'
+#: agents know that no connection will come of it, and do not count it as a redirect (crab_is_check of bpf/syn.h).
 MARK = 0x43524142
 HOPS = 64
+TCP_HEADER = 20
+#: Where the time is in a check's SYN.
+STAMP_AT = TCP_HEADER + 8
+PORT_FIELD, WORD, TCP_FIELDS = struct.Struct("!H"), struct.Struct("!I"), struct.Struct("!HHIIBB")
 
 # Steps of classic BPF: linux/filter.h.
 LDH, LDB, LDH_X, LDB_X, LDX_HEADER, JEQ, JGE, JGT, JSET = 0x28, 0x30, 0x48, 0x50, 0xB1, 0x15, 0x35, 0x25, 0x45
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """A TCP segment to one of our ports."""
 
-    source: Address
+    source: bytes  # address
     source_port: int
     port: int  # ours
     sequence: int
@@ -46,11 +51,10 @@ class Reply:
     options: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Complaint:
+class Complaint(NamedTuple):
     """An ICMP error about a SYN of ours."""
 
-    source: Address
+    source: bytes  # address
     what: str
     tunnel: bool  # about the packet that the SYN was wrapped in
     port: int  # the SYN's
@@ -88,10 +92,10 @@ ERRORS6: dict[tuple[int, int] | tuple[int], str] = {
 }
 
 
-def options_of_syn(mtu: int, version: int, stamp: int, vip: Address | None, form: OptionForm) -> bytes:
-    """The options of a Linux client's SYN (RFC 9293, 7323, 2018), and behind them the redirect to ``vip``."""
+def options_of_syn(mtu: int, version: int, vip: Address | None = None, form: OptionForm = OptionForm.CRAB) -> bytes:
+    """The options of a Linux client's SYN (RFC 9293, 7323, 2018) at time 0, and behind them the redirect to ``vip``."""
     size = max(min(mtu - (40 if version == 4 else 60), 0xFFFF), 0)
-    base = struct.pack("!BBHBBBBIIBBBB", 2, 4, size, 4, 2, 8, 10, stamp, MARK, NOP, 3, 3, 7)
+    base = struct.pack("!BBHBBBBIIBBBB", 2, 4, size, 4, 2, 8, 10, 0, MARK, NOP, 3, 3, 7)
     if vip is None:
         return base
     out = ffi.new("uint8_t[20]")
@@ -99,8 +103,8 @@ def options_of_syn(mtu: int, version: int, stamp: int, vip: Address | None, form
     return base + bytes(ffi.buffer(out, size))
 
 
-def redirects(options: bytes) -> Iterator[tuple[OptionForm, Address]]:
-    """The redirects in a list of options, which may be any bytes."""
+def redirects(options: bytes) -> Iterator[tuple[OptionForm, bytes]]:
+    """The redirects in a list of options, which may be any bytes, and the address that each names."""
     at = 0
     while at < len(options) and options[at] != EOL:
         if options[at] == NOP:
@@ -116,10 +120,8 @@ def redirects(options: bytes) -> Iterator[tuple[OptionForm, Address]]:
             form, data = OptionForm.EXPERIMENTAL, data[2:]
         elif kind != CRAB:
             continue
-        if len(data) == 4:
-            yield form, IPv4Address(data)
-        elif len(data) == 16:
-            yield form, IPv6Address(data)
+        if len(data) in (4, 16):
+            yield form, data
 
 
 def segment(
@@ -149,31 +151,65 @@ def frame(hop: NextHop, inner: bytes) -> bytes:
     return hop.dst_mac + hop.src_mac + (b"\x08\x00" if inner[0] >> 4 == 4 else b"\x86\xdd") + inner
 
 
+class Template:
+    """A frame that is sent again and again, with another source port, sequence number and, of a SYN, time."""
+
+    __slots__ = ("_frame", "_stamped", "_sum", "_tcp")
+
+    def __init__(self, whole: bytes, size: int) -> None:
+        """``whole``: such a frame, with zeros for these; ``size``: bytes of its TCP header, which is the last in it."""
+        self._frame = whole
+        self._tcp = len(whole) - size
+        self._stamped = size > TCP_HEADER
+        self._sum = 0xFFFF - int.from_bytes(whole[self._tcp + 16 : self._tcp + 18], "big")
+
+    def filled(self, port: int, sequence: int, stamp: int = 0) -> bytearray:
+        """The frame to send.  The checksum is changed, not made anew (RFC 1624)."""
+        out, tcp = bytearray(self._frame), self._tcp
+        total = self._sum + port + (sequence >> 16) + (sequence & 0xFFFF)
+        PORT_FIELD.pack_into(out, tcp, port)
+        WORD.pack_into(out, tcp + 4, sequence)
+        if self._stamped:
+            total += (stamp >> 16) + (stamp & 0xFFFF)
+            WORD.pack_into(out, tcp + STAMP_AT, stamp)
+        PORT_FIELD.pack_into(out, tcp + 16, (0xFFFF - total % 0xFFFF) % 0xFFFF)
+        return out
+
+
 def parse(data: bytes) -> Reply | Complaint | None:
-    """What an IP packet is, which may be any bytes; None for all else, fragments and what is cut off."""
+    """What an IP packet is, which may be any bytes; None for all else, later fragments, and what is cut off."""
     try:
-        source, protocol, body, _ = _ip(data)
+        protocol, at = _ip(data, 0)
+        source = data[12:16] if data[0] >> 4 == 4 else data[8:24]
         if protocol == TCP:
-            ports, sequence, acknowledged, offset, flags = _tcp(body)
-            options = body[20 : (offset >> 4) * 4]
-            return Reply(source, *ports, sequence, acknowledged, flags, options)
-        if protocol not in (ICMP, ICMPV6) or (protocol == ICMP) != (source.version == 4):
+            source_port, port, sequence, acknowledged, offset, flags = TCP_FIELDS.unpack_from(data, at)
+            options = data[at + TCP_HEADER : at + (offset >> 4) * 4]
+            return Reply(source, source_port, port, sequence, acknowledged, flags, options)
+        if protocol != (ICMP if len(source) == 4 else ICMPV6):
             return None
         errors = ERRORS if protocol == ICMP else ERRORS6
-        kind, code = body[0], body[1]
-        what = errors.get((kind, code)) or errors.get((kind,))
+        what = errors.get((data[at], data[at + 1])) or errors.get((data[at],))
         if not what:
             return None
-        _, quoted, inner, _ = _ip(body[8:])
+        quoted, at = _ip(data, at + 8)
         tunnel = quoted in (IPIP, IPV6)
         if tunnel:
-            _, quoted, inner, _ = _ip(inner)
+            quoted, at = _ip(data, at)
         if quoted != TCP:
             return None
-        port, _, sequence = struct.unpack_from("!HHI", inner)
-        return Complaint(source, what, tunnel, port, sequence)
+        return Complaint(source, what, tunnel, PORT_FIELD.unpack_from(data, at)[0], WORD.unpack_from(data, at + 4)[0])
     except (struct.error, IndexError, ValueError):
         return None
+
+
+def _ip(data: bytes, at: int) -> tuple[int, int]:
+    """Protocol, and where its header begins, of an IP packet.  Raises IndexError or ValueError."""
+    version = data[at] >> 4
+    if version == 4 and data[at] & 15 >= 5 and not (data[at + 6] & 0x1F or data[at + 7]):
+        return data[at + 9], at + (data[at] & 15) * 4
+    if version == 6:
+        return data[at + 6], at + 40
+    raise ValueError
 
 
 def taken(first: int, last: int) -> dict[int, list[sockfilter.Step]]:
@@ -207,20 +243,3 @@ def taken(first: int, last: int) -> dict[int, list[sockfilter.Step]]:
         sockfilter.LEAVE,
     ]  # fmt: skip
     return {4: four, 6: six}
-
-
-def _tcp(body: bytes) -> tuple[tuple[int, int], int, int, int, int]:
-    source, destination, sequence, acknowledged, offset, flags = struct.unpack_from("!HHIIBB", body)
-    return (source, destination), sequence, acknowledged, offset, flags
-
-
-def _ip(data: bytes) -> tuple[Address, int, bytes, Address]:
-    """Source, protocol, body and destination.  Raises struct.error, IndexError or ValueError."""
-    if data[0] >> 4 == 4:
-        head, fragment = (data[0] & 15) * 4, int.from_bytes(data[6:8], "big") & 0x1FFF
-        if head < 20 or fragment:
-            raise ValueError
-        return IPv4Address(data[12:16]), data[9], data[head:], IPv4Address(data[16:20])
-    if data[0] >> 4 == 6:
-        return IPv6Address(data[8:24]), data[6], data[40:], IPv6Address(data[24:40])
-    raise ValueError

@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import itertools
 import secrets
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +27,13 @@ from typing import Any, NamedTuple
 import structlog
 
 from crablb.control.health import segments
-from crablb.control.health.segments import ACK, RST, SYN, Complaint, Reply
+from crablb.control.health.segments import ACK, RST, SYN, Complaint, Reply, Template
 from crablb.errors import KernelError
 from crablb.kernel import rtnetlink, sockfilter
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.kernel.reader import Reader
 from crablb.kernel.rtnetlink import Netlink
-from crablb.model import Address, Fallback, OptionForm, Vip, host_port, mapped
+from crablb.model import Address, Fallback, OptionForm, Service, Vip, host_port, mapped
 from crablb.seldom import Seldom
 
 __all__ = ["Answer", "Sounder"]
@@ -42,14 +41,16 @@ __all__ = ["Answer", "Sounder"]
 #: Source ports: a pair of backend and VIP takes another one each time, and comes back to the first when its server has
 #: forgotten that even if the RST was lost: after 64 checks, 128 s, where Linux keeps a half-open connection for 63 s.
 PORTS = 64
+#: Ports that are tried for one that no other check has to the same address and port.
+FEW = 8
 #: SYNs that are sent before the event loop has its turn.
 BATCH = 64
 #: Bytes of answers that may wait in a socket.
 WAITING = 8 << 20
 #: Bytes of an answer that are looked at: an ICMP error and the headers that it quotes.
 ROOM = 2048
-#: Pairs whose last port is remembered, and link-layer addresses; beyond, all are forgotten.
-REMEMBERED = 1 << 16
+#: Checks that are remembered, if nobody says which are needed.
+MOST = 1 << 16
 #: Seconds that the host's own addresses are taken to be the same.
 ADDRESSES = 2.0
 SO_RCVBUFFORCE = 33
@@ -60,8 +61,7 @@ ETH_P = {4: 0x0800, 6: 0x86DD}
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What came of one check.
 
     ``ok``: None, if it could not be tried, or what came back tells nothing of the backend.  ``reason``: in words, with
@@ -77,56 +77,50 @@ class Answer:
     by: Address | None = None
 
 
-class _Key(NamedTuple):
-    """Of a check that is under way there is no second one."""
-
-    kind: str
-    dip: Address
-    vip: Vip
+Key = tuple[Address, Vip, bool]
 
 
 class _Check:
-    """One that is under way."""
+    """One kind of check of a backend for a VIP: how it is sent, and what is under way of it."""
 
-    __slots__ = ("form", "future", "hop", "key", "port", "sent", "sequence", "source", "timeout", "timer", "tunnel")
+    __slots__ = (
+        "connection", "dip", "form", "hop", "ifindex", "mac", "packed", "port", "reset", "sent", "sequence", "syn",
+        "timeout", "timer", "to", "tunnel", "turn", "vip", "waiting", "whole",
+    )  # fmt: skip
 
-    def __init__(
-        self,
-        key: _Key,
-        hop: NextHop,
-        source: Address,
-        tunnel: bool,
-        form: OptionForm | None,
-        timeout: float,
-        future: asyncio.Future[Answer],
-    ) -> None:
-        self.key, self.hop, self.source, self.tunnel, self.form = key, hop, source, tunnel, form
-        self.timeout, self.future = timeout, future
-        self.port = self.sequence = 0
-        self.sent = 0.0
+    def __init__(self, dip: Address, vip: Vip, form: OptionForm | None) -> None:
+        """``form``: of the redirect; None: it is a check of the fallback."""
+        self.dip, self.vip, self.form = dip, vip, form
+        #: Where the SYN goes, and the SYN-ACK must come from.
+        self.to = dip if form else vip.address
+        self.packed = self.to.packed
+        self.whole = mapped(dip) + vip.key()
+        self.turn = secrets.randbits(16)
+        self.hop: NextHop | None = None  # that it is aimed at
+        self.tunnel = False
+        self.waiting: list[asyncio.Future[Answer]] = []  # those who asked; none: nothing is under way
         self.timer: asyncio.TimerHandle | None = None
+        self.port = self.sequence = 0
+        self.sent = self.timeout = 0.0
 
-    @property
-    def target(self) -> tuple[Address, int]:
-        """Where the SYN goes, and the SYN-ACK must come from."""
-        return (self.key.dip if self.form else self.key.vip.address), self.key.vip.port
+    def aim(self, hop: NextHop, source: Address, *, tunnel: bool) -> None:
+        """Send it so from now on."""
+        self.hop, self.tunnel, self.ifindex = hop, tunnel, hop.ifindex
+        self.mac = hop.dst_mac
+        redirect = self.vip.address if self.form else None
+        options = segments.options_of_syn(hop.mtu, self.to.version, redirect, self.form or OptionForm.CRAB)
+        self.syn = self._template(hop, source, SYN, options)
+        self.reset = self._template(hop, source, RST, b"")
+        self.connection = mapped(source) + self.packed + self.vip.port.to_bytes(2, "big")
 
-    def syn(self) -> bytes:
-        stamp = int(time.monotonic() * 1000) & 0xFFFFFFFF
-        to = self.key.vip.address
-        form = self.form or OptionForm.CRAB
-        options = segments.options_of_syn(self.hop.mtu, to.version, stamp, to if self.form else None, form)
-        return self.frame(self.sequence, SYN, options)
-
-    def frame(self, sequence: int, flags: int, options: bytes = b"") -> bytes:
-        to, port = self.target
-        tcp = segments.segment(self.source, to, (self.port, port), sequence, flags, options)
-        inner = segments.packet(self.source, to, segments.TCP, tcp)
+    def _template(self, hop: NextHop, source: Address, flags: int, options: bytes) -> Template:
+        tcp = segments.segment(source, self.to, (0, self.vip.port), 0, flags, options)
+        inner = segments.packet(source, self.to, segments.TCP, tcp)
         if self.tunnel:
-            assert self.hop.source
-            protocol = segments.IPIP if to.version == 4 else segments.IPV6
-            inner = segments.packet(self.hop.source, self.key.dip, protocol, inner)
-        return segments.frame(self.hop, inner)
+            assert hop.source
+            protocol = segments.IPIP if self.to.version == 4 else segments.IPV6
+            inner = segments.packet(hop.source, self.dip, protocol, inner)
+        return Template(segments.frame(hop, inner), len(tcp))
 
 
 class Sounder:
@@ -134,7 +128,7 @@ class Sounder:
 
     Ports do not bound how many may be under way: a SYN is known by its port and its sequence number (a keyed hash of
     where it goes), and of a kind each pair of backend and VIP has one at a time: whoever asks for it meanwhile gets the
-    same answer.  A pair costs some 200 bytes, and while it is asked 1 KiB.
+    same answer.
     """
 
     def __init__(self) -> None:
@@ -145,11 +139,10 @@ class Sounder:
         self._heard: list[socket.socket] = []
         self._readers: list[Reader] = []
         self._senders: dict[int, socket.socket] = {}
-        self._asked: dict[_Key, _Check] = {}
+        self._checks: dict[Key, _Check] = {}
         self._waiting: deque[_Check] = deque()
         self._flush: asyncio.Handle | None = None
-        self._sent: dict[tuple[int, int], _Check] = {}  # by port, and low 24 bits of the sequence number
-        self._turns: dict[_Key, int] = {}
+        self._sent: dict[tuple[int, int], _Check] = {}  # by port, and TAG of the sequence number
         self._macs: dict[bytes, Address] = {}  # of backends on the segment
         self._own: tuple[float, list[tuple[Address, int]]] = (0.0, [])
         self._seldom = Seldom()
@@ -175,14 +168,24 @@ class Sounder:
             self.close()
             raise KernelError(f"cannot check backends by SYNs: {error.strerror}") from None
 
-    def follow(self, vips: Iterable[Address]) -> None:
-        """Addresses of the services: no check is sent from one, though it may be the host's own."""
-        self._vips = frozenset(vips)
+    def follow(self, services: Iterable[Service]) -> None:
+        """These services' backends are asked from now on, others forgotten; and no check is sent from one of their
+        VIPs, though it may be the host's own address."""
+        services = list(services)
+        pairs = {(backend.address, service.vip) for service in services for backend in service.backends}
+        self._checks = {key: check for key, check in self._checks.items() if check.waiting or key[:2] in pairs}
+        self._macs.clear()
+        self._vips = frozenset(service.vip.address for service in services)
+        for check in self._checks.values():
+            check.hop = None  # another source may be right
 
     def close(self) -> None:
         """Answer what is under way, and give up ports and sockets."""
-        for check in list(self._asked.values()):
+        for check in self._checks.values():
+            if check.timer:
+                self._reset(check, check.sequence + 1)
             self._finish(check, Answer(None, "the checks have ended"))
+        self._waiting.clear()
         if self._flush:
             self._flush.cancel()
         while self._readers:
@@ -196,7 +199,7 @@ class Sounder:
         SYN-ACK must echo it.  ``timeout``: seconds."""
         if dip.version != vip.address.version:
             return Answer(None, f"IPv{vip.address.version} clients cannot be redirected to an IPv{dip.version} address")
-        return await self._ask(_Key("redirect", dip, vip), hop, tunnel=False, form=form, timeout=timeout)
+        return await self._ask((dip, vip, True), hop, form, tunnel=False, timeout=timeout)
 
     async def fallback(self, hop: NextHop, dip: Address, vip: Vip, fallback: Fallback, timeout: float) -> Answer:
         """Whether a backend serves by direct server return: a SYN to ``vip`` goes to ``dip`` as the workers send it,
@@ -205,75 +208,95 @@ class Sounder:
         if not by_mac and fallback is Fallback.DSR_L2 and hop.state is HopState.RESOLVED:
             why = f"it is behind {hop.gateway}" if hop.gateway else "it is of another IP version than the VIP"
             return Answer(False, f"dsr-l2 does not reach it: {why}; use fallback auto or dsr-ipip")
-        return await self._ask(_Key("fallback", dip, vip), hop, tunnel=not by_mac, form=None, timeout=timeout)
+        return await self._ask((dip, vip, False), hop, None, tunnel=not by_mac, timeout=timeout)
 
-    async def _ask(self, key: _Key, hop: NextHop, *, tunnel: bool, form: OptionForm | None, timeout: float) -> Answer:
-        check = self._asked.get(key)
-        if check is None:
-            if obstacle := _obstacle(hop):
-                return obstacle
-            source = self._source(hop, key)
-            if source is None:
-                return Answer(
-                    None, f"this host has no IPv{key.vip.address.version} address, other than VIPs, to ask from"
-                )
-            if tunnel and hop.source is None:
-                return Answer(None, f"the kernel has no address to send to {key.dip} from")
-            if hop.on_link:
-                _bound_size(self._macs)
-                self._macs[hop.dst_mac] = key.dip
-            check = _Check(key, hop, source, tunnel, form, timeout, asyncio.get_running_loop().create_future())
-            self._number(check)
-            self._asked[key] = self._sent[check.port, check.sequence & TAG] = check
-            self._waiting.append(check)
-            if self._flush is None:
-                self._flush = asyncio.get_running_loop().call_soon(self._send_waiting)
-        # Others may wait for it as well.
-        return await asyncio.shield(check.future)
+    def _ask(
+        self, key: Key, hop: NextHop, form: OptionForm | None, *, tunnel: bool, timeout: float
+    ) -> asyncio.Future[Answer]:
+        loop = asyncio.get_running_loop()
+        asked = loop.create_future()
+        check = self._checks.get(key)
+        if check and check.waiting:
+            check.waiting.append(asked)
+            return asked
+        if check is None or check.form is not form:
+            if len(self._checks) >= MOST:
+                self._macs.clear()
+                self._checks = {key: check for key, check in self._checks.items() if check.waiting}
+            check = self._checks[key] = _Check(key[0], key[1], form)
+        aimed = check.tunnel is tunnel and (check.hop is hop or check.hop == hop)
+        if not aimed and (obstacle := self._aim(check, hop, tunnel)):
+            asked.set_result(obstacle)
+            return asked
+        check.waiting.append(asked)
+        check.timeout = timeout
+        self._waiting.append(check)
+        if self._flush is None:
+            self._flush = loop.call_soon(self._send_waiting)
+        return asked
 
-    def _source(self, hop: NextHop, key: _Key) -> Address | None:
+    def _aim(self, check: _Check, hop: NextHop, tunnel: bool) -> Answer | None:
+        """What keeps the check from being sent, if anything."""
+        if hop.state is not HopState.RESOLVED:
+            gone = hop.state is HopState.UNRESOLVED and not hop.asking
+            return Answer(False if gone else None, hop.reason)
+        version = check.to.version
+        source = self._source(hop, version, check)
+        if source is None:
+            return Answer(None, f"this host has no IPv{version} address to ask from, other than VIPs")
+        if tunnel and hop.source is None:
+            return Answer(None, f"the kernel has no address to send to {check.dip} from")
+        if hop.on_link:
+            self._macs[hop.dst_mac] = check.dip
+        check.aim(hop, source, tunnel=tunnel)
+        if source != hop.source:  # and it may go
+            check.hop = None
+        return None
+
+    def _source(self, hop: NextHop, version: int, check: _Check) -> Address | None:
         """An address to ask from, which the answer finds its way to."""
-        version = key.vip.address.version
-        avoided = self._vips | {key.vip.address, key.dip}
+        avoided = self._vips | {check.vip.address, check.dip}
         if hop.source and hop.source.version == version and hop.source not in avoided:
             return hop.source
+        now = time.monotonic()
         until, own = self._own
-        if time.monotonic() >= until:
+        if now >= until:
             own = _own_addresses()
-            self._own = time.monotonic() + ADDRESSES, own
+            self._own = now + ADDRESSES, own
         able = [(index != hop.ifindex, address) for address, index in own if address.version == version]
         return next((address for _, address in sorted(able, key=lambda a: a[0]) if address not in avoided), None)
 
     def _number(self, check: _Check) -> None:
-        """Give it a port and a sequence number."""
-        to, port = check.target
-        head = mapped(check.source) + mapped(to) + mapped(check.key.dip) + struct.pack("!H?", port, check.tunnel)
-        _bound_size(self._turns)
-        while True:
-            turn = self._turns[check.key] = self._turns.get(check.key, secrets.randbits(16)) + 1
-            check.port = self._first + turn % PORTS
-            hashed = hashlib.blake2s(head + struct.pack("!H", check.port), key=self._key, digest_size=3).digest()
-            if (check.port, tag := int.from_bytes(hashed, "big")) not in self._sent:
+        """Give it a port and a sequence number: a keyed hash of the connection, so that none has two checks at a time
+        (of a VIP with more backends than there are ports some may share one)."""
+        for attempt in itertools.count():
+            check.turn += 1
+            check.port = self._first + check.turn % PORTS
+            of = check.connection if attempt < FEW else check.connection + check.whole
+            hashed = hashlib.blake2s(of + check.port.to_bytes(2, "big"), key=self._key, digest_size=3).digest()
+            tag = int.from_bytes(hashed, "big")
+            if (check.port, tag) not in self._sent:
                 break
         # By the upper byte a SYN is told from one of an earlier turn that a server still remembers.  They are so far
         # apart that it takes none for a part of the other connection, and says so (RFC 9293, 3.10.7.4).
-        check.sequence = (turn & 0xFF) << 24 | tag
+        check.sequence = (check.turn & 0xFF) << 24 | tag
+        self._sent[check.port, tag] = check
 
     def _send_waiting(self) -> None:
         """So many that all else in the loop has its turn."""
         loop = asyncio.get_running_loop()
         for _ in range(min(BATCH, len(self._waiting))):
             check = self._waiting.popleft()
-            if check.future.done():
-                continue
+            self._number(check)
             check.sent = time.monotonic()
-            if problem := self._send(check.hop.ifindex, check.syn()):
+            syn = check.syn.filled(check.port, check.sequence, int(check.sent * 1000) & 0xFFFFFFFF)
+            if problem := self._send(check.ifindex, syn):
                 self._finish(check, Answer(None, problem))
             else:
                 check.timer = loop.call_later(check.timeout, self._silent, check)
         self._flush = loop.call_soon(self._send_waiting) if self._waiting else None
 
-    def _send(self, index: int, frame: bytes) -> str:
+    def _send(self, index: int, frame: bytearray) -> str:
         """Why not; empty: it is sent."""
         error = None
         for _ in range(2):  # the first time a socket may tell of what befell its interface before
@@ -299,14 +322,16 @@ class Sounder:
     def _finish(self, check: _Check, answer: Answer) -> None:
         if check.timer:
             check.timer.cancel()
-        self._asked.pop(check.key, None)
+            check.timer = None
         self._sent.pop((check.port, check.sequence & TAG), None)
-        if not check.future.done():
-            check.future.set_result(answer)
+        for asked in check.waiting:
+            if not asked.done():  # who asked may have given up
+                asked.set_result(answer)
+        check.waiting.clear()
 
     def _reset(self, check: _Check, sequence: int) -> None:
         """End what the server may have begun, by the way that the SYN went."""
-        self._send(check.hop.ifindex, check.frame(sequence, RST))
+        self._send(check.ifindex, check.reset.filled(check.port, sequence & 0xFFFFFFFF))
 
     def _silent(self, check: _Check) -> None:
         self._reset(check, check.sequence + 1)
@@ -320,34 +345,34 @@ class Sounder:
         heard = segments.parse(data)
         if heard is None:
             return
-        sequence = heard.sequence if isinstance(heard, Complaint) else (heard.acknowledged - 1) & 0xFFFFFFFF
-        check = self._sent.get((heard.port, sequence & TAG))
+        about = heard.sequence if isinstance(heard, Complaint) else (heard.acknowledged - 1) & 0xFFFFFFFF
+        check = self._sent.get((heard.port, about & TAG))
         if check is None:
             return
         seconds = time.monotonic() - check.sent
+        by = check.to if heard.source == check.packed else ip_address(heard.source)
         if isinstance(heard, Complaint):
-            if sequence == check.sequence:
-                self._finish(check, Answer(False, _complained(check, heard), seconds, by=heard.source))
+            if about == check.sequence:
+                self._finish(check, Answer(False, _complained(check, heard, by), seconds, by=by))
             return
         flags = heard.flags & (SYN | RST | ACK)
-        if sequence != check.sequence:
+        if about != check.sequence:
             if flags == ACK:  # a challenge (RFC 9293, 3.10.7.4)
                 self._reset(check, heard.acknowledged)
-                reason = "it still has an earlier check's connection; do resets not come through to it?"
-                self._finish(check, Answer(None, reason, seconds, by=heard.source))
+                reason = "its server still has an earlier check's connection; are RSTs dropped on the way to it?"
+                self._finish(check, Answer(None, reason, seconds, by=by))
             return
         if flags == SYN | ACK:
             self._reset(check, heard.acknowledged)
         elif flags != RST | ACK:
             return
-        other = self._macs.get(sender[4]) if check.form is None and sender[4] != check.hop.dst_mac else None
-        reason, ok, echoed = _judged(check, heard, other)
-        self._finish(check, Answer(ok, reason, seconds, flags == SYN | ACK, echoed, heard.source))
-
-
-def _bound_size(known: dict[Any, Any]) -> None:
-    if len(known) >= REMEMBERED:
-        known.clear()
+        other = self._macs.get(sender[4]) if not check.form and sender[4] != check.mac else None
+        if other:
+            reason = f"{other} answered in its place: it sent the SYN to the VIP back; is the VIP on its lo?"
+            self._finish(check, Answer(False, reason, seconds, by=by))
+        else:
+            ok, reason, echoed = _judged(check, heard, by)
+            self._finish(check, Answer(ok, reason, seconds, bool(flags & SYN), echoed, by))
 
 
 def _reserve() -> list[socket.socket]:
@@ -391,55 +416,32 @@ def _own_addresses() -> list[tuple[Address, int]]:
         return [(ip_address(text), index) for text, index in rtnetlink.addresses(netlink).items() if text in reached]
 
 
-def _obstacle(hop: NextHop) -> Answer | None:
-    """What keeps a check from being sent."""
-    if hop.state is HopState.RESOLVED:
-        return None
-    if hop.state is HopState.UNRESOLVED and not hop.asking:
-        return Answer(False, hop.reason)
-    return Answer(None, hop.reason)
-
-
-def _judged(check: _Check, reply: Reply, other: Address | None) -> tuple[str, bool, bool]:
-    """What a SYN-ACK or RST to a check's SYN says: in words, whether it is sound, and whether it has the redirect.
-
-    ``other``: another backend, that sent it.
-    """
-    dip, vip = check.key.dip, check.key.vip
-    by, where = (reply.source, reply.source_port), host_port(reply.source, reply.source_port)
-    if other:
-        return f"{other} answered in its place: it sent the SYN to the VIP back; is the VIP on its lo?", False, False
+def _judged(check: _Check, reply: Reply, by: Address) -> tuple[bool, str, bool]:
+    """Of a SYN-ACK or RST to a check's SYN: whether it is sound, in words, and whether it has the redirect."""
     if reply.flags & RST:
-        where = host_port(*check.target)
-        only = "" if check.form else f", if on {dip} alone then not for clients that are not redirected"
-        return f"refused: nothing listens there on {where}{only}", False, False
+        only = "" if check.form else f" (on {check.dip} alone is not enough for clients that are not redirected)"
+        return False, f"refused: nothing listens there on {host_port(check.to, check.vip.port)}{only}", False
+    echoed = list(segments.redirects(reply.options)) if check.form else []
+    sound = (check.form, check.vip.address.packed) in echoed
+    if by != check.to or reply.source_port != check.vip.port:
+        if not check.form and by == check.dip:
+            return False, f"answers as {by}, not as the VIP: is the VIP on its lo?", False
+        known, other = host_port(check.to, check.vip.port), host_port(by, reply.source_port)
+        return False, f"answers as {other}, not as {known}: addresses are translated on the way", sound
     if not check.form:
-        if by == check.target:
-            return "answers as the VIP", True, False
-        if reply.source == dip:
-            return f"answers as {dip}, not as the VIP: is the VIP on its lo?", False, False
-        return f"answers as {where}, not as the VIP: its address is translated on the way", False, False
-    echoed = list(segments.redirects(reply.options))
-    sound = (check.form, vip.address) in echoed
-    if by != check.target:
-        return (
-            f"answers as {where}, not as {host_port(*check.target)}: its address is translated on the way",
-            False,
-            sound,
-        )
+        return True, "answers as the VIP", False
     if sound:
-        return "SYN-ACK with the redirect", True, True
+        return True, "SYN-ACK with the redirect", True
     if echoed:
-        return f"SYN-ACK with a redirect to {echoed[0][1]}, which was not sent", False, False
-    return (
-        f"SYN-ACK without the redirect: no agent there that serves {vip}, or a filter on the way removes TCP options",
-        False,
-        False,
+        return False, f"SYN-ACK with a redirect to {ip_address(echoed[0][1])}, which was not in the SYN", False
+    reason = (
+        f"SYN-ACK without the redirect: no agent for {check.vip} there, or a filter on the way takes TCP options out"
     )
+    return False, reason, False
 
 
 def _silence(check: _Check) -> str:
-    where = host_port(*check.target)
+    where = host_port(check.to, check.vip.port)
     if check.form:
         return f"no answer from {where}: a firewall, a full accept queue, or a filter of TCP options drops the SYN"
     tunnel = ", whether it takes IP in IP" if check.tunnel else ""
@@ -449,14 +451,14 @@ def _silence(check: _Check) -> str:
     )
 
 
-def _complained(check: _Check, complaint: Complaint) -> str:
-    told = f"{complaint.what}, says {complaint.source}"
+def _complained(check: _Check, complaint: Complaint, by: Address) -> str:
+    told = f"{complaint.what}, says {by}"
     if complaint.what in (segments.PROHIBITED, segments.PORT):  # a host itself sends a RST
         return f"{told}: a firewall there refuses the SYN"
     if complaint.what == segments.NO_PROTOCOL and complaint.tunnel:
         return f"{told}: it does not take IP in IP; its agent does with --dsr"
     if complaint.what == segments.TOO_BIG:
-        return f"{told}: the way's MTU is too small for a SYN; {check.hop.mtu} is what the kernel knows"
+        return f"{told}: the way's MTU is too small for a SYN; the kernel takes it for larger"
     if complaint.what == segments.LOOP:
         return f"{told}: packets go in a circle; {'see the routes' if check.form else 'is the VIP on its lo?'}"
     return told
