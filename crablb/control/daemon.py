@@ -14,7 +14,7 @@ from crablb.control.notify import notify
 from crablb.control.operator import Operator
 from crablb.control.state import Store
 from crablb.control.supervisor import Supervisor
-from crablb.control.wanted import Wanted, recall
+from crablb.control.wanted import Wanted, recall, remember
 from crablb.model import Config
 
 __all__ = ["serve"]
@@ -31,8 +31,10 @@ async def serve(
     ``read``: raises :class:`ConfigError`; None: there is nothing to read again.  ``path``: where it reads.  ``store``:
     what was changed at run time before; None: that is forgotten.
     """
-    settings, _ = recall(config, store)
+    settings, found = recall(config, store)
     supervisor = Supervisor(settings, seed)
+    if store:
+        remember(supervisor, store, found)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     engine = supervisor.engine

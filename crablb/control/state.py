@@ -28,8 +28,8 @@ log = structlog.get_logger()
 
 FOLDER = Path("/var/lib/crablb")
 VERSION = 1
-#: Seconds until what could not be written is tried again, and between writes of what checks found out.
-AGAIN, NOW_AND_THEN = 10.0, 20.0
+#: Seconds until what could not be written is tried again, and between writes of what checks found out and is as it was.
+AGAIN, NOW_AND_THEN = 10.0, 60.0
 #: Bytes of a file at most.
 MOST = 64 << 20
 #: Seconds that a stop waits for a slow disk.
@@ -72,7 +72,7 @@ class Store:
     def __init__(self, path: Path, interfaces: Sequence[str], seed: bytes) -> None:
         self.path = path
         self.failed: Callable[[], None] = lambda: None
-        self.health: Callable[[], Any] = lambda: None  # what checks found out, as plain values
+        self.health: Callable[[], Any] | None = None  # what checks found out, as plain values; called in a thread
         self.trouble = ""  # why it is not written as it should be
         self._interfaces, self._deployment = tuple(interfaces), _fingerprint(seed)
         self._changes = Changes()
@@ -167,7 +167,7 @@ class Store:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(AGAIN if self.trouble else NOW_AND_THEN):
                     await self._dirty.wait()
-            if self.trouble or self._dirty.is_set() or self.health():
+            if self.trouble or self._dirty.is_set() or self.health:
                 self._dirty.clear()
                 await self._write()
 
@@ -184,13 +184,10 @@ class Store:
 
     async def _write(self) -> None:
         wanted = self._wanted
-        saved = Saved(
-            interfaces=self._interfaces, deployment=self._deployment, changes=self._changes, health=self.health()
-        )
         if self._writing and not self._writing.done():  # by a task that was cancelled
             await asyncio.wait([self._writing])
         writing = self._writing = asyncio.get_running_loop().create_future()
-        self._begin(saved, writing)
+        self._begin(self._changes, writing)
         error = await asyncio.shield(writing)
         async with self._settled:
             if not error:
@@ -198,13 +195,15 @@ class Store:
             self._say(f"{error.strerror or error}" if error else "")
             self._settled.notify_all()
 
-    def _begin(self, saved: Saved, writing: asyncio.Future[OSError | None]) -> None:
+    def _begin(self, changes: Changes, writing: asyncio.Future[OSError | None]) -> None:
         """In a thread that nobody waits for at the end, however slow the disk is."""
         loop = writing.get_loop()
 
         def work() -> None:
             error: OSError | None = None
             try:
+                health = self.health() if self.health else None
+                saved = Saved(interfaces=self._interfaces, deployment=self._deployment, changes=changes, health=health)
                 write(self.path, msgspec.json.encode(saved))
             except OSError as failure:
                 error = failure

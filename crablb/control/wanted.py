@@ -15,7 +15,7 @@ import structlog
 from crablb.api import types
 from crablb.config import odd, parse_config
 from crablb.control.plan import Seen, plan, summary
-from crablb.control.state import Saved, Store, write
+from crablb.control.state import Store, write
 from crablb.control.supervisor import Supervisor, check
 from crablb.control.watch import Watch
 from crablb.dataplane.events import Event
@@ -24,7 +24,7 @@ from crablb.kernel.netlink import HopState
 from crablb.model import Config
 from crablb.overlay import Changes, between, diff, overlay, save
 
-__all__ = ["Wanted", "recall"]
+__all__ = ["Wanted", "recall", "remember"]
 
 log = structlog.get_logger()
 
@@ -36,8 +36,8 @@ WRITTEN = 1.0
 TOLD = 20
 
 
-def recall(given: Config, store: Store | None) -> tuple[Config, Saved | None]:
-    """The configuration with the changes in it that were made to it at run time, and the rest of what was saved.
+def recall(given: Config, store: Store | None) -> tuple[Config, Any]:
+    """The configuration with the changes in it that were made to it at run time, and what its checks had found out.
 
     What does not fit any more is told, and left out.
     """
@@ -56,7 +56,22 @@ def recall(given: Config, store: Store | None) -> tuple[Config, Saved | None]:
     if lines := diff(between(given, wanted)):
         log.info("changes at run time hold on; crablb diff tells them", changes=lines[:TOLD], count=len(lines))
     store.keep(between(given, wanted))
-    return wanted, saved
+    return wanted, saved.health
+
+
+def remember(supervisor: Supervisor, store: Store, found: Any) -> None:
+    """Have the checks of a supervisor that has not started go on from what was ``found`` out before, and keep that."""
+    try:
+        supervisor.health.adopt(found or [])
+    except ConfigError as error:
+        log.warning("what checks had found out is not known; backends are checked anew", reason=str(error))
+    store.health = supervisor.health.export
+
+    def hear(event: Event) -> None:
+        if event.kind in ("backend-healthy", "backend-unhealthy"):
+            store.touch()
+
+    supervisor.listeners.append(hear)
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from crablb.api import types
 from crablb.api.client import Client, NotRunning, discover
-from crablb.control import state
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import until
 from tests.helpers.world import World, command, status
@@ -33,14 +32,8 @@ backends = [
 
 
 @pytest.fixture
-def world(make_world, tmp_path):
-    """Whose load balancer serves the file, and forgets all at the end."""
-    made = make_world(servers=2)
-    with inside(made.lab.lb.netns):
-        place = state.place("eth0")
-    yield made
-    for left in place.parent.glob(f"*{place.name}*"):
-        left.unlink()
+def world(make_world):
+    return make_world(servers=2)
 
 
 def config(world: World, weight: int = 1, more: str = "") -> Path:
