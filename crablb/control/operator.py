@@ -26,6 +26,7 @@ from crablb.api import types
 from crablb.config import check_services, read_service
 from crablb.control.journal import Journal
 from crablb.control.supervisor import Supervisor
+from crablb.control.wanted import Wanted
 from crablb.dataplane.census import Census
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started
 from crablb.errors import ConfigError
@@ -121,19 +122,17 @@ class Operator:
         self,
         supervisor: Supervisor,
         *,
-        read: Callable[[], Config] | None = None,
-        path: str = "",
+        wanted: Wanted | None = None,
         stop: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``read``: the configuration again, from ``path``; None: there is no file.  ``stop``: end the daemon; None:
-        whoever runs it ends it."""
+        """``wanted``: None: there is no file, and nothing is kept.  ``stop``: end the daemon; None: whoever runs it
+        ends it."""
         self._supervisor, self._engine = supervisor, supervisor.engine
-        self._read, self._path, self._stop, self._clock = read, path, stop, clock
+        self.wanted = wanted or Wanted(supervisor)
+        self._stop, self._clock = stop, clock
         self._started = clock()
-        self._given = supervisor.engine.config  # as the file, or the program, has it
         self.journal = Journal(clock)
-        self._compared: tuple[Config, overlay.Changes] | None = None
         self._counted: tuple[float, asyncio.Future[Census]] | None = None
         self._since: dict[Pair, tuple[bool, float]] = {}  # whether it serves, and since when
         self._looking: asyncio.TimerHandle | None = None
@@ -176,7 +175,7 @@ class Operator:
             backends=sum(map(len, standing.values())),
             backends_serving=sum(serves for there in standing.values() for serves, _ in there),
             flows=sum((await self._census()).flows.values()),
-            configuration=self._path,
+            configuration=self.wanted.path,
             changes=len(self.changes),
             counters={"xdp": counters["xdp"], "workers": counters["total"], "daemon": counters["daemon"]},
         )
@@ -359,7 +358,7 @@ class Operator:
         )
 
     def configuration(self) -> types.Configuration:
-        return types.Configuration(path=self._path, settings=table(self._engine.config))
+        return types.Configuration(path=self.wanted.path, settings=table(self._engine.config))
 
     async def count_flows(self) -> types.FlowCount:
         flows = (await self._census()).flows
@@ -505,6 +504,7 @@ class Operator:
         if problems := check_services([(str(s.vip), s) for s in services], config.table_size):
             raise ConfigError(problems)
         self._supervisor.apply(config)
+        self.wanted.changed()
         self._engine.count("changes")
         by = asking.get()
         for event in events:
@@ -516,21 +516,9 @@ class Operator:
     @property
     def changes(self) -> overlay.Changes:
         """How what is served differs from what the configuration says."""
-        if self._compared is None or self._compared[0] is not self._engine.config:
-            self._compared = self._engine.config, overlay.between(self._given, self._engine.config)
-        return self._compared[1]
+        return self.wanted.changes
 
     # ---- the daemon ----
-
-    def reload(self) -> types.Applied:
-        """Read the configuration again, and serve it."""
-        if not self._read:
-            raise ConflictError("there is nothing to read again: it was started without --config")
-        config = self._read()
-        before = self._engine.config
-        self._supervisor.apply(config)
-        self._given = self._engine.config
-        return types.Applied(changes=[] if before == self._engine.config else ["reloaded"])
 
     def log_level(self, what: types.LogLevel) -> types.Applied:
         before = logging.level()
