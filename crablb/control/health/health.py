@@ -375,7 +375,7 @@ class Health:
                 log.warning("backends are not checked by SYNs", reason=str(error))
                 return
             self._sounder = sounder
-        self._sounder.follow(self._engine.config.vips)
+        self._sounder.follow(self._engine.config.services)
 
     def close(self) -> None:
         """Break off all checks.  Idempotent."""
