@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from ipaddress import ip_address
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from crablb.api import types
+from crablb.control.health.health import Found
 from crablb.control.journal import KEPT, Journal
 from crablb.control.operator import ConflictError, NotFoundError, Operator
 from crablb.dataplane.census import FoundFlow
@@ -75,12 +78,15 @@ async def test_why_one_does_not_serve(operator, engine):
     assert status.state == "degraded"
     assert status.problems == [f"{ONE}: 1 of 2 backends do not serve: 10.0.0.11: 10.0.0.11 does not answer on eth0"]
     engine.standings[vip, B] = Standing(healthy=False)
+    engine.found[vip, B] = Found(healthy=False, known=True, reason="tcp: refused")
     assert (await operator.status()).problems[0].startswith(f"{ONE}: no backend serves: ")
     engine.hops[A] = engine.hops[B]
-    assert ((told := await of(operator, B)).serving, told.healthy, told.reason) == (False, False, "unhealthy")
+    assert ((told := await of(operator, B)).serving, told.healthy, told.reason) == (False, False, "tcp: refused")
     engine.standings[vip, B] = Standing(percent=0)
-    assert (await of(operator, B)).serving is False
+    engine.found[vip, B] = Found(known=True, reason="agent: drain", percent=0)
+    assert ((told := await of(operator, B)).serving, told.reason) == (False, "agent: drain")
     engine.standings[vip, B] = Standing(cr=False)
+    engine.found[vip, B] = Found(known=True, cr=False, cr_reason="redirect check")
     assert ((told := await of(operator, B)).serving, told.cr, told.cr_reason) == (True, False, "redirect check")
     del engine.standings[vip, B]
     engine.unredirected = frozenset({(vip, B)})
@@ -236,8 +242,10 @@ WRONG = {
     "family": (lambda op: op.add_backend(ONE, types.AddBackend(address="fd00::12")), "only a tunnel leads"),
     "key": (lambda op: op.add_service({"address": "tcp://10.0.0.9:80", "backend": ["10.0.0.1"]}), "unknown key"),
     "program": (
-        lambda op: op.add_service({"address": "tcp://10.0.0.9:80", "backends": ["10.0.0.1"], "policy": "os:system"}),
-        "",
+        lambda op: op.add_service(
+            {"address": "tcp://10.0.0.9:80", "backends": ["10.0.0.1"], "policy": "antigravity:x"}
+        ),
+        "own file alone",
     ),
     "exec": (
         lambda op: op.add_service(
@@ -249,7 +257,6 @@ WRONG = {
         ),
         "comes from the configuration file alone",
     ),
-    "reload": (lambda op: op.reload(), "without --config"),
     "takeover": (lambda op: op.take_over(types.Takeover()), "within another program"),
 }
 
@@ -267,6 +274,17 @@ def test_what_cannot_be_changes_nothing(name):
             assert engine.config is before
 
     run(test)
+    assert "antigravity" not in sys.modules
+
+
+@asked
+async def test_a_background_task_that_failed_is_a_problem_for_a_while(operator, engine):
+    engine.task_failed = "sweep", time.monotonic() - 10
+    assert (await operator.status()).problems == [
+        "background task sweep failed 10 s ago, and was begun anew: see the log"
+    ]
+    engine.task_failed = "sweep", time.monotonic() - 1000
+    assert (await operator.status()).state == "serving"
 
 
 def test_takeover():
