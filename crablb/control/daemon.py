@@ -10,9 +10,12 @@ import structlog
 
 from crablb import log as logging
 from crablb.control.admin import Admin
+from crablb.control.metrics import Metrics
+from crablb.control.metrics.facts import Gatherer
 from crablb.control.notify import notify
 from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
+from crablb.dataplane.events import Event
 from crablb.errors import ConfigError
 from crablb.model import Config
 
@@ -32,6 +35,7 @@ def _reload(supervisor: Supervisor, read: Callable[[], Config]) -> None:
         supervisor.apply(config)
     except ConfigError as error:
         supervisor.engine.count("reloads_refused")
+        supervisor.tell(Event("not-reloaded", reason="; ".join(error.problems)))
         for problem in error.problems:
             log.error("not reloaded", reason=problem)
     except Exception:  # half of it may be served
@@ -39,6 +43,7 @@ def _reload(supervisor: Supervisor, read: Callable[[], Config]) -> None:
         log.exception("not reloaded; it is tried again", seconds=AGAIN)
         asyncio.get_running_loop().call_later(AGAIN, _reload, supervisor, read)
     else:
+        supervisor.tell(Event("reloaded"))
         log.info("reloaded", services=[str(s.vip) for s in config.services])
 
 
@@ -52,7 +57,10 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path:
     stop = asyncio.Event()
     engine = supervisor.engine
     operator = Operator(supervisor, read=read, path=path, stop=stop.set)
-    admin = Admin(operator, engine.config)
+    gatherer = Gatherer(operator, engine)
+    supervisor.listeners.append(gatherer.hear)
+    metrics = Metrics(gatherer, engine.config)
+    admin = Admin(operator, gatherer, engine.config)
 
     def reload() -> None:
         if read:
@@ -81,6 +89,7 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path:
         await asyncio.to_thread(logging.flush)  # whoever waits for us may read why something is not as it should be
         notify("READY=1")
         admin.start()
+        metrics.start()
         stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
         failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
         await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)
@@ -95,5 +104,6 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path:
         return 0
     finally:
         notify("STOPPING=1")
+        await metrics.close()
         await admin.close()
         await supervisor.close()

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from crablb._native import lib
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
+from crablb._native import lib
 from crablb.api import types
 from crablb.control.metrics.facts import Facts
 from crablb.dataplane.statistics import WORKER_COUNTERS, Rounds
@@ -135,7 +135,7 @@ METRICS: tuple[Metric, ...] = (
         lambda facts: (((i.name,), bool(i.mode)) for i in facts.status.interfaces),
     ),
     Metric(
-        "interface_native", "gauge", ("interface",), "1: the XDP program is in the driver; 0: in generic mode, or gone.",
+        "interface_native", "gauge", ("interface",), "1: the XDP program is in the driver; 0: generic mode, or gone.",
         lambda facts: (((i.name,), i.mode == "native") for i in facts.status.interfaces),
     ),
     Metric("zero_copy", "gauge", (), "1: all AF_XDP sockets are in zero-copy mode.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import re
 from functools import cache
@@ -14,7 +13,7 @@ import msgspec
 from crablb.api import types
 from crablb.control.metrics.facts import Facts
 
-__all__ = ["Board", "board", "document", "headers", "packed"]
+__all__ = ["Board", "board", "document", "encoded", "headers"]
 
 #: Backends told at once, at most; services without some that are told as well.
 MOST = 500
@@ -68,36 +67,32 @@ def _trouble(backend: types.Backend) -> bool:
 
 def board(facts: Facts, wanted: str = "", *, ill: bool = False) -> Board:
     """``wanted``: a part of a service's or a backend's address; ``ill``: only backends in trouble."""
-    by_service: dict[str, list[types.Backend]] = {}
+    found: dict[str, list[types.Backend]] = {}
     for backend in facts.backends:
-        if wanted in backend.service or wanted in backend.address:
-            by_service.setdefault(backend.service, []).append(backend)
-    found = {
-        vip: [b for b in backends if _trouble(b)] if ill else sorted(backends, key=lambda b: not _trouble(b))
-        for vip, backends in by_service.items()
-    }
-    services = [service for service in facts.services if found.get(service.vip)]
-    if sum(map(len, found.values())) > MOST:  # else they stay in their order
+        if (wanted in backend.service or wanted in backend.address) and (_trouble(backend) or not ill):
+            found.setdefault(backend.service, []).append(backend)
+    count = sum(map(len, found.values()))
+    services = [service for service in facts.services if service.vip in found]
+    if count > MOST:  # else all stay in their order
         services.sort(key=lambda service: -sum(map(_trouble, found[service.vip])))
-    else:
-        found = {vip: [b for b in backends if b in set_] for vip, backends in by_service.items() if (set_ := found[vip])}
+        for backends in found.values():
+            backends.sort(key=lambda backend: not _trouble(backend))
     told: list[types.Backend] = []
-    for count, service in enumerate(services):
-        room = MOST - len(told)
-        if room <= 0:
-            services = services[:count]
-            break
-        told += found[service.vip][:room]
+    shown = []
+    for service in services:
+        if len(told) < MOST:
+            shown.append(service)
+            told += found[service.vip][: MOST - len(told)]
     return Board(
         at=facts.at,
         status=facts.status,
-        services=services,
+        services=shown,
         backends=told,
-        backends_found=sum(map(len, found.values())),
+        backends_found=count,
         events=facts.events[-EVENTS:],
     )
 
 
-def packed(facts: Facts, wanted: str = "", *, ill: bool = False) -> bytes:
-    """The board as JSON, by gzip."""
-    return gzip.compress(msgspec.json.encode(board(facts, wanted, ill=ill)), 1)
+def encoded(facts: Facts, wanted: str = "", *, ill: bool = False) -> bytes:
+    """The board as JSON."""
+    return msgspec.json.encode(board(facts, wanted, ill=ill))
