@@ -100,7 +100,7 @@ def test_who_does_not_see_it(browser):
         assert ("table", VIP) in tree
         assert {"main", "search", "alert", "status"} <= set(roles)
         assert {name for role, name in tree if role == "columnheader"} >= {"Backend", "State", "Checks", "Weight"}
-        assert [name for role, name in tree if role == "rowheader"][0].startswith("10.0.0.11")
+        assert next(name for role, name in tree if role == "rowheader").startswith("10.0.0.11")
         strips = {name for role, name in tree if role in ("img", "image")}
         assert "last 60 checks: all well" in strips
         assert "last 60 checks: 12 failed, the last 12 in a row" in strips
@@ -136,14 +136,14 @@ def test_contrast(browser, dark):
     """Of all text at least 4.5 to 1 (WCAG 2.2, 1.4.3), by what is painted, also when nobody answers."""
     script = """(() => {
       const rgb = c => c.match(/[\\d.]+/g).map(Number);
-      const light = c => { const [r, g, b] = rgb(c).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
-        return .2126 * r + .7152 * g + .0722 * b; };
+      const linear = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+      const light = c => { const [r, g, b] = rgb(c).map(linear); return .2126 * r + .7152 * g + .0722 * b; };
       const back = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
         if (rgb(c).length < 4 || rgb(c)[3] > 0) return c; } return 'rgb(255, 255, 255)'; };
       const found = [];
       for (const e of document.querySelectorAll('body *')) {
-        if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) || !e.getClientRects().length) continue;
-        if (['SCRIPT', 'NOSCRIPT', 'STYLE'].includes(e.tagName)) continue;
+        if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
+        if (!e.getClientRects().length || ['SCRIPT', 'NOSCRIPT', 'STYLE'].includes(e.tagName)) continue;
         const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x);
         found.push([(a + .05) / (b + .05), e.textContent.slice(0, 30), getComputedStyle(e).color, back(e)]);
       }
