@@ -143,11 +143,6 @@ def read_service(entry: object) -> Service:
     return Service(**found)
 
 
-def service_of(table: object) -> Service:
-    """A service as a table of a file, [[service]], describes it.  Raises :class:`ConfigError` with every fault."""
-    return _service(table)
-
-
 def _check(entry: object) -> Check:
     if isinstance(entry, str):
         entry = {"type": entry}

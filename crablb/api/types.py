@@ -165,7 +165,7 @@ class Configuration(Answer, frozen=True, kw_only=True):
     """What is served now: the configuration, with the changes at run time."""
 
     path: str  # the file's; empty: arguments
-    settings: dict[str, Any]  # by the fields of crablb.model.Config, without keys
+    settings: dict[str, Any]  # as in a file; what is by default is not there, nor are keys
 
 
 class FlowCount(Answer, frozen=True, kw_only=True):

@@ -146,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.argv[1:2] and sys.argv[1] in LASTING:
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)  # until it takes them, if it does
+        # structlog imports it where it is there, for colours that no daemon shows: 5 MiB.
+        sys.modules["rich"] = None  # type: ignore[assignment]
     try:
         streams.prepare()
         try:

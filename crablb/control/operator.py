@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,17 +20,18 @@ from typing import Any
 import msgspec
 import structlog
 
-from crablb import config as configuration
 from crablb import log as logging
+from crablb import overlay
 from crablb.api import types
-from crablb.config import check_services
+from crablb.config import check_services, read_service
 from crablb.control.journal import Journal
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.census import Census
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started
 from crablb.errors import ConfigError
 from crablb.kernel.netlink import HopState
-from crablb.model import Address, Backend, Config, Mode, Service, State, Vip
+from crablb.model import POLICIES, Address, Backend, CheckKind, Config, Mode, Service, State, Vip
+from crablb.options import table
 from crablb.selection.standing import Pair, Standing, Verdict
 from crablb.values import near, parse_address, parse_backend, parse_vip, parse_weight
 
@@ -97,9 +98,20 @@ def _backend(service: Service, address: Address) -> Backend:
 
 
 def _vip(text: str) -> Vip:
-    """``tcp://10.0.0.100:80``, ``tcp:10.0.0.100:80``, ``10.0.0.100:80``."""
+    """``tcp://10.0.0.100:80``, ``tcp:10.0.0.100:80``, ``10.0.0.100:80``.  Raises :class:`NotFoundError`."""
     bare = text.removeprefix("tcp:").removeprefix("//")
-    return parse_vip(f"tcp://{bare}")
+    try:
+        return parse_vip(f"tcp://{bare}")
+    except ConfigError as error:  # there is none of that name
+        raise NotFoundError(error.problems) from None
+
+
+def _address(text: str) -> Address:
+    """Raises :class:`NotFoundError`."""
+    try:
+        return parse_address(text)
+    except ConfigError as error:
+        raise NotFoundError(error.problems) from None
 
 
 class Operator:
@@ -121,11 +133,17 @@ class Operator:
         self._started = clock()
         self._given = supervisor.engine.config  # as the file, or the program, has it
         self.journal = Journal(clock)
+        self._compared: tuple[Config, overlay.Changes] | None = None
         self._counted: tuple[float, asyncio.Future[Census]] | None = None
         self._since: dict[Pair, tuple[bool, float]] = {}  # whether it serves, and since when
         self._looking: asyncio.TimerHandle | None = None
         supervisor.listeners.append(self.journal.add)
         self._engine.listeners.append(self._hear)
+
+    @property
+    def listeners(self) -> list[Callable[[Event], None]]:
+        """Called with each event."""
+        return self._supervisor.listeners
 
     # ---- questions ----
 
@@ -159,7 +177,7 @@ class Operator:
             backends_serving=sum(serves for there in standing.values() for serves, _ in there),
             flows=sum((await self._census()).flows.values()),
             configuration=self._path,
-            changes=len(self._changed()),
+            changes=len(self.changes),
             counters={"xdp": counters["xdp"], "workers": counters["total"], "daemon": counters["daemon"]},
         )
 
@@ -212,26 +230,26 @@ class Operator:
             flows=sum(census.flows.get((service.vip, b.address), 0) for b in service.backends),
             packets=forwarded[0],
             bytes=forwarded[1],
-            changed=service.vip in self._changed(),
+            changed=str(service.vip) in self.changes.services,
         )
 
     async def backends(self, vip: str | None = None) -> list[types.Backend]:
         """Of a service; None: of all."""
         config = self._engine.config
         services = config.services if vip is None else (_service(config, _vip(vip)),)
-        census, changed = await self._census(), self._changed()
+        census, edits = await self._census(), self.changes.services
         told: list[types.Backend] = []
         for service in services:
             verdict = self._engine.verdicts.get(service.vip)
             # It may have been removed while others had their turn.
             for backend, served in zip(service.backends, verdict.service.backends if verdict else (), strict=False):
-                told.append(self._tell(service, backend, served, census, changed))
+                told.append(self._tell(service, backend, served, census, edits.get(str(service.vip))))
                 if len(told) % AT_ONCE == 0:
                     await asyncio.sleep(0)
         return told
 
     def _tell(
-        self, service: Service, backend: Backend, served: Backend, census: Census, changed: set[object]
+        self, service: Service, backend: Backend, served: Backend, census: Census, edit: overlay.ServiceEdit | None
     ) -> types.Backend:
         engine = self._engine
         pair = service.vip, backend.address
@@ -260,7 +278,7 @@ class Operator:
             share=census.shares.get(pair, 0.0),
             checks=health.checks,
             since=self._serving_since(pair, serving),
-            changed=pair in changed,
+            changed=edit is not None and (edit.added is not None or str(backend.address) in edit.backends),
         )
 
     def _weight_now(self, service: Service, served: Backend) -> int:
@@ -341,10 +359,7 @@ class Operator:
         )
 
     def configuration(self) -> types.Configuration:
-        settings = _plain(self._engine.config)
-        for secret in ("seed", "report_key"):
-            settings.pop(secret)
-        return types.Configuration(path=self._path, settings=settings)
+        return types.Configuration(path=self._path, settings=table(self._engine.config))
 
     async def count_flows(self) -> types.FlowCount:
         flows = (await self._census()).flows
@@ -360,7 +375,7 @@ class Operator:
         if not 0 <= limit <= MOST_FLOWS:
             raise ConfigError(f"limit: {limit} is not a whole number from 0 to {MOST_FLOWS}")
         service = _service(self._engine.config, _vip(vip)).vip if vip else None
-        address = self._known(parse_address(backend)) if backend else None
+        address = self._known(_address(backend)) if backend else None
         who, port = _client(client) if client else (None, None)
         if who and port is None and service is None and len(self._engine.config.services) > 1:
             raise ConfigError("client: without a port it is looked for in one service: say which (vip)")
@@ -404,7 +419,7 @@ class Operator:
     def patch(self, address: str, what: types.Patch, vip: str | None = None) -> types.Applied:
         """Give a backend another weight or state, in one service; None: in all that it is in."""
         given = self._checked_patch(what)
-        at = parse_address(address)
+        at = _address(address)
         config = self._engine.config
         services = (
             [_service(config, _vip(vip))]
@@ -458,13 +473,14 @@ class Operator:
     def remove_backend(self, vip: str, address: str) -> types.Applied:
         """It gets nothing new; the flows that it has go on."""
         service = _service(self._engine.config, _vip(vip))
-        gone = _backend(service, parse_address(address))
+        gone = _backend(service, _address(address))
         made = replace(service, backends=tuple(b for b in service.backends if b is not gone))
         return self._change(self._with(made), [Event("backend-removed", gone.address, service.vip)])
 
-    def add_service(self, table: dict[str, Any]) -> types.Applied:
-        """``table``: as [[service]] in a file."""
-        new = configuration.service_of(table)
+    def add_service(self, entry: dict[str, Any]) -> types.Applied:
+        """``entry``: as [[service]] in a file."""
+        new = read_service(entry)
+        _harmless(new)
         if any(s.vip == new.vip for s in self._engine.config.services):
             raise ConflictError(f"{new.vip} is served already")
         backends = ", ".join(str(b.address) for b in new.backends)
@@ -497,18 +513,12 @@ class Operator:
             log.info("changed", what=_told(event), by=by or "this program")
         return types.Applied(changes=[_told(event) for event in events])
 
-    def _changed(self) -> set[object]:
-        """The services (by VIP) and the backends (by pair) that are not as the configuration has them."""
-        if self._engine.config is self._given:
-            return set()
-        given = {s.vip: {b.address: b for b in s.backends} for s in self._given.services}
-        found: set[object] = set()
-        for service in self._engine.config.services:
-            before = given.get(service.vip, {})
-            pairs = {(service.vip, b.address) for b in service.backends if before.get(b.address) != b}
-            if pairs or len(before) != len(service.backends):
-                found |= pairs | {service.vip}
-        return found
+    @property
+    def changes(self) -> overlay.Changes:
+        """How what is served differs from what the configuration says."""
+        if self._compared is None or self._compared[0] is not self._engine.config:
+            self._compared = self._engine.config, overlay.between(self._given, self._engine.config)
+        return self._compared[1]
 
     # ---- the daemon ----
 
@@ -611,12 +621,14 @@ def _told(event: Event) -> str:
             return f"{event.vip}: {event.kind.removeprefix('service-')}"
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold of a configuration."""
-    if is_dataclass(value) and not isinstance(value, type | Vip):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
-    if isinstance(value, Enum):
-        return value.value
-    return value if isinstance(value, bool | int | float | None) else str(value)
+def _harmless(service: Service) -> None:
+    """Who may use the API need not be root, so no program comes in by it.  Raises :class:`ConfigError`."""
+    problems = []
+    if service.policy not in POLICIES:
+        problems.append("policy: one that is a program comes from the configuration file alone")
+    if any(check.kind is CheckKind.EXEC for check in service.checks or ()):
+        problems.append("check: exec runs a program: it comes from the configuration file alone")
+    if any(check.ca_file for check in service.checks or ()):
+        problems.append("check: ca_file names a file: it comes from the configuration file alone")
+    if problems:
+        raise ConfigError(problems)
