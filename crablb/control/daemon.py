@@ -9,9 +9,7 @@ from collections.abc import Callable
 import structlog
 
 from crablb import log as logging
-from crablb.control.admin import Admin
-from crablb.control.metrics import Metrics
-from crablb.control.metrics.facts import Gatherer
+from crablb.control.doors import Doors
 from crablb.control.notify import notify
 from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
@@ -57,10 +55,7 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path:
     stop = asyncio.Event()
     engine = supervisor.engine
     operator = Operator(supervisor, read=read, path=path, stop=stop.set)
-    gatherer = Gatherer(operator, engine)
-    supervisor.listeners.append(gatherer.hear)
-    metrics = Metrics(gatherer, engine.config)
-    admin = Admin(operator, gatherer, engine.config)
+    doors = Doors(operator, supervisor)
 
     def reload() -> None:
         if read:
@@ -88,8 +83,7 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path:
         )
         await asyncio.to_thread(logging.flush)  # whoever waits for us may read why something is not as it should be
         notify("READY=1")
-        admin.start()
-        metrics.start()
+        doors.start()
         stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
         failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
         await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)
@@ -104,6 +98,5 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path:
         return 0
     finally:
         notify("STOPPING=1")
-        await metrics.close()
-        await admin.close()
+        await doors.close()
         await supervisor.close()

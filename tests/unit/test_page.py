@@ -319,7 +319,7 @@ def test_trouble_comes_first_where_not_all_can_be_told():
     assert {service.vip for service in told.services} == {b.service for b in told.backends}
     assert sum(not b.serving for b in told.backends) >= min(len(ill), MOST // 10)
     first = told.services[0].vip
-    assert [b.serving for b in told.backends if b.service == first][0] is False
+    assert next(b.serving for b in told.backends if b.service == first) is False
     only = board(facts, ill=True)
     assert only.backends_found == len(ill)
     one = facts.services[500].vip

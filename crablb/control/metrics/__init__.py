@@ -72,6 +72,10 @@ class Metrics:
         if self._listener:
             await self._listener.close()
             self._listener = None
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leave no socket behind, where there is no event loop any more to :meth:`close` in."""
         if self._socket:
             self._socket.close()
             self._socket = None

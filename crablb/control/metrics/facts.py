@@ -92,6 +92,12 @@ class Gatherer:
                 self._look = None
             raise
 
+    async def close(self) -> None:
+        """Look no more: what is looked at goes.  Idempotent."""
+        if self._look:
+            self._look[1].cancel()
+            await asyncio.gather(self._look[1], return_exceptions=True)
+
     async def _gather(self) -> Facts:
         at, source, engine = self._clock(), self._source, self._engine
         status, services, backends = await source.status(), await source.services(), await source.backends()
