@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import Operator
 from crablb.dataplane.events import Event
 from crablb.errors import ConfigError, KernelError, Problems
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from crablb.control.admin.server import Listener
     from crablb.control.admin.sockets import Place
 
-__all__ = ["Admin"]
+__all__ = ["Admin", "bind"]
 
 log = structlog.get_logger()
 
@@ -40,8 +41,9 @@ class Admin:
     cannot be bound.
     """
 
-    def __init__(self, operator: Operator, config: Config) -> None:
-        self._operator, self._config = operator, config
+    def __init__(self, operator: Operator, gatherer: Gatherer, config: Config) -> None:
+        """``gatherer``: for the status page, which is served beside it."""
+        self._operator, self._gatherer, self._config = operator, gatherer, config
         self._on = config.admin is Switch.ON
         self._tls: ssl.SSLContext | None = None
         self._token = ""
@@ -70,7 +72,7 @@ class Admin:
                 self._token = problems.attempt("admin_token_file", _token, config.admin_token_file) or ""
         problems.finish()
         if config.admin_listen:
-            self._tcp = _bind(*config.admin_listen)
+            self._tcp = bind("the API", *config.admin_listen)
 
     def start(self) -> None:
         """Begin to serve it, soon: what is imported for it takes its time."""
@@ -89,7 +91,7 @@ class Admin:
     async def _listen(self) -> None:
         from crablb.control.admin import app, server, sockets
 
-        unix = app.make(self._operator)
+        unix = app.make(self._operator, self._gatherer)
         group = _group(self._config.admin_group) if self._config.admin_group else None
         self._place = sockets.Place(self._config.interfaces, group)
         sock = self._place.bind()
@@ -97,7 +99,7 @@ class Admin:
         where = [str(path) for path in self._place.show()]
         self._operator.listeners.append(self._hear)
         if self._tcp:
-            remote = app.make(self._operator, token=self._token)
+            remote = app.make(self._operator, self._gatherer, token=self._token)
             self._listeners.append(await server.listen(remote, self._tcp, tls=self._tls))
             assert self._config.admin_listen
             where.append(host_port(*self._config.admin_listen))
@@ -180,7 +182,8 @@ def _token(path: str) -> str:
     return token
 
 
-def _bind(address: Address, port: int) -> socket.socket:
+def bind(what: str, address: Address, port: int) -> socket.socket:
+    """A socket for ``what`` to listen at.  Raises :class:`KernelError`."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
@@ -188,5 +191,5 @@ def _bind(address: Address, port: int) -> socket.socket:
         sock.bind((str(address), port))
     except OSError as error:
         sock.close()
-        raise KernelError(f"cannot serve the API at {host_port(address, port)}: {error.strerror}") from None
+        raise KernelError(f"cannot serve {what} at {host_port(address, port)}: {error.strerror}") from None
     return sock
