@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crablb.errors import ConfigError, Problems
-from crablb.model import Address, Backend, Config, Fallback, Service, Vip, host_port
+from crablb.model import Address, Backend, Check, CheckKind, Config, Fallback, Service, Vip, host_port
 from crablb.options import OPTIONS, Option, Scope, of
 from crablb.values import (
     listed,
@@ -45,12 +45,12 @@ __all__ = [
 ]
 
 MAX_BACKENDS = 65535  # backend ids are 16 bits, one of which says "none"
-M = TypeVar("M", bound=Config | Service | Backend)
+M = TypeVar("M", bound=Config | Service | Backend | Check)
 
 
 def _option(name: str) -> Option:
     """Of the load balancer or a service."""
-    return next(option for option in OPTIONS if option.name == name and option.scope is not Backend)
+    return next(option for option in OPTIONS if option.name == name and option.scope in (Config, Service))
 
 
 DEFAULT_TABLE_SIZE: int = _option("table_size").default  # type: ignore[assignment]
@@ -119,7 +119,21 @@ def _service(entry: object) -> Service:
     return Service(**found)
 
 
-_NESTED: dict[Scope, Callable[[object], Any]] = {Service: _service, Backend: _backend}
+def _check(entry: object) -> Check:
+    if isinstance(entry, str):
+        entry = {"type": entry}
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{shown(entry)} is neither the type of a check nor a table")
+    problems = Problems()
+    found = _read(problems, Check, entry)
+    problems.finish()
+    check = Check(**found)
+    problems.found += check_check(check)
+    problems.finish()
+    return check
+
+
+_NESTED: dict[Scope, Callable[[object], Any]] = {Service: _service, Backend: _backend, Check: _check}
 
 
 def _check_source_prefix(problems: Problems, fields: Mapping[str, Any], where: str, how: str) -> None:
@@ -244,6 +258,16 @@ def _with(problems: Problems, where: str, service: Service, fields: Mapping[str,
 # ---- values ----
 
 
+def check_check(check: Check) -> list[str]:
+    """What is wrong with a check, as a whole."""
+    problems = []
+    if check.kind is CheckKind.EXEC and not check.command:
+        problems.append("command is missing; add command = ['/usr/local/bin/check']")
+    if check.kind is CheckKind.AGENT and check.port is None:
+        problems.append("port is missing; add port = 9999, where the agent listens")
+    return problems
+
+
 def check_services(services: Sequence[tuple[str, Service]], table_size: int) -> list[str]:
     """What is wrong with services taken together; each comes with the place it was read from."""
     problems = Problems()
@@ -299,7 +323,7 @@ def checked(value: M) -> M:
     fields: dict[str, Any] = {}
     for option in of(type(value)):
         given = getattr(value, option.field)
-        if given is None and option.default is None:
+        if given is option.default:
             continue
         parse = partial(_checked_as, option.kind.nested) if option.kind.nested else option.kind.parse
         parsed = _value(problems, option, given, option.field, parse, partial("{}[{}]".format, option.field))

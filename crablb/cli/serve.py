@@ -47,7 +47,7 @@ def read_config(args: argparse.Namespace) -> Config:
     interfaces, services = given.pop("interface", []), given.pop("service", [])
     if args.config is None:
         return config.config_from_args(interfaces, services, **given)
-    extra = [o.flags[0] for o in OPTIONS if o.name in given or (services and o.name == "service")]
+    extra = [o.flags[0] for o in OPTIONS if (o.flags and o.name in given) or (services and o.name == "service")]
     if extra:
         raise ConfigError(f"{', '.join(extra)} cannot be given with --config; say it in {args.config}")
     return config.load_config(args.config, interfaces)

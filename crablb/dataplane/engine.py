@@ -33,11 +33,12 @@ from crablb.dataplane.snapshot import Sight, build
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
-from crablb.model import Address, Bypass, Config, State, Vip
+from crablb.model import Address, Bypass, Config, Service, State, Vip
 from crablb.options import fixed_fields
 from crablb.selection.completion import Completions
 from crablb.selection.custom import Custom
 from crablb.selection.loads import Balance, Load
+from crablb.selection.standing import Pair, Standing, Verdict, judge
 
 __all__ = ["Engine"]
 
@@ -75,6 +76,9 @@ class Engine:
         self._attachments = [Attachment(name) for name in config.interfaces]
         self._balance = Balance()
         self._completions = Completions()
+        self._standings: dict[Pair, Standing] = {}
+        self._verdicts: dict[Vip, Verdict] = {}
+        self._served = config  # with the backends as their standing has them
         self._custom = Custom(self._policy_failed)
         self._handlers = Handlers(self._handler_failed)
         self._queues = Queues(config, self._handlers, self._custom, self._socket_failed)
@@ -150,6 +154,16 @@ class Engine:
         """The backends whose known fallback flows the XDP program forwards by itself."""
         return self._program.paths.reached if self._program else frozenset()
 
+    @property
+    def served(self) -> Config:
+        """The configuration with each backend's state, weight and cr as health has them now."""
+        return self._served
+
+    @property
+    def verdicts(self) -> Mapping[Vip, Verdict]:
+        """What health makes of each service."""
+        return MappingProxyType(self._verdicts)
+
     def load(self, vip: Vip, backend: Address) -> Load:
         """What the policies know of a backend."""
         return self._balance.read(vip, backend)
@@ -194,6 +208,34 @@ class Engine:
         elif verdict == "resumed":
             self._publish()
             self._tell(Event("redirects-resumed", backend, vip))
+
+    def judge(self, standings: Mapping[Pair, Standing]) -> None:
+        """What was found out about some backends of services, which takes the place of what was known of them.
+
+        Also before the start.  Of a backend that nothing is said of all is well.
+        """
+        changed = {pair: s for pair, s in standings.items() if self._standings.get(pair, Standing()) != s}
+        if not changed:
+            return
+        self._standings |= changed
+        if self._attached:
+            self._publish()
+
+    def _judge(self) -> None:
+        """Work out how each service is served now; tell where health is disregarded, and where no more."""
+        before, services = self._verdicts, self.config.services
+        self._verdicts = {service.vip: judge(service, self._standings) for service in services}
+        made: list[Service] = [self._verdicts[service.vip].service for service in services]
+        same = all(new is old for new, old in zip(made, services, strict=True))
+        self._served = self.config if same else replace(self.config, services=tuple(made))
+        for vip, verdict in self._verdicts.items():
+            panicked = vip in before and before[vip].panic
+            if verdict.panic and not panicked:
+                self.count("panics")
+                facts = f"{verdict.healthy} of {verdict.weight} healthy"
+                self._tell(Event("panic", vip=vip, reason=facts))
+            elif panicked and not verdict.panic:
+                self._tell(Event("panic-over", vip=vip))
 
     def handle(self, match: Match, function: Handle) -> None:
         """See :meth:`crablb.LoadBalancer.handle`."""
@@ -512,11 +554,12 @@ class Engine:
     def _publish(self) -> None:
         """Have the XDP program and the workers see what is there now."""
         at, hops = time.monotonic(), self.hops
+        self._judge()
         if self._attached:  # until then the map may be in use still, by the program of a daemon that died
-            dead = {b.address for s in self.config.services for b in s.backends if b.state is State.DEAD}
+            dead = {b.address for s in self._served.services for b in s.backends if b.state is State.DEAD}
             self._running.paths.publish(self._registry.backends, hops, self._ways, dead)
         usable = {address for address, hop in hops.items() if hop.state is HopState.RESOLVED}
-        self._balance.follow(self.config.services, usable, at if self._attached else None)
+        self._balance.follow(self._served.services, usable, at if self._attached else None)
         sight = Sight(
             self.seed,
             self._registry.backends,
@@ -529,7 +572,7 @@ class Engine:
             self._answered,
             self._handlers.matches(),
         )
-        snapshot = build(self.config, sight, self._queues.snapshot)
+        snapshot = build(self._served, sight, self._queues.snapshot)
         self._custom.publish(snapshot.custom)
         self._queues.publish(snapshot)
         if all(hop.state is HopState.RESOLVED for hop in hops.values()):
@@ -552,14 +595,14 @@ class Engine:
                 aged = now
                 for backend in self._balance.silent(now) & self.config.backends:
                     self._tell(Event("server-silent", backend))
-                for service in self.config.services:
+                for service in self._served.services:
                     if service.vip in pools:
                         self._balance.age(service)
             for _, pool in pools.values():
                 pool.refresh()
             if self._completions.retry(now):
                 self._publish()
-            rises = self._balance.next_step(self.config.services, self._stepped)
+            rises = self._balance.next_step(self._served.services, self._stepped)
             if rises is not None and rises <= now:
                 self._stepped = now
                 self._publish()
@@ -620,6 +663,8 @@ class Engine:
         """Release what neither the configuration nor a flow (by backend id) holds any more."""
         self._balance.forget(self.config.services)
         self._completions.forget(self.config.services)
+        pairs = {(service.vip, b.address) for service in self.config.services for b in service.backends}
+        self._standings = {pair: s for pair, s in self._standings.items() if pair in pairs}
         # What came during the count, and perhaps went, was not counted.
         gone = self._registry.collect(self._applied, flows)
         for address, backend_id in gone.items():

@@ -4,6 +4,7 @@
     control  agent                          the daemon's tasks; the endpoints
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
+    api        what is said between a daemon and those who ask it
     ground     errors model values options config reference log lasting seldom
 
 An arrow only goes down.  On one floor, a room uses another one where it says so here.
@@ -24,6 +25,7 @@ BELOW_CONTROL = GROUND | {"_native", "kernel", "selection", "dataplane"}
 #: Room -> the rooms that it may import from, beside itself.  `_native` is the compiled hot loop.
 MAY = {
     **dict.fromkeys(GROUND, GROUND),
+    "api": GROUND,
     "kernel": {
         "errors",
         "model",
@@ -33,11 +35,11 @@ MAY = {
     },  # native/xsk.c, and the enumerations that number counters
     "selection": GROUND | {"_native"},
     "dataplane": GROUND | {"_native", "kernel", "selection"},
-    "control": BELOW_CONTROL,
+    "control": BELOW_CONTROL | {"api"},
     "agent": GROUND | {"_native", "kernel", "selection"},
-    "balancer": BELOW_CONTROL | {"control"},
+    "balancer": BELOW_CONTROL | {"control", "api"},
     "lab": GROUND | {"kernel", "agent"},
-    "cli": BELOW_CONTROL | {"control", "agent", "lab", "balancer"},
+    "cli": BELOW_CONTROL | {"api", "control", "agent", "lab", "balancer"},
     "__main__": {"cli"},
     # The public API: names alone, imported when they are used.
     "__init__": BELOW_CONTROL | {"balancer"},
