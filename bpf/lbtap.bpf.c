@@ -37,7 +37,7 @@ struct {
 
 struct {
     __uint(type, BPF_MAP_TYPE_RINGBUF);
-    __uint(max_entries, 1 << 20);
+    __uint(max_entries, 1 << 18);
 } tapped SEC(".maps");
 
 /* Records that there was no room for. */

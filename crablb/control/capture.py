@@ -1,0 +1,163 @@
+"""A capture: what came in and what went out, each packet with the decision and its reason, as a pcapng file.
+
+A driver in native mode gives the XDP program its packets before tcpdump on the same interface could see them, and they
+leave by AF_XDP or by the program itself: only the load balancer can show its own packets.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from crablb.control import outcome, pcapng
+from crablb.dataplane.engine import Engine
+from crablb.dataplane.tap import MAX_SNAP, Seen, Tap
+from crablb.errors import ConfigError
+from crablb.filters import Filter
+from crablb.model import Service
+
+__all__ = ["Limits", "capture"]
+
+MAX_SECONDS, MAX_PACKETS, MAX_BYTES = 86400.0, 10_000_000, 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where a capture ends.  Raises :class:`ConfigError`, which has every fault."""
+
+    seconds: float = 60.0
+    packets: int = 10_000  # that came in
+    bytes: int = 16 << 20  # of the file
+    snaplen: int = 256  # bytes of each frame
+
+    def __post_init__(self) -> None:
+        within = {
+            "seconds": (self.seconds, 0, MAX_SECONDS),
+            "packets": (self.packets, 1, MAX_PACKETS),
+            "bytes": (self.bytes, 4096, MAX_BYTES),
+            "snaplen": (self.snaplen, 1, MAX_SNAP),
+        }
+        wrong = [
+            f"{name} is a number from {low:,} to {high:,.0f}, not {value}"
+            for name, (value, low, high) in within.items()
+            if not low <= value <= high  # which no NaN is
+        ]
+        if wrong:
+            raise ConfigError(wrong)
+
+
+@asynccontextmanager
+async def capture(engine: Engine, wanted: Filter, limits: Limits) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The file, piece by piece, each of whole blocks; the first at once, when what comes from then on will be in it.
+
+    It ends with the context, which whoever asked for it leaves when nobody reads any more.  What comes faster than it
+    is read is left out, and counted.  Raises :class:`ConfigError` and :class:`KernelError` as :meth:`Engine.tap` does.
+    """
+    async with engine.tap(wanted, limits.snaplen) as tap:
+        yield _File(engine, wanted, limits).pieces(tap)
+
+
+class _File:
+    """A capture file in the making."""
+
+    def __init__(self, engine: Engine, wanted: Filter, limits: Limits) -> None:
+        self._engine, self._wanted, self._limits = engine, wanted, limits
+        self._began, self._wall = time.monotonic_ns(), time.time_ns()  # wall clocks may be set meanwhile
+        self._numbers: dict[int, int] = {}  # of interfaces, by index
+        self._counts: dict[int, int] = {}  # packets of each
+        self._packets = 0
+        self._missing = 0  # that have been told
+
+    async def pieces(self, tap: Tap) -> AsyncIterator[bytes]:
+        limits, engine = self._limits, self._engine
+        what = str(self._wanted) or "what the load balancer takes"
+        first = pcapng.section("crablb", f"crablb capture on {os.uname().nodename}: {what}")
+        for info in engine.interfaces:
+            first += self._interface(info.index)
+        written = len(first)
+        yield first
+        end = time.monotonic() + limits.seconds
+        why = ""
+        while not why:
+            left = end - time.monotonic()
+            if left <= 0:
+                why = f"{limits.seconds:g} seconds are over"
+                break
+            piece = b""
+            for seen in await tap.take(left):
+                blocks = self._blocks(seen, tap.lost)
+                if written + len(piece) + len(blocks) > limits.bytes:
+                    why = f"{limits.bytes:,} bytes are full"
+                    break
+                piece += blocks
+                self._packets += 1
+                if self._packets == limits.packets:
+                    why = f"{limits.packets:,} packets have come"
+                    break
+            if not why and tap.over:
+                why = "the load balancer has ended"
+            if piece:
+                written += len(piece)
+                yield piece
+        yield self._end(why, tap.lost)
+
+    def _at(self, stamp: int) -> int:
+        return self._wall + stamp - self._began
+
+    def _interface(self, index: int) -> bytes:
+        link = self._engine.links.get(index)
+        name = link.name if link else f"if{index}"
+        mode = self._engine.modes.get(name)
+        self._numbers[index], self._counts[index] = len(self._numbers), 0
+        described = f"served by crablb, {mode or 'no'} XDP" if mode is not None else "packets went out here"
+        return pcapng.interface(name, described, self._limits.snaplen)
+
+    def _service(self, frame: bytes) -> Service | None:
+        packet = outcome.headers(frame)
+        return next((s for s in self._engine.config.services if packet and s.vip == packet.vip), None)
+
+    def _blocks(self, seen: Seen, lost: int) -> bytes:
+        """A packet as it came in, and as it went out, if it did."""
+        comment = outcome.told(seen, self._service(seen.frame))
+        dropped, self._missing = lost - self._missing, lost
+        snap = self._limits.snaplen
+        made = b""
+        ways = [(seen.interface, seen.at, seen.frame, seen.length, False)]
+        if seen.out_length:
+            ways.append((seen.out_interface, seen.done, seen.out, seen.out_length, True))
+        for index, stamp, data, length, outbound in ways:
+            if index not in self._numbers:
+                made += self._interface(index)
+            self._counts[index] += 1
+            made += pcapng.packet(
+                self._numbers[index],
+                self._at(stamp),
+                data[:snap],
+                length,
+                comment=comment,
+                outbound=outbound,
+                id=self._packets + 1,
+                queue=None if outbound else seen.queue,
+                verdict=seen.verdict,
+                dropped=0 if outbound else dropped,
+            )
+        return made
+
+    def _end(self, why: str, lost: int) -> bytes:
+        """How many packets there were, and are missing."""
+        now = time.monotonic_ns()
+        missing = f"; {lost:,} packets are missing: they came faster than they were read" if lost else ""
+        return b"".join(
+            pcapng.statistics(
+                number,
+                self._wall,
+                self._at(now),
+                self._counts[index],
+                lost if not number else 0,
+                f"{why}{missing}" if not number else "",
+            )
+            for index, number in self._numbers.items()
+        )
