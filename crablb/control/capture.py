@@ -10,60 +10,55 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
+from crablb.api.types import Capture
 from crablb.control import outcome, pcapng
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.tap import MAX_SNAP, Seen, Tap
-from crablb.errors import ConfigError
-from crablb.filters import Filter
+from crablb.errors import Problems
+from crablb.filters import Filter, parse_filter
 from crablb.model import Service
 
-__all__ = ["Limits", "capture"]
+__all__ = ["capture", "checked"]
 
-MAX_SECONDS, MAX_PACKETS, MAX_BYTES = 86400.0, 10_000_000, 1 << 32
+#: Where the limits may be.
+WITHIN = {
+    "seconds": (0, 86_400),
+    "packets": (1, 10_000_000),
+    "bytes": (4096, 1 << 32),
+    "snaplen": (1, MAX_SNAP),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Where a capture ends.  Raises :class:`ConfigError`, which has every fault."""
-
-    seconds: float = 60.0
-    packets: int = 10_000  # that came in
-    bytes: int = 16 << 20  # of the file
-    snaplen: int = 256  # bytes of each frame
-
-    def __post_init__(self) -> None:
-        within = {
-            "seconds": (self.seconds, 0, MAX_SECONDS),
-            "packets": (self.packets, 1, MAX_PACKETS),
-            "bytes": (self.bytes, 4096, MAX_BYTES),
-            "snaplen": (self.snaplen, 1, MAX_SNAP),
-        }
-        wrong = [
-            f"{name} is a number from {low:,} to {high:,.0f}, not {value}"
-            for name, (value, low, high) in within.items()
-            if not low <= value <= high  # which no NaN is
-        ]
-        if wrong:
-            raise ConfigError(wrong)
+def checked(asked: Capture) -> Filter:
+    """The filter of a capture.  Raises :class:`ConfigError`, which has every fault."""
+    problems = Problems()
+    wanted = problems.attempt("", parse_filter, asked.filter)
+    for name, (low, high) in WITHIN.items():
+        value = getattr(asked, name)
+        if not low <= value <= high:  # which no NaN is
+            problems.add(name, f"a number from {low:,} to {high:,}, not {value}")
+    problems.finish()
+    assert wanted
+    return wanted
 
 
 @asynccontextmanager
-async def capture(engine: Engine, wanted: Filter, limits: Limits) -> AsyncIterator[AsyncIterator[bytes]]:
+async def capture(engine: Engine, asked: Capture) -> AsyncIterator[AsyncIterator[bytes]]:
     """The file, piece by piece, each of whole blocks; the first at once, when what comes from then on will be in it.
 
     It ends with the context, which whoever asked for it leaves when nobody reads any more.  What comes faster than it
     is read is left out, and counted.  Raises :class:`ConfigError` and :class:`KernelError` as :meth:`Engine.tap` does.
     """
-    async with engine.tap(wanted, limits.snaplen) as tap:
-        yield _File(engine, wanted, limits).pieces(tap)
+    wanted = checked(asked)
+    async with engine.tap(wanted, asked.snaplen) as tap:
+        yield _File(engine, wanted, asked).pieces(tap)
 
 
 class _File:
     """A capture file in the making."""
 
-    def __init__(self, engine: Engine, wanted: Filter, limits: Limits) -> None:
+    def __init__(self, engine: Engine, wanted: Filter, limits: Capture) -> None:
         self._engine, self._wanted, self._limits = engine, wanted, limits
         self._began, self._wall = time.monotonic_ns(), time.time_ns()  # wall clocks may be set meanwhile
         self._numbers: dict[int, int] = {}  # of interfaces, by index

@@ -50,7 +50,7 @@ WORKER = {
 #: What more they say, beside the decision.
 ASIDE = {
     "reassigned": "its backend was dead, and it got another",
-    "learned": "the XDP program knows the connection from now on",
+    "learned": "written down for the XDP program",
     "encapsulated": "IP in IP",
     "retransmitted_syn": "a copy of a SYN that came before",
     "forged_option": "a redirect that the client sent was taken out",
