@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
 
 from crablb.api.types import Capture
 from crablb.control import outcome, pcapng
+from crablb.control.pieces import Pieces
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.tap import MAX_SNAP, Seen, Tap
 from crablb.errors import Problems
@@ -21,6 +21,8 @@ from crablb.model import Service
 
 __all__ = ["capture", "checked"]
 
+#: Seconds after which the reader is told, by counts, that there is nothing new.
+SILENT = 10.0
 #: Where the limits may be.
 WITHIN = {
     "seconds": (0, 86_400),
@@ -43,16 +45,15 @@ def checked(asked: Capture) -> Filter:
     return wanted
 
 
-@asynccontextmanager
-async def capture(engine: Engine, asked: Capture) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The file, piece by piece, each of whole blocks; the first at once, when what comes from then on will be in it.
+async def capture(engine: Engine, asked: Capture) -> Pieces[bytes]:
+    """The file, piece by piece, each of whole blocks.  What comes from now on is in it.
 
-    It ends with the context, which whoever asked for it leaves when nobody reads any more.  What comes faster than it
-    is read is left out, and counted.  Raises :class:`ConfigError` and :class:`KernelError` as :meth:`Engine.tap` does.
+    What comes faster than it is read is left out, and counted.  Raises :class:`ConfigError` and :class:`KernelError` as
+    :meth:`Engine.tap` does.
     """
     wanted = checked(asked)
-    async with engine.tap(wanted, asked.snaplen) as tap:
-        yield _File(engine, wanted, asked).pieces(tap)
+    tap = await engine.tap(wanted, asked.snaplen)
+    return Pieces(tap, _File(engine, wanted, asked).pieces(tap))
 
 
 class _File:
@@ -66,7 +67,7 @@ class _File:
         self._packets = 0
         self._missing = 0  # that have been told
 
-    async def pieces(self, tap: Tap) -> AsyncIterator[bytes]:
+    async def pieces(self, tap: Tap) -> AsyncGenerator[bytes, None]:
         limits, engine = self._limits, self._engine
         what = str(self._wanted) or "what the load balancer takes"
         first = pcapng.section("crablb", f"crablb capture on {os.uname().nodename}: {what}")
@@ -82,7 +83,7 @@ class _File:
                 why = f"{limits.seconds:g} seconds are over"
                 break
             piece = b""
-            for seen in await tap.take(left):
+            for seen in await tap.take(min(left, SILENT)):
                 blocks = self._blocks(seen, tap.lost)
                 if written + len(piece) + len(blocks) > limits.bytes:
                     why = f"{limits.bytes:,} bytes are full"
@@ -94,9 +95,9 @@ class _File:
                     break
             if not why and tap.over:
                 why = "the load balancer has ended"
-            if piece:
-                written += len(piece)
-                yield piece
+            piece = piece or self._statistics(tap.lost)
+            written += len(piece)
+            yield piece
         yield self._end(why, tap.lost)
 
     def _at(self, stamp: int) -> int:
@@ -142,17 +143,16 @@ class _File:
         return made
 
     def _end(self, why: str, lost: int) -> bytes:
-        """How many packets there were, and are missing."""
-        now = time.monotonic_ns()
+        """How many packets there were, and are missing, and what ended the capture."""
         missing = f"; {lost:,} packets are missing: they came faster than they were read" if lost else ""
+        return self._statistics(lost, f"{why}{missing}")
+
+    def _statistics(self, lost: int, comment: str = "") -> bytes:
+        """Of each interface; what is missing stands with the first, as nobody knows by which it came."""
+        now = self._at(time.monotonic_ns())
         return b"".join(
             pcapng.statistics(
-                number,
-                self._wall,
-                self._at(now),
-                self._counts[index],
-                lost if not number else 0,
-                f"{why}{missing}" if not number else "",
+                number, self._wall, now, self._counts[index], 0 if number else lost, "" if number else comment
             )
             for index, number in self._numbers.items()
         )

@@ -24,8 +24,11 @@ from crablb import log as logging
 from crablb import overlay
 from crablb.api import types
 from crablb.config import check_services, read_service
+from crablb.control.capture import capture
 from crablb.control.journal import Journal
+from crablb.control.pieces import Pieces
 from crablb.control.supervisor import Supervisor
+from crablb.control.trace import trace
 from crablb.dataplane.census import Census
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started
 from crablb.errors import ConfigError
@@ -386,6 +389,14 @@ class Operator:
         yield b": crablb\n\n"
         async for events in self.journal.follow(self.journal.last if since is None else since, PAUSE):
             yield b"".join(map(_sent, events)) or b":\n\n"
+
+    async def capture(self, asked: types.Capture) -> Pieces[bytes]:
+        """See :func:`crablb.control.capture.capture`."""
+        return await capture(self._engine, asked)
+
+    async def trace(self, asked: types.Trace) -> Pieces[types.TraceStep | None]:
+        """See :func:`crablb.control.trace.trace`."""
+        return await trace(self._engine, asked)
 
     async def _census(self) -> Census:
         now = time.monotonic()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 
 from crablb.api.types import Trace, TraceStep
 from crablb.control.outcome import Packet, asides, choice, decision, headers
+from crablb.control.pieces import Pieces
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.tap import Seen, Tap
 from crablb.errors import ConfigError, Problems
@@ -24,6 +24,8 @@ SNAP = 256
 GONE = 2.0
 #: Of a connection, packets that are told one by one.
 PACKETS = 20
+#: Seconds after which the reader is told that there is nothing new.
+SILENT = 10.0
 #: Connections that are told of are traced for so long after their first FIN or RST.
 ENDING = 1.0
 
@@ -46,15 +48,14 @@ def checked(asked: Trace) -> Filter:
     return Filter(client=client.client, vip=vip.vip, vip_port=vip.vip_port)
 
 
-@asynccontextmanager
-async def trace(engine: Engine, asked: Trace) -> AsyncIterator[AsyncIterator[TraceStep]]:
-    """The steps; connections from now on are seen.  What ends them is the last step, "end".
+async def trace(engine: Engine, asked: Trace) -> Pieces[TraceStep | None]:
+    """The steps of the connections that begin from now on; the last one, "end", says what ended it.  None: nothing new.
 
     Raises :class:`ConfigError` and :class:`KernelError` as :meth:`Engine.tap` does.
     """
     wanted = checked(asked)
-    async with engine.tap(wanted, SNAP) as tap:
-        yield _Tracer(engine, asked).steps(tap)
+    tap = await engine.tap(wanted, SNAP)
+    return Pieces(tap, _Tracer(engine, asked).steps(tap))
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class _Tracer:
         self._wall = time.time() - time.monotonic()
         self._connections: dict[tuple[object, ...], _Connection] = {}
 
-    async def steps(self, tap: Tap) -> AsyncIterator[TraceStep]:
+    async def steps(self, tap: Tap) -> AsyncGenerator[TraceStep | None, None]:
         end = time.monotonic() + self._asked.timeout
         while not tap.over:
             now = time.monotonic()
@@ -86,9 +87,12 @@ class _Tracer:
             if len(self._connections) == self._asked.connections and all(c.over for c in self._connections.values()):
                 break
             waits = [c.last + (ENDING if c.ended else GONE) for c in self._connections.values() if self._awaited(c)]
-            for seen in await tap.take(max(0.01, min([end, *waits]) - now)):
+            taken = await tap.take(max(0.01, min([end, now + SILENT, *waits]) - now))
+            for seen in taken:
                 for step in self._packet(seen):
                     yield step
+            if not taken:
+                yield None
         for connection in self._connections.values():
             if not connection.over:
                 more = f", {connection.packets:,} packets after its SYN" if connection.packets else ""

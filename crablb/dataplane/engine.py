@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -319,18 +319,13 @@ class Engine:
         self._running.take_frames(self._handlers.matches())
         self._publish()
 
-    @asynccontextmanager
-    async def tap(self, wanted: Filter, snap: int) -> AsyncIterator[Tap]:
-        """See packets, and what becomes of them, while in this context.  ``snap``: bytes of each frame, from 1 to
+    async def tap(self, wanted: Filter, snap: int) -> Tap:
+        """See packets, and what becomes of them, until it is closed.  ``snap``: bytes of each frame, from 1 to
         :data:`.tap.MAX_SNAP`.
 
         Raises :class:`ConfigError` (there are enough of them, no such backend) and :class:`KernelError`.
         """
-        tap = await self._taps.open(self._running, wanted, snap, self._sweeper, self.task)
-        try:
-            yield tap
-        finally:
-            self._taps.close(tap)
+        return await self._taps.open(self._running, wanted, snap, self._sweeper, self.task)
 
     def process_once(self, timeout: float) -> int:
         """See :meth:`crablb.LoadBalancer.process_once`."""

@@ -75,8 +75,9 @@ class Tap:
     room for before, whosever they were.
     """
 
-    def __init__(self, wanted: Filter, snap: int, number: int) -> None:
+    def __init__(self, wanted: Filter, snap: int, number: int, close: Callable[[Tap], None]) -> None:
         self.wanted, self.snap, self.number = wanted, snap, number
+        self._close = close
         self.lost = 0
         self.since = time.monotonic_ns()  # before that others had the number
         self._held: deque[Seen] = deque()
@@ -112,6 +113,10 @@ class Tap:
         self._over = True
         self._some.set()
 
+    def close(self) -> None:
+        """See no more.  Idempotent."""
+        self._close(self)
+
 
 class Taps:
     """All taps of a load balancer."""
@@ -141,7 +146,7 @@ class Taps:
         executor: Executor,
         keep: Callable[[str, Callable[[], Awaitable[None]]], asyncio.Task[None]],
     ) -> Tap:
-        """A tap, to be closed by :meth:`close`.  ``snap``: bytes of a frame to be seen, 1 to :data:`MAX_SNAP`.
+        """A tap, to be closed.  ``snap``: bytes of a frame to be seen, 1 to :data:`MAX_SNAP`.
 
         ``executor``: where the XDP program is loaded, which takes up to a second; ``keep``: makes a lasting task.
         Raises :class:`ConfigError` (there are enough, or no such backend) and :class:`KernelError`.
@@ -162,7 +167,7 @@ class Taps:
                 self._show(program)
             while self._next in self._taps:
                 self._next = (self._next + 1) % lib.CRAB_MAX_TAPS
-            tap = self._taps[self._next] = Tap(wanted, snap, self._next)
+            tap = self._taps[self._next] = Tap(wanted, snap, self._next, self.close)
             self._next = (self._next + 1) % lib.CRAB_MAX_TAPS  # the one that has been unused for longest
             self._changed()
             if not self._task:

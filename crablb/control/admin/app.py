@@ -118,10 +118,10 @@ class _Path(_Endpoint):
         asking.set(scope.get("state", {}).get("peer", ""))
         try:
             answer = call.do(self._shared.operator, parameters, body)
-            if isinstance(call.answer, Stream):
-                return await self._stream(call.answer, answer, scope, receive, send)
             if inspect.isawaitable(answer):
                 answer = await answer
+            if isinstance(call.answer, Stream):
+                return await self._stream(call.answer, answer, scope, receive, send)
         except NotFoundError as error:
             raise _Refused(404, error.problems) from None
         except ConflictError as error:
@@ -150,7 +150,7 @@ class _Path(_Endpoint):
             headers = [(b"content-type", kind.media.encode()), (b"cache-control", b"no-store")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for chunk in _until(gone, chunks):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": kind.encode(chunk), "more_body": True})
                 prolong()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from crablb.api import types
 from crablb.control.operator import MOST_FLOWS, Operator
 
@@ -28,9 +30,10 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An answer without an end; ``do`` gives an asynchronous iterator of bytes."""
+    """An answer without an end; ``do`` gives an asynchronous iterator, or a coroutine that does."""
 
     media: str
+    encode: Callable[[Any], bytes] = bytes  # a piece of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,10 @@ class Call:
     query: Mapping[str, Query] = field(default_factory=dict)
     body: Any = None  # a type; ``str``: text as it is; None: there is none
     limit: int = BODY  # of its bytes
+
+
+def _step(step: types.TraceStep | None) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(step) if step else b":\n\n"
 
 
 _VIP = {"vip": Query(str, "of this service alone")}
@@ -161,6 +168,24 @@ CALLS: tuple[Call, ...] = (
         says="Read the configuration file again, and serve it",
         do=lambda op, p, body: op.reload(),
         answer=types.Applied,
+    ),
+    Call(
+        method="POST",
+        path="/v1/capture",
+        name="capture",
+        says="Packets that come in and go out, each with what became of it, as a pcapng file",
+        do=lambda op, p, body: op.capture(body),
+        answer=Stream("application/vnd.tcpdump.pcap"),
+        body=types.Capture,
+    ),
+    Call(
+        method="POST",
+        path="/v1/trace",
+        name="trace",
+        says="The next connections of a client, step by step: server-sent events, whose data is a TraceStep as JSON",
+        do=lambda op, p, body: op.trace(body),
+        answer=Stream("text/event-stream", _step),
+        body=types.Trace,
     ),
     Call(
         method="POST",
