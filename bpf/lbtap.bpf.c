@@ -10,7 +10,7 @@ static void show_counted(__u32 what);
 static void show_backend(__u32 backend, __u32 ifindex);
 
 #define crab_lb crab_decide
-#define ENTRY __noinline
+#define ENTRY static __always_inline
 #include "lb.bpf.c"
 #undef crab_lb
 
@@ -71,70 +71,81 @@ static __always_inline __u32 shorter(__u32 a, __u32 b)
     return a < b ? a : b;
 }
 
-/* Which taps show the packet, so far.  Global, so that it is verified once. */
-__noinline __u32 held_of(struct xdp_md *ctx)
+/* Before the decision: is the packet shown, and what it is.  Global, as the next one, so that it is verified once, and beside
+ * the program's own frame on the stack, of which there is nothing left (512 bytes, in all functions that call each other). */
+__noinline int before(struct xdp_md *ctx)
 {
     __u32 zero = 0;
     struct crab_taps *wanted = bpf_map_lookup_elem(&taps, &zero);
-    if (!wanted)
-        return 0;
-    struct crab_sides sides = crab_sides_of((void *)(long)ctx->data, (void *)(long)ctx->data_end);
-    return crab_taps_hold(wanted, &sides);
-}
-
-SEC("xdp")
-int crab_lb_tap(struct xdp_md *ctx)
-{
-    __u32 zero = 0, held = 0;
-    struct crab_taps *wanted = bpf_map_lookup_elem(&taps, &zero);
     struct tapped *t = bpf_map_lookup_elem(&tapping, &zero);
     if (!wanted || !t)
-        return XDP_DROP; /* never */
+        return 0;
+    t->head.taps = 0;
     __u64 now = bpf_ktime_get_ns();
-    if (now < wanted->until_ns)
-        held = held_of(ctx);
+    if (now >= wanted->until_ns)
+        return 0;
+    struct crab_sides sides = crab_sides_of((void *)(long)ctx->data, (void *)(long)ctx->data_end);
+    __u32 held = crab_taps_hold(wanted, &sides);
     if (!held)
-        return crab_decide(ctx);
-
+        return 0;
     __u32 in = (__u32)bpf_xdp_get_buff_len(ctx);
-    __u32 in_kept = crab_length_within(shorter(in, wanted->snap), CRAB_TAP_SNAP);
-    if (bpf_xdp_load_bytes(ctx, 0, t->bytes, in_kept))
-        in_kept = 0;
-    t->head = (struct crab_tapped){
-        .at_ns = now, .in_ifindex = ctx->ingress_ifindex, .in_len = in, .in_kept = (__u16)in_kept,
-        .backend = 65535, .queue = (__u16)ctx->rx_queue_index, .xdp = 1};
+    __u32 kept = crab_length_within(shorter(in, wanted->snap), CRAB_TAP_SNAP);
+    if (bpf_xdp_load_bytes(ctx, 0, t->bytes, kept))
+        kept = 0;
+    __builtin_memset(&t->head, 0, sizeof t->head);
+    t->head.at_ns = now;
+    t->head.in_ifindex = ctx->ingress_ifindex;
+    t->head.in_len = in;
+    t->head.in_kept = (__u16)kept;
+    t->head.backend = 65535;
+    t->head.queue = (__u16)ctx->rx_queue_index;
+    t->head.taps = (__u8)held;
+    t->head.xdp = 1;
+    return 0;
+}
 
-    int verdict = crab_decide(ctx);
+/* What the workers get, they show. */
+#define HANDED (1ull << CRAB_XDP_SYN | 1ull << CRAB_XDP_OTHER | 1ull << CRAB_XDP_ICMP | 1ull << CRAB_XDP_HANDLER | \
+                1ull << CRAB_XDP_VIP)
 
-    /* The workers show what they get. */
-    if (t->head.counters & (1ull << CRAB_XDP_SYN | 1ull << CRAB_XDP_OTHER | 1ull << CRAB_XDP_ICMP |
-                            1ull << CRAB_XDP_HANDLER | 1ull << CRAB_XDP_VIP))
+/* After it: show it.  Returns the verdict. */
+__noinline int after(struct xdp_md *ctx, int verdict)
+{
+    __u32 zero = 0;
+    struct crab_taps *wanted = bpf_map_lookup_elem(&taps, &zero);
+    struct tapped *t = bpf_map_lookup_elem(&tapping, &zero);
+    if (!wanted || !t || !t->head.taps || t->head.counters & HANDED)
         return verdict;
-    int sent = verdict == XDP_TX || verdict == XDP_REDIRECT;
-    if (!sent)
-        t->head.out_ifindex = 0;
-    held = crab_taps_keep(wanted, held, t->head.backend, verdict == XDP_PASS);
-    if (!held)
+    t->head.taps = (__u8)crab_taps_keep(wanted, t->head.taps, t->head.backend, verdict == XDP_PASS);
+    if (!t->head.taps)
         return verdict;
     t->head.done_ns = bpf_ktime_get_ns();
-    t->head.taps = (__u8)held;
     t->head.verdict = (__u8)verdict;
-    in_kept = t->head.in_kept;
-    __u32 out_kept = 0;
-    if (sent) {
-        __u32 out = t->head.out_len = (__u32)bpf_xdp_get_buff_len(ctx);
+    __u32 in_kept = t->head.in_kept, out_kept = 0;
+    if (in_kept > CRAB_TAP_SNAP)
+        return verdict; /* never */
+    if (verdict == XDP_TX || verdict == XDP_REDIRECT) {
+        __u32 out = (__u32)bpf_xdp_get_buff_len(ctx);
         out_kept = crab_length_within(shorter(out, wanted->snap), CRAB_TAP_SNAP);
-        in_kept &= 2 * CRAB_TAP_SNAP - 1;
-        if (in_kept > CRAB_TAP_SNAP || bpf_xdp_load_bytes(ctx, 0, t->bytes + in_kept, out_kept))
+        if (bpf_xdp_load_bytes(ctx, 0, t->bytes + in_kept, out_kept))
             out_kept = 0;
+        t->head.out_len = out;
+        t->head.out_kept = (__u16)out_kept;
+    } else {
+        t->head.out_ifindex = 0;
     }
-    t->head.out_kept = (__u16)out_kept;
-    __u32 size = (sizeof t->head + in_kept + out_kept + 7) & ~7u;
-    t->head.size = size;
+    __u32 size = t->head.size = (sizeof t->head + in_kept + out_kept + 7) & ~7u;
     if (bpf_ringbuf_output(&tapped, t, crab_length_within(size, sizeof *t), 0)) {
         __u64 *lost = bpf_map_lookup_elem(&untapped, &zero);
         if (lost)
             (*lost)++;
     }
     return verdict;
+}
+
+SEC("xdp")
+int crab_lb_tap(struct xdp_md *ctx)
+{
+    before(ctx);
+    return after(ctx, crab_decide(ctx));
 }

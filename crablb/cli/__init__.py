@@ -36,6 +36,8 @@ COMMANDS = (
     "ready",
     "events",
     "log-level",
+    "capture",
+    "trace",
     "remove",
     "agent",
     "config",

@@ -394,9 +394,10 @@ class Operator:
         """See :func:`crablb.control.capture.capture`."""
         return await capture(self._engine, asked)
 
-    async def trace(self, asked: types.Trace) -> Pieces[types.TraceStep | None]:
-        """See :func:`crablb.control.trace.trace`."""
-        return await trace(self._engine, asked)
+    async def trace(self, asked: types.Trace) -> Pieces[bytes]:
+        """See :func:`crablb.control.trace.trace`; each step as a server-sent event, as of :meth:`follow`."""
+        steps = await trace(self._engine, asked)
+        return steps.each(lambda step: b"data: %b\n\n" % msgspec.json.encode(step) if step else b":\n\n")
 
     async def _census(self) -> Census:
         now = time.monotonic()

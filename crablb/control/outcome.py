@@ -101,7 +101,7 @@ def choice(seen: Seen, service: Service | None) -> str:
     """Why a SYN's backend is the one that it is."""
     if "retransmitted_syn" in seen.counters:
         return "where its first copy went"
-    policy = service.policy if service and isinstance(service.policy, str) else "its policy"
+    policy = service.policy if service and isinstance(service.policy, str) else "its own policy"
     return f"chosen by {policy}" if seen.chosen else "chosen by the hash table"
 
 

@@ -8,11 +8,27 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-__all__ = ["PACKET", "STATISTICS", "Blocks", "interface", "missing", "packet", "section", "statistics"]
+__all__ = [
+    "COMMENT",
+    "DROPPED",
+    "FLAGS",
+    "PACKET",
+    "STATISTICS",
+    "Blocks",
+    "interface",
+    "options",
+    "packet",
+    "section",
+    "statistics",
+]
 
 SECTION, INTERFACE, STATISTICS, PACKET = 0x0A0D0D0A, 1, 5, 6
 ETHERNET = 1  # LINKTYPE_ETHERNET
+#: Codes of options.
 COMMENT = 1
+FLAGS = 2  # of a packet
+DROPPED = 5  # of statistics
+INBOUND, OUTBOUND = 1, 2
 #: Longer than any block that is written here: what says that it is so long is no block.
 LONGEST = 1 << 20
 
@@ -64,7 +80,7 @@ def packet(
     packets that are missing in front of it.
     """
     body = struct.pack("=IIIII", number, at >> 32, at & 0xFFFFFFFF, len(data), length) + data + bytes(-len(data) % 4)
-    options = _text(COMMENT, comment) + _option(2, struct.pack("=I", 2 if outbound else 1))
+    options = _text(COMMENT, comment) + _option(FLAGS, struct.pack("=I", OUTBOUND if outbound else INBOUND))
     if dropped:
         options += _option(4, struct.pack("=Q", dropped))
     options += _option(5, struct.pack("=Q", id))
@@ -79,7 +95,7 @@ def statistics(number: int, began: int, ended: int, received: int, dropped: int,
     """An interface statistics block: packets of an interface that were captured, and that were not for want of room."""
     words = {2: (began >> 32, began & 0xFFFFFFFF), 3: (ended >> 32, ended & 0xFFFFFFFF)}
     options = b"".join(_option(code, struct.pack("=II", *pair)) for code, pair in words.items())
-    options += _option(4, struct.pack("=Q", received)) + _option(5, struct.pack("=Q", dropped))
+    options += _option(4, struct.pack("=Q", received)) + _option(DROPPED, struct.pack("=Q", dropped))
     body = struct.pack("=III", number, ended >> 32, ended & 0xFFFFFFFF)
     return _block(STATISTICS, body, _text(COMMENT, comment) + options)
 
@@ -103,12 +119,17 @@ class Blocks:
             yield kind, block
 
 
-def missing(block: bytes) -> int:
-    """How many packets a :func:`statistics` block says are missing."""
+def options(block: bytes) -> dict[int, bytes]:
+    """The options of a block made by :func:`packet` or :func:`statistics`, by code."""
+    kind, length = struct.unpack_from("=II", block)
     at = 20
-    while at + 4 <= len(block) - 4:
-        code, length = struct.unpack_from("=HH", block, at)
-        if code == 5 and length == 8:
-            return int(struct.unpack_from("=Q", block, at + 4)[0])
-        at += 4 + (length + 3) // 4 * 4
-    return 0
+    if kind == PACKET:
+        at = 28 + (int(struct.unpack_from("=I", block, 20)[0]) + 3) // 4 * 4
+    found = {}
+    while at + 8 <= length:
+        code, size = struct.unpack_from("=HH", block, at)
+        if not code:
+            break
+        found[code] = block[at + 4 : at + 4 + size]
+        at += 4 + (size + 3) // 4 * 4
+    return found

@@ -163,9 +163,13 @@ class _Tracer:
             if known.packets == PACKETS + 1:
                 yield self._step(at, known.name, "packet", f"more than {PACKETS} packets; the rest is not told")
             return
-        to = f", to {seen.backend}" if seen.backend else ""
-        said = f"{packet.words}, {packet.data:,} bytes of data: {decision(seen)[1]}{to}"
-        yield self._step(at, known.name, "packet", said, self._where(seen))
+        counter, said = decision(seen)
+        if counter in ("flow", "fallback_established"):
+            said = f"to {seen.backend or 'its backend'}"
+        facts = "".join(f", {text}" for text in asides(seen))
+        yield self._step(
+            at, known.name, "packet", f"{packet.words}, {packet.data:,} bytes: {said}{facts}", self._where(seen)
+        )
 
     def _syn(self, at: float, name: str, seen: Seen, packet: Packet) -> Iterator[TraceStep]:
         def step(what: str, outcome: str, why: str = "") -> TraceStep:
@@ -215,12 +219,13 @@ class _Tracer:
             facts.append(f"{what} {after.destination}")
         else:
             facts.append("addresses as they were, by MAC address")
-        if after.ports is not None and before.options != after.options:
-            redirect = "redirected" in seen.counters
-            facts.append(f"TCP options {after.options.hex()}" + (", with the redirect" if redirect else ""))
+        if "redirected" in seen.counters:
+            facts.append(f"a redirect to {before.destination} among the TCP options")
+        elif after.ports is not None and before.options != after.options:
+            facts.append("no offer among the TCP options")
         return "; ".join(facts)
 
     def _where(self, seen: Seen) -> str:
         link = self._engine.links.get(seen.interface)
         who = "worker" if seen.verdict is None else "XDP program alone"
-        return f"{who}, queue {seen.queue} of {link.name if link else f'if{seen.interface}'}"
+        return f"{who}, {link.name if link else f'if{seen.interface}'} queue {seen.queue}"

@@ -150,7 +150,7 @@ class _Path(_Endpoint):
             headers = [(b"content-type", kind.media.encode()), (b"cache-control", b"no-store")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for chunk in _until(gone, chunks):
-                await send({"type": "http.response.body", "body": kind.encode(chunk), "more_body": True})
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 prolong()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from crablb.api import types
 from crablb.control.operator import MOST_FLOWS, Operator
 
@@ -30,10 +28,9 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An answer without an end; ``do`` gives an asynchronous iterator, or a coroutine that does."""
+    """An answer without an end; ``do`` gives an asynchronous iterator of bytes, or a coroutine that does."""
 
     media: str
-    encode: Callable[[Any], bytes] = bytes  # a piece of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +44,6 @@ class Call:
     query: Mapping[str, Query] = field(default_factory=dict)
     body: Any = None  # a type; ``str``: text as it is; None: there is none
     limit: int = BODY  # of its bytes
-
-
-def _step(step: types.TraceStep | None) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(step) if step else b":\n\n"
 
 
 _VIP = {"vip": Query(str, "of this service alone")}
@@ -184,7 +177,7 @@ CALLS: tuple[Call, ...] = (
         name="trace",
         says="The next connections of a client, step by step: server-sent events, whose data is a TraceStep as JSON",
         do=lambda op, p, body: op.trace(body),
-        answer=Stream("text/event-stream", _step),
+        answer=Stream("text/event-stream"),
         body=types.Trace,
     ),
     Call(
