@@ -40,6 +40,8 @@ COMMANDS = (
     "plan",
     "diff",
     "save",
+    "capture",
+    "trace",
     "remove",
     "agent",
     "config",

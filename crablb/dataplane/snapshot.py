@@ -66,6 +66,7 @@ class Sight:
     unredirected: Container[tuple[Vip, Address]] = ()  # backends of services that are not redirected to now
     answered: Container[Address] = ()  # VIPs whose packets that are no service's are user space's
     matches: Any = None  # ``struct crab_matches *``: frames of one's own
+    taps: Any = None  # ``struct crab_taps *``: packets that somebody wants to see
 
 
 class Snapshot:
@@ -121,6 +122,8 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
         raise MemoryError("no memory for a snapshot")
     if sight.matches:
         lib.crab_snapshot_match(made.c, sight.matches)
+    if sight.taps:
+        lib.crab_snapshot_tap(made.c, sight.taps)
     vips = ffi.new("struct crab_address[]", [(mapped(vip),) for vip in config.vips if vip in sight.answered])
     if lib.crab_snapshot_answer(made.c, vips, len(vips), config.ping, config.closed is not Closed.DROP):
         raise MemoryError("no memory for a snapshot")

@@ -8,11 +8,8 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import pytest
 from crablb.lab import VIP4, Node
-
 from tests.helpers.alerts import firing, healthy_series
 from tests.helpers.browser import Browser
 from tests.helpers.namespaces import inside
@@ -54,7 +51,9 @@ def test_a_load_balancer(world: World):
     redirected = sum(v for (name, _), v in found.items() if name == "crablb_backend_redirects_total")
     assert redirected == 20
     by_reason = {
-        dict(labels)["reason"]: value for (name, labels), value in found.items() if name == "crablb_worker_packets_total"
+        dict(labels)["reason"]: value
+        for (name, labels), value in found.items()
+        if name == "crablb_worker_packets_total"
     }
     assert by_reason["redirected"] == 20
     rounds = sum(value for (name, _), value in found.items() if name == "crablb_worker_round_packets_count")

@@ -138,10 +138,10 @@ class _Path(_Endpoint):
         asking.set(scope.get("state", {}).get("peer", ""))
         try:
             answer = call.do(self._shared.operator, parameters, body)
-            if isinstance(call.answer, Stream):
-                return await self._stream(call.answer, answer, scope, receive, send)
             if inspect.isawaitable(answer):
                 answer = await answer
+            if isinstance(call.answer, Stream):
+                return await self._stream(call.answer, answer, scope, receive, send)
         except NotFoundError as error:
             raise _Refused(404, error.problems) from None
         except ConflictError as error:
