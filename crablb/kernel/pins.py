@@ -13,13 +13,14 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 from crablb.errors import KernelError
 from crablb.kernel import capabilities, netns
-from crablb.kernel.bpf import BpfError, Link, ensure_bpffs
+from crablb.kernel.bpf import BpfError, Link, ensure_bpffs, find_bpffs
 from crablb.kernel.bpf.descriptor import Descriptor
 
 RUN = Path("/run/crablb")
@@ -147,9 +148,35 @@ def owners(*roles: str) -> set[int]:
 
     Asked of the kernel (proc_locks(5)): who tried the locks would be in the way of those who take them.
     """
-    locks = {f"{os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}:{s.st_ino}" for s in _locks(roles)}
+    return _holding(_locks(roles))
+
+
+def _holding(files: Iterable[os.stat_result]) -> set[int]:
+    locks = {f"{os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}:{s.st_ino}" for s in files}
     held = (line.split() for line in Path("/proc/locks").read_text().splitlines())
     return {int(fields[4]) for fields in held if fields[1] == "FLOCK" and fields[5] in locks}
+
+
+def held() -> dict[str, int | None]:
+    """Who has each role of this network namespace that has a lock file; None: nobody lives that has it.
+
+    Nothing is changed, nor locked for a moment: see :func:`owners`.
+    """
+    prefix = f"{PREFIX}{cookie()}-"
+    found: dict[str, int | None] = {}
+    for path in sorted(RUN.glob(f"{prefix}*.lock")):
+        with suppress(OSError):  # it has gone meanwhile
+            lock = path.stat()
+            found[path.name.removeprefix(prefix).removesuffix(".lock")] = next(iter(_holding([lock])), None)
+    return found
+
+
+def folders() -> dict[str, Path]:
+    """The folders of pins of this network namespace by role, those of :func:`folder`; nothing is made or renamed."""
+    where = find_bpffs()
+    names = [f"{PREFIX}{cookie()}", str(os.stat("/proc/thread-self/ns/net").st_ino)]  # the second of versions of before
+    found = [path for name in names if where for path in (where / "crablb" / name).glob("*")]
+    return {unquote(path.name): path for path in reversed(found)}
 
 
 def _locks(roles: Collection[str]) -> Iterator[os.stat_result]:
