@@ -24,7 +24,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 #: Those whose process must not end by what tells others to read or to log anew: what it has in the kernel would stay.
 LASTING = ("serve", "agent", "remove")
-COMMANDS = ("serve", "status", "remove", "agent", "config", "key", "lab", "demo", "bench", "completion")
+COMMANDS = ("serve", "status", "doctor", "remove", "agent", "config", "key", "lab", "demo", "bench", "completion")
 
 
 class Parser(argparse.ArgumentParser):

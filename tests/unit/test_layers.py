@@ -1,6 +1,7 @@
 """The house, by its imports: who may use whom.
 
     doors      cli  lab  balancer           what people and programs come in by
+               doctor < cli                 what keeps packets from their way
     control  agent                          the daemon's tasks; the endpoints
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
@@ -36,8 +37,9 @@ MAY = {
     "control": BELOW_CONTROL,
     "agent": GROUND | {"_native", "kernel", "selection"},
     "balancer": BELOW_CONTROL | {"control"},
+    "doctor": BELOW_CONTROL | {"control", "agent"},
     "lab": GROUND | {"kernel", "agent"},
-    "cli": BELOW_CONTROL | {"control", "agent", "lab", "balancer"},
+    "cli": BELOW_CONTROL | {"control", "agent", "lab", "balancer", "doctor"},
     "__main__": {"cli"},
     # The public API: names alone, imported when they are used.
     "__init__": BELOW_CONTROL | {"balancer"},
