@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from crablb.control import advice
 from crablb.doctor.asking import ask_all
@@ -15,7 +16,7 @@ from crablb.kernel.netlink import HopState, NextHop
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, Bypass, Config, Fallback
 
-__all__ = ["Way", "far", "fits", "judge", "read", "read_tables", "tables"]
+__all__ = ["Way", "answering", "far", "fits", "judge", "macs", "read", "read_tables", "tables"]
 
 MAIN_TABLE = 254
 #: Backends whose routes are looked at closer.
@@ -54,17 +55,28 @@ def read(hops: Mapping[Address, NextHop]) -> list[Way]:
     ]
 
 
+def answering(ways: Collection[Way]) -> dict[Address, NextHop]:
+    """The next hops, those that answered as if the kernel had resolved them."""
+    return {way.address: replace(way.hop, state=HopState.RESOLVED) if way.asked else way.hop for way in ways}
+
+
+def macs(ways: Collection[Way]) -> dict[str, list[Address]]:
+    """The backends on the segment by their MAC addresses."""
+    found: dict[str, list[Address]] = {}
+    for way in ways:
+        known = {way.hop.dst_mac.hex(":")} if way.hop.dst_mac else set(way.asked or ())
+        for mac in known if way.hop.on_link else ():
+            found.setdefault(mac, []).append(way.address)
+    return found
+
+
 def read_tables(addresses: Collection[Address]) -> dict[Address, int]:
     """The tables that the backends' routes stand in, of the first :data:`MOST`."""
     found = {}
     with Netlink() as netlink:
         for address in sorted(addresses, key=str)[:MOST]:
-            try:
-                route = routing.lookup(netlink, address)
-            except OSError:  # none, which is told elsewhere
-                continue
-            if route:
-                found[address] = route.table
+            with suppress(OSError):  # no route, which is told elsewhere
+                found[address] = routing.table_of(netlink, address)
     return found
 
 

@@ -78,7 +78,7 @@ def looks(subject: Subject) -> Iterator[Look[Any]]:
     if subject.vips:
         yield from _vips(subject, hops, ways)
     if subject.backends:
-        yield from _backends(subject, hops, ways, ports)
+        yield from _backends(subject, ways, ports)
     yield Look("rest", "locks and sockets", daemon.read_strays, daemon.strays)
     yield Look("agents", "agents", _read_agents, _agents)
 
@@ -136,10 +136,8 @@ def _vips(subject: Subject, hops: Hops, ways: Callable[[], list[backends.Way]]) 
     def whose(found: list[tuple[vips.Place, dict[str, str]]]) -> Iterator[Finding]:
         announced = config.announce is Announce.ARP if config else (None if subject.processes else False)
         arriving = any(daemon.arriving(name) for name in subject.interfaces)
-        near = {way.hop.dst_mac.hex(":"): way.address for way in ways() if way.hop.on_link and way.hop.dst_mac}
-        near |= {mac: way.address for way in ways() if way.hop.on_link for mac in way.asked or ()}
         for place, answers in found:
-            yield from vips.whose(place, answers, announced, arriving, near)
+            yield from vips.whose(place, answers, announced, arriving, backends.macs(ways()))
 
     there = _present(subject.interfaces)
     yield Look("VIPs", "who answers for the VIPs", lambda: vips.read_answers(there, places()), whose)
@@ -154,7 +152,6 @@ def _present(names: Collection[str]) -> list[str]:
 
 def _backends(
     subject: Subject,
-    hops: Hops,
     ways: Callable[[], list[backends.Way]],
     ports: dict[str, Callable[[], interfaces.Port]],
 ) -> Iterator[Look[Any]]:
@@ -164,7 +161,7 @@ def _backends(
             "backends",
             "how they fit",
             lambda: [port() for port in ports.values()],
-            lambda found: backends.fits(config, hops(), found),
+            lambda found: backends.fits(config, backends.answering(ways()), found),
         )
     yield Look("backends", "their routes", partial(backends.read_tables, subject.backends), backends.tables)
 

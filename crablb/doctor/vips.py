@@ -128,15 +128,20 @@ def listening(found: Collection[Listener]) -> Iterator[Finding]:
 
 
 def whose(
-    place: Place, answers: Mapping[str, str], announced: bool | None, arriving: bool, backends: Mapping[str, Address]
+    place: Place,
+    answers: Mapping[str, str],
+    announced: bool | None,
+    arriving: bool,
+    backends: Mapping[str, list[Address]],
 ) -> Iterator[Finding]:
     """Who answers for it.  ``answers``: MAC address -> interface, of others; ``announced``: the load balancer is told
     to, None: who knows; ``arriving``: it has seen SYNs; ``backends``: by MAC address."""
     for mac, interface in sorted(answers.items()):
         if mac in backends:
+            names = ", ".join(map(str, backends[mac]))
             yield fault(
                 "vip-at-backend",
-                f"backend {backends[mac]} ({mac}) answers for {place.address} on {interface}",
+                f"backend {names} ({mac}) answers for {place.address} on {interface}",
                 "clients on the segment go there, past the load balancer",
                 "on that server: sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2, or crablb"
                 " agent server --dsr",

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from types import MappingProxyType
@@ -292,14 +292,20 @@ def release_managed(backends: Iterable[tuple[Address, bytes]]) -> None:
 def next_hops(addresses: Iterable[Address]) -> dict[Address, NextHop]:
     """The next hops of these as the kernel knows them now: nobody is asked, and nothing is followed.
 
-    In this thread's network namespace.  Raises OSError.
+    Of those that are not resolved the interface is told as well, and what it could take.  In this thread's network
+    namespace.  Raises OSError.
     """
     now = NextHops(lambda *_: None)
     now._wanted = frozenset(addresses)
     now._tables = now._ask()
     for key, (nud, _) in now._tables.neighbours.items():
         now._note_failure(key, nud)
-    return {address: now._hop(address) for address in now._wanted}
+    found = {address: now._hop(address) for address in now._wanted}
+    for address, hop in found.items():
+        if hop.state is HopState.UNRESOLVED:
+            link, way = now.links[hop.ifindex], now._tables.routes[address].ways[0]
+            found[address] = replace(hop, mtu=way.mtu, redirect=link.redirect, frags=link.frags)
+    return found
 
 
 class NextHops:
