@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from crablb.control import advice
-from crablb.doctor.asking import ask_all
+from crablb.doctor import asking
 from crablb.doctor.finding import Finding, fault, note, ok, warning
 from crablb.doctor.interfaces import Port
 from crablb.kernel import routing
@@ -16,11 +16,11 @@ from crablb.kernel.netlink import HopState, NextHop
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, Bypass, Config, Fallback
 
-__all__ = ["Way", "answering", "far", "fits", "judge", "macs", "read", "read_tables", "tables"]
+__all__ = ["Way", "answering", "far", "fits", "judge", "macs", "many", "read", "read_tables", "some", "tables"]
 
 MAIN_TABLE = 254
-#: Backends whose routes are looked at closer.
-MOST = 1000
+#: Backends that are looked at; the way to each costs some 200 us.
+MOST = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def read(hops: Mapping[Address, NextHop]) -> list[Way]:
     for address, hop in hops.items():
         if hop.state is HopState.UNRESOLVED and (name := names.get(hop.ifindex)):
             silent.setdefault(name, set()).add(hop.gateway or address)
-    answers = ask_all(silent)
+    answers = asking.ask_all(silent)
     return [
         Way(address, hop, name := names.get(hop.ifindex, ""), answers.get((name, hop.gateway or address)))
         for address, hop in sorted(hops.items(), key=lambda one: (one[0].version, int(one[0])))
@@ -71,13 +71,29 @@ def macs(ways: Collection[Way]) -> dict[str, list[Address]]:
 
 
 def read_tables(addresses: Collection[Address]) -> dict[Address, int]:
-    """The tables that the backends' routes stand in, of the first :data:`MOST`."""
+    """The tables that the routes to these stand in."""
     found = {}
     with Netlink() as netlink:
-        for address in sorted(addresses, key=str)[:MOST]:
+        for address in addresses:
             with suppress(OSError):  # no route, which is told elsewhere
                 found[address] = routing.table_of(netlink, address)
     return found
+
+
+def some(addresses: Collection[Address]) -> frozenset[Address]:
+    """Those of them that are looked at."""
+    return frozenset(sorted(addresses, key=lambda address: (address.version, int(address)))[:MOST])
+
+
+def many(count: int) -> Iterator[Finding]:
+    """``count``: of all backends."""
+    if count > MOST:
+        yield note(
+            "backends-many",
+            f"{MOST:,} of {count:,} backends are looked at",
+            "the ways to all of them take too long",
+            "the load balancer's log names each that it cannot send to",
+        )
 
 
 def tables(found: Mapping[Address, int]) -> Iterator[Finding]:
@@ -99,6 +115,12 @@ def judge(way: Way) -> Iterator[Finding]:
             yield ok("backend", f"{address} by {interface}" + (f" via {hop.gateway}" if hop.gateway else ""))
         case HopState.UNRESOLVED if way.asked:
             yield ok("backend", f"{via} answers on {interface}")
+        case HopState.UNRESOLVED if way.asked is None and hop.asking:
+            yield note(
+                "backend-unasked",
+                f"{via} is not known to the kernel yet, and was not asked for",
+                f"{asking.MOST} addresses are asked for on each interface",
+            )
         case HopState.UNRESOLVED:
             yield fault(
                 "backend-silent",
@@ -130,7 +152,7 @@ def judge(way: Way) -> Iterator[Finding]:
 
 
 def fits(config: Config, hops: Mapping[Address, NextHop], ports: Collection[Port]) -> Iterator[Finding]:
-    """How a configuration and the ways go together.  ``ports``: the interfaces that are served."""
+    """How a configuration and the ways to its backends go together.  ``ports``: the interfaces that are served."""
     for told in advice.narrow_tunnels(config, hops):
         yield warning(
             "tunnel-narrow",
@@ -153,8 +175,7 @@ def fits(config: Config, hops: Mapping[Address, NextHop], ports: Collection[Port
         yield warning(
             "service-idle", f"{told.facts['service']}: {told.text}", str(told.facts["reason"]), "state = 'up'"
         )
-    backends = {a: hop for a, hop in hops.items() if a in config.backends}
-    for told in advice.unreached(backends, set(_reached(config, backends, ports))):
+    for told in advice.unreached(hops, set(_reached(config, hops, ports))):
         yield note(
             "bypass",
             f"backend {told.facts['backend']}: {told.text}",

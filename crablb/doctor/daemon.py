@@ -237,13 +237,13 @@ class Stray:
 def read_strays() -> list[Stray]:
     folders = pins.folders()
     found = [Stray("lock", role) for role, pid in pins.held().items() if pid is None and role not in folders]
-    for path in sorted(pins.RUN.glob("*.sock")):
+    for path in sorted(pins.RUN.glob(f"{pins.PREFIX}{pins.cookie()}-*.sock")):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
             try:
                 sock.connect(str(path))
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, FileNotFoundError):  # the second: a link that leads nowhere
                 found.append(Stray("socket", str(path)))
-            except OSError:  # it has gone meanwhile, it is busy (EAGAIN), or for others
+            except OSError:  # it is busy (EAGAIN), or for others
                 continue
     return found
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from crablb.doctor.finding import Finding, few, note
 
-__all__ = ["SECONDS", "Look", "examine"]
+__all__ = ["SECONDS", "Look", "examine", "reason", "unread"]
 
 T = TypeVar("T")
 
@@ -32,16 +32,16 @@ class Look(Generic[T]):
         try:
             return list(few(self.judge(self.read())))
         except Exception as error:  # a doctor who faints at one patient is of no use to the others
-            return [_unread(self.what, _reason(error))]
+            return [unread(self.what, reason(error))]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
-def _unread(what: str, reason: str) -> Finding:
+def unread(what: str, reason: str) -> Finding:
     return note("unread", f"cannot look at {what}: {reason}", "what is wrong there, if anything, is not told")
 
 
@@ -70,5 +70,5 @@ def examine(looks: Sequence[Look[Any]], seconds: float = SECONDS) -> list[Findin
     return [
         replace(finding, where=look.where)
         for number, look in enumerate(looks)
-        for finding in found.get(number, [_unread(look.what, late)])
+        for finding in found.get(number, [unread(look.what, late)])
     ]

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from crablb.agent import ClientAgent, ServerAgent
 from crablb.agent.base import Agent
 from crablb.doctor import backends, daemon, filters, interfaces, machine, vips
-from crablb.doctor.examine import Look
+from crablb.doctor.examine import Look, reason, unread
 from crablb.doctor.finding import Finding, note, ok, warning
+from crablb.errors import KernelError
 from crablb.kernel import pins
 from crablb.kernel.netlink import HopState, NextHop, next_hops
 from crablb.model import Address, Announce, Config, Vip
@@ -34,17 +35,32 @@ class Subject:
     backends: frozenset[Address] = frozenset()
     processes: tuple[int, ...] = ()  # that serve the interfaces
 
+    unread: tuple[Finding, ...] = ()  # what could not be found out about it
+
     @classmethod
     def of(cls, names: Collection[str], config: Config | None) -> Subject:
         """These interfaces, or else those of the configuration, or else what is served here."""
-        chosen = tuple(names) or (config.interfaces if config else tuple(daemon.names()))
-        held = pins.held()
+        unreadable: list[Finding] = []
+
+        def attempt(what: str, read: Callable[[], T], otherwise: T) -> T:
+            try:
+                return read()
+            except (OSError, KernelError) as error:
+                unreadable.append(unread(what, reason(error)))
+                return otherwise
+
+        chosen = tuple(names) or (config.interfaces if config else ())
+        chosen = chosen or tuple(attempt("what is served here", daemon.names, []))
+        nobody: dict[str, int | None] = {}
+        held = attempt("who serves here", pins.held, nobody)
         processes = tuple(dict.fromkeys(pid for name in chosen if (pid := held.get(f"lb-{name}"))))
         if config:
-            return cls(chosen, config, _sorted(s.vip for s in config.services), frozenset(config.backends), processes)
-        served = [daemon.served(name) for name in chosen]
-        found = {vip for some, _ in served for vip in some}
-        return cls(chosen, None, _sorted(found), frozenset(a for _, some in served for a in some), processes)
+            vips, servers = {s.vip for s in config.services}, config.backends
+        else:
+            nothing: tuple[list[Vip], list[Address]] = [], []
+            served = [attempt(f"what {name} serves", partial(daemon.served, name), nothing) for name in chosen]
+            vips, servers = {vip for some, _ in served for vip in some}, {a for _, some in served for a in some}
+        return cls(chosen, config, _sorted(vips), frozenset(servers), processes, tuple(unreadable))
 
 
 def _sorted(vips: Iterable[Vip]) -> tuple[Vip, ...]:
@@ -67,8 +83,9 @@ def _once(read: Callable[[], T]) -> Callable[[], T]:
 
 def looks(subject: Subject) -> Iterator[Look[Any]]:
     yield from _machine(subject)
-    hops = _once(lambda: next_hops({*subject.backends, *(vip.address for vip in subject.vips)}))
-    ways = _once(lambda: backends.read({a: hop for a, hop in hops().items() if a in subject.backends}))
+    looked_at = backends.some(subject.backends)
+    hops = _once(lambda: next_hops({*looked_at, *(vip.address for vip in subject.vips)}))
+    ways = _once(lambda: backends.read({a: hop for a, hop in hops().items() if a in looked_at}))
     ports = {name: _once(partial(interfaces.read, name)) for name in subject.interfaces}
     for name, port in ports.items():
         yield Look(name, "the interface", port, partial(_interface, subject.config, hops))
@@ -96,8 +113,10 @@ def _machine(subject: Subject) -> Iterator[Look[Any]]:
     yield Look("machine", "the seed", machine.read_seed, machine.seeded)
     yield Look("machine", "the clock", machine.read_clock, machine.clock)
     yield Look("machine", "the table of neighbours", machine.read_neighbours, machine.neighbours)
-    if not subject.interfaces:
-        yield Look("interfaces", "interfaces", tuple, _no_interface)
+    if subject.unread:
+        yield Look("interfaces", "what is served", lambda: subject.unread, iter)
+    elif not subject.interfaces:
+        yield Look("interfaces", "what is served", tuple, _no_interface)
 
 
 def _no_interface(_: object) -> Iterator[Finding]:
@@ -130,6 +149,7 @@ def _daemon(name: str, port: Callable[[], interfaces.Port]) -> Iterator[Look[Any
 def _vips(subject: Subject, hops: Hops, ways: Callable[[], list[backends.Way]]) -> Iterator[Look[Any]]:
     places = _once(lambda: vips.read_places(subject.vips, hops()))
     config, addresses = subject.config, {vip.address for vip in subject.vips}
+    yield Look("VIPs", "how many", lambda: len(addresses), vips.many)
     yield Look("VIPs", "the VIPs", places, lambda found: (each for p in found for each in vips.addresses(p, config)))
     yield Look("VIPs", "who listens at the VIPs", partial(vips.read_listeners, subject.vips), vips.listening)
 
@@ -155,6 +175,7 @@ def _backends(
     ways: Callable[[], list[backends.Way]],
     ports: dict[str, Callable[[], interfaces.Port]],
 ) -> Iterator[Look[Any]]:
+    yield Look("backends", "how many", lambda: len(subject.backends), backends.many)
     yield Look("backends", "the backends", ways, lambda found: (each for w in found for each in backends.judge(w)))
     if config := subject.config:
         yield Look(
@@ -163,7 +184,9 @@ def _backends(
             lambda: [port() for port in ports.values()],
             lambda found: backends.fits(config, backends.answering(ways()), found),
         )
-    yield Look("backends", "their routes", partial(backends.read_tables, subject.backends), backends.tables)
+    yield Look(
+        "backends", "their routes", partial(backends.read_tables, backends.some(subject.backends)), backends.tables
+    )
 
     def read_filter() -> tuple[dict[str, int], set[str]]:
         leading = {way.interface for way in ways() if way.hop.state is HopState.RESOLVED and way.interface}

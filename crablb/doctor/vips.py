@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from crablb.doctor.asking import ask_all
+from crablb.doctor import asking
 from crablb.doctor.finding import Finding, fault, note, ok, warning
 from crablb.kernel import routing, rtnetlink
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.kernel.rtnetlink import LINK, Listener, Netlink
 from crablb.model import Address, Closed, Config, Vip
 
-__all__ = ["Place", "addresses", "listening", "read_answers", "read_listeners", "read_places", "whose"]
+__all__ = ["Place", "addresses", "listening", "many", "read_answers", "read_listeners", "read_places", "whose"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def read_places(vips: Iterable[Vip], hops: Mapping[Address, NextHop]) -> list[Pl
 def read_answers(interfaces: Iterable[str], places: Iterable[Place]) -> list[tuple[Place, dict[str, str]]]:
     """Who else answers for each: MAC address -> interface.  Raises OSError, :class:`crablb.errors.KernelError`."""
     foreign = [place for place in places if not place.local]
-    answers = ask_all({interface: [place.address for place in foreign] for interface in interfaces})
+    answers = asking.ask_all({interface: [place.address for place in foreign] for interface in interfaces})
     found: dict[Address, dict[str, str]] = {}
     for (interface, address), macs in answers.items():
         found[address] = found.get(address, {}) | dict.fromkeys(macs, interface)
@@ -84,6 +84,16 @@ def _takes(one: Listener, vip: Vip, local: bool) -> bool:
 
 
 # ---- judge ----
+
+
+def many(count: int) -> Iterator[Finding]:
+    """``count``: of addresses."""
+    if count > asking.MOST:
+        yield note(
+            "vips-many",
+            f"who answers is asked for {asking.MOST} of {count:,} addresses",
+            "questions for all of them would be a flood",
+        )
 
 
 def addresses(place: Place, config: Config | None) -> Iterator[Finding]:

@@ -131,7 +131,7 @@ def owner(role: str) -> int | None:
 
 def _locked_by(path: Path) -> int | None:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
@@ -153,30 +153,38 @@ def owners(*roles: str) -> set[int]:
 
 def _holding(files: Iterable[os.stat_result]) -> set[int]:
     locks = {f"{os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}:{s.st_ino}" for s in files}
-    held = (line.split() for line in Path("/proc/locks").read_text().splitlines())
-    return {int(fields[4]) for fields in held if fields[1] == "FLOCK" and fields[5] in locks}
+    lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())
+    return {int(fields[4]) for fields in lines if fields[1] == "FLOCK" and fields[5] in locks}
 
 
 def held() -> dict[str, int | None]:
     """Who has each role of this network namespace that has a lock file; None: nobody lives that has it.
 
-    Nothing is changed, nor locked for a moment: see :func:`owners`.
+    Those that the kernel lists are not tried: see :func:`owners`.  Raises OSError.
     """
     prefix = f"{PREFIX}{cookie()}-"
     found: dict[str, int | None] = {}
     for path in sorted(RUN.glob(f"{prefix}*.lock")):
-        with suppress(OSError):  # it has gone meanwhile
-            lock = path.stat()
-            found[path.name.removeprefix(prefix).removesuffix(".lock")] = next(iter(_holding([lock])), None)
+        with suppress(FileNotFoundError):  # it has gone meanwhile
+            lock, listed = path.stat(), set[int]()
+            with suppress(OSError):  # the list is masked, as in some containers
+                listed = _holding([lock])
+            found[path.name.removeprefix(prefix).removesuffix(".lock")] = next(iter(listed), None) or _locked_by(path)
     return found
 
 
 def folders() -> dict[str, Path]:
-    """The folders of pins of this network namespace by role, those of :func:`folder`; nothing is made or renamed."""
-    where = find_bpffs()
-    names = [f"{PREFIX}{cookie()}", str(os.stat("/proc/thread-self/ns/net").st_ino)]  # the second of versions of before
-    found = [path for name in names if where for path in (where / "crablb" / name).glob("*")]
-    return {unquote(path.name): path for path in reversed(found)}
+    """The folders of pins of this network namespace by role, those of :func:`folder`; nothing is made or renamed.
+
+    Raises OSError if they may not be looked at.
+    """
+    where, found = find_bpffs(), dict[str, Path]()
+    before = str(os.stat("/proc/thread-self/ns/net").st_ino)  # in versions of before
+    for path in [where / "crablb" / name for name in (f"{PREFIX}{cookie()}", before)] if where else ():
+        with suppress(FileNotFoundError):
+            for pinned in path.iterdir():
+                found.setdefault(unquote(pinned.name), pinned)
+    return found
 
 
 def _locks(roles: Collection[str]) -> Iterator[os.stat_result]:

@@ -270,6 +270,11 @@ def test_a_vip_behind_routers_is_not_expected_to_be_answered_for():
     assert not list(vips.whose(replace(NEAR, segment=""), {}, False, False, {}))
 
 
+def test_very_many_vips():
+    assert told(vips.many(257)) == {"vips-many": NOTE}
+    assert told(vips.many(256)) == {}
+
+
 def test_who_listens():
     web, any4, any6 = Vip(VIP, 80), ip_address("0.0.0.0"), ip_address("::")
     assert vips._takes(Listener(VIP, 80), web, False)
@@ -295,6 +300,8 @@ SILENT = NextHop(HopState.UNRESOLVED, "10.0.0.11 does not answer on eth0", 2)
         (SILENT, {MAC}, {}),
         (SILENT, set(), {"backend-silent": FAULT}),
         (SILENT, None, {"backend-silent": FAULT}),
+        (replace(SILENT, asking=True), set(), {"backend-silent": FAULT}),
+        (replace(SILENT, asking=True), None, {"backend-unasked": NOTE}),
         (NextHop(HopState.NO_ROUTE), None, {"backend-route": FAULT}),
         (NextHop(HopState.NOT_ETHERNET, "wg0 is no Ethernet"), None, {"backend-not-ethernet": FAULT}),
         (NextHop(HopState.NOT_A_HOST, "an address of this machine"), None, {"backend-own": FAULT}),
@@ -334,6 +341,13 @@ def test_fallback_flows_through_user_space():
     assert told(backends.fits(served(), {SERVER: deaf}, [replace(cards[0], mode="generic")])) == {}
     for bypass in (Bypass.ON, Bypass.OFF):
         assert told(backends.fits(replace(served(), ack_bypass=bypass), {SERVER: deaf}, cards)) == {}
+
+
+def test_very_many_backends():
+    addresses = [ip_address(0x0A000000 + i) for i in range(3000)]
+    assert backends.some(addresses) == set(addresses[: backends.MOST])
+    assert told(backends.many(3000)) == {"backends-many": NOTE}
+    assert told(backends.many(2000)) == {}
 
 
 def test_what_goes_far():
