@@ -219,6 +219,11 @@ enum crab_daemon_counter {
     CRAB_DAEMON_INTERFACES_LOST,  /* times that an interface served was gone */
     CRAB_DAEMON_INTERFACES_UNSERVED, /* times that an interface, or some of its queues, could not be served */
     CRAB_DAEMON_SERVICES_IDLE, /* services found configured without a backend that takes new connections */
+    CRAB_DAEMON_BACKENDS_UNHEALTHY, /* times that checks took a backend of a service out */
+    CRAB_DAEMON_PANICS,         /* times that too little of a service was healthy, and health was disregarded */
+    CRAB_DAEMON_QUORUMS_LOST,   /* times that a VIP was withdrawn for want of healthy backends */
+    CRAB_DAEMON_CHANGES,        /* changes at run time, by the API */
+    CRAB_DAEMON_STATE_UNSAVED,  /* times that such changes could not be written down */
     CRAB_DAEMON_COUNTERS
 };
 

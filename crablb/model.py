@@ -50,6 +50,7 @@ class State(Enum):
 
     UP = "up"
     DRAIN = "drain"  # no new connections; those it has go on
+    MAINT = "maint"  # the same, and it is not checked
     DEAD = "dead"  # its connections are lost
 
 
@@ -91,6 +92,33 @@ class OptionForm(Enum):
     EXPERIMENTAL = "experimental"  # RFC 6994: kind 253 with an ExID
 
 
+class Initially(Enum):
+    """What is thought of a backend before its checks have said anything."""
+
+    UP = "up"
+    DOWN = "down"
+
+
+class Switch(Enum):
+    """Whether a part runs."""
+
+    ON = "on"
+    OFF = "off"
+
+
+class CheckKind(Enum):
+    """How it is found out whether a backend serves."""
+
+    TCP = "tcp"  # a connection to its own address
+    HTTP = "http"  # a request there
+    HTTPS = "https"
+    TLS = "tls"  # a handshake there
+    EXEC = "exec"  # a program's exit status
+    AGENT = "agent"  # a line that it says: HAProxy's agent-check
+    REDIRECT = "redirect"  # a SYN with a redirect to its own address: the SYN-ACK must echo it
+    FALLBACK = "fallback"  # a SYN to the VIP by the service's own DSR way: the VIP must answer
+
+
 class XdpMode(Enum):
     """Where the XDP program runs."""
 
@@ -117,6 +145,28 @@ def host_port(address: Address, port: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """How a service's backends are checked.  Times are seconds."""
+
+    kind: CheckKind
+    interval: float = 2.0
+    timeout: float = 1.0
+    fall: int = 3  # failures in a row after which it is down
+    rise: int = 2  # successes in a row after which it is up
+    fast_interval: float = 0.5  # while what was found last differs from what is thought of it
+    port: int | None = None  # None: the VIP's
+    method: str = "GET"  # http, https
+    path: str = "/"
+    host: str = ""  # empty: the VIP
+    status: tuple[tuple[int, int], ...] = ((200, 399),)  # from, to
+    body: str = ""  # that the answer's must hold
+    verify: bool = False  # https, tls: the certificate
+    sni: str = ""  # empty: `host`
+    ca_file: str = ""  # empty: the machine's
+    command: tuple[str, ...] = ()  # exec: a program and its arguments
+
+
+@dataclass(frozen=True, slots=True)
 class Backend:
     """A server: its own address (DIP), its share of new connections, and whether it speaks connection redirection."""
 
@@ -124,6 +174,9 @@ class Backend:
     weight: int = 1  # 0: gets no new connections
     cr: bool = True
     state: State = State.UP
+    backup: bool = False  # gets connections only when no other backend of the service can
+    check_address: Address | None = None  # where checks connect to; None: its own address
+    check_port: int | None = None  # None: the check's
 
     @property
     def share(self) -> int:
@@ -166,6 +219,11 @@ class Service:
     policy: str | Callable[..., Any] = "maglev"
     source_prefix: tuple[int, int] = (32, 128)  # for source-hash: bits of an IPv4, an IPv6 client that count
     slow_start: float = 0.0  # seconds in which the weight of a new backend rises to its own
+    checks: tuple[Check, ...] | None = None  # None: as the mode needs; empty: none
+    initially: Initially = Initially.UP
+    panic: int = 50  # percent of the weight: with less of it healthy, health is disregarded.  0: never
+    quorum: int = 0  # healthy weight under which the VIP is withdrawn.  0: never
+    quorum_hysteresis: int = 0  # above the quorum, at which it is announced again
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +248,15 @@ class Config:
     keep: float = 0.0  # seconds that flows are kept for the next load balancer after a clean stop
     report_listen: tuple[Address, int] | None = None  # where servers report to; None: nowhere
     report_key: bytes | None = None  # 32 bytes: the master key of their reports
+    admin: Switch = Switch.ON  # the API, on a UNIX socket
+    admin_group: str = ""  # whose members may use it beside root
+    admin_listen: tuple[Address, int] | None = None  # where it listens as well, by TLS
+    admin_cert: str = ""  # a file: the certificate, and those that it is signed by
+    admin_key: str = ""  # a file: its key
+    admin_token_file: str = ""  # what requests by admin_listen have to bear
+    metrics_listen: tuple[Address, int] | None = None  # metrics and the status page
+    persist: Switch = Switch.ON  # what is changed at run time outlives a restart
+    watch: bool = False  # the file is read again when it changes
 
     @property
     def backends(self) -> set[Address]:

@@ -21,21 +21,26 @@ from crablb.model import (
     Announce,
     Backend,
     Bypass,
+    Check,
+    CheckKind,
     Closed,
     Config,
     Fallback,
+    Initially,
     Mode,
     OnDead,
     OptionForm,
     Service,
     State,
+    Switch,
     XdpMode,
+    host_port,
 )
 
-__all__ = ["OPTIONS", "Kind", "Option", "Scope", "fixed_fields", "of", "toml"]
+__all__ = ["OPTIONS", "Kind", "Option", "Scope", "fixed_fields", "held", "of", "table", "toml"]
 
-#: What an option is a field of: the load balancer, a service, or a backend of one.
-Scope = type[Config] | type[Service] | type[Backend]
+#: What an option is a field of: the load balancer, a service, a backend or a check of one.
+Scope = type[Config] | type[Service] | type[Backend] | type[Check]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ class Kind:
     each: bool = False  # a list; ``parse`` is for one of its elements
     implied: str | None = None  # what the flag says without an argument
     nested: Scope | None = None  # a list of tables, whose keys are the options of this scope
+    hold: Callable[[Any], object] | None = None  # the field -> what a file holds, where :func:`held` does not tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +134,48 @@ def toml(value: object) -> str:
     return _plain(value)
 
 
+def held(option: Option, value: Any) -> object:
+    """What a file holds for the value of an option: strings, numbers, lists and tables of them, as JSON has them too.
+
+    Of a backend without anything but an address and a weight it is the notation for that.
+    """
+    if option.kind.hold:
+        return option.kind.hold(value)
+    if option.kind.nested and isinstance(value, tuple):
+        return [_member(each) for each in value]
+    if isinstance(value, tuple):
+        return list(map(_plainly, value))
+    return _plainly(value)
+
+
+def _member(value: Any) -> object:
+    """An element of a list of tables, by its shorter notation if that says all."""
+    said = table(value)
+    if isinstance(value, Check) and said.keys() == {"type"}:
+        return said["type"]
+    if isinstance(value, Backend) and said.keys() <= {"address", "weight"}:
+        return f"{said['address']}*{said['weight']}" if "weight" in said else said["address"]
+    return said
+
+
+def _plainly(value: Any) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def table(value: Config | Service | Backend | Check) -> dict[str, object]:
+    """The table of a file that means this: what differs from the defaults, by the options' names.
+
+    Not of secrets, which are in files of their own, nor of functions that have no name there.
+    """
+    return {
+        option.name: held(option, given)
+        for option in of(type(value))
+        if (given := getattr(value, option.field)) != option.default
+    }
+
+
 # ---- kinds ----
 
 
@@ -140,6 +188,10 @@ def _number(text: str) -> object:
 
 def _commas(read: Callable[[str], object]) -> Callable[[str], object]:
     return lambda text: [read(part.strip()) for part in text.split(",")]
+
+
+def _checks(text: str) -> object:
+    return [] if text == "none" else [part.strip() for part in text.split(",")]
 
 
 def _choice(kind: type[Enum]) -> Kind:
@@ -166,12 +218,35 @@ def _truth(text: str) -> object:
     return {"true": True, "false": False}.get(text, text)
 
 
+def _seconds(low: float, high: float) -> Kind:
+    return Kind(
+        says=f"{low:g} to {high:,g}",
+        metavar="SECONDS",
+        parse=lambda value: values.seconds_from(low, high, value),
+        read=_number,
+    )
+
+
+def _text(says: str, metavar: str) -> Kind:
+    return Kind(says=says, metavar=metavar, parse=values.string)
+
+
+def _endpoint(port: int) -> Kind:
+    return Kind(
+        says=f"`address:port` or an address (port {port})",
+        metavar="ADDRESS[:PORT]",
+        parse=lambda value: values.parse_endpoint(value, port),
+        hold=lambda value: value and host_port(*value),
+    )
+
+
 _BOOLEAN = Kind(says="`true`, `false`", metavar="BOOL", parse=values.boolean, read=_truth, implied="true")
 
 # ---- the table ----
 
 _OF_SERVICE = "a part of `--service VIP=BACKEND,...`"
 _OF_BACKEND = "one backend's, for which `--service` has no notation"
+_OF_CHECK = "one check's, for which `--check` has no notation"
 
 OPTIONS: tuple[Option, ...] = (
     Option(
@@ -209,7 +284,13 @@ OPTIONS: tuple[Option, ...] = (
         scope=Config,
         name="seed",
         flags=("--seed-file",),
-        kind=Kind(says="32 hexadecimal digits", metavar="FILE", parse=values.parse_seed, read=values.read_seed),
+        kind=Kind(
+            says="32 hexadecimal digits",
+            metavar="FILE",
+            parse=values.parse_seed,
+            read=values.read_seed,
+            hold=lambda value: value and value.hex(),
+        ),
         help="key of the hash; load balancers that share a VIP share it",
         flag_help="The argument names a file that holds it, as ps shows arguments to everybody",
         unset="made once, and kept in /var/lib/crablb/seed",
@@ -327,11 +408,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         scope=Config,
         name="report_listen",
-        kind=Kind(
-            says=f"`address:port` or an address (port {values.PORT})",
-            metavar="ADDRESS[:PORT]",
-            parse=values.parse_endpoint,
-        ),
+        kind=_endpoint(values.PORT),
         help="where servers report their load to (crablb agent server --report)",
         unset="nowhere",
         example="10.0.0.2:7171",
@@ -341,10 +418,82 @@ OPTIONS: tuple[Option, ...] = (
         name="report_key_file",
         field="report_key",
         flags=("--report-key",),
-        kind=Kind(says="path of a file", metavar="FILE", parse=values.parse_key),
+        kind=Kind(says="path of a file", metavar="FILE", parse=values.parse_key, hold=lambda value: value and "..."),
         help="the master key of the servers' reports (crablb key new); goes with the address that they are sent to",
         unset="none",
         example="/etc/crablb/master.key",
+    ),
+    Option(
+        scope=Config,
+        name="admin",
+        kind=_choice(Switch),
+        help="the API that the commands ask and change a running load balancer by, on the UNIX socket"
+        " /run/crablb/IFACE.sock",
+        example="on",
+    ),
+    Option(
+        scope=Config,
+        name="admin_group",
+        kind=_text("the name of a group", "GROUP"),
+        help="whose members may use the API's socket, beside its owner",
+        unset="nobody else",
+        example="adm",
+    ),
+    Option(
+        scope=Config,
+        name="admin_listen",
+        kind=_endpoint(values.ADMIN_PORT),
+        help="where the API listens as well, by TLS; needs admin_cert, admin_key and admin_token_file",
+        unset="nowhere",
+        example="10.0.0.2:7172",
+    ),
+    Option(
+        scope=Config,
+        name="admin_cert",
+        kind=_text("path of a file", "FILE"),
+        help="the certificate of admin_listen, and those that it is signed by, as PEM",
+        unset="none",
+        example="/etc/crablb/admin.crt",
+    ),
+    Option(
+        scope=Config,
+        name="admin_key",
+        kind=_text("path of a file", "FILE"),
+        help="the key of that certificate, as PEM",
+        unset="none",
+        example="/etc/crablb/admin.key",
+    ),
+    Option(
+        scope=Config,
+        name="admin_token_file",
+        kind=_text("path of a file", "FILE"),
+        help="a secret that requests by admin_listen have to bear (Authorization: Bearer ...)",
+        unset="none",
+        example="/etc/crablb/admin.token",
+    ),
+    Option(
+        scope=Config,
+        name="metrics_listen",
+        kind=_endpoint(values.METRICS_PORT),
+        help="where metrics for Prometheus (/metrics) and the status page (/) are served, to whoever asks",
+        unset="nowhere",
+        example="127.0.0.1:9117",
+    ),
+    Option(
+        scope=Config,
+        name="persist",
+        kind=_choice(Switch),
+        help="what is changed while it runs (weights, states, backends, services) outlives a restart, in"
+        " /var/lib/crablb",
+        example="on",
+    ),
+    Option(
+        scope=Config,
+        name="watch",
+        kind=_BOOLEAN,
+        help="the configuration file is read again when it changes, as by crablb reload",
+        example=True,
+        reload=True,
     ),
     # ---- a service ----
     Option(
@@ -442,6 +591,58 @@ OPTIONS: tuple[Option, ...] = (
         example=30,
         reload=True,
     ),
+    Option(
+        scope=Service,
+        name="check",
+        field="checks",
+        kind=Kind(
+            says=f"{', '.join(f'`{kind.value}`' for kind in CheckKind)}, and tables: see below",
+            metavar="TYPE,...",
+            parse=values.parse_check,
+            read=_checks,
+            words=("none", *(kind.value for kind in CheckKind)),
+            each=True,
+            nested=Check,
+        ),
+        help="how it is found out whether its backends serve; [], or none as an argument: by nothing but whether the"
+        " neighbour answers",
+        unset="as the mode needs: tcp, redirect and fallback",
+        example=["tcp", "redirect"],
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="initially",
+        kind=_choice(Initially),
+        help="what is thought of a backend until its checks have said something",
+        example="down",
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="panic",
+        kind=_whole(0, 100, "PERCENT"),
+        help="with less than this percentage of the weight healthy, all backends get connections as if they were, lest"
+        " the few left are overrun. 0: never",
+        example=30,
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="quorum",
+        kind=_whole(0, 1 << 31, "WEIGHT"),
+        help="with less healthy weight than this the VIP is not announced any more. 0: it always is",
+        example=2,
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="quorum_hysteresis",
+        kind=_whole(0, 1 << 31, "WEIGHT"),
+        help="how much more than the quorum there has to be until it is announced again",
+        example=1,
+        reload=True,
+    ),
     # ---- a backend ----
     Option(
         scope=Backend,
@@ -476,8 +677,205 @@ OPTIONS: tuple[Option, ...] = (
         name="state",
         no_flag=_OF_BACKEND,
         kind=_choice(State),
-        help="up; drain: no new connections, those that it has go on; dead: its connections are lost",
+        help="up; drain: no new connections, those that it has go on; maint: the same, and it is not checked; dead: its"
+        " connections are lost",
         example="drain",
+        reload=True,
+    ),
+    Option(
+        scope=Backend,
+        name="backup",
+        no_flag=_OF_BACKEND,
+        kind=_BOOLEAN,
+        help="gets connections only when no other backend of the service can",
+        example=True,
+        reload=True,
+    ),
+    Option(
+        scope=Backend,
+        name="check_address",
+        no_flag=_OF_BACKEND,
+        kind=Kind(says="an address", metavar="ADDRESS", parse=values.parse_address),
+        help="where tcp, http, https, tls and agent checks connect to",
+        unset="its own address",
+        example="10.1.0.13",
+        reload=True,
+    ),
+    Option(
+        scope=Backend,
+        name="check_port",
+        no_flag=_OF_BACKEND,
+        kind=_whole(1, 65535, "PORT"),
+        help="the port that they connect to",
+        unset="the check's",
+        example=8080,
+        reload=True,
+    ),
+    # ---- a check ----
+    Option(
+        scope=Check,
+        name="type",
+        field="kind",
+        no_flag=_OF_CHECK,
+        kind=_choice(CheckKind),
+        help="tcp: a connection; http, https: a request; tls: a handshake; exec: a program's exit status; agent:"
+        " HAProxy's agent-check; redirect: a SYN with a redirect to the backend, which must be echoed: else it is"
+        " redirected to no more; fallback: a SYN to the VIP by the service's own DSR way, which the VIP must answer",
+        missing="type is missing; add type = 'tcp'",
+        example="http",
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="interval",
+        no_flag=_OF_CHECK,
+        kind=_seconds(0.1, 3600),
+        help="seconds from one to the next",
+        example=2,
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="timeout",
+        no_flag=_OF_CHECK,
+        kind=_seconds(0.01, 60),
+        help="seconds after which it has failed",
+        example=1,
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="fall",
+        no_flag=_OF_CHECK,
+        kind=_whole(1, 100),
+        help="failures in a row after which the backend gets no new connections",
+        example=3,
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="rise",
+        no_flag=_OF_CHECK,
+        kind=_whole(1, 100),
+        help="successes in a row after which it gets them again",
+        example=2,
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="fast_interval",
+        no_flag=_OF_CHECK,
+        kind=_seconds(0.1, 3600),
+        help="seconds from one to the next while the last result differs from what is thought of the backend",
+        example=0.5,
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="port",
+        no_flag=_OF_CHECK,
+        kind=_whole(1, 65535, "PORT"),
+        help="where tcp, http, https, tls and agent connect to; agent needs one",
+        unset="the VIP's",
+        example=8080,
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="method",
+        no_flag=_OF_CHECK,
+        kind=Kind(
+            says="`GET`, `HEAD`, `OPTIONS` or another",
+            metavar="METHOD",
+            parse=values.parse_method,
+            words=("GET", "HEAD", "OPTIONS"),
+        ),
+        help="of http and https",
+        example="HEAD",
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="path",
+        no_flag=_OF_CHECK,
+        kind=Kind(says="begins with /", metavar="PATH", parse=values.parse_path),
+        help="of http and https",
+        example="/healthz",
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="host",
+        no_flag=_OF_CHECK,
+        kind=Kind(says="a name", metavar="NAME", parse=values.parse_header),
+        help="of http and https: the Host header",
+        unset="the VIP",
+        example="www.example.org",
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="status",
+        no_flag=_OF_CHECK,
+        kind=Kind(
+            says="a list of statuses and ranges",
+            metavar="STATUS,...",
+            parse=values.parse_status,
+            hold=lambda value: [low if low == high else f"{low}-{high}" for low, high in value],
+        ),
+        help="of http and https: those that are well",
+        unset="200-399",
+        example=["200-299", 404],
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="body",
+        no_flag=_OF_CHECK,
+        kind=_text("text", "TEXT"),
+        help="of http and https: what the first 64 KiB of the answer must hold",
+        unset="anything",
+        example="ok",
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="verify",
+        no_flag=_OF_CHECK,
+        kind=_BOOLEAN,
+        help="of https and tls: the certificate must be valid, and for sni or host",
+        example=True,
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="sni",
+        no_flag=_OF_CHECK,
+        kind=Kind(says="a name", metavar="NAME", parse=values.parse_header),
+        help="of https and tls: the name that is asked for",
+        unset="host, if that is a name",
+        example="www.example.org",
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="ca_file",
+        no_flag=_OF_CHECK,
+        kind=_text("path of a file", "FILE"),
+        help="of https and tls: whom to trust, as PEM",
+        unset="whom the machine trusts",
+        example="/etc/crablb/ca.crt",
+        reload=True,
+    ),
+    Option(
+        scope=Check,
+        name="command",
+        no_flag=_OF_CHECK,
+        kind=Kind(says="a list: a program and its arguments", metavar="COMMAND", parse=values.parse_command),
+        help="of exec: exit status 0: well; 2 to 255: well, with two less percent of its weight (keepalived's"
+        " MISC_CHECK, dynamic); 1: not well. It gets CRABLB_VIP, CRABLB_BACKEND, CRABLB_PORT",
+        unset="none",
+        example=["/usr/local/bin/check", "--fast"],
         reload=True,
     ),
 )
@@ -496,7 +894,7 @@ def complete(options: tuple[Option, ...], scope: Scope) -> tuple[Option, ...]:
     return found
 
 
-_OF: dict[type, tuple[Option, ...]] = {scope: complete(OPTIONS, scope) for scope in (Config, Service, Backend)}
+_OF: dict[type, tuple[Option, ...]] = {scope: complete(OPTIONS, scope) for scope in (Config, Service, Backend, Check)}
 
 
 def of(scope: type) -> tuple[Option, ...]:

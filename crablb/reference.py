@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from crablb.model import Backend, Config, Service
+from crablb.model import Backend, Check, Config, Service
 from crablb.options import Option, Scope, of, toml
 
 __all__ = ["example", "reference"]
@@ -16,6 +16,11 @@ _HEADINGS: dict[Scope, tuple[str, str]] = {
         "A backend",
         'In `backends`, as a string, `"10.0.0.12"` or with a weight `"10.0.0.12*3"`, or as a table,'
         ' `{ address = "10.0.0.13", weight = 2, cr = false }`.',
+    ),
+    Check: (
+        "A check",
+        'In `check`, as its type, `check = ["tcp", "redirect"]`, or each as a table of its own, `[[service.check]]`,'
+        " behind the service's other keys.",
     ),
 }
 
@@ -69,7 +74,7 @@ def example() -> str:
     lines.append("[[service]]")
     for option in of(Service):
         lines += _explained(option)
-        if option.kind.nested:
+        if option.kind.nested is Backend:
             lines += _backends()
         else:
             lines.append(f"{'' if option.missing else '#'}{option.name} = {toml(option.example)}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crablb.errors import ConfigError
-from crablb.model import POLICIES, Address, Backend, Network, Vip, host_port
+from crablb.model import POLICIES, Address, Backend, Check, CheckKind, Network, Vip, host_port
 
 __all__ = [
     "PORT",
@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 PORT = 7171  # of reports
+ADMIN_PORT = 7172
+METRICS_PORT = 9117
 MAX_WEIGHT = 65535
 MAX_MACS = 14  # CRAB_MAX_MACS of bpf/maps.h, less an interface's own and its master's
 
@@ -79,9 +81,13 @@ def whole(low: int, high: int, value: object) -> int:
 
 
 def seconds(value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 86400:
+    return seconds_from(0, 86400, value)
+
+
+def seconds_from(low: float, high: float, value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
         return float(value)
-    raise ConfigError(f"{shown(value)} is not a number of seconds from 0 to 86400")
+    raise ConfigError(f"{shown(value)} is not a number of seconds from {low:g} to {high:g}")
 
 
 def member(kind: type[E], value: object) -> E:
@@ -211,18 +217,74 @@ def parse_source_prefix(value: object) -> tuple[int, int]:
     return whole(1, 32, lengths[0]), whole(1, 128, lengths[1])
 
 
-def parse_endpoint(value: object) -> tuple[Address, int]:
-    """``10.0.0.2``, ``10.0.0.2:7171``, ``[fd00::2]:7171``.  Raises :class:`ConfigError`."""
+def parse_check(value: object) -> Check:
+    """The name of a check.  Raises :class:`ConfigError`."""
+    return value if isinstance(value, Check) else Check(member(CheckKind, value))
+
+
+def parse_status(value: object) -> tuple[tuple[int, int], ...]:
+    """A list of statuses and ranges of them, ``"200-399"``.  Raises :class:`ConfigError`."""
+    return tuple(map(_status, listed(value)))
+
+
+def _status(value: object) -> tuple[int, int]:
+    if isinstance(value, tuple) and len(value) == 2:
+        low, high = value
+    elif isinstance(value, str) and (match := re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", value)):
+        low, high = int(match[1]), int(match[2] or match[1])
+    else:
+        low = high = value
+    if not (isinstance(low, int) and isinstance(high, int) and 100 <= low <= high <= 599):
+        raise ConfigError(f"{shown(value)} is no HTTP status, nor a range of them like '200-399'")
+    return low, high
+
+
+def parse_method(value: object) -> str:
+    text = string(value)
+    if not re.fullmatch(r"[A-Z]{1,20}", text):
+        raise ConfigError(f"{shown(text)} is no HTTP method (GET)")
+    return text
+
+
+def parse_path(value: object) -> str:
+    text = string(value)
+    if not re.fullmatch(r"/[\x21-\x7e]*", text):
+        raise ConfigError(
+            f"{shown(text)} is not the path of a URL: it begins with /, and other than ASCII is written %C3%A9"
+        )
+    return text
+
+
+def parse_header(value: object) -> str:
+    """A name, of at most 255 ASCII characters without blanks.  Raises :class:`ConfigError`."""
+    text = string(value)
+    if not re.fullmatch(r"[\x21-\x7e]{0,255}", text):
+        raise ConfigError(f"{shown(text)} is no name of a host")
+    return text
+
+
+def parse_command(value: object) -> tuple[str, ...]:
+    """A program's path and its arguments.  Raises :class:`ConfigError`."""
+    command = tuple(map(string, listed(value)))
+    if not command or not command[0].startswith("/"):
+        raise ConfigError(f"{shown(value)} does not begin with the path of a program (['/usr/local/bin/check'])")
+    return command
+
+
+def parse_endpoint(value: object, port: int = PORT) -> tuple[Address, int]:
+    """``10.0.0.2``, ``10.0.0.2:7171``, ``[fd00::2]:7171``; ``port`` if it names none.  Raises :class:`ConfigError`."""
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Address):
         return parse_endpoint(host_port(*value))
     text = string(value)
     match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
-    if not match or not 0 < int(match[2] or PORT) < 65536:
+    if not match or not 0 < int(match[2] or port) < 65536:
         raise ConfigError(f"{shown(text)} is not ADDRESS or ADDRESS:PORT (an IPv6 address stands in brackets)")
     bare = match[1].strip("[]")
     if bare in ("0.0.0.0", "::"):
-        return ipaddress.ip_address(bare), int(match[2] or PORT)
-    return _address(bare, "an endpoint of reports"), int(match[2] or PORT)
+        return ipaddress.ip_address(bare), int(match[2] or port)
+    if bare in ("127.0.0.1", "::1"):
+        return ipaddress.ip_address(bare), int(match[2] or port)
+    return _address(bare, "an endpoint"), int(match[2] or port)
 
 
 # ---- the rest ----

@@ -47,7 +47,7 @@ def read_config(args: argparse.Namespace) -> Config:
     interfaces, services = given.pop("interface", []), given.pop("service", [])
     if args.config is None:
         return config.config_from_args(interfaces, services, **given)
-    extra = [o.flags[0] for o in OPTIONS if o.name in given or (services and o.name == "service")]
+    extra = [o.flags[0] for o in OPTIONS if (o.flags and o.name in given) or (services and o.name == "service")]
     if extra:
         raise ConfigError(f"{', '.join(extra)} cannot be given with --config; say it in {args.config}")
     return config.load_config(args.config, interfaces)
@@ -61,4 +61,4 @@ def run(args: argparse.Namespace) -> int:
     # Files are read again, whosever they are, if this process could read them.
     capabilities.keep((*capabilities.SERVE, "CAP_DAC_READ_SEARCH"))
     supervisor = Supervisor(settings, settings.seed or seed.load())
-    return uvloop.run(serve(supervisor, (lambda: read_config(args)) if args.config else None))
+    return uvloop.run(serve(supervisor, (lambda: read_config(args)) if args.config else None, args.config or ""))

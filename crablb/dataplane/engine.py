@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,9 @@ import structlog
 
 from crablb import lasting
 from crablb.dataplane.attachment import Attachment, inherited, rename, ways
+from crablb.dataplane.census import Census, FoundFlow, count, find
 from crablb.dataplane.events import Event, HopsChanged, LinksChanged, Notice, Started, Swept
+from crablb.dataplane.flows import flow_hash
 from crablb.dataplane.handlers import Handle, Handlers, Match
 from crablb.dataplane.paths import Ways
 from crablb.dataplane.program import Program, bypass
@@ -33,15 +35,18 @@ from crablb.dataplane.snapshot import Sight, build
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
-from crablb.model import Address, Bypass, Config, State, Vip
+from crablb.model import Address, Bypass, Config, Service, State, Vip
 from crablb.options import fixed_fields
 from crablb.selection.completion import Completions
 from crablb.selection.custom import Custom
 from crablb.selection.loads import Balance, Load
+from crablb.selection.standing import Pair, Standing, Verdict, judge
 
 __all__ = ["Engine"]
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 #: How long the start waits for the backends' neighbours before it serves with those that answered, in seconds.
 RESOLVE_TIMEOUT = 1.0
@@ -75,6 +80,9 @@ class Engine:
         self._attachments = [Attachment(name) for name in config.interfaces]
         self._balance = Balance()
         self._completions = Completions()
+        self._standings: dict[Pair, Standing] = {}
+        self._verdicts: dict[Vip, Verdict] = {}
+        self._served = config  # with the backends as their standing has them
         self._custom = Custom(self._policy_failed)
         self._handlers = Handlers(self._handler_failed)
         self._queues = Queues(config, self._handlers, self._custom, self._socket_failed)
@@ -150,13 +158,85 @@ class Engine:
         """The backends whose known fallback flows the XDP program forwards by itself."""
         return self._program.paths.reached if self._program else frozenset()
 
+    @property
+    def served(self) -> Config:
+        """The configuration with each backend's state, weight and cr as health has them now."""
+        return self._served
+
+    @property
+    def verdicts(self) -> Mapping[Vip, Verdict]:
+        """What health makes of each service."""
+        return MappingProxyType(self._verdicts)
+
+    @property
+    def unredirected(self) -> frozenset[Pair]:
+        """The backends of services that complete no redirects, and get none now."""
+        return self._completions.stopped()
+
+    @property
+    def standings(self) -> Mapping[Pair, Standing]:
+        """What checks found out, of those that something was found out about."""
+        return MappingProxyType(self._standings)
+
     def load(self, vip: Vip, backend: Address) -> Load:
         """What the policies know of a backend."""
         return self._balance.read(vip, backend)
 
+    def reports(self, backend: Address) -> bool:
+        """Whether its server reports its load."""
+        return self._balance.reports(backend)
+
+    def warmth(self, service: Service, backend: Address) -> float:
+        """The share of its weight that a backend has by slow start, 0 to 1."""
+        return self._balance.warmth(service, backend, time.monotonic())
+
+    async def census(self) -> Census:
+        """Count, in a thread of its own: the flows and the places in the tables of each backend of each service."""
+        snapshot = self._queues.snapshot
+        tables = dict(snapshot.chosen) if snapshot else {}
+        backends = {number: address for address, number in self._registry.backends.items()}
+        services = {number: vip for vip, number in self._registry.services.items()}
+        flows = self._running.flows
+        return await self._aside(lambda: count(flows, tables, backends, services))
+
+    async def find_flows(
+        self, limit: int, vip: Vip | None, backend: Address | None, client: Address | None, port: int | None
+    ) -> tuple[int, list[FoundFlow]]:
+        """How many of the XDP program's flows are of a service, of a backend, of a client (from one of its ports), and
+        ``limit`` of them; None: whichever.  A client without a port is looked for by every port that it may have."""
+        backends = {n: address for address, n in self._registry.backends.items() if backend in (None, address)}
+        services = {n: v for v, n in self._registry.services.items() if vip in (None, v)}
+        flows = self._running.flows
+        if not flows:
+            return 0, []
+        ports = range(1, 65536) if port is None else [port]
+
+        def hashes() -> list[int] | None:
+            if client is None:
+                return None
+            same = [v for v in services.values() if v.address.version == client.version]
+            return [flow_hash(self.seed, client, p, v.address, v.port) for v in same for p in ports]
+
+        return await self._aside(lambda: find(flows, backends, services, limit, hashes()))
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """Do it in the sweeper's thread."""
+        working = asyncio.get_running_loop().run_in_executor(self._sweeper, work)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await working  # it reads what is freed when the engine is closed
+            raise
+
     def statistics(self) -> dict[str, Any]:
         """Packets by what became of them: see :func:`crablb.dataplane.statistics.read`."""
         return self._running.statistics(self._queues.slots)
+
+    def service_counters(self, vips: Iterable[Vip] | None = None) -> dict[Vip, tuple[int, int]]:
+        """What the XDP program forwarded by itself, packets and bytes, of these services; None: of all."""
+        program, indices = self._running, self._registry.services
+        wanted = [s.vip for s in self.config.services] if vips is None else vips
+        return {vip: program.forwarded(indices[vip]) for vip in wanted}
 
     # ---- what it is told ----
 
@@ -194,6 +274,34 @@ class Engine:
         elif verdict == "resumed":
             self._publish()
             self._tell(Event("redirects-resumed", backend, vip))
+
+    def judge(self, standings: Mapping[Pair, Standing]) -> None:
+        """What was found out about some backends of services, which takes the place of what was known of them.
+
+        Also before the start.  Of a backend that nothing is said of all is well.
+        """
+        changed = {pair: s for pair, s in standings.items() if self._standings.get(pair, Standing()) != s}
+        if not changed:
+            return
+        self._standings |= changed
+        if self._attached:
+            self._publish()
+
+    def _judge(self) -> None:
+        """Work out how each service is served now; tell where health is disregarded, and where no more."""
+        before, services = self._verdicts, self.config.services
+        self._verdicts = {service.vip: judge(service, self._standings) for service in services}
+        made: list[Service] = [self._verdicts[service.vip].service for service in services]
+        same = all(new is old for new, old in zip(made, services, strict=True))
+        self._served = self.config if same else replace(self.config, services=tuple(made))
+        for vip, verdict in self._verdicts.items():
+            panicked = vip in before and before[vip].panic
+            if verdict.panic and not panicked:
+                self.count("panics")
+                facts = f"{verdict.healthy} of {verdict.weight} healthy"
+                self._tell(Event("panic", vip=vip, reason=facts))
+            elif panicked and not verdict.panic:
+                self._tell(Event("panic-over", vip=vip))
 
     def handle(self, match: Match, function: Handle) -> None:
         """See :meth:`crablb.LoadBalancer.handle`."""
@@ -512,11 +620,12 @@ class Engine:
     def _publish(self) -> None:
         """Have the XDP program and the workers see what is there now."""
         at, hops = time.monotonic(), self.hops
+        self._judge()
         if self._attached:  # until then the map may be in use still, by the program of a daemon that died
-            dead = {b.address for s in self.config.services for b in s.backends if b.state is State.DEAD}
+            dead = {b.address for s in self._served.services for b in s.backends if b.state is State.DEAD}
             self._running.paths.publish(self._registry.backends, hops, self._ways, dead)
         usable = {address for address, hop in hops.items() if hop.state is HopState.RESOLVED}
-        self._balance.follow(self.config.services, usable, at if self._attached else None)
+        self._balance.follow(self._served.services, usable, at if self._attached else None)
         sight = Sight(
             self.seed,
             self._registry.backends,
@@ -529,7 +638,7 @@ class Engine:
             self._answered,
             self._handlers.matches(),
         )
-        snapshot = build(self.config, sight, self._queues.snapshot)
+        snapshot = build(self._served, sight, self._queues.snapshot)
         self._custom.publish(snapshot.custom)
         self._queues.publish(snapshot)
         if all(hop.state is HopState.RESOLVED for hop in hops.values()):
@@ -552,14 +661,14 @@ class Engine:
                 aged = now
                 for backend in self._balance.silent(now) & self.config.backends:
                     self._tell(Event("server-silent", backend))
-                for service in self.config.services:
+                for service in self._served.services:
                     if service.vip in pools:
                         self._balance.age(service)
             for _, pool in pools.values():
                 pool.refresh()
             if self._completions.retry(now):
                 self._publish()
-            rises = self._balance.next_step(self.config.services, self._stepped)
+            rises = self._balance.next_step(self._served.services, self._stepped)
             if rises is not None and rises <= now:
                 self._stepped = now
                 self._publish()
@@ -584,12 +693,7 @@ class Engine:
         self._applied = [self.config]
         services = np.zeros(1 << 16, np.bool_)
         services[[self._registry.services[service.vip] for service in self.config.services]] = True
-        counting = asyncio.get_running_loop().run_in_executor(self._sweeper, self._count_flows, services)
-        try:
-            flows, left = await asyncio.shield(counting)
-        except asyncio.CancelledError:
-            await counting  # it reads what is freed when this task has ended
-            raise
+        flows, left = await self._aside(lambda: self._count_flows(services))
         total = self.statistics()["total"]
         refused, dropped = total["flows_full"], total["xsk_rx_dropped"] + total["xsk_rx_full"]
         self._tell(Swept(flows, refused - self._refused, dropped - self._dropped))
@@ -620,6 +724,8 @@ class Engine:
         """Release what neither the configuration nor a flow (by backend id) holds any more."""
         self._balance.forget(self.config.services)
         self._completions.forget(self.config.services)
+        pairs = {(service.vip, b.address) for service in self.config.services for b in service.backends}
+        self._standings = {pair: s for pair, s in self._standings.items() if pair in pairs}
         # What came during the count, and perhaps went, was not counted.
         gone = self._registry.collect(self._applied, flows)
         for address, backend_id in gone.items():

@@ -17,6 +17,8 @@ class Event:
 
     #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "vip-taken", "vip-yielded",
     #: "server-silent", "changed", "redirects-stopped", "redirects-resumed",
+    #: "backend-healthy", "backend-unhealthy", "panic", "panic-over", "quorum-lost", "quorum-reached",
+    #: "reloaded", "not-reloaded", "state", "weight",
     #: "interface-gone", "interface-back", "interface-renamed", "interface-changed", "interface-unserved",
     #: "failed" (it cannot go on: a task of its own is given up)
     kind: str

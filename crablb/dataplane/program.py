@@ -29,7 +29,7 @@ from typing import Any
 from crablb._native import ffi, lib
 from crablb.dataplane.flows import FlowTable, Inherited, buckets_for, hashing
 from crablb.dataplane.paths import Paths
-from crablb.dataplane.statistics import DaemonCounters, read
+from crablb.dataplane.statistics import DaemonCounters, forwarded, read
 from crablb.kernel import bpf
 from crablb.model import Address, Bypass, Closed, Config, Vip, mapped
 
@@ -164,6 +164,10 @@ class Program:
         """See :func:`crablb.dataplane.statistics.read`."""
         maps = self.maps
         return read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], slots)
+
+    def forwarded(self, index: int) -> tuple[int, int]:
+        """Packets and bytes of the service with this index that it forwarded by itself."""
+        return forwarded(self.maps["service_counters"], index)
 
     def close(self) -> None:
         """Forget it; what is pinned or attached stays."""

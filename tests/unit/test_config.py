@@ -216,8 +216,9 @@ BAD_FILES = {
     'redirect_clients = ["10.0.0.1/8"]\n[[service]]\naddress = "tcp://10.0.0.101:80"\n'
     'backends = ["10.0.0.1"]\nredirect_clients = []\n': [
         "service 1 (line 2): backends[0]: 7 is neither an address nor a table"
-        " {address=..., weight=..., cr=..., state=...}",
-        "service 1 (line 2): backends[1]: unknown key 'w'; known are address, cr, state, weight",
+        " {address=..., weight=..., cr=..., state=..., backup=..., check_address=..., check_port=...}",
+        "service 1 (line 2): backends[1]: unknown key 'w'; known are address, backup, check_address,"
+        " check_port, cr, state, weight",
         "service 1 (line 2): redirect_clients[0]: 10.0.0.1/8 has bits set behind the prefix; write 10.0.0.0/8",
         "service 2 (line 6): redirect_clients: is empty; leave it out to mean all, or set mode = 'never' for none",
     ],

@@ -5,7 +5,8 @@
     control  agent                          the daemon's tasks; the endpoints
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
-    ground     errors model values options config reference log lasting seldom
+    api        what is said between a daemon and those who ask it
+    ground     errors model values options config overlay reference log lasting seldom
 
 An arrow only goes down.  On one floor, a room uses another one where it says so here.
 """
@@ -20,11 +21,12 @@ import pytest
 
 from tests.helpers.processes import ROOT
 
-GROUND = {"errors", "model", "values", "options", "config", "reference", "log", "lasting", "seldom"}
+GROUND = {"errors", "model", "values", "options", "config", "overlay", "reference", "log", "lasting", "seldom"}
 BELOW_CONTROL = GROUND | {"_native", "kernel", "selection", "dataplane"}
 #: Room -> the rooms that it may import from, beside itself.  `_native` is the compiled hot loop.
 MAY = {
     **dict.fromkeys(GROUND, GROUND),
+    "api": GROUND,
     "kernel": {
         "errors",
         "model",
@@ -34,12 +36,12 @@ MAY = {
     },  # native/xsk.c, and the enumerations that number counters
     "selection": GROUND | {"_native"},
     "dataplane": GROUND | {"_native", "kernel", "selection"},
-    "control": BELOW_CONTROL,
+    "control": BELOW_CONTROL | {"api"},
     "agent": GROUND | {"_native", "kernel", "selection"},
-    "balancer": BELOW_CONTROL | {"control"},
-    "doctor": BELOW_CONTROL | {"control", "agent"},
+    "balancer": BELOW_CONTROL | {"control", "api"},
+    "doctor": BELOW_CONTROL | {"api", "control", "agent"},
     "lab": GROUND | {"kernel", "agent"},
-    "cli": BELOW_CONTROL | {"control", "agent", "lab", "balancer", "doctor"},
+    "cli": BELOW_CONTROL | {"api", "control", "agent", "lab", "balancer", "doctor"},
     "__main__": {"cli"},
     # The public API: names alone, imported when they are used.
     "__init__": BELOW_CONTROL | {"balancer"},

@@ -20,18 +20,22 @@ from crablb.model import (
     POLICIES,
     Announce,
     Bypass,
+    Check,
+    CheckKind,
     Closed,
     Config,
     Fallback,
+    Initially,
     Mode,
     OnDead,
     OptionForm,
+    Switch,
     XdpMode,
 )
 from crablb.options import OPTIONS, of, toml
 from tests.helpers.secret import secret
 
-SCOPES = (Config, Service, Backend)
+SCOPES = (Config, Service, Backend, Check)
 ONE = "tcp://10.0.0.100:80=10.0.0.11"
 SERVICE = '[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = ["10.0.0.11"]\n'
 SIX = "tcp://[fd00::100]:80=fd00::11"
@@ -122,6 +126,24 @@ SAME = {
     "policy": (["--policy", "source-hash"], "source-hash", "source-hash"),
     "source_prefix": (["--source-prefix", "24,56"], [24, 56], (24, 56)),
     "slow_start": (["--slow-start", "2.5"], 2.5, 2.5),
+    "admin": (["--admin", "off"], "off", Switch.OFF),
+    "admin_group": (["--admin-group", "adm"], "adm", "adm"),
+    "admin_listen": (["--admin-listen", "10.0.0.2"], "10.0.0.2", (ip_address("10.0.0.2"), 7172)),
+    "admin_cert": (["--admin-cert", "/a.crt"], "/a.crt", "/a.crt"),
+    "admin_key": (["--admin-key", "/a.key"], "/a.key", "/a.key"),
+    "admin_token_file": (["--admin-token-file", "/a.token"], "/a.token", "/a.token"),
+    "metrics_listen": (["--metrics-listen", "127.0.0.1"], "127.0.0.1", (ip_address("127.0.0.1"), 9117)),
+    "persist": (["--persist", "off"], "off", Switch.OFF),
+    "watch": (["--watch"], True, True),
+    "check": (
+        ["--check", "tcp,redirect"],
+        ["tcp", "redirect"],
+        (Check(CheckKind.TCP), Check(CheckKind.REDIRECT)),
+    ),
+    "initially": (["--initially", "down"], "down", Initially.DOWN),
+    "panic": (["--panic", "30"], 30, 30),
+    "quorum": (["--quorum", "2"], 2, 2),
+    "quorum_hysteresis": (["--quorum-hysteresis", "1"], 1, 1),
 }
 TOGETHER = [{"report_listen", "report_key_file"}, {"policy", "source_prefix"}]
 
@@ -139,7 +161,7 @@ def test_arguments_and_files_mean_the_same(name, tmp_path):
     arguments = [part.format(**places) for each in names for part in SAME[each][0]]
     said: dict[type, list[str]] = {Config: [], Service: []}
     for option in OPTIONS:
-        if option.name in names and option.name != "service" and option.scope is not Backend:
+        if option.name in names and option.name != "service" and option.scope in said:
             said[option.scope].append(f"{option.name} = {toml(SAME[option.name][1])}".format(**places))
     path = tmp_path / "lb.toml"
     path.write_text("\n".join([*said[Config], SERVICE, *said[Service]]))
@@ -179,7 +201,8 @@ def test_what_a_reload_may_change():
     """Another list than the table: who changes one of them is to think of it."""
     assert set(options.fixed_fields()) == {
         "interfaces", "seed", "xdp_mode", "queues", "busy_poll", "table_size", "flows", "ack_bypass", "announce",
-        "report_listen", "report_key",
+        "report_listen", "report_key", "admin", "admin_group", "admin_listen", "admin_cert", "admin_key",
+        "admin_token_file", "metrics_listen", "persist",
     }  # fmt: skip
 
 
@@ -212,7 +235,7 @@ BAD = {
     "--table-size": {"65536": "65536 is not prime, as a Maglev table must be (65537 and 655373 are usual)"},
     "--flows": {"0": "0 is not a whole number from 64 to 67108864"},
     "--report-listen": {
-        "lb:7171": "'lb' is not an IP address (an endpoint of reports is written 10.0.0.1 or [fd00::1])",
+        "lb:7171": "'lb' is not an IP address (an endpoint is written 10.0.0.1 or [fd00::1])",
         "10.0.0.2:0": "'10.0.0.2:0' is not ADDRESS or ADDRESS:PORT (an IPv6 address stands in brackets)",
     },
     "--report-key": {

@@ -1,0 +1,292 @@
+"""What a running load balancer is asked and answers, as JSON: one struct a thing; a field's name is the JSON's.
+
+VIPs are text as in a configuration (``tcp://10.0.0.100:80``), addresses plain text, times seconds since 1970 (``at``)
+or durations in seconds, weights and counts whole numbers.  Counts are since the daemon's start unless it says
+otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+__all__ = [
+    "AddBackend",
+    "Applied",
+    "Backend",
+    "BackendHealth",
+    "CheckResult",
+    "Configuration",
+    "Event",
+    "Explain",
+    "Explanation",
+    "Flow",
+    "FlowCount",
+    "Flows",
+    "Interface",
+    "LogLevel",
+    "Moved",
+    "Patch",
+    "Plan",
+    "PlanService",
+    "Problems",
+    "Service",
+    "Statistics",
+    "Status",
+    "Step",
+    "Takeover",
+    "Version",
+]
+
+StateWord = Literal["up", "drain", "maint", "dead"]
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all have in common: immutable, and nothing in them that is not named here."""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """The same of what a daemon says; a newer one may say more."""
+
+
+# ---- what there is ----
+
+
+class Version(Answer, frozen=True, kw_only=True):
+    version: str  # of crablb
+    api: int  # 1
+    pid: int
+    started: float  # at
+
+
+class Interface(Answer, frozen=True, kw_only=True):
+    name: str
+    mode: Literal["native", "generic", ""]  # empty: it is gone
+    mtu: int
+    queues: int
+    mac: str
+
+
+class Status(Answer, frozen=True, kw_only=True):
+    state: Literal["serving", "degraded"]
+    problems: list[str]  # what is not as it should be, in words, the worst first
+    version: Version
+    interfaces: list[Interface]
+    queues: int
+    zero_copy: bool
+    ack_bypass: bool
+    services: int
+    backends: int  # pairs of a service and a backend
+    backends_serving: int
+    flows: int  # fallback flows in the XDP program
+    configuration: str  # the file's path; empty: arguments
+    changes: int  # at run time that the file does not have
+    counters: dict[str, dict[str, int]]  # "xdp", "workers", "daemon"
+
+
+class CheckResult(Answer, frozen=True, kw_only=True):
+    """A check of a backend of a service."""
+
+    type: str
+    healthy: bool | None  # None: nothing is known yet
+    ok: bool | None  # the last one; None: it could not be tried
+    reason: str  # the last answer, in words
+    at: float  # of the last one
+    seconds: float  # that it took
+    streak: int  # results alike in a row
+    since: float  # at: `healthy` is so
+    history: str  # the last 60 results, the newest last: "+" well, "-" not, "?" not tried
+
+
+class Backend(Answer, frozen=True, kw_only=True):
+    """A backend of a service."""
+
+    service: str  # VIP
+    address: str
+    state: StateWord  # the operator's word
+    serving: bool  # it gets new connections
+    reason: str  # why not; or why it is as it is ("tcp: refused", "neighbour does not answer", "drain", "backup")
+    healthy: bool | None  # None: it is not checked
+    weight: int  # the operator's
+    weight_now: int  # that it has at this moment
+    backup: bool
+    cr: bool  # redirected to
+    cr_reason: str  # why not
+    reached: str  # "eth0 02:00:00:00:00:0b", "eth0 via 10.0.0.1", or why it is not
+    connections: int | None  # that its server reports; None: it does not
+    load: float | None  # that its server reports
+    assigned: int  # connections redirected to it
+    flows: int  # fallback flows
+    share: float  # of the service's table, 0 to 1
+    checks: list[CheckResult]
+    since: float  # at: its `serving` is so
+    changed: bool  # at run time, not by the configuration
+
+
+class Service(Answer, frozen=True, kw_only=True):
+    vip: str
+    mode: str
+    fallback: str
+    policy: str
+    backends: int
+    serving: int
+    healthy_weight: int
+    weight: int
+    panic: bool
+    backups: bool  # they serve
+    quorum: int
+    announced: bool  # false: withdrawn for want of a quorum
+    flows: int
+    packets: int  # that the XDP program forwarded by itself
+    bytes: int
+    changed: bool
+
+
+class BackendHealth(Answer, frozen=True, kw_only=True):
+    """What checks found out about a backend of a service."""
+
+    service: str
+    address: str
+    healthy: bool | None  # None: it is not checked
+    checks: list[CheckResult]
+
+
+class Statistics(Answer, frozen=True, kw_only=True):
+    """Counters, by the names that docs/configuration.md explains."""
+
+    xdp: dict[str, int]  # packets, by what the XDP program did with them
+    workers: dict[str, int]  # packets, by what became of them in user space
+    queues: list[dict[str, int]]  # the same, for each queue
+    daemon: dict[str, int]  # what befell the load balancer
+
+
+class Configuration(Answer, frozen=True, kw_only=True):
+    """What is served now: the configuration, with the changes at run time."""
+
+    path: str  # the file's; empty: arguments
+    settings: dict[str, Any]  # as in a file; what is by default is not there, nor are keys
+
+
+class FlowCount(Answer, frozen=True, kw_only=True):
+    """Fallback flows in the XDP program."""
+
+    total: int
+    services: dict[str, dict[str, int]]  # by VIP and backend
+
+
+class Flow(Answer, frozen=True, kw_only=True):
+    """A fallback flow.  The table holds its hash, not its addresses."""
+
+    hash: str  # 16 hexadecimal digits
+    service: str
+    backend: str
+    idle: float  # seconds
+    state: Literal["new", "open", "ending"]
+
+
+class Flows(Answer, frozen=True, kw_only=True):
+    total: int
+    flows: list[Flow]
+    truncated: bool
+
+
+class Event(Answer, frozen=True, kw_only=True):
+    number: int  # rises by one
+    at: float
+    kind: str  # crablb.dataplane.events.Event
+    service: str
+    backend: str
+    interface: str
+    reason: str
+
+
+# ---- what is changed ----
+
+
+class Applied(Answer, frozen=True, kw_only=True):
+    """What a change did; nothing, if there was nothing to do."""
+
+    changes: list[str]  # in words
+    warnings: list[str] = []
+
+
+class Patch(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    weight: int | None = None
+    state: Literal["up", "drain", "maint", "dead", "ready"] | None = None  # ready: up
+
+
+class AddBackend(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    address: str
+    weight: int = 1
+    cr: bool = True
+    state: StateWord = "up"
+    backup: bool = False
+
+
+class LogLevel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    level: Literal["debug", "info", "warning", "error"]
+
+
+class Takeover(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    keep: float | None = None  # seconds that flows are left for the next load balancer; None: as configured, or 60
+
+
+class Problems(Answer, frozen=True, kw_only=True):
+    """Why it was not done."""
+
+    problems: list[str]
+
+
+# ---- plan ----
+
+
+class Moved(Answer, frozen=True, kw_only=True):
+    """Live fallback flows by what becomes of them."""
+
+    stay: int = 0
+    move: int = 0  # to another backend
+    lost: int = 0  # their service goes, or their backend is dead
+
+
+class PlanService(Answer, frozen=True, kw_only=True):
+    vip: str
+    change: Literal["added", "removed", "changed", "same"]
+    settings: list[str]  # "policy: maglev -> random"
+    backends_added: list[str]
+    backends_removed: list[str]
+    backends_changed: list[str]  # "10.0.0.11: weight 1 -> 3"
+    moved: float  # share of the table that another backend gets, 0 to 1
+    flows: Moved
+
+
+class Plan(Answer, frozen=True, kw_only=True):
+    services: list[PlanService]  # without those that stay the same
+    settings: list[str]
+    restart: list[str]  # what needs one, in words
+    warnings: list[str]
+
+
+# ---- explain ----
+
+
+class Explain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    client: str  # "10.0.0.1:40000"
+    vip: str  # "10.0.0.100:80", "tcp://10.0.0.100:80"
+    offer: bool = True
+    down: list[str] = []  # backends that are taken to be unhealthy
+    configuration: str = ""  # TOML; empty: what is served
+    frame: bool = False  # with the frame that goes out
+
+
+class Step(Answer, frozen=True, kw_only=True):
+    what: str  # "XDP program", "service", "flow", "hash", "slot", "policy", "health", "redirect", "next hop", "out"
+    outcome: str
+    why: str = ""
+
+
+class Explanation(Answer, frozen=True, kw_only=True):
+    steps: list[Step]
+    backend: str  # empty: none
+    redirected: bool
+    frame: str  # hexadecimal; empty: not asked for, or none goes out
