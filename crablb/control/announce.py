@@ -106,16 +106,22 @@ def _group(address: IPv6Address) -> IPv6Address:
     return IPv6Address(IPv6Address("ff02::1:ff00:0").packed[:13] + address.packed[13:])
 
 
-def probe(address: Address, mac: bytes) -> bytes:
-    """Ask whether somebody has the address, without claiming it."""
+def probe(address: Address, mac: bytes, source: Address | None = None) -> bytes:
+    """Ask whether somebody has the address, without claiming it.
+
+    ``source``: this host's own address; without it, whoever wants the address too takes that for a rival's question.
+    """
     if isinstance(address, IPv4Address):
         return (
             BROADCAST + mac + b"\x08\x06" + struct.pack("!HHBBH", 1, 0x0800, 6, 4, ARP_REQUEST)
-            + mac + bytes(4) + bytes(6) + address.packed
+            + mac + (source.packed if source else bytes(4)) + bytes(6) + address.packed
         )  # fmt: skip
     group = _group(address)
     body = struct.pack("!BBHI", SOLICITATION, 0, 0, 0) + address.packed
-    return b"\x33\x33" + group.packed[12:] + mac + b"\x86\xdd" + _icmpv6(IPv6Address("::"), group, body)
+    if isinstance(source, IPv6Address):
+        body += b"\x01\x01" + mac  # source link-layer address
+    sender = source if isinstance(source, IPv6Address) else IPv6Address("::")
+    return b"\x33\x33" + group.packed[12:] + mac + b"\x86\xdd" + _icmpv6(sender, group, body)
 
 
 def announcement(address: Address, mac: bytes) -> bytes:
