@@ -435,13 +435,32 @@ def test_what_is_in_the_way():
     with_server(check)
 
 
-def test_ports_are_all_taken():
-    """Then there are no checks, and it is said why."""
-    with Pair.made():
-        Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40010")
+def ports() -> tuple[int, int]:
+    """The first and last that checks take."""
 
-        async def main() -> None:
-            Sounder().start()
+    async def main() -> tuple[int, int]:
+        sounder = Sounder()
+        sounder.start()
+        try:
+            taken = [sock.getsockname()[1] for sock in sounder._ports]
+        finally:
+            sounder.close()
+        return taken[0], taken[-1]
 
-        with pytest.raises(KernelError, match=f"there are no {PORTS} ports together that are free"):
-            asyncio.run(main())
+    return asyncio.run(main())
+
+
+def test_which_ports(namespace):
+    """The highest that the kernel gives to anybody, that nobody has, nor the administrator keeps."""
+    settings = Path("/proc/sys/net/ipv4")
+    (settings / "ip_local_port_range").write_text("40000 40255")
+    assert ports() == (40192, 40255)
+    (settings / "ip_local_reserved_ports").write_text("1-3,40200")
+    assert ports() == (40128, 40191)
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with socket.socket(family) as sock:
+            sock.bind(("", 40191))
+            assert ports() == (40064, 40127)
+    (settings / "ip_local_port_range").write_text("40000 40010")
+    with pytest.raises(KernelError, match=f"there are no {PORTS} ports together that are free"):
+        ports()

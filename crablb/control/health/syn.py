@@ -5,8 +5,9 @@
 VIP.  Each is one SYN, of which no connection comes: a RST ends it, whatever came back.
 
 They are sent and read beside the host's own TCP, by packet sockets.  So netfilter, rp_filter and a VIP that is an
-address of this host as well do not matter; what the kernel makes of a SYN-ACK that it did not ask for is a RST, which
-is right too.  The workers see none of it: the SYNs leave, and what comes back is for an address that is no VIP.
+address of this host as well do not matter.  The kernel would answer a SYN-ACK that it did not ask for by a RST, and
+send that to the VIP: where a router leads there, to the load balancer itself.  So each port has a listener, of whose
+packets a filter leaves nothing.  The workers see none of it: SYNs leave, and what comes back is to no VIP.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ READ_ON = 0.005
 #: Seconds that the host's own addresses are taken to be the same.
 ADDRESSES = 2.0
 SO_RCVBUFFORCE = 33
+SETTINGS = Path("/proc/sys/net/ipv4")
 #: Of a sequence number what is a keyed hash; above it the turn.
 TAG = 0xFFFFFF
 ETH_P = {4: 0x0800, 6: 0x86DD}
@@ -403,12 +405,15 @@ class Sounder:
 
 
 def _reserve() -> list[socket.socket]:
-    """Sockets that are bound to :data:`PORTS` ports one after the other, the highest of those that the kernel gives to
-    whoever asks for none in particular.  Raises OSError."""
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    """Sockets that have :data:`PORTS` ports one after the other, the highest that are free of those that the kernel
+    gives to whoever asks for none in particular.  Raises OSError."""
+    low, high = map(int, (SETTINGS / "ip_local_port_range").read_text().split())
+    kept = [one.split("-") for one in (SETTINGS / "ip_local_reserved_ports").read_text().strip().split(",") if one]
     error = OSError(errno.EADDRINUSE, f"there are no {PORTS} ports together that are free")
     for first in range(high - PORTS + 1, low - 1, -PORTS):
         taken: list[socket.socket] = []
+        if any(int(one[0]) < first + PORTS and first <= int(one[-1]) for one in kept):
+            continue  # the administrator keeps them for somebody
         try:
             for port in range(first, first + PORTS):
                 taken.append(_bound(port))
@@ -422,6 +427,7 @@ def _reserve() -> list[socket.socket]:
 
 
 def _bound(port: int) -> socket.socket:
+    """A listener that hears nothing: nobody can have the port, and nobody is answered."""
     try:
         sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
     except OSError:  # this host has no IPv6
@@ -430,6 +436,8 @@ def _bound(port: int) -> socket.socket:
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(("", port))
+        sockfilter.attach(sock, [sockfilter.LEAVE])
+        sock.listen(0)
     except OSError:
         sock.close()
         raise
