@@ -21,6 +21,8 @@ STAMPS := .stamps
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 ARGS ?=
 TIMES ?= 30
+# Processes that run tests: so many that some wait and some work.
+WORKERS ?= $(shell echo $$(($$(nproc) + 2)))
 # Of test-distros and test-kernels, which get ARGS, MIRROR, ACCEL and proxies by the environment; none: all.
 DISTROS ?=
 COMMANDS ?= demo test
@@ -38,6 +40,9 @@ STACK_PACKAGES := apache2-bin debian-archive-keyring litmus mptcpize openssh-cli
 DISTRO_PACKAGES := debootstrap debian-archive-keyring git
 KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zstd
 
+# Tests of a group (pytest.mark.xdist_group) share something dear, or what the machine has one of: one process runs them.
+PARALLEL = -n $(WORKERS) --dist loadgroup
+
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
 .PHONY: demo demo-often test test-long bench man test-stacks test-distros test-kernels test-pythons test-compilers lint c-test clean help
@@ -53,10 +58,10 @@ demo-often: $(STAMPS)/built
 	done
 
 test: $(STAMPS)/tested-tools c-test lint
-	$(SUDO) $(VENV)/bin/python -m pytest --durations=10 $(ARGS)
+	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
 test-long: $(STAMPS)/tested-tools
-	$(SUDO) $(VENV)/bin/python -m pytest -m long --durations=10 $(ARGS)
+	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) -m long --durations=10 $(ARGS)
 
 bench: $(STAMPS)/bench-tools
 	@$(SUDO) $(VENV)/bin/crablb bench $(ARGS)

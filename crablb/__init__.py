@@ -6,7 +6,7 @@ first used (PEP 562): who uses :mod:`crablb.kernel.xsk` alone does not pay for t
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return metadata.version("crablb")
+        from importlib.metadata import version  # which takes longer than all the rest
+
+        return version("crablb")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

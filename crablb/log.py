@@ -6,8 +6,10 @@ Lines are written by a thread of its own: whoever logs never waits for whoever r
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
+import select
 import stat
 import sys
 import threading
@@ -41,31 +43,36 @@ def to_standard_error() -> None:
 class _Writer:
     """A file to write to without waiting.  What there is no room for is lost, and counted in the next line."""
 
-    def __init__(self) -> None:
+    def __init__(self, fd: int = STDERR) -> None:
         self.path = ""  # of standard error as it was at the start, if that is a file
+        self._fd = fd
         self.reset()
         os.register_at_fork(after_in_child=self.reset)  # threads do not come along, and locks may be held
 
     def reset(self) -> None:
         self._changed = threading.Condition()
-        self._lines: deque[str] = deque()
-        self._lost = 0
+        self._lines: deque[tuple[str, int]] = deque()  # and how many each stands for
+        self._lost, self._reason = 0, ""
         self._busy = False
         self._thread: threading.Thread | None = None
 
     def write(self, line: str) -> None:
         with self._changed:
             if len(self._lines) >= LINES:
-                self._lost += 1
+                self._lose(1, "nobody read them")
                 return
             if self._lost:
-                self._lines.append(f'{{"event": "log lines were lost: nobody read them", "lines": {self._lost}}}\n')
+                told = {"event": "log lines were lost", "lines": self._lost, "reason": self._reason}
+                self._lines.append((json.dumps(told) + "\n", self._lost))
                 self._lost = 0
-            self._lines.append(line)
+            self._lines.append((line, 1))
             if not self._thread:
                 self._thread = threading.Thread(target=self._run, name="crablb-log", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+
+    def _lose(self, lines: int, reason: str) -> None:
+        self._lost, self._reason = self._lost + lines, reason
 
     def flush(self) -> None:
         """What the logger calls after each line."""
@@ -76,17 +83,33 @@ class _Writer:
             self._changed.wait_for(lambda: not (self._lines or self._busy), seconds)
 
     def _run(self) -> None:
+        begun = False  # a line that could not be ended
         while True:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._lines)
-                data = self._lines.popleft().encode(errors="replace")
+                line, lines = self._lines.popleft()
                 self._busy = True
-            # Not by sys.stderr, whose lock the end of the interpreter wants.
-            with suppress(OSError):  # closed, full: there is no place to complain
+            data = whole = (b"\n" if begun else b"") + line.encode(errors="replace")
+            try:
                 while data:
-                    data = data[os.write(STDERR, data) :]
+                    data = data[self._write(data) :]
+                begun = False
+            except OSError as error:  # closed, full: that is told by the next line that can be written
+                begun = begun or len(data) < len(whole)
+                with self._changed:
+                    self._lose(lines, error.strerror or str(error))
+
+    def _write(self, data: bytes) -> int:
+        # Not by sys.stderr, whose lock the end of the interpreter wants.
+        while True:
+            try:
+                return os.write(self._fd, data)
+            except BlockingIOError:  # others have made the pipe so, and it is full
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll()
 
 
 _writer = _Writer()

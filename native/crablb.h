@@ -511,6 +511,15 @@ uint32_t crab_xsk_reap(struct crab_xsk *xsk);
 /* Tell a driver that asks for it that there are frames to receive into, or run it when busy polling: for who turns instead
  * of sleeping in poll(2). */
 void crab_xsk_wake(struct crab_xsk *xsk);
+/* For callers who may be torn out between any two calls, as Python is by a signal's handler that raises: what has to happen
+ * together, with the frames' tickets (crablb/kernel/xsk.py), of which each place in the UMEM has one.
+ * Out: up to n received or free frames, as many as are then in *got; these have the ticket from now on. */
+void crab_xsk_hand_out(struct crab_xsk *xsk, struct crab_desc *out, uint32_t n, bool received, uint64_t *tickets,
+                       uint64_t ticket, uint32_t *got);
+/* In: n frames that have the ticket, and lose it; to be sent, as many as are then in *sent, the rest is released.  0;
+ * -EEXIST if one has another ticket, or is there twice: nothing is done; or -errno if the interface is gone. */
+int crab_xsk_hand_in(struct crab_xsk *xsk, const struct crab_desc *descs, uint32_t n, bool send, uint64_t *tickets,
+                     uint64_t ticket, uint32_t *sent);
 /* The socket's pending error (an errno), taken; 0 if there is none.  When its interface is unregistered a socket gets
  * ENETDOWN, but poll(2) does not tell. */
 int crab_xsk_error(const struct crab_xsk *xsk);

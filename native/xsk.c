@@ -523,6 +523,42 @@ void crab_xsk_wake(struct crab_xsk *x)
         recvfrom(x->fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
 }
 
+void crab_xsk_hand_out(struct crab_xsk *x, struct crab_desc *out, uint32_t want, bool received, uint64_t *tickets,
+                       uint64_t ticket, uint32_t *got)
+{
+    if (!received)
+        crab_umem_settle(x->pool);
+    uint32_t n = received ? crab_xsk_receive(x, out, want) : crab_xsk_take(x, out, want);
+    for (uint32_t i = 0; i < n; i++)
+        tickets[out[i].addr / x->frame_size] = ticket;
+    *got = n;
+    if (received) {
+        crab_umem_settle(x->pool);
+        crab_xsk_wake(x);
+    }
+}
+
+int crab_xsk_hand_in(struct crab_xsk *x, const struct crab_desc *descs, uint32_t n, bool send, uint64_t *tickets,
+                     uint64_t ticket, uint32_t *sent)
+{
+    *sent = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t *of = &tickets[descs[i].addr / x->frame_size];
+        if (*of != ticket) {
+            while (i--)
+                tickets[descs[i].addr / x->frame_size] = ticket;
+            return -EEXIST;
+        }
+        *of = 0;
+    }
+    if (send)
+        *sent = crab_xsk_send(x, descs, n);
+    crab_xsk_release(x, descs + *sent, n - *sent);
+    int rc = send ? crab_xsk_kick(x) : 0;
+    crab_umem_settle(x->pool);
+    return rc;
+}
+
 int crab_xsk_error(const struct crab_xsk *x)
 {
     int error = 0;

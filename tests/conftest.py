@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -27,6 +28,12 @@ def pytest_configure() -> None:
     settings.load_profile("crablb")
     # A terminated run removes its namespaces like an interrupted one.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))
+
+
+def pytest_collection_finish() -> None:
+    # What is there now stays to the end: looked through again and again it would be a tenth of all work.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

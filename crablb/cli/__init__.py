@@ -22,6 +22,18 @@ from crablb.values import near
 # NumPy's linear algebra would start threads when it is imported, which keep what capabilities a command had then.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+
+def _import_structlog() -> None:
+    """Alone: it imports rich where that is installed, to show tracebacks with, and no daemon is to carry that."""
+    if {"structlog", "rich"} & sys.modules.keys():  # another program's, which calls main()
+        return
+    sys.modules["rich"] = None  # type: ignore[assignment]  # as one that is not installed: see import_module()
+    try:
+        import_module("structlog")
+    finally:
+        del sys.modules["rich"]
+
+
 #: Those whose process must not end by what tells others to read or to log anew: what it has in the kernel would stay.
 LASTING = ("serve", "agent", "remove")
 COMMANDS = (
@@ -88,6 +100,8 @@ def make_parser(names: Sequence[str] = COMMANDS) -> Parser:
     parser = Parser(prog="crablb", description="Layer-4 load balancing by connection redirection, over AF_XDP.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show crablb's version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    if set(names) & set(LASTING):
+        _import_structlog()
     for name in names:
         import_module(f"crablb.cli.{name.replace('-', '_')}").add_parser(commands)
     for each in parsers(parser):

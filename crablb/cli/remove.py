@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     left = {name: attachment.left(name) for name in names}
     if after:
         print(f"{', '.join(names)}: in {after} s, unless it is taken over", flush=True)
-        time.sleep(after)
+        end = time.monotonic() + after
+        while (still := end - time.monotonic()) > 0 and any(attachment.left(name) == left[name] for name in names):
+            time.sleep(min(still, 1.0))
     for name, program in left.items():
         if after and attachment.left(name) != program:
             print(f"{name}: has been taken over")

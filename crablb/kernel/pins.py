@@ -89,11 +89,13 @@ def remove(path: Path) -> None:
             parent.rmdir()
 
 
-def tidy() -> None:
-    """Remove links of old names that lead nowhere, and the folder of all if nothing is left."""
+def tidy(name: str) -> None:
+    """Remove the link of the old name of a namespace of which nothing is left, and the folder of all if it is empty."""
     with suppress(OSError):
         for link in root().iterdir():
-            if link.is_symlink() and not link.exists():
+            # One that leads nowhere may be of somebody who has begun: others', or one with a lock.
+            mine = link.is_symlink() and os.readlink(link) == name
+            if mine and not link.exists() and not any(RUN.glob(f"{name}-*.lock")):
                 link.unlink(missing_ok=True)
         root().rmdir()
 
@@ -205,7 +207,8 @@ def own(role: str, what: str, process: int = 0) -> Iterator[None]:
     try:
         RUN.mkdir(parents=True, exist_ok=True)
         collect()
-        path = _lock_path(role)
+        name = namespace()
+        path = RUN / f"{name}-{role}.lock"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         where = error.filename or RUN
@@ -234,7 +237,7 @@ def own(role: str, what: str, process: int = 0) -> Iterator[None]:
         if os.getpid() == this:
             _owned.remove(fd)
             os.close(fd)
-            tidy()
+            tidy(name)
 
 
 #: Descriptors of the locks that this process owns.
@@ -294,7 +297,9 @@ def collect() -> None:
     """
     if not netns.all_seen() or capabilities.lacking(("CAP_SYS_ADMIN",)):
         return
-    folders = [path for path in root().glob("*") if path.is_dir() and not path.is_symlink()]
+    # First what there is, then who lives: what comes between is of one that lives.
+    there = list(root().glob("*"))
+    folders = [path for path in there if path.is_dir() and not path.is_symlink()]
     files = list(RUN.glob(f"{PREFIX}*-*"))
     mine = namespace()
     if all(path.name == mine or path.name.startswith(f"{mine}-") for path in (*folders, *files)):
@@ -312,7 +317,7 @@ def collect() -> None:
         name = "-".join(path.name.split("-")[:2])
         if name not in names and not (root() / name).exists() and not (path.suffix == ".lock" and _locked_by(path)):
             path.unlink(missing_ok=True)
-    for link in root().glob("*"):
+    for link in there:
         if link.name.isdigit() and int(link.name) not in inodes and link.is_symlink():
             link.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ Source: Documentation/networking/af_xdp.rst of the kernel.
 from __future__ import annotations
 
 import errno
+import math
 import operator
 import os
 import select
@@ -112,11 +113,21 @@ class Umem:
         )
         return room
 
+    def ticket(self) -> int:
+        """One that no frame has had."""
+        self._last += 1
+        return self._last
+
     def issue(self, descs: npt.NDArray[Any]) -> int:
         """A ticket for these frames."""
-        self._last += 1
-        self._tickets[self._numbers(descs["addr"])] = self._last
-        return self._last
+        ticket = self.ticket()
+        self._tickets[self._numbers(descs["addr"])] = ticket
+        return ticket
+
+    @property
+    def tickets(self) -> Any:
+        """``uint64_t *``, of each frame: for native code."""
+        return ffi.from_buffer("uint64_t[]", self._tickets)
 
     def revoke(self) -> None:
         """No frame is in the caller's hands any more."""
@@ -168,16 +179,6 @@ class Umem:
             if more[-1] or longest > most:
                 raise FrameError(f"a packet's frames are sent together, and there are {most} at the most")
 
-    def take(self, descs: npt.NDArray[Any], ticket: int) -> None:
-        """From the caller's hands, each once.  Raises :class:`FrameError`, and takes none, if that cannot be."""
-        numbers = self.owned(descs, ticket)
-        order = np.arange(1, len(numbers) + 1, dtype=np.uint64)
-        self._tickets[numbers] = order  # of a frame that is there twice the last stays
-        if (self._tickets[numbers] != order).any():
-            self._tickets[numbers] = ticket
-            raise FrameError("a frame is in the batch twice")
-        self._tickets[numbers] = 0
-
 
 @dataclass(frozen=True)
 class _Left:
@@ -208,6 +209,7 @@ class _Pool:
         self.lock = threading.RLock()
         self.busy = False  # one of the sockets is in use
         self.closing: list[XskSocket] = []  # those to be closed when it is not any more
+        self.hands: list[_Hands] = []  # of the open sockets
         self._left: list[_Left] = []
 
     def share(self) -> int:
@@ -258,6 +260,34 @@ class _Pool:
         places["receiving"] += sum(left.receiving for left in self._left)
         places["sending"] += sum(left.sending for left in self._left)
         return places
+
+
+class _Hand:
+    """Frames on their way into the caller's hands: where a signal's handler may raise, whose they are is known."""
+
+    def __init__(self) -> None:
+        self.descs = np.empty(0, DESC)
+        self.got = ffi.new("uint32_t *")  # how many of those they are
+        self.ticket = 0
+
+    def fill(self, xsk: Any, n: int, umem: Umem, *, received: bool) -> None:
+        self.descs, self.ticket = np.zeros(n, DESC), umem.ticket()
+        out = ffi.from_buffer("struct crab_desc[]", self.descs)
+        lib.crab_xsk_hand_out(xsk, out, n, received, umem.tickets, self.ticket, self.got)
+
+    def give_back(self, xsk: Any, umem: Umem) -> None:
+        descs = ffi.from_buffer("struct crab_desc[]", self.descs)
+        if self.got[0]:
+            lib.crab_xsk_hand_in(xsk, descs, self.got[0], False, umem.tickets, self.ticket, ffi.new("uint32_t *"))
+            self.got[0] = 0
+
+
+class _Hands:
+    """What a socket's calls had got when they were interrupted."""
+
+    def __init__(self) -> None:
+        self.received = _Hand()  # the next receive() gives it
+        self.allocated = _Hand()  # free again at the next call that asks
 
 
 def _gone(ifindex: int) -> bool:
@@ -435,6 +465,7 @@ class XskSocket:
         self._frames, self.frame_size = self._options["frames"], self._options["frame_size"]
         self.mode = ""
         self._program: tuple[bpf.Object, bpf.Link] | None = None
+        self._hands = _Hands()
         info = interface_info(interface)
         if not info.up:
             raise KernelError(f"interface {interface} is down; bring it up: ip link set {interface} up")
@@ -474,6 +505,7 @@ class XskSocket:
             where = bytes(ffi.string(stage[0])).decode()
             raise XskError(_explain(self.interface, self.queue, where, error[0]), error[0])
         self._xsk = ffi.gc(xsk, lambda c, umem=self._pool.c: lib.crab_xsk_free(c))  # which has to outlive it
+        self._pool.hands.append(self._hands)
         _open.add(self)
 
     def _load(self, ifindex: int, mode: Literal["auto", "native", "generic"]) -> None:
@@ -534,10 +566,15 @@ class XskSocket:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for frames, at most ``timeout`` seconds; False if none came.
 
-        Raises :class:`XskError` if the interface is gone, or the socket closed meanwhile.
+        Raises :class:`XskError` if the interface is gone, or the socket closed meanwhile; :class:`ValueError` for what
+        is no time.
         """
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError(f"timeout is a number of seconds, or None, not {timeout}")
         end = None if timeout is None else time.monotonic() + timeout
         with self._using():
+            if self._hands.received.got[0]:
+                return True
             poll = select.poll()
             poll.register(self.fd, select.POLLIN)
         while True:
@@ -561,45 +598,59 @@ class XskSocket:
         n = min(_counted("n", n, sys.maxsize), self._frames)
         if self.multi_buffer and n < lib.CRAB_MAX_FRAGS:
             raise ValueError(f"with multi_buffer take {lib.CRAB_MAX_FRAGS} frames or more, not {n}")
-        descs = np.empty(n, DESC)
+        hand = self._hands.received
         with self._using() as xsk:
-            got = lib.crab_xsk_receive(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
-            ticket = self._umem.issue(descs[:got])
-            lib.crab_umem_settle(self._pool.c)
-            lib.crab_xsk_wake(xsk)
-        return Batch(descs[:got], self._umem, ticket)
+            if not hand.got[0]:  # else a call that was interrupted has received them
+                hand.fill(xsk, n, self._umem, received=True)
+        descs = hand.descs[: hand.got[0]]
+        batch, rest = Batch(descs[:n], self._umem, hand.ticket), descs[n:]
+        if len(rest):  # of a call that was for more
+            whole = int(np.flatnonzero(np.concatenate(([True], ~batch.more)))[-1])
+            batch, rest = Batch(descs[:whole], self._umem, hand.ticket), descs[whole:]
+        left = len(rest)
+        # Nothing is called from here on, so that no signal's handler is either.
+        hand.descs = rest
+        hand.got[0] = left
+        return batch
 
     def allocate(self, n: int, length: int) -> Batch:
         """Up to ``n`` free frames of ``length`` bytes to write into and send; fewer if fewer are free."""
-        descs = np.zeros(min(_counted("n", n, sys.maxsize), self._frames), DESC)
+        n = min(_counted("n", n, sys.maxsize), self._frames)
         length = _counted("length", length, 0xFFFFFFFF)
+        hand = self._hands.allocated
         with self._using() as xsk:
-            lib.crab_umem_settle(self._pool.c)
-            got = lib.crab_xsk_take(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
-            ticket = self._umem.issue(descs[:got])
-        descs["len"] = length
-        return Batch(descs[:got], self._umem, ticket)
+            hand.give_back(xsk, self._umem)  # what a call that was interrupted has got
+            hand.fill(xsk, n, self._umem, received=False)
+        batch = Batch(hand.descs[: hand.got[0]], self._umem, hand.ticket)
+        batch.descs["len"] = length
+        hand.got[0] = 0
+        return batch
 
-    def _taken(self, batch: Batch, *, to_send: bool) -> npt.NDArray[Any]:
-        """Its frames, from the caller's hands."""
-        if not isinstance(batch, Batch) or batch._umem is not self._umem:
-            raise FrameError(f"{batch!r} is no batch of this socket's UMEM: receive(), allocate(), select() give them")
-        descs = np.array(batch.descs)  # what is looked at is what is used
-        self._umem.owned(descs, batch._ticket)
-        if to_send:
-            self._umem.sendable(descs, MOST_PARTS if self.multi_buffer else 1)
-        self._umem.take(descs, batch._ticket)
-        return descs
+    def _hand_in(self, batch: Batch, *, send: bool) -> int:
+        """Its frames, from the caller's hands; how many are sent.  Raises :class:`FrameError`, :class:`XskError`."""
+        with self._using() as xsk:
+            if not isinstance(batch, Batch) or batch._umem is not self._umem:
+                raise FrameError(
+                    f"{batch!r} is no batch of this socket's UMEM: receive(), allocate(), select() give them"
+                )
+            descs = np.array(batch.descs)  # what is looked at is what is used
+            self._umem.owned(descs, batch._ticket)
+            if send:
+                self._umem.sendable(descs, MOST_PARTS if self.multi_buffer else 1)
+            c, sent = ffi.from_buffer("struct crab_desc[]", descs), ffi.new("uint32_t *")
+            rc = lib.crab_xsk_hand_in(xsk, c, len(descs), send, self._umem.tickets, batch._ticket, sent)
+        if rc == -errno.EEXIST:
+            raise FrameError("a frame is in the batch twice")
+        if rc:
+            raise XskError(f"cannot send on {self.interface}: {os.strerror(-rc)}", -rc)
+        return int(sent[0])
 
     def release(self, batch: Batch) -> None:
         """Give frames back without sending them.
 
         Raises :class:`FrameError`, and does nothing, if one of them is not in your hands (any more).
         """
-        with self._using() as xsk:
-            descs = self._taken(batch, to_send=False)
-            lib.crab_xsk_release(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs))
-            lib.crab_umem_settle(self._pool.c)
+        self._hand_in(batch, send=False)
 
     def send(self, batch: Batch) -> int:
         """Send frames; returns how many the TX ring took.  The rest are released, unsent.
@@ -607,16 +658,7 @@ class XskSocket:
         Raises :class:`FrameError`, and does nothing, if one of them is not in your hands (any more), or is shorter than
         an Ethernet header or longer than its room; :class:`XskError` if the interface is gone.
         """
-        with self._using() as xsk:
-            descs = self._taken(batch, to_send=True)
-            taken = int(lib.crab_xsk_send(xsk, ffi.from_buffer("struct crab_desc[]", descs), len(descs)))
-            rest = descs[taken:]
-            lib.crab_xsk_release(xsk, ffi.from_buffer("struct crab_desc[]", rest), len(rest))
-            rc = lib.crab_xsk_kick(xsk)
-            lib.crab_umem_settle(self._pool.c)
-        if rc:
-            raise XskError(f"cannot send on {self.interface}: {os.strerror(-rc)}", -rc)
-        return taken
+        return self._hand_in(batch, send=True)
 
     def statistics(self) -> dict[str, int]:
         """The kernel's counters of this socket (``struct xdp_statistics``), and ``tx_dropped``."""
@@ -631,9 +673,13 @@ class XskSocket:
 
     def frames(self) -> dict[str, int]:
         """Where the UMEM's frames are, by whichever socket; ``all`` is the sum of the others."""
-        with self._using():
+        with self._using() as xsk:
+            for hands in self._pool.hands:
+                hands.allocated.give_back(xsk, self._umem)
             lib.crab_umem_settle(self._pool.c)
-            return self._pool.places()
+            places = self._pool.places()
+            coming = sum(hands.received.got[0] for hands in self._pool.hands)
+            return places | {"held": places["held"] - coming, "receiving": places["receiving"] + coming}
 
     def close(self) -> None:
         """Detach the program, close the socket.  Idempotent.
@@ -660,6 +706,9 @@ class XskSocket:
                     link.close()
                     program.close()
             finally:
+                self._hands.received.give_back(xsk, self._umem)
+                self._hands.allocated.give_back(xsk, self._umem)
+                self._pool.hands.remove(self._hands)
                 self._pool.close(xsk, self._ifindex, self.queue)
 
     def _forked(self) -> None:

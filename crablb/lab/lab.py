@@ -99,6 +99,14 @@ class Node:
         except FileNotFoundError:
             return []
 
+    def make_cgroup(self) -> None:
+        for _ in range(100):  # who removes another lab removes the folder of all when it is empty
+            try:
+                return self.cgroup.mkdir(parents=True)
+            except FileNotFoundError:
+                continue
+        raise KernelError(f"cannot make {self.cgroup}")
+
     @property
     def pins(self) -> Path:
         """The folder of what crablb has pinned in the node."""
@@ -175,7 +183,7 @@ class Node:
                     pins.remove(role)
                 for left in (*pins.RUN.glob(f"{pinned.name}-*"), *REMEMBERED.glob(f"*netns-{self.netns}-*")):
                     left.unlink(missing_ok=True)
-                pins.tidy()
+                pins.tidy(pinned.name)
 
 
 class Lab:
@@ -270,7 +278,7 @@ class Lab:
 
     def _build(self, offload: bool) -> None:
         for node in self.nodes.values():
-            node.cgroup.mkdir(parents=True)
+            node.make_cgroup()
             _run("ip", "netns", "add", node.netns)
             node.set(SYSCTLS | (FORWARDING if node is self.middle else {}))
             node.ip("link set lo up")

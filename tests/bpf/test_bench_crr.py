@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from tests.helpers.bench import quiet
 
+pytestmark = pytest.mark.xdist_group("bench-crr")
+
 
 @pytest.fixture(scope="module")
 def crr():

@@ -16,6 +16,8 @@ from crablb.model import Vip
 from tests.helpers.native import Core
 from tests.reference import packets as reference
 
+pytestmark = pytest.mark.xdist_group("bench-redirect")
+
 SEED = bytes(range(16))
 VIPS = {4: "10.0.0.100", 6: "fd00::100"}
 MAC, OURS = bytes.fromhex("020000000011"), bytes.fromhex("020000000002")

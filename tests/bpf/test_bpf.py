@@ -1517,6 +1517,7 @@ def test_mss_is_what_the_tunnels_interfaces_take(dsr, namespace):
 # ---- what is loaded ----
 
 
+@pytest.mark.xdist_group("bpf-stats")
 def test_run_times_of_loaded_programs():
     """Counted while the sysctl says so."""
     switch = Path("/proc/sys/kernel/bpf_stats_enabled")

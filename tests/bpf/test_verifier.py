@@ -8,6 +8,8 @@ from crablb.kernel import bpf
 from tests.helpers.processes import ROOT
 from tests.helpers.verified import LIMIT, clang, differ, followed, kernel, noted
 
+pytestmark = pytest.mark.xdist_group("verifier")
+
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dis
 import errno
 import gc
+import itertools
 import os
 import pickle
 import select
@@ -14,7 +16,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +27,9 @@ from hypothesis import strategies as st
 
 from crablb import KernelError, LoadBalancer
 from crablb.kernel import bpf, pins
+from crablb.kernel import xsk as xsk_module
 from crablb.kernel.xsk import DESC, Batch, FrameError, XskError, XskSocket
+from tests.helpers.processes import until
 from tests.helpers.programs import several_buffers
 
 FRAME = np.frombuffer(bytes.fromhex("ffffffffffff02000000000188b5") + bytes(46), np.uint8)
@@ -240,35 +246,132 @@ def test_a_signal_in_the_middle_of_a_call(namespace, monkeypatch, interrupted):
     """Its handler runs in the same thread, which the lock lets in."""
     with small() as xsk:
         batch, other = xsk.allocate(2, 60), xsk.allocate(2, 60)
-        take = type(xsk._umem).take
+        owned = type(xsk._umem).owned
 
         def signalled(umem, descs, ticket):
             for call in (xsk.receive, xsk.frames, lambda: xsk.send(batch), lambda: xsk.release(other)):
                 with pytest.raises(XskError, match="is in use, by what was interrupted") as refused:
                     call()
                 assert refused.value.errno == errno.EBUSY
-            take(umem, descs, ticket)
+            return owned(umem, descs, ticket)
 
         with monkeypatch.context() as patched:
-            patched.setattr(type(xsk._umem), "take", signalled)
+            patched.setattr(type(xsk._umem), "owned", signalled)
             getattr(xsk, interrupted)(batch)
         xsk.release(other)
         assert xsk.frames()["held"] == 0
+
+
+class Torn(Exception):
+    """What a signal's handler raises."""
+
+
+@contextmanager
+def torn(after: int) -> Iterator[None]:
+    """Raise where a signal's handler could: behind the n-th call that returns into xsk.py, or function that begins."""
+    left = after
+
+    def step(frame, event, _):
+        nonlocal left
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if before.get(frame, "").startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+                left -= 1
+                if left < 0:
+                    raise Torn
+            if instruction not in ("CACHE", "EXTENDED_ARG"):
+                before[frame] = instruction
+        return step
+
+    before: dict[object, str] = {}
+    ours = xsk_module.__file__
+    sys.settrace(lambda frame, *_: step(frame, "call", None) if frame.f_code.co_filename == ours else None)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+        before.clear()
+
+
+def outcome(call: Callable[[], object], after: int) -> tuple[bool, Any]:
+    """Whether a call has ended that is torn so late, and what it returned."""
+    try:
+        with torn(after):
+            return True, call()
+    except Torn:
+        return False, None
+
+
+@pytest.mark.parametrize("name", ["send", "release"])
+def test_a_signal_that_raises_in_the_middle_of_giving(namespace, name):
+    """At each place where it can: the frames are still the caller's, or were given."""
+    with small() as xsk:
+        for after in itertools.count():
+            batch = xsk.allocate(4, 60)
+            done, _ = outcome(partial(getattr(xsk, name), batch), after)
+            with suppress(FrameError):
+                xsk.release(batch)
+            until(lambda: not xsk.frames()["sending"])
+            all_there(xsk)
+            if done:
+                break
+        assert after > 10
+
+
+def test_a_signal_that_raises_in_the_middle_of_allocating(namespace):
+    with small() as xsk:
+        for after in itertools.count():
+            done, batch = outcome(partial(xsk.allocate, 4, 60), after)
+            if done:
+                break
+            if after % 2:
+                xsk.release(xsk.allocate(32, 60))
+            all_there(xsk)
+        assert len(batch) == 4 and after > 10
+
+
+@pytest.mark.parametrize("most", [64, 1])
+def test_a_signal_that_raises_in_the_middle_of_receiving(namespace, most):
+    """What had come comes with the next calls, of which none gives more than is asked for."""
+    wire = namespace.wire()
+    with small() as xsk:
+        for after in itertools.count():
+            for n in range(3):
+                wire.send(bytes(12) + bytes([0x88, 0xB5, n]) + bytes(45))
+            assert xsk.wait(10)
+            done, batch = outcome(xsk.receive, after)
+            came = []
+            while True:
+                if batch is not None:
+                    came += [int(frame[14]) for frame in batch]
+                    xsk.release(batch)
+                if len(came) == 3:
+                    break
+                assert xsk.wait(10)
+                batch = xsk.receive(most)
+                assert len(batch) <= most
+            assert came == [0, 1, 2]
+            all_there(xsk)
+            if done:
+                break
+        assert after > 10
+    wire.close()
 
 
 def test_closed_by_a_signal_in_the_middle_of_a_call(namespace, monkeypatch):
     """Which is done first."""
     xsk = small()
     batch = xsk.allocate(2, 60)
-    take = type(xsk._umem).take
+    owned = type(xsk._umem).owned
 
     def signalled(umem, descs, ticket):
         xsk.close()
         xsk.close()
         assert xsk.fileno() >= 0
-        take(umem, descs, ticket)
+        return owned(umem, descs, ticket)
 
-    monkeypatch.setattr(type(xsk._umem), "take", signalled)
+    monkeypatch.setattr(type(xsk._umem), "owned", signalled)
     xsk.release(batch)
     assert xsk.fileno() == -1
     assert bpf.xdp_program(socket.if_nametoindex("veth0"))[0] == 0

@@ -11,7 +11,7 @@ from bench import paper, policies
 from bench.farm import Farm, Unavailable, Way
 from tests.helpers.bench import quiet, written
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("bench-paper")]
 
 
 @pytest.fixture(scope="module", params=[paper, policies], ids=["paper", "policies"])

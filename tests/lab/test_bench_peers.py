@@ -10,7 +10,7 @@ import pytest
 from bench import lab, peers
 from tests.helpers.bench import quiet, written
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("bpf-stats")]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from bench import xsk
 from tests.helpers.bench import quiet, written
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("bench-xsk")]
 
 
 @pytest.fixture(scope="module")

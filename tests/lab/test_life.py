@@ -66,8 +66,8 @@ def test_what_is_kept_is_removed_in_the_end(make_world: Callable[..., World]):
 def test_what_was_taken_over_is_not_removed(make_world: Callable[..., World]):
     world = make_world()
     world.serve().kill()
-    remove = world.program(world.lab.lb, *crablb("remove", "--iface", "eth0", "--after", "8"))
-    assert answer(remove) == "eth0: in 8 s, unless it is taken over"
+    remove = world.program(world.lab.lb, *crablb("remove", "--iface", "eth0", "--after", "600"))
+    assert answer(remove) == "eth0: in 600 s, unless it is taken over"
     world.serve().kill()
     assert answer(remove) == "eth0: has been taken over"
     assert program(world.lab)

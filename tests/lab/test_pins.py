@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +72,71 @@ def test_what_a_dead_namespace_left_is_collected(netns: Callable[[], str]):
     assert [path.exists() for path in paths[alive]] == [True, True]
     with inside(alive):
         assert cli.main(["agent", "remove"]) == 0
+
+
+def pin(folder: Path) -> None:
+    with bpf.Object(bpf.object_path("xsk")) as program:
+        program.map("sockets").pin(folder / "sockets")
+
+
+def test_what_begins_meanwhile_is_let_be(netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
+    """In another namespace: by who ends, and by who collects what dead ones left."""
+    here, other = netns(), netns()
+
+    def old_name() -> Path:
+        return pins.root() / str(os.stat("/proc/thread-self/ns/net").st_ino)
+
+    with inside(other), pins.own("client", "another test"):  # it has no pins yet
+        begun = old_name()
+        with inside(here), pins.own("server", "a test"):
+            pass
+        assert begun.is_symlink()
+        with inside(other), pins.own("server", "a test of the same namespace"):
+            pass
+        assert begun.is_symlink()
+    assert not begun.is_symlink()
+
+    alive, late = pins._alive, []
+
+    def begin() -> tuple[set[int], set[str]]:
+        found = alive()
+        if not late:
+            late.append(netns())
+            with inside(late[0]):
+                pin(pins.folder("server"))
+                pins._link_old_name()
+        return found
+
+    monkeypatch.setattr(pins, "_alive", begin)
+    dead = pins.root() / f"{pins.PREFIX}999999999999"
+    (dead / "server").mkdir(parents=True)
+    with inside(here):
+        pins.collect()
+    assert not dead.exists()
+    with inside(late[0]):
+        assert old_name().is_symlink() and (pins.folder("server") / "sockets").exists()
+        pins.remove(pins.folder("server"))
+        pins.tidy(pins.namespace())
+        assert not old_name().is_symlink()
+
+
+def test_a_folder_that_somebody_tidies_up_meanwhile(netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
+    """Between its making and the first pin in it."""
+    make, removed = Path.mkdir, []
+
+    def made(path: Path, *args: Any, **more: Any) -> None:
+        make(path, *args, **more)
+        if len(removed) < 3:
+            removed.append(path)
+            path.rmdir()
+
+    with inside(netns()):
+        folder = pins.folder("server")
+        monkeypatch.setattr(Path, "mkdir", made)
+        pin(folder)
+        monkeypatch.undo()
+        assert (folder / "sockets").exists() and len(removed) == 3
+        pins.remove(folder)
 
 
 def test_nothing_is_collected_where_processes_are_hidden(netns: Callable[[], str]):

@@ -17,6 +17,8 @@ from tests.helpers.namespaces import inside
 from tests.helpers.processes import ROOT, answer, exchange
 from tests.helpers.world import World, status
 
+pytestmark = pytest.mark.xdist_group("upgrade")
+
 #: The first revision whose pins, maps and numbers mean what they mean today.
 OLD = "98157ce405a8f6c225595363775366e3dcd4096d"
 SERVICE = f"tcp://{VIP4}:80=10.0.0.11,10.0.0.12,10.0.0.13"

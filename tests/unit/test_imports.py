@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -38,6 +39,19 @@ def test_only_what_is_needed(statement, expected):
 def test_a_command_imports_only_its_own():
     others = {"crablb.cli.serve", "crablb.lab", "crablb.dataplane.engine", "crablb.agent"}
     assert loaded("from crablb.cli import main; main(['key', 'new'])", "crablb.cli.key", *others) & others == set()
+
+
+UNNEEDED = ("rich", "starlette", "uvicorn", "prometheus_client", "importlib.metadata", "crablb.lab")
+
+
+@pytest.mark.parametrize("command", ["serve", "agent"])
+def test_what_lasts_does_not_carry_what_is_merely_installed(command):
+    """Of a daemon, before it serves; rich is there for those who want it afterwards, as a policy may."""
+    for name in ("rich", "starlette", "uvicorn", "prometheus_client"):
+        assert find_spec(name), f"{name} is not installed, so this proves nothing"
+    main = f"import crablb.cli; crablb.cli.make_parser(['{command}']); from crablb import log; log.set_up()"
+    assert loaded(main, "structlog", *UNNEEDED) == {"structlog"}
+    assert loaded(f"{main}; import rich.console", "rich") == {"rich"}
 
 
 def test_names_resolve():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +13,9 @@ from crablb.kernel._libbpf import ffi, lib
 from crablb.kernel.bpf.errors import check
 
 __all__ = ["Descriptor", "open_pin"]
+
+#: Processes of other network namespaces remove the folders above when those are empty.
+ATTEMPTS = 100
 
 
 class Descriptor:
@@ -24,8 +29,13 @@ class Descriptor:
 
     def pin(self, path: Path | str) -> None:
         """Pin at ``path`` (its directories are made); it lives there until unlinked."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        check(lib.bpf_obj_pin(self.fd, str(path).encode()), f"cannot pin at {path}")
+        for _ in range(ATTEMPTS):
+            with suppress(FileNotFoundError):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            done = lib.bpf_obj_pin(self.fd, str(path).encode())
+            if done != -errno.ENOENT:
+                break
+        check(done, f"cannot pin at {path}")
 
     def close(self) -> None:
         if self.fd >= 0:

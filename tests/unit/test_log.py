@@ -1,0 +1,131 @@
+"""What is logged reaches whoever reads late, and what could not be written is told."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from crablb.log import LINES, _Writer
+from tests.helpers.processes import until
+
+
+def line(n: int) -> str:
+    return json.dumps({"event": "something", "n": n, "more": "x" * 200}) + "\n"
+
+
+def read(fd: int, lines: int) -> list[dict[str, object]]:
+    """So many, as they come."""
+    text = b""
+    while text.count(b"\n") < lines:
+        text += os.read(fd, 1 << 16)
+    return [json.loads(each) for each in text.splitlines() if each]
+
+
+@pytest.fixture
+def pipe():
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_full_pipe_loses_nothing(pipe, blocking):
+    """Also one that does not block, as other programs that have it too may make it."""
+    there, here = pipe
+    os.set_blocking(here, blocking)
+    fcntl.fcntl(here, fcntl.F_SETPIPE_SZ, 4096)
+    writer = _Writer(here)
+    for n in range(1000):
+        writer.write(line(n))
+    assert [entry["n"] for entry in read(there, 1000)] == list(range(1000))
+    writer.wait(10)
+
+
+def test_more_than_wait_are_counted(pipe):
+    there, here = pipe
+    os.set_blocking(here, False)
+    writer = _Writer(here)
+    most = LINES + fcntl.fcntl(here, fcntl.F_GETPIPE_SZ) // len(line(0)) + 1
+    for n in range(most + 5000):
+        writer.write(line(n))
+    first = read(there, 100)  # there is room again
+    until(lambda: len(writer._lines) < LINES)
+    writer.write(line(-1))
+    entries = list(first)
+    while entries[-1].get("n") != -1:
+        entries += read(there, 1)
+    (lost,) = [entry for entry in entries if entry["event"] != "something"]
+    assert lost == {
+        "event": "log lines were lost",
+        "lines": most + 5000 + 2 - len(entries),
+        "reason": "nobody read them",
+    }
+
+
+def test_no_room(tmp_path: Path):
+    """On a full disk; what is told of them is whole, and so are the lines behind it."""
+    full, path = os.open("/dev/full", os.O_WRONLY), tmp_path / "log"
+    writer = _Writer(full)
+    for n in range(3):
+        writer.write(line(n))
+    writer.wait(10)
+    writer.write(line(3))  # tells of them, and cannot either
+    writer.wait(10)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, full)
+    writer.write(line(4))
+    writer.write(line(5))
+    writer.wait(10)
+    os.close(file)
+    lost, *others = map(json.loads, path.read_text().splitlines())
+    assert lost == {"event": "log lines were lost", "lines": 4, "reason": "No space left on device"}
+    assert [entry["n"] for entry in others] == [4, 5]
+    os.close(full)
+
+
+def test_a_line_that_ends_nowhere(pipe, monkeypatch):
+    """What is written behind half a line begins with a line of its own."""
+    there, here = pipe
+    wrote: list[int] = []
+    write = os.write
+
+    def half(fd: int, data: bytes) -> int:
+        wrote.append(len(data))
+        if len(wrote) == 2:
+            raise OSError(28, "No space left on device")
+        return write(fd, data[:10] if len(wrote) == 1 else data)
+
+    monkeypatch.setattr(os, "write", half)
+    writer = _Writer(here)
+    writer.write(line(0))
+    writer.wait(10)
+    writer.write(line(1))
+    writer.wait(10)
+    begun, *whole = os.read(there, 1 << 16).splitlines()
+    assert begun == line(0)[:10].encode()
+    assert [json.loads(each).get("n") for each in whole] == [None, 1]
+
+
+def test_nobody_reads_any_more(pipe):
+    """The reader of a pipe has ended: the writer goes on, and says so when there is another."""
+    there, here = pipe
+    writer = _Writer(here)
+    assert stat.S_ISFIFO(os.fstat(here).st_mode)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, there)
+    writer.write(line(0))
+    writer.wait(10)
+    again, other = os.pipe()
+    os.dup2(other, here)
+    os.close(other)
+    writer.write(line(1))
+    lost, entry = read(again, 2)
+    assert (lost["lines"], lost["reason"], entry["n"]) == (1, "Broken pipe", 1)
+    os.close(again)
+    os.close(null)
