@@ -86,6 +86,15 @@ class FlowTable:
         """A copy of the flows there are, dtype :data:`FLOW`."""
         return self.places[self.alive(now())]
 
+    def find(self, connection: int) -> np.void | None:
+        """The flow of a connection, by its hash; a copy."""
+        bucket = (connection & (self.buckets - 1)) * lib.CRAB_BUCKET
+        places = self.places[bucket : bucket + lib.CRAB_BUCKET].copy()
+        age = np.uint16(now() & 0xFFFF) - places["seen"]
+        alive = (age <= lib.CRAB_AGE_OPEN) | (age > lib.CRAB_AGE_NEGATIVE)
+        (found,) = np.nonzero((places["hash"] == np.uint64(connection)) & alive)
+        return places[found[0]] if len(found) else None
+
     def sweep(self, services: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
         """Delete the flows that are too old, and those of services (by index) that are not there any more.
 
