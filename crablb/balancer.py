@@ -22,11 +22,13 @@ from typing import Any, Self, TypeVar
 from crablb import log
 from crablb.config import check_services, checked, parse_backend, parse_service, parse_vip
 from crablb.control import seed as seeds
+from crablb.control.admin import Admin
+from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.events import Event
 from crablb.dataplane.handlers import Handle, Match, check
 from crablb.errors import ConfigError, KernelError
-from crablb.model import Address, Backend, Config, Service, State, Vip
+from crablb.model import Address, Backend, Config, Service, State, Switch, Vip
 from crablb.selection.loads import Load
 from crablb.values import parse_address, shown
 
@@ -52,7 +54,8 @@ class LoadBalancer:
 
     ``services``: :class:`Service` values, or strings like ``"tcp://10.0.0.100:80=10.0.0.11,10.0.0.12*3"``.  ``seed``:
     16 bytes, by default the machine's.  ``threads``: False to work on packets by :meth:`process_once` alone.
-    ``settings``: fields of :class:`crablb.model.Config`, like ``announce`` or ``flows``.
+    ``settings``: fields of :class:`crablb.model.Config`, like ``announce`` or ``flows``; the API (``admin``) is off
+    unless it is asked for.
 
     ``async with LoadBalancer(...)`` uses the running event loop; ``with LoadBalancer(...)`` makes one in a thread.
     Methods may be called from any thread; from others than the event loop's they wait for it.  Where a method takes a
@@ -78,12 +81,14 @@ class LoadBalancer:
             raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}; see crablb.model.Config")
         if not isinstance(threads, bool):
             raise ConfigError(f"threads: {shown(threads)} is not True or False")
+        settings.setdefault("admin", Switch.OFF)
         names = (interfaces,) if isinstance(interfaces, str) else interfaces
         self._config = checked(Config(names, (), seed=seed, **settings))  # type: ignore[arg-type]  # what it checks
         self._config = self._checked(services)
         self._threads = threads
         self._handlers: dict[Match, Handle] = {}
         self._supervisor: Supervisor | None = None  # from the beginning of the start to the end of the close
+        self._admin: Admin | None = None
         self._serving = False  # what is told to the supervisor is done at once; else it is done after the start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -109,11 +114,12 @@ class LoadBalancer:
             config = self._config
             supervisor = Supervisor(config, config.seed or seeds.load(), threads=self._threads)
             supervisor.listeners.append(self._hear)
+            admin = Admin(Operator(supervisor), config) if config.admin is Switch.ON else None
             self._loop, self._process = asyncio.get_running_loop(), os.getpid()
             self._loop_thread = threading.get_ident()
             self._changing = asyncio.Lock()
             self._ended = self._loop.create_future()
-            self._supervisor = supervisor
+            self._supervisor, self._admin = supervisor, admin
             _open.add(self)
         async with self._changing:
             try:
@@ -123,6 +129,8 @@ class LoadBalancer:
                 if self._config is not config:
                     supervisor.apply(self._config)
                 self._serving = True
+                if admin:
+                    admin.start()
                 self._guard = asyncio.create_task(self._until_ended(self._ended))
                 await asyncio.sleep(0)  # it has begun: one that has not is cancelled without a trace
             except BaseException:
@@ -162,6 +170,8 @@ class LoadBalancer:
         if not self._supervisor:
             return
         self._serving = False
+        if self._admin:
+            await self._admin.close()
         await self._supervisor.close()
         self._let_go()
         if self._ended and not self._ended.done():
@@ -170,7 +180,7 @@ class LoadBalancer:
             self._put(queue, None)
 
     def _let_go(self) -> None:
-        self._serving, self._supervisor = False, None
+        self._serving, self._supervisor, self._admin = False, None, None
         _open.discard(self)
 
     def _close_at_last(self) -> None:
@@ -179,6 +189,8 @@ class LoadBalancer:
         if self._thread:
             self._leave()
         elif self._loop.is_closed():
+            if self._admin:
+                self._admin.abandon()
             self._supervisor.engine.abandon()
             self._let_go()
         elif self._loop.is_running():
@@ -475,6 +487,8 @@ class LoadBalancer:
             yield event
 
     def _hear(self, event: Event) -> None:
+        if event.kind == "changed" and self._supervisor and self._serving:
+            self._config = self._supervisor.engine.config  # by the API
         for queue in self._listening:
             self._put(queue, event)
 

@@ -37,11 +37,15 @@ __all__ = [
     "config_from_args",
     "load_config",
     "parse_backend",
+    "parse_config",
     "parse_endpoint",
     "parse_policy",
     "parse_prefix",
     "parse_service",
     "parse_vip",
+    "read_backend",
+    "read_option",
+    "read_service",
 ]
 
 MAX_BACKENDS = 65535  # backend ids are 16 bits, one of which says "none"
@@ -87,15 +91,34 @@ def _read(
     found: dict[str, Any] = {}
     for option in options:
         if option.name in table:
-            parse = _NESTED[option.kind.nested] if option.kind.nested else option.kind.parse
-            element = service if option.kind.nested is Service else partial("{}[{}]".format, option.name)
-            found[option.field] = _value(problems, option, table[option.name], option.name, parse, element)
+            found[option.field] = _held(problems, option, table[option.name], service)
         elif option.missing:
             problems.add("", option.missing)
     return found
 
 
-def _backend(entry: object) -> Backend:
+def _held(problems: Problems, option: Option, value: object, service: Callable[[int], str] = str) -> Any:
+    """The field of what a file holds."""
+    parse = _NESTED[option.kind.nested] if option.kind.nested else option.kind.parse
+    element = service if option.kind.nested is Service else partial("{}[{}]".format, option.name)
+    return _value(problems, option, value, option.name, parse, element)
+
+
+def read_option(option: Option, value: object) -> Any:
+    """The field of what a file holds for an option: :func:`crablb.options.held`, back.
+
+    None: what it is where a file says nothing.  Raises :class:`ConfigError` with every fault.
+    """
+    if value is None:
+        return option.default
+    problems = Problems()
+    found = _held(problems, option, value)
+    problems.finish()
+    return found
+
+
+def read_backend(entry: object) -> Backend:
+    """An element of ``backends`` of a file.  Raises :class:`ConfigError` with every fault."""
     if isinstance(entry, str):
         return parse_backend(entry)
     if not isinstance(entry, dict):
@@ -107,7 +130,8 @@ def _backend(entry: object) -> Backend:
     return replace(parse_backend(entry["address"]), **found)  # a weight may be a part of it
 
 
-def _service(entry: object) -> Service:
+def read_service(entry: object) -> Service:
+    """A ``[[service]]`` of a file.  Raises :class:`ConfigError` with every fault."""
     if not isinstance(entry, dict):
         raise ConfigError("must be a table, written [[service]]")
     problems = Problems()
@@ -133,7 +157,7 @@ def _check(entry: object) -> Check:
     return check
 
 
-_NESTED: dict[Scope, Callable[[object], Any]] = {Service: _service, Backend: _backend, Check: _check}
+_NESTED: dict[Scope, Callable[[object], Any]] = {Service: read_service, Backend: read_backend, Check: _check}
 
 
 def _check_source_prefix(problems: Problems, fields: Mapping[str, Any], where: str, how: str) -> None:
@@ -156,9 +180,14 @@ def load_config(path: Path | str, interfaces: Sequence[str] = ()) -> Config:
     # A policy of one's own may lie beside the file.
     if (folder := str(Path(path).resolve().parent)) not in sys.path:
         sys.path.append(folder)
+    return parse_config(text, interfaces, str(path))
+
+
+def parse_config(text: str, interfaces: Sequence[str] = (), where: str = "") -> Config:
+    """The text of a TOML file, of which ``where`` is the name; see :func:`load_config`."""
     problems = Problems()
     names = problems.attempt("--iface", parse_interfaces, interfaces) if interfaces else None
-    config = problems.attempt(str(path), _parse, text, bool(interfaces))
+    config = problems.attempt(where, _parse, text, bool(interfaces))
     problems.finish()
     assert config is not None
     return replace(config, interfaces=names) if names else config

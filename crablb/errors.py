@@ -14,6 +14,9 @@ T = TypeVar("T")
 class CrablbError(Exception):
     """Base of every error that crablb raises on purpose."""
 
+    #: The exit status of a command that it ends.
+    status = 2
+
 
 class ConfigError(CrablbError):
     """A configuration or an argument is wrong.  ``problems`` holds every fault found, one line each."""

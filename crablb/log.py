@@ -119,8 +119,32 @@ def reopen() -> None:
     structlog.get_logger().info("the log was opened anew" if path else "the log is no file: there is nothing to open")
 
 
+_LEVELS = ("debug", "info", "warning", "error")
+_least = "info"
+
+
+def level() -> str:
+    """The least that is logged."""
+    return _least
+
+
+def set_level(name: str) -> None:
+    """``name``: debug, info, warning or error.  For loggers that are in use as well."""
+    global _least  # noqa: PLW0603 - there is one log
+    if name not in _LEVELS:
+        raise ValueError(f"no level {name}; there are {', '.join(_LEVELS)}")
+    _least = name
+
+
+def _filter(_: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    if logging.getLevelNamesMapping()[method.upper()] < logging.getLevelNamesMapping()[_least.upper()]:
+        raise structlog.DropEvent
+    return event
+
+
 def set_up(level: str = "info") -> None:
     """``level``: debug, info, warning or error."""
+    set_level(level)
     _writer.path = _file()
     atexit.register(flush)
     renderer: structlog.typing.Processor = (
@@ -128,6 +152,7 @@ def set_up(level: str = "info") -> None:
     )
     structlog.configure(
         processors=[
+            _filter,
             structlog.contextvars.merge_contextvars,
             _add_always,
             structlog.processors.add_log_level,
@@ -135,7 +160,7 @@ def set_up(level: str = "info") -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(_writer),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )

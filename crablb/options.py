@@ -34,9 +34,10 @@ from crablb.model import (
     State,
     Switch,
     XdpMode,
+    host_port,
 )
 
-__all__ = ["OPTIONS", "Kind", "Option", "Scope", "fixed_fields", "of", "toml"]
+__all__ = ["OPTIONS", "Kind", "Option", "Scope", "fixed_fields", "held", "of", "table", "toml"]
 
 #: What an option is a field of: the load balancer, a service, a backend or a check of one.
 Scope = type[Config] | type[Service] | type[Backend] | type[Check]
@@ -54,6 +55,7 @@ class Kind:
     each: bool = False  # a list; ``parse`` is for one of its elements
     implied: str | None = None  # what the flag says without an argument
     nested: Scope | None = None  # a list of tables, whose keys are the options of this scope
+    hold: Callable[[Any], object] | None = None  # the field -> what a file holds, where :func:`held` does not tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,48 @@ def toml(value: object) -> str:
     return _plain(value)
 
 
+def held(option: Option, value: Any) -> object:
+    """What a file holds for the value of an option: strings, numbers, lists and tables of them, as JSON has them too.
+
+    Of a backend without anything but an address and a weight it is the notation for that.
+    """
+    if option.kind.hold:
+        return option.kind.hold(value)
+    if option.kind.nested and isinstance(value, tuple):
+        return [_member(each) for each in value]
+    if isinstance(value, tuple):
+        return list(map(_plainly, value))
+    return _plainly(value)
+
+
+def _member(value: Any) -> object:
+    """An element of a list of tables, by its shorter notation if that says all."""
+    said = table(value)
+    if isinstance(value, Check) and said.keys() == {"type"}:
+        return said["type"]
+    if isinstance(value, Backend) and said.keys() <= {"address", "weight"}:
+        return f"{said['address']}*{said['weight']}" if "weight" in said else said["address"]
+    return said
+
+
+def _plainly(value: Any) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def table(value: Config | Service | Backend | Check) -> dict[str, object]:
+    """The table of a file that means this: what differs from the defaults, by the options' names.
+
+    Not of secrets, which are in files of their own, nor of functions that have no name there.
+    """
+    return {
+        option.name: held(option, given)
+        for option in of(type(value))
+        if (given := getattr(value, option.field)) != option.default
+    }
+
+
 # ---- kinds ----
 
 
@@ -192,6 +236,7 @@ def _endpoint(port: int) -> Kind:
         says=f"`address:port` or an address (port {port})",
         metavar="ADDRESS[:PORT]",
         parse=lambda value: values.parse_endpoint(value, port),
+        hold=lambda value: value and host_port(*value),
     )
 
 
@@ -239,7 +284,13 @@ OPTIONS: tuple[Option, ...] = (
         scope=Config,
         name="seed",
         flags=("--seed-file",),
-        kind=Kind(says="32 hexadecimal digits", metavar="FILE", parse=values.parse_seed, read=values.read_seed),
+        kind=Kind(
+            says="32 hexadecimal digits",
+            metavar="FILE",
+            parse=values.parse_seed,
+            read=values.read_seed,
+            hold=lambda value: value and value.hex(),
+        ),
         help="key of the hash; load balancers that share a VIP share it",
         flag_help="The argument names a file that holds it, as ps shows arguments to everybody",
         unset="made once, and kept in /var/lib/crablb/seed",
@@ -367,7 +418,7 @@ OPTIONS: tuple[Option, ...] = (
         name="report_key_file",
         field="report_key",
         flags=("--report-key",),
-        kind=Kind(says="path of a file", metavar="FILE", parse=values.parse_key),
+        kind=Kind(says="path of a file", metavar="FILE", parse=values.parse_key, hold=lambda value: value and "..."),
         help="the master key of the servers' reports (crablb key new); goes with the address that they are sent to",
         unset="none",
         example="/etc/crablb/master.key",
@@ -766,7 +817,12 @@ OPTIONS: tuple[Option, ...] = (
         scope=Check,
         name="status",
         no_flag=_OF_CHECK,
-        kind=Kind(says="a list of statuses and ranges", metavar="STATUS,...", parse=values.parse_status),
+        kind=Kind(
+            says="a list of statuses and ranges",
+            metavar="STATUS,...",
+            parse=values.parse_status,
+            hold=lambda value: [low if low == high else f"{low}-{high}" for low, high in value],
+        ),
         help="of http and https: those that are well",
         unset="200-399",
         example=["200-299", 404],

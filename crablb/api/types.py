@@ -7,7 +7,7 @@ otherwise.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,11 +15,14 @@ __all__ = [
     "AddBackend",
     "Applied",
     "Backend",
+    "BackendHealth",
     "CheckResult",
+    "Configuration",
     "Event",
     "Explain",
     "Explanation",
     "Flow",
+    "FlowCount",
     "Flows",
     "Interface",
     "LogLevel",
@@ -29,8 +32,10 @@ __all__ = [
     "PlanService",
     "Problems",
     "Service",
+    "Statistics",
     "Status",
     "Step",
+    "Takeover",
     "Version",
 ]
 
@@ -138,6 +143,38 @@ class Service(Answer, frozen=True, kw_only=True):
     changed: bool
 
 
+class BackendHealth(Answer, frozen=True, kw_only=True):
+    """What checks found out about a backend of a service."""
+
+    service: str
+    address: str
+    healthy: bool | None  # None: it is not checked
+    checks: list[CheckResult]
+
+
+class Statistics(Answer, frozen=True, kw_only=True):
+    """Counters, by the names that docs/configuration.md explains."""
+
+    xdp: dict[str, int]  # packets, by what the XDP program did with them
+    workers: dict[str, int]  # packets, by what became of them in user space
+    queues: list[dict[str, int]]  # the same, for each queue
+    daemon: dict[str, int]  # what befell the load balancer
+
+
+class Configuration(Answer, frozen=True, kw_only=True):
+    """What is served now: the configuration, with the changes at run time."""
+
+    path: str  # the file's; empty: arguments
+    settings: dict[str, Any]  # as in a file; what is by default is not there, nor are keys
+
+
+class FlowCount(Answer, frozen=True, kw_only=True):
+    """Fallback flows in the XDP program."""
+
+    total: int
+    services: dict[str, dict[str, int]]  # by VIP and backend
+
+
 class Flow(Answer, frozen=True, kw_only=True):
     """A fallback flow.  The table holds its hash, not its addresses."""
 
@@ -189,6 +226,10 @@ class AddBackend(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class LogLevel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"]
+
+
+class Takeover(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    keep: float | None = None  # seconds that flows are left for the next load balancer; None: as configured, or 60
 
 
 class Problems(Answer, frozen=True, kw_only=True):

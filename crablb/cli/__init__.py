@@ -24,7 +24,27 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 #: Those whose process must not end by what tells others to read or to log anew: what it has in the kernel would stay.
 LASTING = ("serve", "agent", "remove")
-COMMANDS = ("serve", "status", "remove", "agent", "config", "key", "lab", "demo", "bench", "completion")
+COMMANDS = (
+    "serve",
+    "status",
+    "services",
+    "backends",
+    "flows",
+    "weight",
+    "drain",
+    "maint",
+    "ready",
+    "events",
+    "log-level",
+    "remove",
+    "agent",
+    "config",
+    "key",
+    "lab",
+    "demo",
+    "bench",
+    "completion",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +82,7 @@ def make_parser(names: Sequence[str] = COMMANDS) -> Parser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show crablb's version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name in names:
-        import_module(f"crablb.cli.{name}").add_parser(commands)
+        import_module(f"crablb.cli.{name.replace('-', '_')}").add_parser(commands)
     for each in parsers(parser):
         for action in each._actions:
             # ArgumentDefaultsHelpFormatter would show None and False as well, and be of no use to manual pages.
@@ -122,10 +142,12 @@ def _terminable() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for anything that the user can mend."""
+    """Run a command; returns the exit status: 2 for anything that the user can mend, 3 if nobody is there to ask."""
     if argv is None and sys.argv[1:2] and sys.argv[1] in LASTING:
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)  # until it takes them, if it does
+        # structlog imports it where it is there, for colours that no daemon shows: 5 MiB.
+        sys.modules["rich"] = None  # type: ignore[assignment]
     try:
         streams.prepare()
         try:
@@ -141,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except CrablbError as error:
         streams.complain(str(error))
-        return 2
+        return error.status
     except _Terminated:
         streams.discard()  # whoever does not read it would keep the command from its end
         raise

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import textwrap
 
-from crablb.api.types import Explain
-from crablb.cli import ask, streams
+from crablb.api.types import Explain, Explanation
+from crablb.cli import asking
 from crablb.errors import ConfigError
 from crablb.values import read_text, shown
 
@@ -15,7 +16,7 @@ from crablb.values import read_text, shown
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("explain", help="why a client goes to the backend that it goes to, step by step")
     parser.add_argument("connection", metavar="'CLIENT:PORT -> VIP:PORT'", help="10.0.0.1:40000 -> 10.0.0.100:80")
-    ask.add_arguments(parser)
+    asking.add_arguments(parser)
     parser.add_argument("--offer", action="store_true", help="the client offers to be redirected, as its agent does")
     parser.add_argument(
         "--backend-down",
@@ -48,14 +49,16 @@ def run(args: argparse.Namespace) -> int:
         configuration=read_text(args.config) if args.config else "",
         frame=args.frame,
     )
-    found = ask.client(args).explain(asked)
+    with asking.client(args) as daemon:
+        found = daemon.post("/v1/explain", Explanation, asked)
     if args.json:
-        return ask.print_json(found)
-    width = ask.width()
+        asking.print_json(found)
+        return 0
+    width = shutil.get_terminal_size().columns
     for step in found.steps:
         print(f"{step.what:<12} {step.outcome}")
-        for line in textwrap.wrap(step.why, max(20, width - 13)):
-            print(f"{'':12} {streams.dim(line)}")
+        for line in textwrap.wrap(step.why, max(20, width - 15)):
+            print(f"{'':12}   {line}")
     if found.frame:
         print(f"{'frame':<12} {found.frame}")
     return 0

@@ -61,4 +61,4 @@ def run(args: argparse.Namespace) -> int:
     # Files are read again, whosever they are, if this process could read them.
     capabilities.keep((*capabilities.SERVE, "CAP_DAC_READ_SEARCH"))
     supervisor = Supervisor(settings, settings.seed or seed.load())
-    return uvloop.run(serve(supervisor, (lambda: read_config(args)) if args.config else None))
+    return uvloop.run(serve(supervisor, (lambda: read_config(args)) if args.config else None, args.config or ""))

@@ -13,28 +13,29 @@ import tty
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from crablb.api.client import Client
-from crablb.api.types import Backend, Service, Status
-from crablb.cli import ask
+from crablb.api.client import Client, of_vip
+from crablb.api.types import Applied, Backend, Patch, Service, Status
+from crablb.cli import asking
 from crablb.errors import ConfigError, CrablbError
 
 INTERVAL = 1.0  # seconds from one look to the next
 HELP = "q quit  ↑↓ select  s sort  / filter  d drain  m maint  r ready  + - weight  ? help"
 SORTS = ("address", "connections", "new", "flows", "share")
-ACTIONS = {"d": "drain", "m": "maint", "r": "ready"}
+ACTIONS: dict[str, Literal["drain", "maint", "ready"]] = {"d": "drain", "m": "maint", "r": "ready"}
 #: What an arrow key sends, and what it is taken for.
 ARROWS = {"\x1b[A": "k", "\x1b[B": "j", "\x1bOA": "k", "\x1bOB": "j"}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("top", help="services and backends, live; change them by keyboard")
-    ask.add_arguments(parser)
+    asking.add_arguments(parser, json=False)
     parser.add_argument("--interval", type=float, default=INTERVAL, metavar="SECONDS", help="from one look to the next")
     parser.set_defaults(run=run)
 
@@ -107,8 +108,8 @@ class View:
         there = rows[max(0, min(len(rows) - 1, here + by))]
         self.selected = there.service, there.address
 
-    def press(self, key: str, change: Callable[[Backend, dict[str, object]], str]) -> bool:
-        """Do what a key says; whether to go on.  ``change``: sets fields of a backend, and says what it did."""
+    def press(self, key: str, change: Callable[[Backend, Patch], str]) -> bool:
+        """Do what a key says; whether to go on.  ``change``: of a backend; says what it did."""
         if self.typing:
             self._type(key)
         elif self.asking:
@@ -124,13 +125,12 @@ class View:
         elif key == "?":
             self.help = not self.help
         elif (backend := self.current) and key in ACTIONS:
-            word = ACTIONS[key]
-            self.asking = f"{word} {backend.address} in {backend.service}? y/n"
-            self.act = lambda: change(backend, {"state": word})
+            self.asking = f"{ACTIONS[key]} {backend.address} in {backend.service}? y/n"
+            self.act = lambda: change(backend, Patch(state=ACTIONS[key]))
         elif (backend := self.current) and key in ("+", "-"):
             weight = max(0, backend.weight + (1 if key == "+" else -1))
             self.asking = f"weight of {backend.address} in {backend.service}: {backend.weight} -> {weight}? y/n"
-            self.act = lambda: change(backend, {"weight": weight})
+            self.act = lambda: change(backend, Patch(weight=weight))
         return True
 
     def _type(self, key: str) -> None:
@@ -302,7 +302,9 @@ def _keys() -> Iterator[Callable[[float], str]]:
 
 
 def look(client: Client) -> Seen:
-    return Seen(time.monotonic(), client.status(), client.services(), client.backends())
+    status = client.get("/v1/status", Status)
+    services, backends = client.get("/v1/services", list[Service]), client.get("/v1/backends", list[Backend])
+    return Seen(time.monotonic(), status, services, backends)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -310,13 +312,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--interval: not a number of seconds from 0.1 to 3600")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("crablb top is for a terminal; for programs there is crablb backends --json")
-    client = ask.client(args)
+    client = asking.client(args)
     view = View()
     view.see(look(client))  # who cannot be asked is told before the screen is taken
 
-    def change(backend: Backend, fields: dict[str, object]) -> str:
+    def change(backend: Backend, what: Patch) -> str:
+        path = f"/v1/services/{of_vip(backend.service)}/backends/{of_vip(backend.address)}"
         try:
-            return "; ".join(client.patch_backend(backend.service, backend.address, **fields).changes) or "no change"
+            return "; ".join(client.patch(path, Applied, what).changes) or "it is so already"
         except CrablbError as error:
             return str(error)
 

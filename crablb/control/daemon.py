@@ -9,7 +9,9 @@ from collections.abc import Callable
 import structlog
 
 from crablb import log as logging
+from crablb.control.admin import Admin
 from crablb.control.notify import notify
+from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
 from crablb.errors import ConfigError
 from crablb.model import Config
@@ -40,15 +42,17 @@ def _reload(supervisor: Supervisor, read: Callable[[], Config]) -> None:
         log.info("reloaded", services=[str(s.vip) for s in config.services])
 
 
-async def serve(supervisor: Supervisor, read: Callable[[], Config] | None) -> int:
+async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path: str = "") -> int:
     """Serve until SIGTERM, SIGINT or SIGQUIT; at SIGHUP, ``read`` the configuration again; at SIGUSR1, open the log
     anew.  Returns the exit status.
 
-    ``read``: raises :class:`ConfigError`; None: there is nothing to read again.
+    ``read``: raises :class:`ConfigError`; None: there is nothing to read again.  ``path``: where it reads.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     engine = supervisor.engine
+    operator = Operator(supervisor, read=read, path=path, stop=stop.set)
+    admin = Admin(operator, engine.config)
 
     def reload() -> None:
         if read:
@@ -76,6 +80,7 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None) -> in
         )
         await asyncio.to_thread(logging.flush)  # whoever waits for us may read why something is not as it should be
         notify("READY=1")
+        admin.start()
         stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
         failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
         await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)
@@ -90,4 +95,5 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None) -> in
         return 0
     finally:
         notify("STOPPING=1")
+        await admin.close()
         await supervisor.close()

@@ -107,6 +107,10 @@ class Supervisor:
         if self._reports:
             self._reports.follow(config.services)
 
+    def tell(self, event: Event) -> None:
+        """Have the listeners know of an event that neither the engine nor a task of this one saw."""
+        self._tell(event)
+
     def _announce(self) -> None:
         """Have one who answers for the VIPs on each interface there is: sockets follow none that goes or is renamed.
 

@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,9 @@ import structlog
 from crablb import lasting
 from crablb._native import lib
 from crablb.dataplane.attachment import Attachment, inherited, rename, ways
+from crablb.dataplane.census import Census, FoundFlow, count, find
 from crablb.dataplane.events import Event, HopsChanged, LinksChanged, Notice, Started, Swept
-from crablb.dataplane.flows import now
+from crablb.dataplane.flows import flow_hash
 from crablb.dataplane.handlers import Handle, Handlers, Match
 from crablb.dataplane.paths import Ways
 from crablb.dataplane.program import Program, bypass
@@ -46,6 +47,8 @@ from crablb.selection.standing import Pair, Standing, Verdict, judge
 __all__ = ["Engine"]
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 #: How long the start waits for the backends' neighbours before it serves with those that answered, in seconds.
 RESOLVE_TIMEOUT = 1.0
@@ -167,9 +170,65 @@ class Engine:
         """What health makes of each service."""
         return MappingProxyType(self._verdicts)
 
+    @property
+    def unredirected(self) -> frozenset[Pair]:
+        """The backends of services that complete no redirects, and get none now."""
+        return self._completions.stopped()
+
+    @property
+    def standings(self) -> Mapping[Pair, Standing]:
+        """What checks found out, of those that something was found out about."""
+        return MappingProxyType(self._standings)
+
     def load(self, vip: Vip, backend: Address) -> Load:
         """What the policies know of a backend."""
         return self._balance.read(vip, backend)
+
+    def reports(self, backend: Address) -> bool:
+        """Whether its server reports its load."""
+        return self._balance.reports(backend)
+
+    def warmth(self, service: Service, backend: Address) -> float:
+        """The share of its weight that a backend has by slow start, 0 to 1."""
+        return self._balance.warmth(service, backend, time.monotonic())
+
+    async def census(self) -> Census:
+        """Count, in a thread of its own: the flows and the places in the tables of each backend of each service."""
+        snapshot = self._queues.snapshot
+        tables = dict(snapshot.chosen) if snapshot else {}
+        backends = {number: address for address, number in self._registry.backends.items()}
+        services = {number: vip for vip, number in self._registry.services.items()}
+        flows = self._running.flows
+        return await self._aside(lambda: count(flows, tables, backends, services))
+
+    async def find_flows(
+        self, limit: int, vip: Vip | None, backend: Address | None, client: Address | None, port: int | None
+    ) -> tuple[int, list[FoundFlow]]:
+        """How many of the XDP program's flows are of a service, of a backend, of a client (from one of its ports), and
+        ``limit`` of them; None: whichever.  A client without a port is looked for by every port that it may have."""
+        backends = {n: address for address, n in self._registry.backends.items() if backend in (None, address)}
+        services = {n: v for v, n in self._registry.services.items() if vip in (None, v)}
+        flows = self._running.flows
+        if not flows:
+            return 0, []
+        ports = range(1, 65536) if port is None else [port]
+
+        def hashes() -> list[int] | None:
+            if client is None:
+                return None
+            same = [v for v in services.values() if v.address.version == client.version]
+            return [flow_hash(self.seed, client, p, v.address, v.port) for v in same for p in ports]
+
+        return await self._aside(lambda: find(flows, backends, services, limit, hashes()))
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """Do it in the sweeper's thread."""
+        working = asyncio.get_running_loop().run_in_executor(self._sweeper, work)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await working  # it reads what is freed when the engine is closed
+            raise
 
     def statistics(self) -> dict[str, Any]:
         """Packets by what became of them: see :func:`crablb.dataplane.statistics.read`."""
@@ -214,14 +273,17 @@ class Engine:
             Memory(f"queue {queue} of {name}", memory.backend, states[memory.state], memory.idle)
             for name, queue, memory in self._queues.recall(connection)
         ]
-        flow = self._program.flows.find(connection) if self._program and self._program.flows else None
-        if flow is not None:
+        if self._program and self._program.flows and (written := self._program.flows.find(connection)):
+            flow, idle = written
             state = "open" if flow["state"] == lib.CRAB_FLOW_OPEN else "ending"
-            idle = (now() - int(flow["seen"])) % 2**16
-            found.append(
-                Memory("the XDP program", int(flow["backend"]), state, idle if idle <= lib.CRAB_AGE_NEGATIVE else 0)
-            )
+            found.append(Memory("the XDP program", int(flow["backend"]), state, idle))
         return found
+
+    def service_counters(self, vips: Iterable[Vip] | None = None) -> dict[Vip, tuple[int, int]]:
+        """What the XDP program forwarded by itself, packets and bytes, of these services; None: of all."""
+        program, indices = self._running, self._registry.services
+        wanted = [s.vip for s in self.config.services] if vips is None else vips
+        return {vip: program.forwarded(indices[vip]) for vip in wanted}
 
     # ---- what it is told ----
 
@@ -678,12 +740,7 @@ class Engine:
         self._applied = [self.config]
         services = np.zeros(1 << 16, np.bool_)
         services[[self._registry.services[service.vip] for service in self.config.services]] = True
-        counting = asyncio.get_running_loop().run_in_executor(self._sweeper, self._count_flows, services)
-        try:
-            flows, left = await asyncio.shield(counting)
-        except asyncio.CancelledError:
-            await counting  # it reads what is freed when this task has ended
-            raise
+        flows, left = await self._aside(lambda: self._count_flows(services))
         total = self.statistics()["total"]
         refused, dropped = total["flows_full"], total["xsk_rx_dropped"] + total["xsk_rx_full"]
         self._tell(Swept(flows, refused - self._refused, dropped - self._dropped))

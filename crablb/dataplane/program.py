@@ -30,7 +30,7 @@ from typing import Any
 from crablb._native import ffi, lib
 from crablb.dataplane.flows import FlowTable, Inherited, buckets_for, hashing
 from crablb.dataplane.paths import Paths
-from crablb.dataplane.statistics import DaemonCounters, read
+from crablb.dataplane.statistics import DaemonCounters, forwarded, read
 from crablb.kernel import bpf
 from crablb.model import Address, Bypass, Closed, Config, Vip, mapped
 
@@ -173,6 +173,10 @@ class Program:
         """
         context = struct.pack("=6I", 0, len(frame), 0, index, 0, 0)  # struct xdp_md
         return self.main.test_run(frame, context=context).retval
+
+    def forwarded(self, index: int) -> tuple[int, int]:
+        """Packets and bytes of the service with this index that it forwarded by itself."""
+        return forwarded(self.maps["service_counters"], index)
 
     def close(self) -> None:
         """Forget it; what is pinned or attached stays."""

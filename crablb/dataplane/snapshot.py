@@ -74,6 +74,7 @@ class Snapshot:
     def __init__(self) -> None:
         self.c: Any = ffi.NULL  # ``struct crab_snapshot *``
         self.tables: dict[Any, Table] = {}  # by members
+        self.chosen: dict[Vip, Table] = {}  # by service
         self.pools: dict[Vip, tuple[Any, Pool]] = {}  # by service: what it was made of, and itself
         self.custom: dict[int, Asked] = {}  # by index: the services whose policy is Python
 
@@ -211,7 +212,7 @@ def _choose(
         table = before.tables.get(key)
     if table is None:
         table = maglev_table(members, table_size, sight.seed)
-    made.tables[key] = table
+    made.tables[key] = made.chosen[service.vip] = table
     entry.table = ffi.from_buffer("uint16_t[]", table)
     if service.policy in CONSISTENT:
         return

@@ -15,7 +15,7 @@ from crablb.kernel.counters import counter_names
 from crablb.kernel.interface import interface_name
 from crablb.model import Vip
 
-__all__ = ["DAEMON_COUNTERS", "WORKER_COUNTERS", "XDP_COUNTERS", "DaemonCounters", "read", "read_pinned"]
+__all__ = ["DAEMON_COUNTERS", "WORKER_COUNTERS", "XDP_COUNTERS", "DaemonCounters", "forwarded", "read", "read_pinned"]
 
 XDP_COUNTERS = counter_names("crab_xdp_counter", "CRAB_XDP_")
 WORKER_COUNTERS = counter_names("crab_counter", "CRAB_C_")
@@ -87,6 +87,12 @@ def read_services(services: Map, counters: Map) -> dict[str, dict[str, int]]:
     """What the XDP program forwarded by itself: packets and bytes by VIP."""
     found = {}
     for key, index in sorted(services.items()):
-        counts = [struct.unpack("=QQ", value) for value in counters.lookup_percpu(index)]
-        found[str(Vip.from_key(key))] = {"packets": sum(c[0] for c in counts), "bytes": sum(c[1] for c in counts)}
+        packets, size = forwarded(counters, index)
+        found[str(Vip.from_key(key))] = {"packets": packets, "bytes": size}
     return found
+
+
+def forwarded(counters: Map, index: Any) -> tuple[int, int]:
+    """Packets and bytes of one service."""
+    counts = [struct.unpack("=QQ", value) for value in counters.lookup_percpu(index)]
+    return sum(c[0] for c in counts), sum(c[1] for c in counts)

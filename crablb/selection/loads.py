@@ -159,6 +159,17 @@ class Balance:
         self._heard[backend] = at
         return new
 
+    def reports(self, backend: Address) -> bool:
+        """Whether the load of this server is known."""
+        return backend in self._heard
+
+    def warmth(self, service: Service, backend: Address, at: float) -> float:
+        """The share of its weight that a backend has at this moment, 0 to 1."""
+        began = self._since.get((service.vip, backend))
+        if began is None or at - began >= service.slow_start:
+            return 1.0
+        return max(1, int((at - began) / service.slow_start * STEPS)) / STEPS
+
     def silent(self, at: float) -> set[Address]:
         """The servers that have fallen silent since the last call: their loads are not known any more."""
         gone = {address for address, heard in self._heard.items() if at - heard > SILENT}

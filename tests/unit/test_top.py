@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from crablb.api.types import Backend, Interface, Service, Status, Version
+from crablb.api.types import Backend, Interface, Patch, Service, Status, Version
 from crablb.cli.top import SORTS, Seen, View, render
 
 VIPS = ("tcp://10.0.0.100:80", "tcp://[fd00::100]:443")
@@ -103,7 +103,7 @@ def test_changes_are_confirmed():
     view, done = View(), []
     view.see(seen())
 
-    def change(backend: Backend, fields: dict[str, object]) -> str:
+    def change(backend: Backend, fields: Patch) -> str:
         done.append((backend.address, fields))
         return "done"
 
@@ -112,10 +112,10 @@ def test_changes_are_confirmed():
     view.press("x", nothing)
     assert (done, view.message) == ([], "nothing changed")
     for key, fields in (
-        ("d", {"state": "drain"}),
-        ("m", {"state": "maint"}),
-        ("r", {"state": "ready"}),
-        ("+", {"weight": 2}),
+        ("d", Patch(state="drain")),
+        ("m", Patch(state="maint")),
+        ("r", Patch(state="ready")),
+        ("+", Patch(weight=2)),
     ):
         view.press(key, change)
         assert not done

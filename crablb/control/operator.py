@@ -1,0 +1,618 @@
+"""Everything that a person or a program may ask of a running load balancer, and tell it.
+
+Methods take and return values of :mod:`crablb.api.types`.  They know nothing of HTTP, which is
+:mod:`crablb.control.admin`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import replace
+from enum import Enum
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+import structlog
+
+from crablb import log as logging
+from crablb import overlay
+from crablb.api import types
+from crablb.config import check_services, read_service
+from crablb.control.journal import Journal
+from crablb.control.supervisor import Supervisor
+from crablb.dataplane.census import Census
+from crablb.dataplane.events import Event, HopsChanged, Notice, Started
+from crablb.errors import ConfigError
+from crablb.kernel.netlink import HopState
+from crablb.model import POLICIES, Address, Backend, CheckKind, Config, Mode, Service, State, Vip
+from crablb.options import table
+from crablb.selection.standing import Pair, Standing, Verdict
+from crablb.values import near, parse_address, parse_backend, parse_vip, parse_weight
+
+__all__ = ["ConflictError", "NotFoundError", "Operator", "asking"]
+
+log = structlog.get_logger()
+
+#: Seconds that a count of flows and tables is good for: many who ask at once are answered by one.
+FRESH = 1.0
+#: Seconds after which what serves, and since when, is looked at anew once something has happened.
+SETTLE = 0.1
+#: Backends described at one go: more would keep the event loop too long.
+AT_ONCE = 200
+#: Flows listed at most.
+MOST_FLOWS = 10_000
+#: Seconds that a takeover leaves flows for, where the configuration does not say.
+TAKEOVER = 60.0
+
+#: Why a backup does not serve: that is no fault.
+BACKUP = "backup"
+
+#: Seconds without an event after which those who follow are sent something nevertheless.
+PAUSE = 15.0
+
+#: Who asks, for the log: "uid 0 (process 4711)".
+asking: ContextVar[str] = ContextVar("asking", default="")
+
+
+class NotFoundError(ConfigError):
+    """There is no such service, or backend."""
+
+
+class ConflictError(ConfigError):
+    """It is there already, or cannot be just now."""
+
+
+@cache
+def _version() -> str:
+    try:
+        return version("crablb")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _no(what: str, wrong: str, known: Iterable[str]) -> NotFoundError:
+    there = tuple(known)
+    names = ", ".join(there[:20]) or "none"
+    return NotFoundError(f"{what}; {near(wrong, there, f'there are: {names}')}")
+
+
+def _service(config: Config, vip: Vip) -> Service:
+    for service in config.services:
+        if service.vip == vip:
+            return service
+    raise _no(f"there is no service {vip}", str(vip), (str(s.vip) for s in config.services))
+
+
+def _backend(service: Service, address: Address) -> Backend:
+    for backend in service.backends:
+        if backend.address == address:
+            return backend
+    known = (str(b.address) for b in service.backends)
+    raise _no(f"{address} is no backend of {service.vip}", str(address), known)
+
+
+def _vip(text: str) -> Vip:
+    """``tcp://10.0.0.100:80``, ``tcp:10.0.0.100:80``, ``10.0.0.100:80``."""
+    bare = text.removeprefix("tcp:").removeprefix("//")
+    return parse_vip(f"tcp://{bare}")
+
+
+class Operator:
+    """Made round a supervisor before it starts; asked in its event loop, once it has started and until it is closed."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        *,
+        read: Callable[[], Config] | None = None,
+        path: str = "",
+        stop: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``read``: the configuration again, from ``path``; None: there is no file.  ``stop``: end the daemon; None:
+        whoever runs it ends it."""
+        self._supervisor, self._engine = supervisor, supervisor.engine
+        self._read, self._path, self._stop, self._clock = read, path, stop, clock
+        self._started = clock()
+        self._given = supervisor.engine.config  # as the file, or the program, has it
+        self.journal = Journal(clock)
+        self._compared: tuple[Config, overlay.Changes] | None = None
+        self._counted: tuple[float, asyncio.Future[Census]] | None = None
+        self._since: dict[Pair, tuple[bool, float]] = {}  # whether it serves, and since when
+        self._looking: asyncio.TimerHandle | None = None
+        supervisor.listeners.append(self.journal.add)
+        self._engine.listeners.append(self._hear)
+
+    # ---- questions ----
+
+    def version(self) -> types.Version:
+        return types.Version(version=_version(), api=1, pid=os.getpid(), started=self._started)
+
+    async def status(self) -> types.Status:
+        engine = self._engine
+        counters = self._engine.statistics()
+        standing = {s: [self._serves(s, b) for b in s.backends] for s in engine.config.services}
+        problems = self._problems(standing)
+        return types.Status(
+            state="degraded" if problems else "serving",
+            problems=problems,
+            version=self.version(),
+            interfaces=[
+                types.Interface(
+                    name=interface.name,
+                    mode=engine.modes[interface.name],  # type: ignore[arg-type]
+                    mtu=interface.mtu,
+                    queues=interface.rx_queues,
+                    mac=interface.mac.hex(":"),
+                )
+                for interface in engine.interfaces
+            ],
+            queues=engine.queues,
+            zero_copy=engine.zero_copy,
+            ack_bypass=engine.bypass,
+            services=len(engine.config.services),
+            backends=sum(map(len, standing.values())),
+            backends_serving=sum(serves for there in standing.values() for serves, _ in there),
+            flows=sum((await self._census()).flows.values()),
+            configuration=self._path,
+            changes=len(self.changes),
+            counters={"xdp": counters["xdp"], "workers": counters["total"], "daemon": counters["daemon"]},
+        )
+
+    def _problems(self, standing: Mapping[Service, list[tuple[bool, str]]]) -> list[str]:
+        """What is not as it should be, in words, the worst first.  ``standing``: see :meth:`_serves`, by service."""
+        engine, found, less = self._engine, [], []
+        for service, there in standing.items():
+            if not any(serves for serves, _ in there):
+                reasons = ", ".join(dict.fromkeys(reason for _, reason in there))
+                found.append(f"{service.vip}: no backend serves: {reasons}")
+                continue
+            wrong = [
+                f"{backend.address}: {reason}"
+                for backend, (serves, reason) in zip(service.backends, there, strict=True)
+                if backend.share and not serves and reason != BACKUP
+            ]
+            if wrong:
+                less.append(f"{service.vip}: {len(wrong)} of {len(there)} backends do not serve: {wrong[0]}")
+        for vip, verdict in engine.verdicts.items():
+            if verdict.panic:
+                what = f"{verdict.healthy} of {verdict.weight} of the weight is healthy"
+                found.append(f"{vip}: panic: {what}, so that health is disregarded")
+        found += [f"interface {name} is gone" for name, mode in engine.modes.items() if not mode]
+        return [*found, *less]
+
+    async def services(self) -> list[types.Service]:
+        census, packets = await self._census(), self._engine.service_counters()
+        return [self._describe(s, census, packets.get(s.vip, (0, 0))) for s in self._engine.config.services]
+
+    async def service(self, vip: str) -> types.Service:
+        service = _service(self._engine.config, _vip(vip))
+        packets = self._engine.service_counters([service.vip])
+        return self._describe(service, await self._census(), packets.get(service.vip, (0, 0)))
+
+    def _describe(self, service: Service, census: Census, forwarded: tuple[int, int]) -> types.Service:
+        verdict = self._engine.verdicts[service.vip]
+        return types.Service(
+            vip=str(service.vip),
+            mode=service.mode.value,
+            fallback=service.fallback.value,
+            policy=_policy(service),
+            backends=len(service.backends),
+            serving=sum(self._serves(service, b)[0] for b in service.backends),
+            healthy_weight=verdict.healthy,
+            weight=verdict.weight,
+            panic=verdict.panic,
+            backups=verdict.backups,
+            quorum=service.quorum,
+            announced=True,
+            flows=sum(census.flows.get((service.vip, b.address), 0) for b in service.backends),
+            packets=forwarded[0],
+            bytes=forwarded[1],
+            changed=str(service.vip) in self.changes.services,
+        )
+
+    async def backends(self, vip: str | None = None) -> list[types.Backend]:
+        """Of a service; None: of all."""
+        config = self._engine.config
+        services = config.services if vip is None else (_service(config, _vip(vip)),)
+        census, edits = await self._census(), self.changes.services
+        told: list[types.Backend] = []
+        for service in services:
+            verdict = self._engine.verdicts.get(service.vip)
+            # It may have been removed while others had their turn.
+            for backend, served in zip(service.backends, verdict.service.backends if verdict else (), strict=False):
+                told.append(self._tell(service, backend, served, census, edits.get(str(service.vip))))
+                if len(told) % AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        return told
+
+    def _tell(
+        self, service: Service, backend: Backend, served: Backend, census: Census, edit: overlay.ServiceEdit | None
+    ) -> types.Backend:
+        engine = self._engine
+        pair = service.vip, backend.address
+        serving, reason = self._serves(service, backend)
+        cr, cr_reason = self._redirected(service, backend, served)
+        load = engine.load(*pair)
+        reports = engine.reports(backend.address)
+        health = self._health(pair)
+        return types.Backend(
+            service=str(service.vip),
+            address=str(backend.address),
+            state=backend.state.value,
+            serving=serving,
+            reason=reason,
+            healthy=health.healthy,
+            weight=backend.weight,
+            weight_now=self._weight_now(service, served) if serving else 0,
+            backup=backend.backup,
+            cr=cr,
+            cr_reason=cr_reason,
+            reached=self._reached(backend.address),
+            connections=load.open if reports else None,
+            load=load.figure if reports else None,
+            assigned=load.assigned,
+            flows=census.flows.get(pair, 0),
+            share=census.shares.get(pair, 0.0),
+            checks=health.checks,
+            since=self._serving_since(pair, serving),
+            changed=edit is not None and (edit.added is not None or str(backend.address) in edit.backends),
+        )
+
+    def _weight_now(self, service: Service, served: Backend) -> int:
+        warmth = self._engine.warmth(service, served.address)
+        return max(1, round(served.weight * warmth)) if served.weight else 0
+
+    def _serves(self, service: Service, backend: Backend) -> tuple[bool, str]:
+        """Whether a backend gets new connections; why not, or why although."""
+        verdict: Verdict = self._engine.verdicts[service.vip]
+        standing = self._engine.standings.get((service.vip, backend.address), Standing())
+        hop = self._engine.hops.get(backend.address)
+        if backend.state is not State.UP:
+            return False, backend.state.value
+        if not backend.weight:
+            return False, "weight 0"
+        if hop is None or hop.state is not HopState.RESOLVED:
+            return False, (hop.reason if hop else "") or "the way to it is not known yet"
+        if verdict.panic:
+            return not backend.backup or verdict.backups, "" if standing.healthy else "panic: health is disregarded"
+        if not standing.healthy:
+            return False, self._why_unhealthy((service.vip, backend.address))
+        if not standing.percent:
+            return False, self._why_unhealthy((service.vip, backend.address)) or "its agent wants no new connections"
+        if backend.backup and not verdict.backups and any(b.share and not b.backup for b in service.backends):
+            return False, BACKUP
+        return True, ""
+
+    def _redirected(self, service: Service, backend: Backend, served: Backend) -> tuple[bool, str]:
+        """Whether clients are redirected to a backend, and why not."""
+        if service.mode is Mode.NEVER:
+            return False, "mode is never"
+        if not backend.cr:
+            return False, "cr is false"
+        if backend.address.version != service.vip.address.version:
+            return False, "another address family"
+        if not served.cr:
+            return False, self._why_unhealthy((service.vip, backend.address), "redirect") or "redirect check"
+        if (service.vip, backend.address) in self._engine.unredirected:
+            return False, "its clients complete no redirects"
+        return True, ""
+
+    def _reached(self, address: Address) -> str:
+        hop = self._engine.hops.get(address)
+        if hop is None:
+            return "the way to it is not known yet"
+        link = self._engine.links.get(hop.ifindex)
+        where = link.name if link else f"if{hop.ifindex}"
+        if hop.state is not HopState.RESOLVED:
+            return hop.reason or hop.state.value
+        return f"{where} {hop.dst_mac.hex(':')}" + (f" via {hop.gateway}" if hop.gateway else "")
+
+    def health(self) -> list[types.BackendHealth]:
+        """What checks found out, of all that are checked."""
+        pairs = [(s.vip, b.address) for s in self._engine.config.services for b in s.backends]
+        return [self._health(pair) for pair in pairs]
+
+    def _health(self, pair: Pair) -> types.BackendHealth:
+        checks: list[types.CheckResult] = []
+        known = self._engine.standings.get(pair)
+        return types.BackendHealth(
+            service=str(pair[0]),
+            address=str(pair[1]),
+            healthy=known.healthy if known else None,
+            checks=checks,
+        )
+
+    def _why_unhealthy(self, pair: Pair, kind: str | None = None) -> str:
+        """The failed check of a backend and what came of it."""
+        for check in self._health(pair).checks:
+            if (kind is None or check.type == kind) and check.healthy is False:
+                return f"{check.type}: {check.reason}"
+        return "" if kind else "unhealthy"
+
+    def statistics(self) -> types.Statistics:
+        counts = self._engine.statistics()
+        return types.Statistics(
+            xdp=counts["xdp"], workers=counts["total"], queues=counts["workers"], daemon=counts["daemon"]
+        )
+
+    def configuration(self) -> types.Configuration:
+        return types.Configuration(path=self._path, settings=table(self._engine.config))
+
+    async def count_flows(self) -> types.FlowCount:
+        flows = (await self._census()).flows
+        services: dict[str, dict[str, int]] = {}
+        for (vip, address), n in flows.items():
+            services.setdefault(str(vip), {})[str(address)] = n
+        return types.FlowCount(total=sum(flows.values()), services=services)
+
+    async def flows(
+        self, vip: str | None = None, backend: str | None = None, client: str | None = None, limit: int = 100
+    ) -> types.Flows:
+        """``client``: an address, or an address and a port."""
+        if not 0 <= limit <= MOST_FLOWS:
+            raise ConfigError(f"limit: {limit} is not a whole number from 0 to {MOST_FLOWS}")
+        service = _service(self._engine.config, _vip(vip)).vip if vip else None
+        address = self._known(parse_address(backend)) if backend else None
+        who, port = _client(client) if client else (None, None)
+        if who and port is None and service is None and len(self._engine.config.services) > 1:
+            raise ConfigError("client: without a port it is looked for in one service: say which (vip)")
+        total, found = await self._engine.find_flows(limit, service, address, who, port)
+        told = [
+            types.Flow(
+                hash=f"{flow.hash:016x}",
+                service=str(flow.vip),
+                backend=str(flow.backend),
+                idle=float(flow.idle),
+                state=flow.state,
+            )
+            for flow in found
+        ]
+        return types.Flows(total=total, flows=told, truncated=total > len(told))
+
+    def events(self, since: int = 0) -> list[types.Event]:
+        """Those that are kept, after a number."""
+        return self.journal.since(since)
+
+    async def follow(self, since: int | None) -> AsyncGenerator[bytes, None]:
+        """Events after a number (None: from now on), and then as they come, each as a server-sent event (WHATWG HTML,
+        9.2); a comment now and then, so that who has gone is noticed."""
+        yield b": crablb\n\n"
+        async for events in self.journal.follow(self.journal.last if since is None else since, PAUSE):
+            yield b"".join(map(_sent, events)) or b":\n\n"
+
+    async def _census(self) -> Census:
+        now = time.monotonic()
+        if self._counted is None or now - self._counted[0] >= FRESH:
+            self._counted = now, asyncio.ensure_future(self._engine.census())
+        try:
+            return await asyncio.shield(self._counted[1])
+        except BaseException:
+            if self._counted[1].done():
+                self._counted = None
+            raise
+
+    # ---- changes ----
+
+    def patch(self, address: str, what: types.Patch, vip: str | None = None) -> types.Applied:
+        """Give a backend another weight or state, in one service; None: in all that it is in."""
+        given = self._checked_patch(what)
+        at = parse_address(address)
+        config = self._engine.config
+        services = (
+            [_service(config, _vip(vip))]
+            if vip is not None
+            else [s for s in config.services if any(b.address == at for b in s.backends)]
+        )
+        if not services:
+            self._known(at)
+        events, made = [], {}
+        for service in services:
+            old = _backend(service, at)
+            new = replace(old, **given)
+            for name in given:
+                before, after = getattr(old, name), getattr(new, name)
+                if before != after:
+                    events.append(Event(name, at, service.vip, f"{_word(before)} -> {_word(after)}"))
+            made[service.vip] = replace(service, backends=tuple(new if b is old else b for b in service.backends))
+        return self._change(tuple(made.get(s.vip, s) for s in config.services), events)
+
+    @staticmethod
+    def _checked_patch(what: types.Patch) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        if what.weight is not None:
+            try:
+                given["weight"] = parse_weight(what.weight)
+            except ConfigError as error:
+                raise ConfigError([f"weight: {problem}" for problem in error.problems]) from None
+        if what.state is not None:
+            given["state"] = State("up" if what.state == "ready" else what.state)
+        if not given:
+            raise ConfigError("nothing is to be changed: give weight or state")
+        return given
+
+    def add_backend(self, vip: str, what: types.AddBackend) -> types.Applied:
+        service = _service(self._engine.config, _vip(vip))
+        parsed = parse_backend(what.address)
+        new = replace(
+            parsed,
+            weight=parse_weight(what.weight),
+            cr=what.cr,
+            state=State(what.state),
+            backup=what.backup,
+        )
+        if any(b.address == new.address for b in service.backends):
+            raise ConflictError(f"{new.address} is a backend of {service.vip} already")
+        made = replace(service, backends=(*service.backends, new))
+        return self._change(
+            self._with(made), [Event("backend-added", new.address, service.vip, f"weight {new.weight}")]
+        )
+
+    def remove_backend(self, vip: str, address: str) -> types.Applied:
+        """It gets nothing new; the flows that it has go on."""
+        service = _service(self._engine.config, _vip(vip))
+        gone = _backend(service, parse_address(address))
+        made = replace(service, backends=tuple(b for b in service.backends if b is not gone))
+        return self._change(self._with(made), [Event("backend-removed", gone.address, service.vip)])
+
+    def add_service(self, entry: dict[str, Any]) -> types.Applied:
+        """``entry``: as [[service]] in a file."""
+        new = read_service(entry)
+        _harmless(new)
+        if any(s.vip == new.vip for s in self._engine.config.services):
+            raise ConflictError(f"{new.vip} is served already")
+        backends = ", ".join(str(b.address) for b in new.backends)
+        return self._change(
+            (*self._engine.config.services, new), [Event("service-added", vip=new.vip, reason=f"backends {backends}")]
+        )
+
+    def remove_service(self, vip: str) -> types.Applied:
+        """Its flows end."""
+        gone = _service(self._engine.config, _vip(vip))
+        left = tuple(s for s in self._engine.config.services if s is not gone)
+        return self._change(left, [Event("service-removed", vip=gone.vip)])
+
+    def _with(self, made: Service) -> tuple[Service, ...]:
+        return tuple(made if s.vip == made.vip else s for s in self._engine.config.services)
+
+    def _change(self, services: tuple[Service, ...], events: list[Event]) -> types.Applied:
+        """Serve these; ``events`` say what is another way then."""
+        if not events:
+            return types.Applied(changes=[])
+        config = replace(self._engine.config, services=services)
+        if problems := check_services([(str(s.vip), s) for s in services], config.table_size):
+            raise ConfigError(problems)
+        self._supervisor.apply(config)
+        self._engine.count("changes")
+        by = asking.get()
+        for event in events:
+            reason = f"{event.reason}, by {by}".removeprefix(", ") if by else event.reason
+            self._supervisor.tell(replace(event, reason=reason))
+            log.info("changed", what=_told(event), by=by or "this program")
+        return types.Applied(changes=[_told(event) for event in events])
+
+    @property
+    def changes(self) -> overlay.Changes:
+        """How what is served differs from what the configuration says."""
+        if self._compared is None or self._compared[0] is not self._engine.config:
+            self._compared = self._engine.config, overlay.between(self._given, self._engine.config)
+        return self._compared[1]
+
+    # ---- the daemon ----
+
+    def reload(self) -> types.Applied:
+        """Read the configuration again, and serve it."""
+        if not self._read:
+            raise ConflictError("there is nothing to read again: it was started without --config")
+        config = self._read()
+        before = self._engine.config
+        self._supervisor.apply(config)
+        self._given = self._engine.config
+        return types.Applied(changes=[] if before == self._engine.config else ["reloaded"])
+
+    def log_level(self, what: types.LogLevel) -> types.Applied:
+        before = logging.level()
+        logging.set_level(what.level)
+        if before == what.level:
+            return types.Applied(changes=[])
+        log.info("the log's level is another", before=before, now=what.level, by=asking.get())
+        return types.Applied(changes=[f"log level {before} -> {what.level}"])
+
+    def take_over(self, what: types.Takeover) -> types.Applied:
+        """End, and leave program and flows in the kernel for the next load balancer, as ``keep`` does."""
+        if not self._stop:
+            raise ConflictError("it runs within another program: end that one")
+        keep = what.keep if what.keep is not None else self._engine.config.keep or TAKEOVER
+        if not 0 < keep <= 86400:
+            raise ConfigError(f"keep: {keep:g} is not a number of seconds above 0, up to 86400")
+        self._supervisor.apply(replace(self._engine.config, keep=keep))
+        log.info("ending for a takeover", keep=keep, by=asking.get())
+        asyncio.get_running_loop().call_later(SETTLE, self._stop)  # whoever asked is answered first
+        return types.Applied(changes=[f"ends; its flows are kept for {keep:g} s, for the next load balancer"])
+
+    # ---- what happens ----
+
+    def _hear(self, notice: Notice) -> None:
+        if isinstance(notice, Event | HopsChanged | Started) and self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(SETTLE, self._look)
+
+    def _look(self) -> None:
+        """Note who serves, and since when."""
+        self._looking = None
+        found = {}
+        for service in self._engine.config.services:
+            for backend in service.backends:
+                pair = service.vip, backend.address
+                serving = self._serves(service, backend)[0]
+                before = self._since.get(pair)
+                found[pair] = before if before and before[0] is serving else (serving, self._clock())
+        self._since = found
+
+    def _serving_since(self, pair: Pair, serving: bool) -> float:
+        known = self._since.get(pair)
+        return known[1] if known and known[0] is serving else self._clock()
+
+    def close(self) -> None:
+        """Listen no more.  Idempotent."""
+        if self._looking:
+            self._looking.cancel()
+            self._looking = None
+
+    def _known(self, address: Address) -> Address:
+        """Raises :class:`NotFoundError` if it is no service's backend."""
+        known = self._engine.config.backends
+        if address not in known:
+            raise _no(f"there is no backend {address}", str(address), sorted(map(str, known)))
+        return address
+
+
+def _sent(event: types.Event) -> bytes:
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.number, event.kind.encode(), msgspec.json.encode(event))
+
+
+def _policy(service: Service) -> str:
+    return service.policy if isinstance(service.policy, str) else getattr(service.policy, "__name__", "a function")
+
+
+def _client(text: str) -> tuple[Address, int | None]:
+    """``10.0.0.1``, ``10.0.0.1:40000``, ``[fd00::1]:40000``."""
+    try:
+        return parse_address(text), None
+    except ConfigError:
+        pass
+    vip = _vip(text)
+    return vip.address, vip.port
+
+
+def _word(value: object) -> str:
+    return str(value.value) if isinstance(value, Enum) else str(value)
+
+
+def _told(event: Event) -> str:
+    """What a change did, in words."""
+    match event.kind:
+        case "weight" | "state":
+            return f"{event.backend} of {event.vip}: {event.kind} {event.reason}"
+        case "backend-added" | "backend-removed":
+            return f"{event.backend} of {event.vip}: {event.kind.removeprefix('backend-')}"
+        case _:
+            return f"{event.vip}: {event.kind.removeprefix('service-')}"
+
+
+def _harmless(service: Service) -> None:
+    """Who may use the API need not be root, so no program comes in by it.  Raises :class:`ConfigError`."""
+    problems = []
+    if service.policy not in POLICIES:
+        problems.append("policy: one that is a program comes from the configuration file alone")
+    if any(check.kind is CheckKind.EXEC for check in service.checks or ()):
+        problems.append("check: exec runs a program: it comes from the configuration file alone")
+    if any(check.ca_file for check in service.checks or ()):
+        problems.append("check: ca_file names a file: it comes from the configuration file alone")
+    if problems:
+        raise ConfigError(problems)
