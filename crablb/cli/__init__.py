@@ -35,6 +35,8 @@ COMMANDS = (
     "maint",
     "ready",
     "events",
+    "explain",
+    "top",
     "log-level",
     "remove",
     "agent",

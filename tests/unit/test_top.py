@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,21 +16,24 @@ from crablb.cli.top import SORTS, Seen, View, render
 VIPS = ("tcp://10.0.0.100:80", "tcp://[fd00::100]:443")
 
 
+PLAIN = Backend(
+    service=VIPS[0], address="10.0.0.1", state="up", serving=True, reason="", healthy=True, weight=1, weight_now=1,
+    backup=False, cr=True, cr_reason="", reached="eth0", connections=0, load=None, assigned=0, flows=0, share=0.1,
+    checks=[], since=0.0, changed=False,
+)  # fmt: skip
+
+
 def backend(vip: str, i: int, **more: object) -> Backend:
-    fields = dict(
-        service=vip, address=f"10.0.{i // 250}.{i % 250 + 1}", state="up", serving=True, reason="", healthy=True, weight=1,
-        weight_now=1, backup=False, cr=True, cr_reason="", reached="eth0", connections=i, load=None, assigned=10 * i,
-        flows=1000 - i, share=0.1, checks=[], since=0.0, changed=False,
-    )  # fmt: skip
-    return Backend(**(fields | more))
+    own = {"address": f"10.0.{i // 250}.{i % 250 + 1}", "connections": i, "assigned": 10 * i, "flows": 1000 - i}
+    return msgspec.structs.replace(PLAIN, service=vip, **(own | more))
 
 
 def seen(count: int = 3, at: float = 1.0, **more: object) -> Seen:
     services = [
         Service(
             vip=vip, mode="negotiated", fallback="auto", policy="maglev", backends=count, serving=count,
-            healthy_weight=count, weight=count, panic=False, backups=False, quorum=0, announced=True, flows=12, packets=1,
-            bytes=2, changed=False,
+            healthy_weight=count, weight=count, panic=False, backups=False, quorum=0, announced=True, flows=12,
+            packets=1, bytes=2, changed=False,
         )
         for vip in VIPS
     ]  # fmt: skip
