@@ -110,6 +110,7 @@ class View:
 
     def press(self, key: str, change: Callable[[Backend, Patch], str]) -> bool:
         """Do what a key says; whether to go on.  ``change``: of a backend; says what it did."""
+        self.message = ""
         if self.typing:
             self._type(key)
         elif self.asking:

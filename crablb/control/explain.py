@@ -105,6 +105,8 @@ def explain(
 
 def _steps(found: Rehearsal, client: Address, port: int, vip: Vip, size: int) -> Iterator[Step]:
     outcome, why = ACTIONS.get(found.action, (found.action, ""))
+    if found.action == "redirect" and not found.verdict:
+        why = "it is to a VIP, but to no service's port: it is refused there, or dropped (closed)"
     yield Step(what="XDP program", outcome=f"{outcome}, from queue 0 of {found.interface}", why=why)
     if not (found.verdict and found.done):
         yield Step(what="service", outcome="none", why=f"nothing is served at {vip}")
