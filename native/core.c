@@ -63,21 +63,43 @@ void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint
     }
 }
 
-/* The core's thread may be writing an entry, or moving it, by plain stores, which a packet has the right to: what is counted
- * meanwhile is an estimate.  Each word is read once, so that what was checked is what is used. */
+/* A copy of an entry.  The core's thread may be writing it, or moving it, by plain stores, which a packet has the right to: it
+ * may be half of one and half of another.  Each word is read once, so that what was checked is what is used. */
 __attribute__((no_sanitize("thread")))
+static struct crab_entry peek(const struct crab_entry *entry)
+{
+    uint64_t words[2];
+    const uint64_t *from = (const void *)entry;
+    for (int half = 0; half < 2; half++)
+        words[half] = __atomic_load_n(from + half, __ATOMIC_RELAXED);
+    struct crab_entry e;
+    memcpy(&e, words, sizeof e);
+    return e;
+}
+
 void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now)
 {
     for (uint64_t i = 0; i < (core->flows.mask + 1) * CRAB_BUCKET; i++) {
-        uint64_t words[2];
-        const uint64_t *from = (const void *)&core->flows.entries[i];
-        for (int half = 0; half < 2; half++)
-            words[half] = __atomic_load_n(from + half, __ATOMIC_RELAXED);
-        struct crab_entry e;
-        memcpy(&e, words, sizeof e);
+        struct crab_entry e = peek(&core->flows.entries[i]);
         if (!crab_entry_dead(&e, now) && e.backend < n)
             counts[e.backend]++;
     }
+}
+
+_Static_assert(CRAB_MEMORY_SYN == (int)CRAB_ENTRY_SYN && CRAB_MEMORY_OPEN == (int)CRAB_ENTRY_ESTABLISHED &&
+               CRAB_MEMORY_ENDING == (int)CRAB_ENTRY_CLOSING, "the cache's states are those that are told");
+
+uint32_t crab_core_recall(const struct crab_core *core, uint64_t hash, uint32_t now, struct crab_memory found[2])
+{
+    const struct crab_entry *bucket = crab_flows_bucket(&core->flows, hash);
+    uint32_t n = 0;
+    for (int i = 0; i < CRAB_BUCKET && n < 2; i++) {
+        struct crab_entry e = peek(&bucket[i]);
+        if (e.state && crab_entry_has(&e, hash) && !crab_entry_dead(&e, now))
+            found[n++] = (struct crab_memory){.isn_be = e.isn, .backend = e.backend, .state = (uint8_t)e.state,
+                                              .idle = (uint16_t)((uint16_t)now - e.seen), .copies = (uint8_t)e.copies};
+    }
+    return n;
 }
 
 static const struct crab_snapshot *acquire(struct crab_core *core)

@@ -344,6 +344,23 @@ void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint
  * thread; what the core writes meanwhile may be counted or not. */
 void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now);
 
+/* What a core remembers of a connection. */
+struct crab_memory {
+    uint32_t isn_be;  /* of its SYN, if that was seen */
+    uint16_t backend;
+    uint16_t idle;    /* seconds since its last packet */
+    uint8_t state;    /* CRAB_MEMORY_* */
+    uint8_t copies;   /* of its SYN */
+    uint16_t pad;
+};
+#define CRAB_MEMORY_SYN 1 /* its client has not acknowledged an answer yet */
+#define CRAB_MEMORY_OPEN 2
+#define CRAB_MEMORY_ENDING 3
+
+/* Fill in what the core remembers of a connection, by its hash: at most two, of which one is pending.  Returns how many.  Any
+ * thread; what the core writes meanwhile may be missed. */
+uint32_t crab_core_recall(const struct crab_core *core, uint64_t hash, uint32_t now, struct crab_memory found[2]);
+
 /* Work on at most CRAB_BATCH frames where they lie: they stay the caller's, and each has CRAB_HEADROOM bytes in front of it.
  * By the core's thread; it neither waits nor allocates.  Returns how many are to be sent. */
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now);

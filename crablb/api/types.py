@@ -285,7 +285,7 @@ class Diff(Answer, frozen=True, kw_only=True):
 class Explain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     client: str  # "10.0.0.1:40000"
     vip: str  # "10.0.0.100:80", "tcp://10.0.0.100:80"
-    offer: bool = True
+    offer: bool = False
     down: list[str] = []  # backends that are taken to be unhealthy
     configuration: str = ""  # TOML; empty: what is served
     frame: bool = False  # with the frame that goes out

@@ -48,6 +48,8 @@ COMMANDS = (
     "maint",
     "ready",
     "events",
+    "explain",
+    "top",
     "log-level",
     "reload",
     "plan",

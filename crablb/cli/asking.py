@@ -16,7 +16,7 @@ from crablb.values import parse_interface
 __all__ = ["add_arguments", "client", "print_changes", "print_json", "print_table", "since"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
     parser.add_argument(
         "--iface",
         "--interface",
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IF",
         help="of the load balancer to ask (default: the only one in this network namespace)",
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print it as JSON, for programs")
 
 
 def client(args: argparse.Namespace) -> Client:

@@ -23,8 +23,9 @@ import structlog
 from crablb import log as logging
 from crablb import overlay, values
 from crablb.api import types
-from crablb.config import check_services, read_service
+from crablb.config import check_services, parse_config, read_service
 from crablb.control.capture import capture
+from crablb.control.explain import explain
 from crablb.control.journal import Journal
 from crablb.control.pieces import Pieces
 from crablb.control.supervisor import Supervisor
@@ -433,6 +434,21 @@ class Operator:
             if self._counted[1].done():
                 self._counted = None
             raise
+
+    async def explain(self, asked: types.Explain) -> types.Explanation:
+        """Why a client goes where it goes.  Raises :class:`ConfigError` with every fault."""
+        config = None
+        if asked.configuration.strip():
+            config = await asyncio.to_thread(parse_config, asked.configuration, self._engine.config.interfaces)
+        return explain(
+            self._engine,
+            asked.client,
+            asked.vip,
+            offer=asked.offer,
+            down=asked.down,
+            config=config,
+            frame=asked.frame,
+        )
 
     # ---- changes ----
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import structlog
 
 from crablb import lasting
+from crablb._native import lib
 from crablb.dataplane.attachment import Attachment, inherited, rename, ways
 from crablb.dataplane.census import Census, FoundFlow, count, find
 from crablb.dataplane.events import Event, HopsChanged, LinksChanged, Notice, Started, Swept
@@ -31,6 +32,7 @@ from crablb.dataplane.paths import Ways
 from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
+from crablb.dataplane.rehearsal import ACTIONS, Asked, Memory, Rehearsal, rehearse, syn
 from crablb.dataplane.snapshot import Sight, build
 from crablb.dataplane.statistics import Rounds
 from crablb.dataplane.tap import Tap, Taps
@@ -250,6 +252,51 @@ class Engine:
     def published(self) -> int:
         """Snapshots given to the workers, since the start."""
         return self._queues.published
+
+    def rehearse(
+        self,
+        client: Address,
+        port: int,
+        vip: Vip,
+        *,
+        offer: bool = True,
+        config: Config | None = None,
+        down: Collection[Address] = (),
+    ) -> Rehearsal:
+        """What would become of a SYN from ``client`` and ``port`` now, by the code that decides it; nothing that serves
+        is changed, but that the XDP program counts the frame.
+
+        ``offer``: it makes one; ``config``: if that were served; ``down``: backends that are taken to be unhealthy.
+        """
+        config = config or self.config
+        attachment = next((a for a in self._attachments if a.mode), self._attachments[0])
+        frame = syn(client, port, vip, attachment.info.mac, config.option if offer else None)
+        action = ACTIONS[self._running.ask(frame, attachment.info.index)] if attachment.mode else "none"
+        sight = Sight(
+            self.seed,
+            self._registry.backends,
+            self._registry.services,
+            self.hops,
+            self._balance,
+            time.monotonic(),
+            self.reached,
+            self._completions.stopped(),
+        )
+        asked = Asked(client, port, vip, attachment.info, frame, action, frozenset(down))
+        return rehearse(asked, config, sight, self._standings, self._custom, self._remembered)
+
+    def _remembered(self, connection: int) -> list[Memory]:
+        """What is known of a connection that goes by fallback, by its hash."""
+        states = {lib.CRAB_MEMORY_SYN: "new", lib.CRAB_MEMORY_OPEN: "open", lib.CRAB_MEMORY_ENDING: "ending"}
+        found = [
+            Memory(f"queue {queue} of {name}", memory.backend, states[memory.state], memory.idle)
+            for name, queue, memory in self._queues.recall(connection)
+        ]
+        if self._program and self._program.flows and (written := self._program.flows.find(connection)):
+            flow, idle = written
+            state = "open" if flow["state"] == lib.CRAB_FLOW_OPEN else "ending"
+            found.append(Memory("the XDP program", int(flow["backend"]), state, idle))
+        return found
 
     def service_counters(self, vips: Iterable[Vip] | None = None) -> dict[Vip, tuple[int, int]]:
         """What the XDP program forwarded by itself, packets and bytes, of these services; None: of all."""

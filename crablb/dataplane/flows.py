@@ -86,6 +86,16 @@ class FlowTable:
         """A copy of the flows there are, dtype :data:`FLOW`."""
         return self.places[self.alive(now())]
 
+    def find(self, connection: int) -> tuple[np.void, int] | None:
+        """The flow of a connection, by its hash: a copy, and seconds since its last packet."""
+        bucket = (connection & (self.buckets - 1)) * lib.CRAB_BUCKET
+        places = self.places[bucket : bucket + lib.CRAB_BUCKET].copy()
+        for place, age in zip(places, (now() - places["seen"].astype(np.int64)) % 2**16, strict=True):
+            idle = 0 if age > lib.CRAB_AGE_NEGATIVE else int(age)
+            if int(place["hash"]) == connection and idle <= lib.CRAB_AGE_OPEN:
+                return place, idle
+        return None
+
     def sweep(self, services: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
         """Delete the flows that are too old, and those of services (by index) that are not there any more.
 

@@ -23,6 +23,7 @@ taps               :class:`.tap.Taps`; of the one that shows what it does, which
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -197,6 +198,14 @@ class Program:
         """See :func:`crablb.dataplane.statistics.read`."""
         maps = self.maps
         return read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], slots)
+
+    def ask(self, frame: bytes, index: int) -> int:
+        """What the program returns for a frame that came in by queue 0 of an interface.
+
+        It runs, and counts the frame, but what it says is not done.
+        """
+        context = struct.pack("=6I", 0, len(frame), 0, index, 0, 0)  # struct xdp_md
+        return self.main.test_run(frame, context=context).retval
 
     def forwarded(self, index: int) -> tuple[int, int]:
         """Packets and bytes of the service with this index that it forwarded by itself."""

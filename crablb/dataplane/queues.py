@@ -422,6 +422,17 @@ class Queues:
             for worker in self._workers:
                 lib.crab_core_count(worker.core, ffi.from_buffer("uint32_t[]", counts), len(counts), now())
 
+    def recall(self, connection: int) -> list[tuple[str, int, Any]]:
+        """What the workers remember of a connection, by its hash: interface, queue, and ``struct crab_memory``."""
+        remembered = []
+        with self._alone():
+            for name, port in self._ports.items():
+                for queue, worker in port.workers.items():
+                    found = ffi.new("struct crab_memory[2]")
+                    count = lib.crab_core_recall(worker.core, connection, now(), found)
+                    remembered += [(name, queue, found[i]) for i in range(count)]
+        return remembered
+
     def close(self) -> None:
         """Stop the workers, close the sockets, free the snapshots.  Idempotent."""
         with self._alone():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 import sys
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from crablb._native import lib
 from crablb.dataplane.flows import FlowTable
 from crablb.kernel.bpf import Map
 from crablb.kernel.counters import counter_names
+from crablb.kernel.interface import interface_name
 from crablb.model import Vip
 
 __all__ = [
@@ -108,10 +108,7 @@ def read_interfaces(interfaces: Map) -> dict[int, str]:
     for key in interfaces.keys():  # noqa: SIM118 - a map, not a dict
         first, count = struct.unpack("=II", interfaces.lookup(key) or bytes(8))
         index = int.from_bytes(key, sys.byteorder)
-        try:
-            name = socket.if_indextoname(index)
-        except OSError:  # it is gone
-            name = f"if{index}"
+        name = interface_name(index)
         found.update({first + queue: f"{name}/{queue}" for queue in range(count)})
     return dict(sorted(found.items()))
 

@@ -10,7 +10,7 @@ from crablb.errors import KernelError
 from crablb.kernel import rtnetlink
 from crablb.kernel.rtnetlink import LINK, Netlink
 
-__all__ = ["Interface", "interface_info", "interfaces_above"]
+__all__ = ["Interface", "interface_info", "interface_name", "interfaces_above"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +66,11 @@ def interfaces_above(index: int) -> dict[str, int]:
 def _kind(link: Mapping[int, bytes]) -> str:
     information = rtnetlink.attributes(link.get(rtnetlink.IFLA_LINKINFO, b""))
     return rtnetlink.text(information.get(rtnetlink.IFLA_INFO_KIND))
+
+
+def interface_name(index: int) -> str:
+    """The name of an interface by its index, or ``if7`` if there is none any more."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return f"if{index}"

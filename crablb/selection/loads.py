@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,13 @@ class _Block:
         slots = np.array([self._slot(address) for address in weights], np.intp)
         return Backends(tuple(weights), np.array(list(weights.values()), np.int64), self._loads, slots)
 
+    def copy(self) -> Self:
+        made = type(self)()
+        made._slots = dict(self._slots)
+        for slot in self._slots.values():
+            made._loads[slot] = self._loads[slot]
+        return made
+
     def forget(self, kept: Container[Address]) -> None:
         """See :meth:`Balance.forget`."""
         for slot in self._cooling.values():
@@ -113,6 +120,16 @@ class Balance:
         self._serving: set[tuple[Vip, Address]] = set()  # who gets connections
         self._percents: dict[tuple[Vip, Address], int] = {}  # of their weight, where that is not all of it
         self._heard: dict[Address, float] = {}  # when a server that reports did so last
+
+    def copy(self, vip: Vip) -> Self:
+        """What is known of one service's backends, apart: what is assigned there is assigned nowhere else."""
+        made = type(self)()
+        if vip in self._blocks:
+            made._blocks[vip] = self._blocks[vip].copy()
+        made.turn(vip).next = self.turn(vip).next
+        made._since = {pair: began for pair, began in self._since.items() if pair[0] == vip}
+        made._serving, made._heard = set(self._serving), dict(self._heard)
+        return made
 
     def _block(self, vip: Vip) -> _Block:
         return self._blocks.setdefault(vip, _Block())

@@ -156,6 +156,16 @@ CALLS: tuple[Call, ...] = (
     ),
     Call(
         method="POST",
+        path="/v1/explain",
+        name="explain",
+        says="What becomes of a client's SYN, step by step, and why",
+        do=lambda op, p, body: op.explain(body),
+        answer=types.Explanation,
+        body=types.Explain,
+        limit=CONFIGURATION,
+    ),
+    Call(
+        method="POST",
         path="/v1/reload",
         name="reload",
         says="Read the configuration file again, and serve it with the changes at run time; what that has changed",
