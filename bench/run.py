@@ -15,7 +15,7 @@ from bench.figures import VERSION, Results, Suite
 from crablb.errors import ConfigError
 
 #: Modules with ``run(context) -> Suite``, in the order in which they run.
-SUITES = ("micro", "xsk", "peers", "policies", "paper")
+SUITES = ("micro", "xsk", "peers", "policies", "faults", "paper")
 
 
 def run(size: Size, suites: list[str], out: Path | None) -> Results:
