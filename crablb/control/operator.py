@@ -23,7 +23,7 @@ import structlog
 from crablb import log as logging
 from crablb import overlay, values
 from crablb.api import types
-from crablb.config import check_services, parse_config, read_service
+from crablb.config import check_services, read_service
 from crablb.control.capture import capture
 from crablb.control.explain import explain
 from crablb.control.journal import Journal
@@ -439,7 +439,7 @@ class Operator:
         """Why a client goes where it goes.  Raises :class:`ConfigError` with every fault."""
         config = None
         if asked.configuration.strip():
-            config = await asyncio.to_thread(parse_config, asked.configuration, self._engine.config.interfaces)
+            config = await asyncio.to_thread(self.wanted.parse, asked.configuration)
         return explain(
             self._engine,
             asked.client,

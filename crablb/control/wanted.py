@@ -170,14 +170,14 @@ class Wanted:
 
     async def plan(self, text: str = "") -> types.Plan:
         """What the text of a configuration would change; empty: what the file would.  Raises :class:`ConfigError`."""
-        read = (lambda: self._parse(text)) if text.strip() else self._reader()
+        read = (lambda: self.parse(text)) if text.strip() else self._reader()
         new = await asyncio.to_thread(read)
         wanted, warnings = overlay(new, self.changes)
         before, seen = self._engine.config, await self._seen()
         return await asyncio.to_thread(plan, before, wanted, seen, [*warnings, *odd(wanted)])
 
-    def _parse(self, text: str) -> Config:
-        """What somebody has sent, who need not be allowed to have programs run."""
+    def parse(self, text: str) -> Config:
+        """What somebody has sent, who need not be allowed to have programs run.  Raises :class:`ConfigError`."""
         served = {service.policy for service in self._engine.config.services}
         with values.without_imports(served):
             return parse_config(text, self._names())
