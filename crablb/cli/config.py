@@ -21,6 +21,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     page.set_defaults(run=run_reference)
     shape = actions.add_parser("schema", help="print the JSON Schema of files, for editors")
     shape.set_defaults(run=run_schema)
+    description = actions.add_parser("openapi", help="print the description of the API of a running load balancer")
+    description.set_defaults(run=run_openapi)
+
+
+def run_openapi(_: argparse.Namespace) -> int:
+    import msgspec
+
+    from crablb.control.admin.openapi import describe
+
+    print(msgspec.json.format(msgspec.json.encode(describe()), indent=2).decode())
+    return 0
 
 
 def run_example(_: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from crablb import values
 from crablb.api import types
 from crablb.config import parse_config
 from crablb.control.plan import Seen, plan, summary
@@ -142,6 +143,11 @@ class Wanted:
         return types.Diff(configuration=self.path, changes=diff(self.changes), unsaved=self.unsaved)
 
     @property
+    def trouble(self) -> str:
+        """Why changes that are to be written down are not; empty: they are."""
+        return self._store.trouble if self._store else ""
+
+    @property
     def unsaved(self) -> str:
         """Why changes are not written down; empty: they are."""
         return self._store.trouble if self._store else "persist is off, or there is no place for it"
@@ -165,11 +171,17 @@ class Wanted:
 
     async def plan(self, text: str = "") -> types.Plan:
         """What the text of a configuration would change; empty: what the file would.  Raises :class:`ConfigError`."""
-        read = (lambda: parse_config(text, self._names())) if text.strip() else self._reader()
+        read = (lambda: self._parse(text)) if text.strip() else self._reader()
         new = await asyncio.to_thread(read)
         wanted, warnings = overlay(new, self.changes)
         before, seen = self._engine.config, await self._seen()
         return await asyncio.to_thread(plan, before, wanted, seen, [*warnings, *odd(wanted)])
+
+    def _parse(self, text: str) -> Config:
+        """What somebody has sent, who need not be allowed to have programs run."""
+        served = {service.policy for service in self._engine.config.services}
+        with values.without_imports(served):
+            return parse_config(text, self._names())
 
     async def reload(self, *, discard: bool = False) -> types.Plan:
         """Read the configuration again, and serve it with the changes at run time, or without.  What that has changed.

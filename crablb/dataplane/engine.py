@@ -103,6 +103,7 @@ class Engine:
         self._unfit: dict[str, str] = {}  # those that could not be, and why
         self._sweep_soon = asyncio.Event()
         self._applied: list[Config] = []  # the configurations since the last sweep began
+        self.task_failed: tuple[str, float] | None = None  # the last one, and when, of the monotonic clock
         self._stepped = time.monotonic()  # when weights were last looked at
         # Connections that the flow caches had no room for, and packets that the kernel dropped, when last looked at:
         self._refused = self._dropped = 0
@@ -469,7 +470,12 @@ class Engine:
 
         Nobody would notice what is not done any more.
         """
-        return lasting.task(name, work, lambda: self.count("tasks_failed"), self._failed)
+
+        def failed() -> None:
+            self.task_failed = name, time.monotonic()
+            self.count("tasks_failed")
+
+        return lasting.task(name, work, failed, self._failed)
 
     def _failed(self, reason: str) -> None:
         if self.failure and not self.failure.done():

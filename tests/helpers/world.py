@@ -29,7 +29,7 @@ def command(node: Node, *args: str, expected: int | None = 0) -> str:
 
 def status(lab: Lab, node: Node | None = None) -> dict[str, Any]:
     """``crablb status --json`` of the load balancer."""
-    parsed: dict[str, Any] = json.loads(command(node or lab.lb, "status", "--iface", "eth0", "--json"))
+    parsed: dict[str, Any] = json.loads(command(node or lab.lb, "status", "--iface", "eth0", "--json", expected=None))
     return parsed
 
 

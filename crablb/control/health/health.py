@@ -375,7 +375,7 @@ class Health:
                 log.warning("backends are not checked by SYNs", reason=str(error))
                 return
             self._sounder = sounder
-        self._sounder.follow(self._engine.config.vips)
+        self._sounder.follow(self._engine.config.services)
 
     def close(self) -> None:
         """Break off all checks.  Idempotent."""
@@ -535,7 +535,7 @@ class Health:
         began = self._now()
         found = {backend: backend.look() for backend in self._dirty}
         standings = {backend.pair: now.standing for backend, now in found.items()}
-        warm = {backend.pair for backend, now in found.items() if backend.first and now.known and now.healthy}
+        warm = {backend.pair for backend, now in found.items() if backend.first and now.healthy > backend.found.healthy}
         try:
             self._engine.judge(standings, warm)
         except Exception:  # for want of memory, perhaps

@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Generator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
@@ -35,6 +35,7 @@ LINE, OUTPUT = 1024, 4096
 QUOTED = 100
 #: Of their weight that agents may give backends more, in percent.
 PERCENT = 1000
+TAKEN = "its exit status was taken by somebody else: is SIGCHLD ignored in this process?"
 LINGER_NOT = struct.pack("ii", 1, 0)
 AT_ONCE = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -192,8 +193,6 @@ def _connected(converse: Any, check: Check, target: Target) -> Dialog:
         # An agent that is not there is no sign that its server is not: as with HAProxy, what it said last holds.
         ok = None if check.kind is CheckKind.AGENT else False
         return Answer(ok, f"no {channel.stage} in {check.timeout:g} s")
-    except ssl.SSLCertVerificationError as error:
-        return Answer(False, f"certificate: {error.verify_message}")
     except ssl.SSLError as error:
         return Answer(False, f"TLS: {quoted((error.reason or str(error)).lower().replace('_', ' '))}")
     except _Odd as odd:
@@ -244,9 +243,22 @@ def _secured(channel: _Plain, check: Check, target: Target) -> Waits:
     except (OSError, ssl.SSLError, ValueError) as error:
         return Answer(None, f"could not be tried: ca_file {check.ca_file}, sni {name}: {quoted(str(error))}")
     channel.stage = secure.stage
-    yield from secure.handshake()
+    try:
+        yield from secure.handshake()
+    except ssl.SSLCertVerificationError as error:
+        return Answer(False, f"certificate: {error.verify_message}{_dates(secure.tls, error.verify_code)}")
     channel.stage = "answer"
     return secure
+
+
+def _dates(tls: ssl.SSLObject, code: int) -> str:
+    """When a certificate began or ends, if it is for that that it is refused (X509_V_ERR_CERT_NOT_YET_VALID, 9, and
+    _HAS_EXPIRED, 10)."""
+    field = {9: "notBefore", 10: "notAfter"}.get(code)
+    try:  # public since Python 3.13
+        return f", on {tls._sslobj.get_unverified_chain()[0].get_info()[field]}" if field else ""  # type: ignore[attr-defined]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return ""
 
 
 def _tls(channel: _Plain, check: Check, target: Target) -> Dialog:
@@ -360,38 +372,43 @@ def _exec(check: Check, target: Target) -> Dialog:
         "CRABLB_PORT": str(target.port),
         "PATH": PATH,
     }
-    reads, writes = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(reads, False)
-    try:
-        child = _start(check.command, environment, writes)
-    except OSError as error:
-        os.close(reads)
-        return Answer(None, f"cannot be run: {error.strerror}")
-    finally:
-        os.close(writes)
-    with select.epoll() as both:
-        pidfd = os.pidfd_open(child.pid)
+    with ExitStack() as held:
+        reads, writes = os.pipe2(os.O_CLOEXEC)
+        held.callback(os.close, reads)
+        os.set_blocking(reads, False)
+        try:
+            child = _start(check.command, environment, writes)
+        except OSError as error:
+            return Answer(None, f"cannot be run: {error.strerror}")
+        finally:
+            os.close(writes)
+        held.callback(_clear_away, child)
+        try:
+            pidfd = os.pidfd_open(child.pid)
+        except ProcessLookupError:
+            return Answer(None, TAKEN)
+        held.callback(os.close, pidfd)
+        both = held.enter_context(select.epoll())
         both.register(pidfd, IN)
         both.register(reads, IN)
         output, late, ended = bytearray(), False, False
-        try:
-            while not ended:
-                try:
-                    yield both.fileno(), IN
-                except Silent:
-                    late = True
-                    _kill(child.pid)
-                events = dict(both.poll(0))
-                ended = pidfd in events
-                if reads in events and not _read(reads, output):
-                    both.unregister(reads)  # its end, or too much: who writes more waits
-            return _ended(child, pidfd, bytes(output[:OUTPUT]), check.timeout if late else None)
-        finally:
-            _kill(child.pid)  # its number is nobody else's until it is waited for
-            child.poll()
-            child.returncode = child.returncode or 0  # of what does not end at a SIGKILL somebody else has to tell
-            os.close(pidfd)
-            os.close(reads)
+        while not ended:
+            try:
+                yield both.fileno(), IN
+            except Silent:
+                late = True
+                _kill(child.pid)
+            events = dict(both.poll(0))
+            ended = pidfd in events
+            if reads in events and not _read(reads, output):
+                both.unregister(reads)  # its end, or too much: who writes more waits
+        return _ended(pidfd, bytes(output[:OUTPUT]), check.timeout if late else None)
+
+
+def _clear_away(child: Popen[bytes]) -> None:
+    _kill(child.pid)  # its number is nobody else's until it is waited for
+    child.poll()
+    child.returncode = child.returncode or 0  # what does not end at a SIGKILL is the kernel's matter
 
 
 def _start(command: tuple[str, ...], environment: Mapping[str, str], writes: int) -> Popen[bytes]:
@@ -413,7 +430,7 @@ def _read(fd: int, output: bytearray) -> bool:
     return bool(data) and len(output) < MOST
 
 
-def _ended(child: Popen[bytes], pidfd: int, output: bytes, late: float | None) -> Answer:
+def _ended(pidfd: int, output: bytes, late: float | None) -> Answer:
     """What a program that has ended said.  ``late``: it was killed, after so many seconds."""
     said = f": {words}" if (words := quoted(output.strip().split(b"\n")[0])) else ""
     if late is not None:
@@ -423,7 +440,7 @@ def _ended(child: Popen[bytes], pidfd: int, output: bytes, late: float | None) -
     except ChildProcessError:
         result = None
     if result is None:
-        return Answer(None, "its exit status was taken by somebody else (SIGCHLD is ignored)")
+        return Answer(None, TAKEN)
     status = result.si_status
     if result.si_code != os.CLD_EXITED:
         return Answer(False, f"killed by {signal.Signals(status).name}{said}")
