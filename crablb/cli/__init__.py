@@ -51,6 +51,7 @@ COMMANDS = (
     "explain",
     "top",
     "log-level",
+    "check",
     "reload",
     "plan",
     "diff",
