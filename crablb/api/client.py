@@ -80,8 +80,23 @@ def discover(interface: str | None = None) -> Path:
             ' serve --iface IF ... (it can be asked unless its configuration has admin = "off")'
         )
     if len({path.resolve() for path in there.values()}) > 1:
+        there = {name: path for name, path in there.items() if _alive(path)} or there
+    if len({path.resolve() for path in there.values()}) > 1:
         raise ConfigError(f"there are load balancers on {', '.join(there)}; say which: --iface {next(iter(there))}")
     return next(iter(there.values()))
+
+
+def _alive(path: Path) -> bool:
+    """Whether somebody listens, or it cannot be known."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(1)
+        try:
+            sock.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -164,6 +179,8 @@ class Client:
         """Any of these."""
         with self._answer(method, path, body, query or {}) as response:
             data = response.read(MOST + 1)
+            if response.length and len(data) <= MOST:
+                raise http.client.IncompleteRead(data, response.length)
         if len(data) > MOST:
             raise ApiError([f"{self._where}: the answer is longer than {MOST} bytes"])
         try:

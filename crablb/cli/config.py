@@ -28,6 +28,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     example.set_defaults(run=run_example)
     page = actions.add_parser("reference", help="print the reference of all options, as Markdown")
     page.set_defaults(run=run_reference)
+    description = actions.add_parser("openapi", help="print the description of the API of a running load balancer")
+    description.set_defaults(run=run_openapi)
+
+
+def run_openapi(_: argparse.Namespace) -> int:
+    import msgspec
+
+    from crablb.control.admin.openapi import describe
+
+    print(msgspec.json.format(msgspec.json.encode(describe()), indent=2).decode())
+    return 0
 
 
 def run_check(args: argparse.Namespace) -> int:

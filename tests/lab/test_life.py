@@ -133,7 +133,7 @@ def test_a_dead_one_is_removed_by_command(make_world: Callable[..., World], how:
     child.kill()
     child.wait()
     assert len(left(lab)) == 3
-    assert "crablb remove --iface eth0" in command(lab.lb, "status", "--iface", "eth0")
+    assert "crablb remove --iface eth0" in command(lab.lb, "status", "--iface", "eth0", expected=3)
     assert "crablb remove --iface eth0" in (world.folder / "serve.log").read_text()
     if how == "gone":
         lab.lb.run("ip", "link", "set", "eth0", "down")

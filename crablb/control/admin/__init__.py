@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from crablb.control.operator import Operator
+from crablb.dataplane.events import Event
 from crablb.errors import ConfigError, KernelError, Problems
 from crablb.model import Address, Config, Switch, host_port
 from crablb.values import guarded, read_text
@@ -93,14 +94,21 @@ class Admin:
         self._place = sockets.Place(self._config.interfaces, group)
         sock = self._place.bind()
         self._listeners.append(await server.listen(unix, sock))
-        self._place.show()
-        where = [str(path) for path in self._place.names]
+        where = [str(path) for path in self._place.show()]
+        self._operator.listeners.append(self._hear)
         if self._tcp:
             remote = app.make(self._operator, token=self._token)
             self._listeners.append(await server.listen(remote, self._tcp, tls=self._tls))
             assert self._config.admin_listen
             where.append(host_port(*self._config.admin_listen))
         log.info("the API is served", at=where)
+
+    def _hear(self, event: Event) -> None:
+        if event.kind == "interface-renamed" and self._place:
+            try:
+                self._place.name(event.interface)
+            except OSError as error:
+                log.warning("the API is asked by the old name", now=event.interface, reason=error.strerror)
 
     async def ready(self) -> None:
         """Until it is served, or cannot be."""
