@@ -16,7 +16,7 @@ from crablb.errors import ConfigError
 from crablb.model import Address, Network
 from crablb.values import near
 
-__all__ = ["WORDS", "Filter", "parse_filter"]
+__all__ = ["WORDS", "Filter", "parse_client", "parse_filter", "parse_target"]
 
 WORDS = ("client", "vip", "backend", "port")
 THERE_ARE = f"there are {', '.join(WORDS)}"
@@ -95,6 +95,22 @@ def parse_filter(text: str) -> Filter:
     return made
 
 
+def parse_client(text: str) -> Network:
+    """One client's address, as a network of its own.  Raises :class:`ConfigError`."""
+    try:
+        return ipaddress.ip_network(_address(text))
+    except _WrongError as error:
+        raise ConfigError(f"{text!r} {error}; a client is one address: 10.0.0.1 or fd00::1") from None
+
+
+def parse_target(text: str) -> tuple[Address, int | None]:
+    """A VIP, with a port or without.  Raises :class:`ConfigError`."""
+    try:
+        return _target(text)
+    except _WrongError as error:
+        raise ConfigError(f"{text!r} {error}; write {EXAMPLES['vip']}") from None
+
+
 def _error(place: int, what: str) -> ConfigError:
     return ConfigError(f"filter, character {place}: {what}")
 
@@ -106,10 +122,15 @@ def _value(word: str, text: str) -> dict[str, object]:
         return {"client": _network(text)}
     if word == "backend":
         return {"backend": _address(text)}
+    vip, port = _target(text)
+    return {"vip": vip, "vip_port": port}
+
+
+def _target(text: str) -> tuple[Address, int | None]:
     text = text.removeprefix("tcp://")
     if match := re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*):([^:]*)", text):
-        return {"vip": _address(match[1]), "vip_port": _port(match[2])}
-    return {"vip": _address(text)}
+        return _address(match[1]), _port(match[2])
+    return _address(text), None
 
 
 def _port(text: str) -> int:

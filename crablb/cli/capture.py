@@ -102,11 +102,13 @@ def _capture(file: _File, first: bytes, pieces: Iterator[bytes], *, as_json: boo
     except _WriteError as error:
         problem = str(error)
     if problem:
-        summary.ended = problem
+        raise CrablbError(f"{file.name}: {problem}; {_count(summary.packets)} in it, and it is whole")
     _tell(summary, as_json and not file.is_output)
-    if problem:
-        raise CrablbError(problem)
     return 0
+
+
+def _count(packets: int) -> str:
+    return "1 packet is" if packets == 1 else f"{packets:,} packets are"
 
 
 def _tell(summary: Summary, as_json: bool) -> None:
@@ -114,9 +116,7 @@ def _tell(summary: Summary, as_json: bool) -> None:
         asking.print_json(asdict(summary))
         return
     missing = f", {summary.missing:,} missing" if summary.missing and "missing" not in summary.ended else ""
-    streams.complain(
-        f"{summary.packets:,} packets came in{missing}, {summary.bytes:,} bytes in {summary.file}: {summary.ended}"
-    )
+    streams.complain(f"{_count(summary.packets)} in {summary.file}, {summary.bytes:,} bytes{missing}: {summary.ended}")
 
 
 class _WriteError(Exception):
@@ -151,7 +151,7 @@ class _File:
             raise streams.UnreadError from None
         except OSError as error:
             self._undo()
-            raise _WriteError(f"{self.name}: {error.strerror}; what is in it is a whole file") from None
+            raise _WriteError(error.strerror) from None
         except BaseException:  # a signal, in the middle of a block
             self._undo()
             raise

@@ -11,8 +11,7 @@ import msgspec
 from crablb.api import types
 from crablb.cli import asking
 from crablb.cli.capture import number
-from crablb.errors import ConfigError
-from crablb.filters import parse_filter
+from crablb.filters import parse_client, parse_target
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,11 +33,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    wanted = parse_filter(f"client {args.client}")
-    if wanted.client and wanted.client.num_addresses > 1:
-        raise ConfigError(f"{args.client} is a prefix; a trace is of one address")
+    parse_client(args.client)
     if args.vip:
-        parse_filter(f"vip {args.vip}")
+        parse_target(args.vip)
     asked = types.Trace(client=args.client, vip=args.vip, timeout=args.timeout, connections=args.connections)
     before, some = "", False
     with asking.client(args) as client:

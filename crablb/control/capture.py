@@ -23,6 +23,8 @@ __all__ = ["capture", "checked"]
 
 #: Seconds after which the reader is told, by counts, that there is nothing new.
 SILENT = 10.0
+#: Bytes for the words at the end.
+LAST = 256
 #: Where the limits may be.
 WITHIN = {
     "seconds": (0, 86_400),
@@ -85,7 +87,7 @@ class _File:
             piece = b""
             for seen in await tap.take(min(left, SILENT)):
                 blocks = self._blocks(seen, tap.lost)
-                if written + len(piece) + len(blocks) > limits.bytes:
+                if written + len(piece) + len(blocks) + LAST + len(self._statistics(tap.lost)) > limits.bytes:
                     why = f"{limits.bytes:,} bytes are full"
                     break
                 piece += blocks

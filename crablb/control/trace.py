@@ -12,7 +12,7 @@ from crablb.control.pieces import Pieces
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.tap import Seen, Tap
 from crablb.errors import ConfigError, Problems
-from crablb.filters import Filter, parse_filter
+from crablb.filters import Filter, parse_client, parse_target
 from crablb.model import Service, host_port
 
 __all__ = ["checked", "trace"]
@@ -33,19 +33,17 @@ ENDING = 1.0
 def checked(asked: Trace) -> Filter:
     """Whose packets are traced.  Raises :class:`ConfigError`, which has every fault."""
     problems = Problems()
-    client = problems.attempt("client", parse_filter, f"client {asked.client.strip() or '?'}")
-    if client and client.client and client.client.num_addresses != 1:
-        problems.add("client", f"{asked.client} is a prefix; a trace is of one address")
-    vip = problems.attempt("vip", parse_filter, f"vip {asked.vip}" if asked.vip else "")
+    client = problems.attempt("client", parse_client, asked.client)
+    vip, port = (problems.attempt("vip", parse_target, asked.vip) if asked.vip else None) or (None, None)
     if not 1 <= asked.connections <= MAX_CONNECTIONS:
         problems.add("connections", f"a number from 1 to {MAX_CONNECTIONS:,}, not {asked.connections}")
     if not 0 < asked.timeout <= MAX_SECONDS:
         problems.add("timeout", f"seconds, up to {MAX_SECONDS:,}, not {asked.timeout}")
     problems.finish()
-    assert client and client.client and vip
-    if vip.vip and vip.vip.version != client.client.version:
+    assert client
+    if vip and vip.version != client.version:
         raise ConfigError(f"no packet is from {asked.client} and to {asked.vip}: one is IPv4, one IPv6")
-    return Filter(client=client.client, vip=vip.vip, vip_port=vip.vip_port)
+    return Filter(client=client, vip=vip, vip_port=port)
 
 
 async def trace(engine: Engine, asked: Trace) -> Pieces[TraceStep | None]:
@@ -91,7 +89,7 @@ class _Tracer:
             for seen in taken:
                 for step in self._packet(seen):
                     yield step
-            if not taken:
+            if not taken and time.monotonic() - now >= SILENT:
                 yield None
         for connection in self._connections.values():
             if not connection.over:
