@@ -67,6 +67,11 @@ def _process(pid: int) -> tuple[str, float]:
         return "", 0.0
 
 
+def stopped(pid: int) -> bool:
+    """Whether a process does not answer, as it does not run."""
+    return _process(pid)[0] in STOPPED
+
+
 def _keeper(name: str) -> int | None:
     """The process of ``crablb remove --after`` for an interface of this network namespace."""
     here = os.stat("/proc/thread-self/ns/net").st_ino

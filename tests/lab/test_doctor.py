@@ -18,11 +18,13 @@ import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
+from crablb.api import client
 from crablb.cli import main
 from crablb.kernel import bpf, pins
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb
 from tests.helpers.namespaces import inside
+from tests.helpers.processes import until
 from tests.helpers.world import World, command
 
 FILE = f"""
@@ -31,9 +33,11 @@ announce = "arp"
 [[service]]
 address = "tcp://{VIP4}:80"
 backends = ["10.0.0.11", "10.0.0.12"]
+check = []
 [[service]]
 address = "tcp://[{VIP6}]:80"
 backends = ["fd00::11", "fd00::12"]
+check = []
 """
 
 
@@ -171,6 +175,28 @@ def test_a_load_balancer_that_is_ill(doctor):
         "daemon-dead": "fault",
     }
     assert found["left-interface"]["remedy"] == "crablb remove --iface eth0"
+
+
+def test_what_it_says_of_itself(doctor):
+    """Its configuration is what it serves; its services and backends are as it sees them."""
+    lb = doctor.node
+    serving = doctor.world.serve(config=doctor.file)
+    with inside(lb.netns):
+        until(client.found)
+    assert doctor.sick(config=False) == {}
+    for backend in ("10.0.0.11", "10.0.0.12"):
+        command(lb, "maint", backend)
+    found = doctor.finds(config=False)
+    assert found["service-down"]["severity"] == "fault"
+    assert found["service-down"]["what"] == f"tcp://{VIP4}:80: no backend serves"
+    assert found["service-down"]["why"] == "maint"
+    assert found["changes"]["what"].endswith(f"are not in {doctor.file}")
+    serving.terminate()
+    serving.wait()
+
+    doctor.file.write_text(f'admin = "off"\n{FILE}')
+    doctor.world.serve(config=doctor.file)
+    assert doctor.finds(config=False)["api-none"]["severity"] == "note"
 
 
 def test_what_was_kept(doctor):
