@@ -46,7 +46,8 @@ class Daemon:
 
 def names() -> list[str]:
     """The interfaces of this network namespace that a load balancer serves, or has left something of."""
-    roles = {*pins.folders(), *pins.held(), *_offloads()}
+    alive = (role for role, pid in pins.held().items() if pid)
+    roles = {*pins.folders(), *alive, *_offloads()}
     return sorted(role.removeprefix("lb-") for role in roles if role.startswith("lb-"))
 
 

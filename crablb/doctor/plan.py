@@ -199,6 +199,8 @@ def _backends(
         "backends", "their routes", partial(backends.read_tables, backends.some(subject.backends)), backends.tables
     )
 
+    yield Look("backends", "path MTU discovery", filters.read_pmtu, filters.pmtu)
+
     def read_filter() -> tuple[dict[str, int], set[str]]:
         leading = {way.interface for way in ways() if way.hop.state is HopState.RESOLVED and way.interface}
         return filters.read_rp_filter(_present(subject.interfaces)), leading

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -441,6 +443,12 @@ def test_the_reverse_path_filter():
     assert told(filters.rp_filter({"eth0": 2}, {"eth1"})) == {}
 
 
+def test_path_mtus():
+    assert told(filters.pmtu(1)) == {"pmtu": WARNING}
+    assert told(filters.pmtu(0)) == {}
+    assert filters.read_pmtu() in range(4)
+
+
 # ---- the load balancer ----
 
 PINS = frozenset({*daemon.ESSENTIAL, "program"})
@@ -668,10 +676,22 @@ def test_how_it_is_shown():
     json.dumps([one.plain() for one in FOUND])
 
 
+@pytest.mark.parametrize("module", ["crablb._native", "crablb.kernel._libbpf"])
+def test_what_is_compiled_does_not_load(module):
+    """As without libbpf: it is told, and by no traceback."""
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from crablb.cli import main; sys.exit(main(['doctor', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "")
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert (finding["id"], finding["severity"]) == ("libraries", "fault")
+
+
 def test_every_finding_is_explained():
     """In docs/doctor.md; and nothing is that there is not."""
     made: set[str] = set()
-    for path in (ROOT / "crablb/doctor").glob("*.py"):
+    for path in (*(ROOT / "crablb/doctor").glob("*.py"), ROOT / "crablb/cli/doctor.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 first = node.args[0]
