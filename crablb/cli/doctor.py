@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 from crablb import config
 from crablb.doctor import shown
 from crablb.doctor.examine import examine
-from crablb.doctor.finding import Severity
-from crablb.doctor.plan import Subject, looks
+from crablb.doctor.finding import Finding, Severity, fault
 from crablb.errors import Problems
+from crablb.model import Config
 from crablb.values import parse_interface
 
 
@@ -37,17 +38,28 @@ def run(args: argparse.Namespace) -> int:
     names = tuple(dict.fromkeys(problems.each("--iface", args.interfaces, parse_interface)))
     settings = problems.attempt("", config.load_config, args.config, names) if args.config else None
     problems.finish()
-    subject = Subject.of(names, settings)
-    findings = examine(list(looks(subject)))
+    looked_at, findings = _findings(names, settings)
     sick = any(finding.severity in (Severity.WARNING, Severity.FAULT) for finding in findings)
     if args.json:
-        print(
-            json.dumps(
-                {"interfaces": subject.interfaces, "sound": not sick, "findings": [one.plain() for one in findings]}
-            )
-        )
+        print(json.dumps({"interfaces": looked_at, "sound": not sick, "findings": [one.plain() for one in findings]}))
     else:
         colour, width = shown.terminal()
         print("\n".join(shown.lines(findings, colour=colour, width=width)))
         print(shown.summary(findings))
     return int(sick)
+
+
+def _findings(names: tuple[str, ...], settings: Config | None) -> tuple[tuple[str, ...], list[Finding]]:
+    """The interfaces that were looked at, and what was found."""
+    try:
+        from crablb.doctor.plan import Subject, looks
+    except ImportError as error:  # what is compiled, or what it is linked with
+        lacking = fault(
+            "libraries",
+            f"a part of crablb does not load: {error}",
+            "nothing but this can be looked at, and no load balancer or agent starts",
+            "apt install libbpf1 (dnf install libbpf), or install crablb anew with this Python: pip install .",
+        )
+        return names, [replace(lacking, where="machine")]
+    subject = Subject.of(names, settings)
+    return subject.interfaces, examine(list(looks(subject)))

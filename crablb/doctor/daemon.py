@@ -46,7 +46,8 @@ class Daemon:
 
 def names() -> list[str]:
     """The interfaces of this network namespace that a load balancer serves, or has left something of."""
-    roles = {*pins.folders(), *pins.held(), *_offloads()}
+    alive = (role for role, pid in pins.held().items() if pid)
+    roles = {*pins.folders(), *alive, *_offloads()}
     return sorted(role.removeprefix("lb-") for role in roles if role.startswith("lb-"))
 
 
@@ -65,6 +66,11 @@ def _process(pid: int) -> tuple[str, float]:
         return fields[0], time.clock_gettime(time.CLOCK_BOOTTIME) - begun
     except (OSError, ValueError, IndexError):
         return "", 0.0
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process does not answer, as it does not run."""
+    return _process(pid)[0] in STOPPED
 
 
 def _keeper(name: str) -> int | None:

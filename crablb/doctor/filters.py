@@ -1,4 +1,4 @@
-"""What else on the machine has to do with the VIPs: netfilter's rules, IPVS, the reverse-path filter."""
+"""What else on the machine has to do with the VIPs: netfilter's rules, IPVS, sysctls about ways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ from typing import Any
 from crablb.doctor.finding import Finding, note, warning
 from crablb.model import Address, Vip
 
-__all__ = ["Rule", "ipvs", "netfilter", "read_ipvs", "read_legacy", "read_nft", "read_rp_filter", "rp_filter"]
+__all__ = [
+    "Rule",
+    "ipvs",
+    "netfilter",
+    "pmtu",
+    "read_ipvs",
+    "read_legacy",
+    "read_nft",
+    "read_pmtu",
+    "read_rp_filter",
+    "rp_filter",
+]
 
 #: Seconds for a program that lists rules.
 SECONDS = 2.0
@@ -178,3 +189,22 @@ def rp_filter(found: dict[str, int], ways: Collection[str]) -> Iterator[Finding]
                 " than the route back are dropped",
                 f"sysctl -w net.ipv4.conf.{name}.rp_filter=2",
             )
+
+
+# ---- path MTU ----
+
+
+def read_pmtu() -> int:
+    """net.ipv4.ip_no_pmtu_disc."""
+    return int(Path("/proc/sys/net/ipv4/ip_no_pmtu_disc").read_text())
+
+
+def pmtu(value: int) -> Iterator[Finding]:
+    if value:
+        yield warning(
+            "pmtu",
+            f"the kernel does not learn path MTUs (ip_no_pmtu_disc = {value})",
+            "where a router on the way to a backend has a narrower link, long packets through tunnels are lost, and"
+            " clients are not told",
+            "sysctl -w net.ipv4.ip_no_pmtu_disc=0",
+        )

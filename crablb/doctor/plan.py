@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from crablb.agent import ClientAgent, ServerAgent
 from crablb.agent.base import Agent
-from crablb.doctor import backends, daemon, filters, interfaces, machine, vips
+from crablb.doctor import backends, daemon, filters, interfaces, machine, served, vips
 from crablb.doctor.examine import Look, reason, unread
 from crablb.doctor.finding import Finding, note, ok, warning
 from crablb.errors import KernelError
@@ -26,8 +27,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is looked at beside the machine.  ``config``: None if it is not known; what a load balancer that runs has in
-    the kernel is known all the same."""
+    """What is looked at beside the machine.  ``config``: None if it is not known; what a load balancer has in the
+    kernel is known all the same."""
 
     interfaces: tuple[str, ...] = ()
     config: Config | None = None
@@ -35,6 +36,8 @@ class Subject:
     backends: frozenset[Address] = frozenset()
     processes: tuple[int, ...] = ()  # that serve the interfaces
 
+    asked: bool = False  # a process is there that may be asked
+    sockets: tuple[Path, ...] = ()  # where
     unread: tuple[Finding, ...] = ()  # what could not be found out about it
 
     @classmethod
@@ -54,13 +57,17 @@ class Subject:
         nobody: dict[str, int | None] = {}
         held = attempt("who serves here", pins.held, nobody)
         processes = tuple(dict.fromkeys(pid for name in chosen if (pid := held.get(f"lb-{name}"))))
+        asked = bool(processes) and not any(daemon.stopped(pid) for pid in processes)
+        nowhere: list[Path] = []
+        sockets = tuple(attempt("whom to ask", partial(served.sockets, chosen), nowhere)) if asked else ()
+        config = config or served.configuration(sockets)
         if config:
             vips, servers = {s.vip for s in config.services}, config.backends
         else:
             nothing: tuple[list[Vip], list[Address]] = [], []
-            served = [attempt(f"what {name} serves", partial(daemon.served, name), nothing) for name in chosen]
-            vips, servers = {vip for some, _ in served for vip in some}, {a for _, some in served for a in some}
-        return cls(chosen, config, _sorted(vips), frozenset(servers), processes, tuple(unreadable))
+            there = [attempt(f"what {name} serves", partial(daemon.served, name), nothing) for name in chosen]
+            vips, servers = {vip for some, _ in there for vip in some}, {a for _, some in there for a in some}
+        return cls(chosen, config, _sorted(vips), frozenset(servers), processes, asked, sockets, tuple(unreadable))
 
 
 def _sorted(vips: Iterable[Vip]) -> tuple[Vip, ...]:
@@ -92,6 +99,10 @@ def looks(subject: Subject) -> Iterator[Look[Any]]:
         yield from _daemon(name, port)
     for pid in subject.processes:
         yield Look("log", "where the load balancer logs to", partial(daemon.read_log, pid), daemon.logs)
+    for path in subject.sockets:
+        yield Look("services", "what the load balancer says", partial(served.read, path), served.judge)
+    if subject.asked and not subject.sockets:
+        yield Look("services", "what the load balancer says", served.Answers, served.judge)
     if subject.vips:
         yield from _vips(subject, hops, ways)
     if subject.backends:
@@ -187,6 +198,8 @@ def _backends(
     yield Look(
         "backends", "their routes", partial(backends.read_tables, backends.some(subject.backends)), backends.tables
     )
+
+    yield Look("backends", "path MTU discovery", filters.read_pmtu, filters.pmtu)
 
     def read_filter() -> tuple[dict[str, int], set[str]]:
         leading = {way.interface for way in ways() if way.hop.state is HopState.RESOLVED and way.interface}

@@ -18,11 +18,13 @@ import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
+from crablb.api import client
 from crablb.cli import main
 from crablb.kernel import bpf, pins
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb
 from tests.helpers.namespaces import inside
+from tests.helpers.processes import until
 from tests.helpers.world import World, command
 
 FILE = f"""
@@ -31,9 +33,11 @@ announce = "arp"
 [[service]]
 address = "tcp://{VIP4}:80"
 backends = ["10.0.0.11", "10.0.0.12"]
+check = []
 [[service]]
 address = "tcp://[{VIP6}]:80"
 backends = ["fd00::11", "fd00::12"]
+check = []
 """
 
 
@@ -171,6 +175,28 @@ def test_a_load_balancer_that_is_ill(doctor):
         "daemon-dead": "fault",
     }
     assert found["left-interface"]["remedy"] == "crablb remove --iface eth0"
+
+
+def test_what_it_says_of_itself(doctor):
+    """Its configuration is what it serves; its services and backends are as it sees them."""
+    lb = doctor.node
+    serving = doctor.world.serve(config=doctor.file)
+    with inside(lb.netns):
+        until(client.found)
+    assert doctor.sick(config=False) == {}
+    for backend in ("10.0.0.11", "10.0.0.12"):
+        command(lb, "maint", backend)
+    found = doctor.finds(config=False)
+    assert found["service-down"]["severity"] == "fault"
+    assert found["service-down"]["what"] == f"tcp://{VIP4}:80: no backend serves"
+    assert found["service-down"]["why"] == "maint"
+    assert found["changes"]["what"].endswith(f"are not in {doctor.file}")
+    serving.terminate()
+    serving.wait()
+
+    doctor.file.write_text(f'admin = "off"\n{FILE}')
+    doctor.world.serve(config=doctor.file)
+    assert doctor.finds(config=False)["api-none"]["severity"] == "note"
 
 
 def test_what_was_kept(doctor):
@@ -317,40 +343,35 @@ def test_an_agent_and_what_lies_about(doctor):
     assert found["lock-stale"]["what"] == "a lock that nobody holds: lb-eth9"
 
 
+#: What is in the way of looking, and what is found by it.
 MASKED = {
-    "no /sys": "mount -t tmpfs none /sys",
-    "no list of locks": "mount --bind /dev/null /proc/locks",
-    "no /proc": "mount -t tmpfs none /proc",
-    "no sysctls": "mount -t tmpfs none /proc/sys",
-    "no programs": "export PATH=/nowhere",
-    "a full /run": "mount -t tmpfs -o size=4k none /run && head -c 4096 /dev/zero >/run/x",
-    "few files": "ulimit -n 64",
-    "no capabilities": "",
+    "no /sys": ("mount -t tmpfs none /sys", None),
+    "no list of locks": ("mount --bind /dev/null /proc/locks", None),
+    "no /proc": ("mount -t tmpfs none /proc", "proc"),
+    "no sysctls": ("mount -t tmpfs none /proc/sys", None),
+    "no programs": ("export PATH=/nowhere", None),
+    "a full /run": ("mount -t tmpfs -o size=4k none /run && head -c 4096 /dev/zero >/run/x", "run-folder"),
+    "few files": ("ulimit -n 64", "limit-files"),
+    "no capabilities": (":", "rights"),
 }
 
 
-@pytest.mark.parametrize("what", MASKED)
-def test_whatever_is_masked(doctor, what):
+def test_whatever_is_masked(doctor):
     """It is told, and so is the rest, and nothing ends by a traceback."""
     doctor.world.serve(config=doctor.file)
     tool = [*crablb("doctor", "--json", "--config", str(doctor.file))]
-    if what == "no capabilities":
-        tool = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *tool]
-    script = f'{MASKED[what] or ":"} && exec "$@"'
-    done = doctor.node.run("unshare", "-m", "bash", "-c", script, "bash", *tool, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    assert "Traceback" not in done.stderr
-    found = {one["id"]: one for one in json.loads(done.stdout)["findings"]}
-    assert "xdp-mode" in found or "interface-missing" in found or "unread" in found
-    hidden = what in ("no /proc", "a full /run")  # where its lock is to be found
-    assert hidden or not {"daemon-dead", "kept"} & set(found)
-    expected = {
-        "a full /run": "run-folder",
-        "few files": "limit-files",
-        "no capabilities": "rights",
-        "no /proc": "proc",
-    }.get(what)
-    assert expected is None or found[expected]["severity"] in ("warning", "fault")
+    for what, (mask, expected) in MASKED.items():
+        rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if what == "no capabilities" else []
+        done = doctor.node.run(
+            "unshare", "-m", "bash", "-c", f'{mask} && exec "$@"', "bash", *rights, *tool, check=False
+        )
+        assert done.returncode in (0, 1), (what, done.stderr)
+        assert "Traceback" not in done.stderr, what
+        found = {one["id"]: one["severity"] for one in json.loads(done.stdout)["findings"]}
+        assert found.keys() & {"xdp-mode", "interface-missing", "unread"}, what
+        assert expected is None or found[expected] in ("warning", "fault"), what
+        if what not in ("no /proc", "a full /run"):  # where its lock is to be found
+            assert not {"daemon-dead", "kept"} & set(found), what
 
 
 @pytest.mark.parametrize(

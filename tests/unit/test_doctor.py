@@ -5,22 +5,27 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from ipaddress import ip_address
 
+import msgspec
 import pytest
 
-from crablb.doctor import backends, daemon, filters, interfaces, machine, plan, shown, vips
+from crablb.api import types
+from crablb.doctor import backends, daemon, filters, interfaces, machine, plan, served, shown, vips
 from crablb.doctor.examine import Look, examine
 from crablb.doctor.finding import MOST, Finding, Severity, fault, few, note, ok, warning
 from crablb.doctor.interfaces import BASIC, Port, Programs
+from crablb.errors import ConfigError
 from crablb.kernel.ethtool import ON, Feature
 from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.kernel.rtnetlink import Listener
-from crablb.model import Backend, Bypass, Closed, Config, Fallback, Service, State, Vip, XdpMode
+from crablb.model import Announce, Backend, Bypass, Closed, Config, Fallback, Service, State, Vip, XdpMode
 from tests.helpers.processes import ROOT
 
 NOTE, WARNING, FAULT = Severity.NOTE, Severity.WARNING, Severity.FAULT
@@ -317,17 +322,17 @@ def test_a_gateway_is_named():
     assert silent.remedy.endswith("arping -I eth0 10.0.0.254")
 
 
-def served(address=VIP, backend=SERVER, **more) -> Config:
+def configured(address=VIP, backend=SERVER, **more) -> Config:
     return Config(("eth0",), (Service(Vip(address, 80), (Backend(backend),), **more),))
 
 
 def test_how_a_configuration_fits():
     far = replace(UP, gateway=GATEWAY)
-    assert told(backends.fits(served(), {SERVER: UP}, [CARD])) == {}
-    l2 = served(fallback=Fallback.DSR_L2)
+    assert told(backends.fits(configured(), {SERVER: UP}, [CARD])) == {}
+    l2 = configured(fallback=Fallback.DSR_L2)
     assert told(backends.fits(l2, {SERVER: UP}, [CARD])) == {}
     assert told(backends.fits(l2, {SERVER: far}, [CARD])) == {"backend-behind-gateway": FAULT}
-    six = served(ip_address("fd00::100"))
+    six = configured(ip_address("fd00::100"))
     assert told(backends.fits(six, {SERVER: replace(far, mtu=1280)}, [CARD])) == {"tunnel-narrow": WARNING}
     idle = Config(("eth0",), (Service(Vip(VIP, 80), (Backend(SERVER, state=State.DRAIN),)),))
     assert told(backends.fits(idle, {SERVER: UP}, [CARD])) == {"service-idle": WARNING}
@@ -336,11 +341,13 @@ def test_how_a_configuration_fits():
 def test_fallback_flows_through_user_space():
     deaf = replace(UP, redirect=False, ifindex=1)  # lo, whose name is known
     cards = [replace(VETH, info=replace(VETH.info, index=1))]
-    assert told(backends.fits(served(), {SERVER: deaf}, cards)) == {"bypass": NOTE}
-    assert told(backends.fits(served(), {SERVER: deaf}, [replace(CARD, info=replace(ETH0, index=1))])) == {}  # XDP_TX
-    assert told(backends.fits(served(), {SERVER: deaf}, [replace(cards[0], mode="generic")])) == {}
+    assert told(backends.fits(configured(), {SERVER: deaf}, cards)) == {"bypass": NOTE}
+    assert (
+        told(backends.fits(configured(), {SERVER: deaf}, [replace(CARD, info=replace(ETH0, index=1))])) == {}
+    )  # XDP_TX
+    assert told(backends.fits(configured(), {SERVER: deaf}, [replace(cards[0], mode="generic")])) == {}
     for bypass in (Bypass.ON, Bypass.OFF):
-        assert told(backends.fits(replace(served(), ack_bypass=bypass), {SERVER: deaf}, cards)) == {}
+        assert told(backends.fits(replace(configured(), ack_bypass=bypass), {SERVER: deaf}, cards)) == {}
 
 
 def test_very_many_backends():
@@ -352,11 +359,11 @@ def test_very_many_backends():
 
 def test_what_goes_far():
     assert backends.far(None, {}, 2) is None
-    assert backends.far(served(), {SERVER: UP}, 2) is False
-    assert backends.far(served(), {SERVER: UP}, 3) is True
-    assert backends.far(served(), {SERVER: replace(UP, gateway=GATEWAY)}, 2) is True
-    assert backends.far(served(fallback=Fallback.DSR_IPIP), {SERVER: UP}, 2) is True
-    assert backends.far(served(), {}, 2) is False
+    assert backends.far(configured(), {SERVER: UP}, 2) is False
+    assert backends.far(configured(), {SERVER: UP}, 3) is True
+    assert backends.far(configured(), {SERVER: replace(UP, gateway=GATEWAY)}, 2) is True
+    assert backends.far(configured(fallback=Fallback.DSR_IPIP), {SERVER: UP}, 2) is True
+    assert backends.far(configured(), {}, 2) is False
 
 
 def test_who_is_on_the_segment():
@@ -434,6 +441,12 @@ def test_the_reverse_path_filter():
     assert told(filters.rp_filter({"eth0": 1}, {"eth1"})) == {"rp-filter": NOTE}
     assert told(filters.rp_filter({"eth0": 1}, {"eth0"})) == {}
     assert told(filters.rp_filter({"eth0": 2}, {"eth1"})) == {}
+
+
+def test_path_mtus():
+    assert told(filters.pmtu(1)) == {"pmtu": WARNING}
+    assert told(filters.pmtu(0)) == {}
+    assert filters.read_pmtu() in range(4)
 
 
 # ---- the load balancer ----
@@ -520,6 +533,76 @@ def test_counters_are_those_that_there_are():
     }  # fmt: skip
 
 
+# ---- what it says of itself ----
+
+STATUS = types.Status(
+    state="serving", problems=[], version=types.Version(version="1", api=1, pid=1, started=0.0), interfaces=[],
+    queues=1, zero_copy=False, ack_bypass=True, services=1, backends=1, backends_serving=1, flows=0,
+    configuration="/etc/lb.toml", changes=0, counters={},
+)  # fmt: skip
+SERVICE = types.Service(
+    vip="tcp://10.0.0.100:80", mode="negotiated", fallback="auto", policy="maglev", backends=2, serving=2,
+    healthy_weight=2, weight=2, panic=False, backups=False, quorum=0, announced=True, flows=0, packets=0, bytes=0,
+    changed=False,
+)  # fmt: skip
+CHECK = types.CheckResult(
+    type="tcp", healthy=True, ok=True, reason="", at=0.0, seconds=0.0, streak=9, since=0.0, history="+"
+)
+BACKEND = types.Backend(
+    service=SERVICE.vip, address="10.0.0.11", state="up", serving=True, reason="", healthy=True, weight=1, weight_now=1,
+    backup=False, cr=True, cr_reason="", reached="eth0", connections=None, load=None, assigned=0, flows=0, share=0.5,
+    checks=[CHECK], since=0.0, changed=False,
+)  # fmt: skip
+REFUSED = msgspec.structs.replace(CHECK, ok=False, healthy=False, reason="refused")
+
+
+def says(status: object = None, service: object = None, backend: object = None) -> served.Answers:
+    def changed(value, more):
+        return msgspec.structs.replace(value, **more or {})
+
+    return served.Answers(changed(STATUS, status), (changed(SERVICE, service),), (changed(BACKEND, backend),))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (says(), {}),
+        (says(status={"changes": 2}), {"changes": NOTE}),
+        (says(service={"serving": 1}), {}),
+        (says(service={"serving": 0}), {"service-down": FAULT}),
+        (says(service={"panic": True}), {"panic": WARNING}),
+        (says(service={"quorum": 2, "announced": False}), {"quorum-lost": FAULT}),
+        (says(backend={"healthy": False, "checks": [REFUSED]}), {"backend-unhealthy": WARNING}),
+        (says(backend={"checks": [REFUSED]}), {"check-failed": NOTE}),
+        (says(backend={"healthy": None, "checks": []}), {}),
+        (says(backend={"cr": False, "cr_reason": "redirect: no echo"}), {"backend-fallback": WARNING}),
+        (says(backend={"cr": False, "cr_reason": "cr is false"}), {}),
+        (served.Answers(), {"api-none": NOTE}),
+        (served.Answers(refused="no answer within 3 s", silent=True), {"api-silent": WARNING}),
+    ],
+)
+def test_what_it_says(found, expected):
+    assert told(served.judge(found)) == expected
+
+
+def test_an_unhealthy_backend_is_told_with_its_answer():
+    found = says(backend={"healthy": False, "checks": [REFUSED]}, service={"serving": 0})
+    whole, backend = (one for one in served.judge(found) if one.severity is not Severity.OK)
+    assert whole.what == "tcp://10.0.0.100:80: no backend serves"
+    assert backend.what == "tcp://10.0.0.100:80, backend 10.0.0.11 is unhealthy: tcp: refused"
+
+
+def test_a_configuration_that_is_told():
+    """What this process cannot read, as it is nobody's here, is not looked at."""
+    vip = {"address": "tcp://10.0.0.100:80", "policy": "nowhere:choose", "backends": ["10.0.0.11*3"], "panic": 20}
+    settings = {"interface": "eth0", "announce": "arp", "report_listen": "10.0.0.2:7171", "service": [vip], "newer": 1}
+    config = served.parse(settings)
+    assert config.announce is Announce.ARP
+    assert config.services == (Service(Vip(VIP, 80), (Backend(SERVER, 3),)),)
+    with pytest.raises(ConfigError):
+        served.parse({"service": [vip]})
+
+
 def test_agents():
     assert told(plan._agents({"server": []})) == {}
     assert told(plan._agents({"server": ["its pins are gone"]})) == {"agent": WARNING}
@@ -593,10 +676,22 @@ def test_how_it_is_shown():
     json.dumps([one.plain() for one in FOUND])
 
 
+@pytest.mark.parametrize("module", ["crablb._native", "crablb.kernel._libbpf"])
+def test_what_is_compiled_does_not_load(module):
+    """As without libbpf: it is told, and by no traceback."""
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from crablb.cli import main; sys.exit(main(['doctor', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "")
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert (finding["id"], finding["severity"]) == ("libraries", "fault")
+
+
 def test_every_finding_is_explained():
     """In docs/doctor.md; and nothing is that there is not."""
     made: set[str] = set()
-    for path in (ROOT / "crablb/doctor").glob("*.py"):
+    for path in (*(ROOT / "crablb/doctor").glob("*.py"), ROOT / "crablb/cli/doctor.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 first = node.args[0]
