@@ -36,6 +36,7 @@ __all__ = [
     "checked",
     "config_from_args",
     "load_config",
+    "odd",
     "parse_backend",
     "parse_config",
     "parse_endpoint",
@@ -369,3 +370,8 @@ def _checked_as(scope: Scope, value: object) -> object:
     if not isinstance(value, scope):
         raise ConfigError(f"{shown(value)} is no crablb.{scope.__name__}")
     return checked(value)
+
+
+def odd(config: Config) -> list[str]:
+    """What is legal, and seldom meant; each with its place."""
+    return []

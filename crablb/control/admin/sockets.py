@@ -67,6 +67,9 @@ class Place:
 
     def show(self) -> list[Path]:
         """Have it there by its names, which are returned; it listens.  Raises ``OSError``."""
+        for path in pins.RUN.glob("*.sock"):
+            if path.is_symlink() and not path.exists():  # of namespaces that are no more
+                path.unlink(missing_ok=True)
         return [path for name in self._interfaces for path in self.name(name)]
 
     def name(self, interface: str) -> list[Path]:
