@@ -1,8 +1,9 @@
-"""An agent's metrics for Prometheus, by HTTP, from a thread: one request at a time, each for a few seconds at most."""
+"""An agent's metrics for Prometheus, by HTTP, from threads: few requests at a time, each for a few seconds at most."""
 
 from __future__ import annotations
 
 import http.server
+import math
 import os
 import select
 import socket
@@ -27,8 +28,8 @@ __all__ = ["METRICS", "Exporter", "render"]
 
 #: Seconds that a request may take, and that a look at the agent is good for: some are long.
 PATIENCE, FRESH = 5.0, 5.0
-#: Requests that wait for their turn.
-WAITING = 8
+#: Requests at a time.  Who comes when there are so many is sent away.
+MOST = 8
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 #: Name (with the ``_total`` of counters), labels, help, values by labels of what ``crablb agent status --json`` says.
@@ -113,12 +114,13 @@ class Exporter:
 
     def __init__(self, agent: type[Agent], address: Address, port: int) -> None:
         self._agent = agent
-        self._text, self._at = b"", -FRESH
+        self._text, self._at, self._looking = b"", -math.inf, threading.Lock()
+        self._room = threading.Semaphore(MOST)
         self._socket = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((str(address), port))
-            self._socket.listen(WAITING)
+            self._socket.listen(MOST)
         except OSError as error:
             self._socket.close()
             where = host_port(address, port)
@@ -158,30 +160,34 @@ class Exporter:
                 connection, peer = self._socket.accept()
             except (BlockingIOError, ConnectionError):  # whoever it was has gone
                 continue
-            with connection:
-                self._answer(connection, peer)
+            if not self._room.acquire(blocking=False):
+                connection.close()
+                continue
+            threading.Thread(target=self._answer, args=(connection, peer), daemon=True).start()
 
     def _answer(self, connection: socket.socket, peer: Any) -> None:
         def give_up() -> None:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-        connection.settimeout(PATIENCE)
-        timer = threading.Timer(PATIENCE, give_up)
+        timer = threading.Timer(PATIENCE, give_up)  # a socket's own time begins anew with each byte
         timer.daemon = True
         timer.start()
         try:
-            _Handler(connection, peer, self)  # type: ignore[arg-type]
-        except OSError:  # it went, or took too long
-            pass
+            # When it went, or took too long, nobody is there to be told.
+            with connection, suppress(OSError):
+                _Handler(connection, peer, self)  # type: ignore[arg-type]
         finally:
             timer.cancel()
+            self._room.release()
 
     def text(self) -> bytes:
-        now = time.monotonic()
-        if now - self._at >= FRESH:
-            self._text, self._at = render(self._agent.role, self._agent.status()), now
-        return self._text
+        """What the agent's state is, or was a moment ago.  Raises :class:`KernelError`."""
+        with self._looking:
+            now = time.monotonic()
+            if now - self._at >= FRESH:
+                self._text, self._at = render(self._agent.role, self._agent.status()), now
+            return self._text
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Any
 
-from crablb.control.admin import bind
 from crablb.control.admin.server import Listener, listen
 from crablb.control.metrics.app import make
 from crablb.control.metrics.facts import Facts
+from crablb.control.ports import bind
 
 
 class Made:

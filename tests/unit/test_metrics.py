@@ -11,6 +11,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from crablb.agent.metrics import METRICS as AGENT_METRICS
 from crablb.api import types
 from crablb.control.metrics import exposition
 from crablb.control.metrics.exposition import METRICS, OUTCOMES, SEEN, SOCKET, render
@@ -149,8 +150,9 @@ def test_ten_thousand_backends():
 def test_the_documents_name_them_all():
     page = (ROOT / "docs/metrics.md").read_text()
     rows = dict(re.findall(r"^\| `(crablb_\w+)`(?: \(.*?\))? \| \w+ \| .*? \| (.*) \|$", page, re.M))
-    documented = {name: text for name, text in rows.items() if not name.startswith("crablb_agent")}
-    assert documented == {metric.full_name: metric.help for metric in METRICS}
+    agents = {f"crablb_agent_{name}": text for name, _, text, _ in AGENT_METRICS}
+    agents["crablb_agent_installed"] = "1: the agent is in the kernel."
+    assert rows == {metric.full_name: metric.help for metric in METRICS} | agents
 
 
 # ---- the look ----

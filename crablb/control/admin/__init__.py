@@ -17,16 +17,17 @@ import structlog
 
 from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import Operator
+from crablb.control.ports import bind
 from crablb.dataplane.events import Event
 from crablb.errors import ConfigError, KernelError, Problems
-from crablb.model import Address, Config, Switch, host_port
+from crablb.model import Config, Switch, host_port
 from crablb.values import guarded, read_text
 
 if TYPE_CHECKING:
     from crablb.control.admin.server import Listener
     from crablb.control.admin.sockets import Place
 
-__all__ = ["Admin", "bind"]
+__all__ = ["Admin"]
 
 log = structlog.get_logger()
 
@@ -180,16 +181,3 @@ def _token(path: str) -> str:
             f" (umask 077; openssl rand -hex 32 > {path})"
         )
     return token
-
-
-def bind(what: str, address: Address, port: int) -> socket.socket:
-    """A socket for ``what`` to listen at.  Raises :class:`KernelError`."""
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((str(address), port))
-    except OSError as error:
-        sock.close()
-        raise KernelError(f"cannot serve {what} at {host_port(address, port)}: {error.strerror}") from None
-    return sock

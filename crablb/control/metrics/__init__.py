@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from crablb.control.admin import bind
 from crablb.control.metrics.facts import Gatherer
+from crablb.control.ports import bind
 from crablb.model import Config, host_port
 
 if TYPE_CHECKING:
