@@ -189,6 +189,31 @@ def test_thousands_at_a_time_by_few_descriptors():
     assert longest < 2, "seconds in one turn of the event loop"
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_event_loop_that_had_no_time(loop):
+    """Timers come first after it stood still; who has answered meanwhile is not silent, and who has not is."""
+
+    async def main(port: int, quiet: int) -> list[Answer]:
+        dialogs = Dialogs(8)
+        dialogs.start()
+        answers: list[Answer] = []
+        for to in (port, quiet):
+            check = Check(CheckKind.HTTP, timeout=0.3)
+            dialogs.hold(ask(check, Target(VIP, LOCAL, LOCAL, to)), 0.3, lambda a, _: answers.append(a))
+        await asyncio.sleep(0)
+        while len(answers) < 2:
+            await asyncio.sleep(0.01)
+            if time.monotonic() < stands:
+                threading.Event().wait(0.7)
+        dialogs.close()
+        return answers
+
+    with server(says(OK)) as port, server(silent) as quiet, asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        stands = time.monotonic() + 1.5
+        answers = runner.run(main(port, quiet))
+    assert sorted(answers) == [Answer(False, "no answer in 0.3 s"), Answer(True, "status 200")]
+
+
 # ---- http ----
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
