@@ -21,7 +21,7 @@ from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import Operator
 from crablb.control.ports import bind
 from crablb.dataplane.events import Event
-from crablb.errors import ConfigError, KernelError, Problems
+from crablb.errors import ConfigError, Problems
 from crablb.model import Config, Switch, host_port
 from crablb.values import guarded, read_text
 
