@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from itertools import chain
 
 import msgspec
 
 from crablb.api import types
-from crablb.cli import asking
+from crablb.cli import asking, streams
 from crablb.cli.capture import number
 from crablb.filters import parse_client, parse_target
 
@@ -39,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
     asked = types.Trace(client=args.client, vip=args.vip, timeout=args.timeout, connections=args.connections)
     before, some = "", False
     with asking.client(args) as client:
-        for step in _steps(client.stream("POST", "/v1/trace", asked)):
+        pieces = client.stream("POST", "/v1/trace", asked)
+        first = next(pieces, b"")
+        streams.complain(f"tracing the next connections of {args.client}; Ctrl-C ends it")
+        for step in _steps(chain([first], pieces)):
             some = some or bool(step.connection)
             if args.json:
                 print(msgspec.json.encode(step).decode(), flush=True)

@@ -47,7 +47,8 @@ def checked(asked: Trace) -> Filter:
 
 
 async def trace(engine: Engine, asked: Trace) -> Pieces[TraceStep | None]:
-    """The steps of the connections that begin from now on; the last one, "end", says what ended it.  None: nothing new.
+    """The steps of the connections that begin from now on; the last one, "end", says what ended it.  None, as it is at
+    first: nothing new.
 
     Raises :class:`ConfigError` and :class:`KernelError` as :meth:`Engine.tap` does.
     """
@@ -76,6 +77,7 @@ class _Tracer:
 
     async def steps(self, tap: Tap) -> AsyncGenerator[TraceStep | None, None]:
         end = time.monotonic() + self._asked.timeout
+        yield None
         while not tap.over:
             now = time.monotonic()
             if now >= end:

@@ -416,6 +416,8 @@ class Engine:
 
         Raises :class:`ConfigError` (there are enough of them, no such backend) and :class:`KernelError`.
         """
+        if not self._attached:
+            raise KernelError("nothing is served, so no packets can be seen")
         return await self._taps.open(self._running, wanted, snap, self._sweeper, self.task)
 
     def process_once(self, timeout: float) -> int:

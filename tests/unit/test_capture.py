@@ -303,6 +303,7 @@ def steps(packets: list[Seen], **asked: Any) -> list[types.TraceStep]:
         for packet in packets:
             engine.open[0].give(packet)
         found = []
+        assert await anext(pieces) is None
         async for step in pieces:
             if step:
                 found.append(step)
