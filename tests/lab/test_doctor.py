@@ -378,6 +378,8 @@ def test_whatever_is_masked(doctor):
     ("args", "said"),
     [
         (["--iface", ""], "'' is not the name of an interface"),
+        (["--iface", "lo"], "no client's packets come in by lo"),
+        (["--iface", "eth0", "--iface", "eth0"], "eth0 is named twice"),
         (["--config", "/nowhere.toml"], "/nowhere.toml"),
         (["--ifaces", "eth0"], "did you mean --iface?"),
         (["eth0"], "unknown argument 'eth0'"),
