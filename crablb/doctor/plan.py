@@ -220,7 +220,7 @@ ROLES: tuple[type[Agent], ...] = (ClientAgent, ServerAgent)
 
 def _read_agents() -> dict[str, list[str]]:
     """What is wrong with each agent of this network namespace, by role."""
-    there = {*pins.folders(), *pins.held()}
+    there = {*pins.folders(), *pins.held(), *daemon.noted("json")}
     found = {agent.role: agent.status() for agent in ROLES if agent.role in there}
     return {role: list(status["faults"]) for role, status in found.items() if status}
 
