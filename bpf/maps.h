@@ -246,7 +246,7 @@ struct crab_connections {
 };
 
 /* Value of map `server_redirects` (key: struct crab_vip): redirected SYNs answered (not by cookies: nobody knows then what
- * becomes of them), and connections that came of them. */
+ * becomes of them; and no load balancers' checks), and connections that came of them. */
 struct crab_redirects {
     __u64 begun;
     __u64 completed;

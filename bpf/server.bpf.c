@@ -277,7 +277,8 @@ static __always_inline void echo(struct bpf_sock_ops *ctx)
         return;
     if (!bpf_store_hdr_opt(ctx, answer->option, crab_length_within(answer->length, sizeof answer->option), 0)) {
         count(CRAB_SERVER_ECHOED);
-        begun(ctx, &answer->vip);
+        if (!crab_is_check(answer->tcp))
+            begun(ctx, &answer->vip);
     }
     answer->length = 0;
 }

@@ -37,6 +37,15 @@ CRAB_INLINE int crab_is_cookie(const __u8 *option, __u8 length)
     return (option[0] == 34 && length > 2) || (option[0] == 254 && length > 4 && option[2] == 0xf9 && option[3] == 0x89);
 }
 
+/* Is the SYN a load balancer's check, of which no connection comes?  It has timestamps where Linux has them, and in the place
+ * of an echo, which means nothing in a SYN (RFC 7323, 3.2), what no client has there.  tcp: CRAB_SYN_ROOM bytes. */
+CRAB_INLINE int crab_is_check(const __u8 *tcp)
+{
+    const __u8 *stamps = tcp + CRAB_TCP_HEADER + 6;
+    return tcp[12] >> 4 >= 9 && stamps[0] == 8 && stamps[1] == 10 && stamps[6] == 'C' && stamps[7] == 'R' &&
+           stamps[8] == 'A' && stamps[9] == 'B';
+}
+
 /* Walk the options of a TCP header of CRAB_SYN_ROOM bytes.  They end at EOL, at a bad length, or with the header. */
 CRAB_INLINE void crab_walk(const __u8 *tcp, struct crab_walk *walk)
 {

@@ -289,7 +289,7 @@ OPTIONS: tuple[Option, ...] = (
             metavar="FILE",
             parse=values.parse_seed,
             read=values.read_seed,
-            hold=lambda value: value and value.hex(),
+            hold=lambda value: value and "...",
         ),
         help="key of the hash; load balancers that share a VIP share it",
         flag_help="The argument names a file that holds it, as ps shows arguments to everybody",

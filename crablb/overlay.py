@@ -21,7 +21,19 @@ from crablb.model import Address, Backend, Config, Service, Vip
 from crablb.options import Option, held, of, table
 from crablb.values import parse_address, parse_vip, shown
 
-__all__ = ["Changes", "Edit", "MemberEdit", "ServiceEdit", "between", "diff", "overlay", "save"]
+__all__ = [
+    "Changes",
+    "Edit",
+    "MemberEdit",
+    "ServiceEdit",
+    "backend_words",
+    "between",
+    "diff",
+    "overlay",
+    "save",
+    "settings_words",
+    "word",
+]
 
 M = TypeVar("M", bound=Service | Backend)
 
@@ -237,8 +249,8 @@ def _with(value: M, settings: Mapping[str, Edit], where: str, warnings: list[str
             fields[option.field] = read_option(option, edit.now)
         elif says != edit.now:
             warnings.append(
-                f"{where}: {name} was changed from {_word(edit.was)} to {_word(edit.now)} at run time;"
-                f" the configuration says {_word(says)} by now: that holds"
+                f"{where}: {name} was changed from {word(edit.was)} to {word(edit.now)} at run time;"
+                f" the configuration says {word(says)} by now: that holds"
             )
     return replace(value, **fields) if fields else value
 
@@ -246,25 +258,26 @@ def _with(value: M, settings: Mapping[str, Edit], where: str, warnings: list[str
 # ---- in words ----
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
+    """A value of a file, for people."""
     if value is None:
         return "the default"
     if isinstance(value, list):
-        return f"[{', '.join(map(_word, value))}]"
+        return f"[{', '.join(map(word, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key} = {_word(each)}' for key, each in value.items())}}}"
+        return f"{{{', '.join(f'{key} = {word(each)}' for key, each in value.items())}}}"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings_words(settings: Mapping[str, Edit]) -> list[str]:
     """``policy: maglev -> random``."""
-    return [f"{name}: {_word(edit.was)} -> {_word(edit.now)}" for name, edit in settings.items()]
+    return [f"{name}: {word(edit.was)} -> {word(edit.now)}" for name, edit in settings.items()]
 
 
 def backend_words(address: str, edit: MemberEdit) -> str:
     """``10.0.0.11: weight 1 -> 3, state up -> drain``; one that was added or removed by its address and settings."""
     if edit.added is not None:
-        rest = [f"{key} {_word(value)}" for key, value in edit.added.items() if key != "address"]
+        rest = [f"{key} {word(value)}" for key, value in edit.added.items() if key != "address"]
         return " ".join([address, f"({', '.join(rest)})"]) if rest else address
     told = [words.replace(":", "", 1) for words in settings_words(edit.settings)]
     return f"{address}: {', '.join(told)}" if told else address
@@ -277,7 +290,7 @@ def diff(changes: Changes) -> list[str]:
         if edit.removed:
             lines.append(f"{vip} removed")
         if edit.added is not None:
-            lines.append(f"{vip} added, with {', '.join(map(_word, edit.added.get('backends', [])))}")
+            lines.append(f"{vip} added, with {', '.join(map(word, edit.added.get('backends', [])))}")
         lines += [f"{vip} {words}" for words in settings_words(edit.settings)]
         for address, member in edit.backends.items():
             ended = " added" if member.added is not None else " removed" if member.removed else ""

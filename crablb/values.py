@@ -13,7 +13,9 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +35,7 @@ __all__ = [
     "read_master_key",
     "read_seed",
     "resolve",
+    "without_imports",
 ]
 
 PORT = 7171  # of reports
@@ -326,10 +329,29 @@ def parse_policy(value: object) -> str | Callable[..., Any]:
     if name in POLICIES:
         return name
     if re.fullmatch(r"[\w.]+:[\w.]+", name):
+        known = _importable.get()
+        if known is not None and name not in known:
+            raise ConfigError(f"{shown(name)}: a policy in Python comes from the load balancer's own file alone")
         resolve(name)
         return name
     hint = near(name, POLICIES, f"there are {', '.join(POLICIES)}, or module:function")
     raise ConfigError(f"{shown(name)} is no policy; {hint}")
+
+
+_importable: ContextVar[Collection[object] | None] = ContextVar("importable", default=None)
+
+
+@contextmanager
+def without_imports(but: Collection[object] = ()) -> Iterator[None]:
+    """What is parsed comes from somebody who need not be allowed to run programs here: no module is imported for it.
+
+    ``but``: policies that run already.
+    """
+    token = _importable.set(but)
+    try:
+        yield
+    finally:
+        _importable.reset(token)
 
 
 def resolve(name: str) -> Callable[..., Any]:

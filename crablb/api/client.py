@@ -179,6 +179,8 @@ class Client:
         """Any of these."""
         with self._answer(method, path, body, query or {}) as response:
             data = response.read(MOST + 1)
+            if response.length and len(data) <= MOST:
+                raise http.client.IncompleteRead(data, response.length)
         if len(data) > MOST:
             raise ApiError([f"{self._where}: the answer is longer than {MOST} bytes"])
         try:

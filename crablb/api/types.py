@@ -18,6 +18,7 @@ __all__ = [
     "BackendHealth",
     "CheckResult",
     "Configuration",
+    "Diff",
     "Event",
     "Explain",
     "Explanation",
@@ -265,6 +266,14 @@ class Plan(Answer, frozen=True, kw_only=True):
     settings: list[str]
     restart: list[str]  # what needs one, in words
     warnings: list[str]
+
+
+class Diff(Answer, frozen=True, kw_only=True):
+    """What was changed at run time, and is not in the configuration."""
+
+    configuration: str  # the file's path; empty: arguments
+    changes: list[str]  # in words
+    unsaved: str  # why they are not written down for the next start; empty: they are
 
 
 # ---- explain ----

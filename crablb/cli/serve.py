@@ -8,12 +8,12 @@ import uvloop
 
 from crablb import config
 from crablb import log as logging
-from crablb.control import seed
+from crablb.control import admin, seed
 from crablb.control.daemon import serve
-from crablb.control.supervisor import Supervisor
+from crablb.control.state import Store, place
 from crablb.errors import ConfigError
 from crablb.kernel import capabilities, pins
-from crablb.model import Config, Service
+from crablb.model import Config, Service, Switch
 from crablb.options import OPTIONS
 
 
@@ -58,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
     logging.set_up(args.log_level)
     capabilities.require("crablb serve", capabilities.SERVE)
     pins.prepare()
+    admin.join(settings)
     # Files are read again, whosever they are, if this process could read them.
     capabilities.keep((*capabilities.SERVE, "CAP_DAC_READ_SEARCH"))
-    supervisor = Supervisor(settings, settings.seed or seed.load())
-    return uvloop.run(serve(supervisor, (lambda: read_config(args)) if args.config else None, args.config or ""))
+    key = settings.seed or seed.load()
+    names = settings.interfaces
+    store = Store(place(names[0]), names, key) if settings.persist is Switch.ON else None
+    return uvloop.run(
+        serve(settings, key, (lambda: read_config(args)) if args.config else None, args.config or "", store)
+    )

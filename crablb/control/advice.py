@@ -24,6 +24,8 @@ __all__ = ["Advice", "Adviser"]
 
 log = structlog.get_logger()
 
+#: Events of checks.
+HEALTH = ("backend-healthy", "backend-unhealthy", "panic", "panic-over", "quorum-lost", "quorum-reached")
 #: From this share of `flows` on, the XDP program's table is named as nearly full.
 NEARLY_FULL = 0.9
 #: What a tunnel must carry for IPv6 (RFC 8200, 5), and what it takes of the way's MTU by the family outside.
@@ -33,7 +35,7 @@ OUTER_HEADER = {4: 20, 6: 40}
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """``level``: info or warning; ``counter``: of :data:`crablb.dataplane.statistics.DAEMON_COUNTERS`."""
+    """``level``: info, warning or error; ``counter``: of :data:`crablb.dataplane.statistics.DAEMON_COUNTERS`."""
 
     level: str
     text: str
@@ -202,6 +204,27 @@ def redirects_stopped(event: Event) -> Iterator[Advice]:
     )
 
 
+def judged(event: Event) -> Iterator[Advice]:
+    """What checks found out of a service, or a backend of it."""
+    facts: dict[str, Any] = {"service": str(event.vip)} | ({"backend": str(event.backend)} if event.backend else {})
+    match event.kind:
+        case "backend-unhealthy":
+            yield _warning("backend unhealthy", "backends_unhealthy", **facts, reason=event.reason)
+        case "backend-healthy":
+            yield Advice("info", "backend healthy", facts)
+        case "panic":
+            text = "too few backends of a service are healthy: all get connections as if they were (panic)"
+            yield Advice("error", text, facts | {"weight": event.reason})
+        case "panic-over":
+            yield Advice("warning", "enough backends of a service are healthy again: the others get nothing new", facts)
+        case "quorum-lost":
+            text = "a VIP is withdrawn: too few of its backends are healthy"
+            yield Advice("error", text, facts | {"reason": event.reason}, "quorums_lost")
+        case "quorum-reached":
+            text = "a VIP is announced again: enough of its backends are healthy"
+            yield Advice("warning", text, facts | {"reason": event.reason})
+
+
 def interface(event: Event) -> Iterator[Advice]:
     """An interface that is served has changed."""
     facts = {"interface": event.interface}
@@ -226,14 +249,18 @@ class Adviser:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._seldom = Seldom(burst=5)
+        self._seldom, self._often = Seldom(burst=5), Seldom(burst=50)
 
     def hear(self, notice: Notice) -> None:
         """A listener of the engine's."""
         for advice in self._advise(notice):
-            # Whoever forges what the kernel believes can have these come without end.
+            # Whoever forges what the kernel believes can have these come without end; servers that come and go as well.
             backend = advice.facts.get("backend")
-            times = self._seldom.due((advice.text, backend)) if isinstance(notice, HopsChanged) and backend else 1
+            times = 1
+            if isinstance(notice, HopsChanged) and backend:
+                times = self._seldom.due((advice.text, backend))
+            elif isinstance(notice, Event) and notice.kind in HEALTH:
+                times = self._often.due(advice.text)
             if times:
                 more = {"times": times} if times > 1 else {}
                 getattr(log, advice.level)(advice.text, **advice.facts, **more)
@@ -267,6 +294,8 @@ class Adviser:
                 yield from silent(notice.backend)
             case Event(kind="redirects-stopped"):
                 yield from redirects_stopped(notice)
+            case Event() if notice.kind in HEALTH:
+                yield from judged(notice)
             case Event() if notice.interface:
                 yield from interface(notice)
             case Event(kind="redirects-resumed"):

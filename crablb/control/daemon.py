@@ -12,8 +12,9 @@ from crablb import log as logging
 from crablb.control.admin import Admin
 from crablb.control.notify import notify
 from crablb.control.operator import Operator
+from crablb.control.state import Store
 from crablb.control.supervisor import Supervisor
-from crablb.errors import ConfigError
+from crablb.control.wanted import Wanted, recall, remember
 from crablb.model import Config
 
 __all__ = ["serve"]
@@ -21,52 +22,31 @@ __all__ = ["serve"]
 log = structlog.get_logger()
 
 
-#: Seconds until what could not be applied, for want of memory perhaps, is tried again.
-AGAIN = 1.0
-
-
-def _reload(supervisor: Supervisor, read: Callable[[], Config]) -> None:
-    """Read the configuration again and serve it; if it cannot be, say why and go on as before."""
-    try:
-        config = read()
-        supervisor.apply(config)
-    except ConfigError as error:
-        supervisor.engine.count("reloads_refused")
-        for problem in error.problems:
-            log.error("not reloaded", reason=problem)
-    except Exception:  # half of it may be served
-        supervisor.engine.count("tasks_failed")
-        log.exception("not reloaded; it is tried again", seconds=AGAIN)
-        asyncio.get_running_loop().call_later(AGAIN, _reload, supervisor, read)
-    else:
-        log.info("reloaded", services=[str(s.vip) for s in config.services])
-
-
-async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path: str = "") -> int:
+async def serve(
+    config: Config, seed: bytes, read: Callable[[], Config] | None = None, path: str = "", store: Store | None = None
+) -> int:
     """Serve until SIGTERM, SIGINT or SIGQUIT; at SIGHUP, ``read`` the configuration again; at SIGUSR1, open the log
     anew.  Returns the exit status.
 
-    ``read``: raises :class:`ConfigError`; None: there is nothing to read again.  ``path``: where it reads.
+    ``read``: raises :class:`ConfigError`; None: there is nothing to read again.  ``path``: where it reads.  ``store``:
+    what was changed at run time before; None: that is forgotten.
     """
+    settings, found = recall(config, store)
+    supervisor = Supervisor(settings, seed)
+    if store:
+        remember(supervisor, store, found)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     engine = supervisor.engine
-    operator = Operator(supervisor, read=read, path=path, stop=stop.set)
-    admin = Admin(operator, engine.config)
-
-    def reload() -> None:
-        if read:
-            _reload(supervisor, read)
-        else:
-            log.warning("nothing to reload: there is no --config file")
-
+    wanted = Wanted(supervisor, given=config, read=read, path=path, store=store)
+    admin = Admin(Operator(supervisor, wanted=wanted, stop=stop.set), settings)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGUSR1, logging.reopen)
     loop.add_signal_handler(signal.SIGUSR2, lambda: None)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # there is nothing to read again yet
     await supervisor.start()
-    loop.add_signal_handler(signal.SIGHUP, reload)
+    loop.add_signal_handler(signal.SIGHUP, wanted.reload_soon)
     assert engine.failure
     try:
         log.info(
@@ -79,8 +59,9 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path:
             remove_if_killed=" ".join(["crablb remove", *(f"--iface {name}" for name in engine.modes)]),
         )
         await asyncio.to_thread(logging.flush)  # whoever waits for us may read why something is not as it should be
-        notify("READY=1")
+        wanted.start()
         admin.start()
+        notify("READY=1")
         stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
         failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
         await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)
@@ -96,4 +77,5 @@ async def serve(supervisor: Supervisor, read: Callable[[], Config] | None, path:
     finally:
         notify("STOPPING=1")
         await admin.close()
+        await wanted.close()
         await supervisor.close()

@@ -21,16 +21,17 @@ import msgspec
 import structlog
 
 from crablb import log as logging
-from crablb import overlay
+from crablb import overlay, values
 from crablb.api import types
 from crablb.config import check_services, read_service
 from crablb.control.journal import Journal
 from crablb.control.supervisor import Supervisor
+from crablb.control.wanted import Wanted
 from crablb.dataplane.census import Census
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started
 from crablb.errors import ConfigError
 from crablb.kernel.netlink import HopState
-from crablb.model import POLICIES, Address, Backend, CheckKind, Config, Mode, Service, State, Vip
+from crablb.model import Address, Backend, CheckKind, Config, Mode, Service, State, Vip
 from crablb.options import table
 from crablb.selection.standing import Pair, Standing, Verdict
 from crablb.values import near, parse_address, parse_backend, parse_vip, parse_weight
@@ -50,6 +51,8 @@ MOST_FLOWS = 10_000
 #: Seconds that a takeover leaves flows for, where the configuration does not say.
 TAKEOVER = 60.0
 
+#: Seconds for which a failure of a background task is a problem.
+LATELY = 300.0
 #: Why a backup does not serve: that is no fault.
 BACKUP = "backup"
 
@@ -121,19 +124,17 @@ class Operator:
         self,
         supervisor: Supervisor,
         *,
-        read: Callable[[], Config] | None = None,
-        path: str = "",
+        wanted: Wanted | None = None,
         stop: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``read``: the configuration again, from ``path``; None: there is no file.  ``stop``: end the daemon; None:
-        whoever runs it ends it."""
+        """``wanted``: None: there is no file, and nothing is kept.  ``stop``: end the daemon; None: whoever runs it
+        ends it."""
         self._supervisor, self._engine = supervisor, supervisor.engine
-        self._read, self._path, self._stop, self._clock = read, path, stop, clock
+        self.wanted = wanted or Wanted(supervisor)
+        self._stop, self._clock = stop, clock
         self._started = clock()
-        self._given = supervisor.engine.config  # as the file, or the program, has it
         self.journal = Journal(clock)
-        self._compared: tuple[Config, overlay.Changes] | None = None
         self._counted: tuple[float, asyncio.Future[Census]] | None = None
         self._since: dict[Pair, tuple[bool, float]] = {}  # whether it serves, and since when
         self._looking: asyncio.TimerHandle | None = None
@@ -176,7 +177,7 @@ class Operator:
             backends=sum(map(len, standing.values())),
             backends_serving=sum(serves for there in standing.values() for serves, _ in there),
             flows=sum((await self._census()).flows.values()),
-            configuration=self._path,
+            configuration=self.wanted.path,
             changes=len(self.changes),
             counters={"xdp": counters["xdp"], "workers": counters["total"], "daemon": counters["daemon"]},
         )
@@ -200,8 +201,17 @@ class Operator:
             if verdict.panic:
                 what = f"{verdict.healthy} of {verdict.weight} of the weight is healthy"
                 found.append(f"{vip}: panic: {what}, so that health is disregarded")
+        for vip in self._supervisor.health.withdrawn:
+            found.append(f"{vip}: is not announced: too little of its weight is healthy for its quorum")
         found += [f"interface {name} is gone" for name, mode in engine.modes.items() if not mode]
-        return [*found, *less]
+        found += less
+        if self.changes and (trouble := self.wanted.trouble):
+            found.append(f"changes at run time are not written down, and gone after a restart: {trouble}")
+        if engine.task_failed and (ago := time.monotonic() - engine.task_failed[1]) < LATELY:
+            found.append(
+                f"background task {engine.task_failed[0]} failed {ago:.0f} s ago, and was begun anew: see the log"
+            )
+        return found
 
     async def services(self) -> list[types.Service]:
         census, packets = await self._census(), self._engine.service_counters()
@@ -226,7 +236,7 @@ class Operator:
             panic=verdict.panic,
             backups=verdict.backups,
             quorum=service.quorum,
-            announced=True,
+            announced=service.vip not in self._supervisor.health.withdrawn,
             flows=sum(census.flows.get((service.vip, b.address), 0) for b in service.backends),
             packets=forwarded[0],
             bytes=forwarded[1],
@@ -289,6 +299,7 @@ class Operator:
         """Whether a backend gets new connections; why not, or why although."""
         verdict: Verdict = self._engine.verdicts[service.vip]
         standing = self._engine.standings.get((service.vip, backend.address), Standing())
+        found = self._supervisor.health.of((service.vip, backend.address))
         hop = self._engine.hops.get(backend.address)
         if backend.state is not State.UP:
             return False, backend.state.value
@@ -299,9 +310,9 @@ class Operator:
         if verdict.panic:
             return not backend.backup or verdict.backups, "" if standing.healthy else "panic: health is disregarded"
         if not standing.healthy:
-            return False, self._why_unhealthy((service.vip, backend.address))
+            return False, (found.reason if found else "") or "not checked yet"
         if not standing.percent:
-            return False, self._why_unhealthy((service.vip, backend.address)) or "its agent wants no new connections"
+            return False, (found.reason if found else "") or "its agent-check wants no new connections"
         if backend.backup and not verdict.backups and any(b.share and not b.backup for b in service.backends):
             return False, BACKUP
         return True, ""
@@ -315,7 +326,8 @@ class Operator:
         if backend.address.version != service.vip.address.version:
             return False, "another address family"
         if not served.cr:
-            return False, self._why_unhealthy((service.vip, backend.address), "redirect") or "redirect check"
+            found = self._supervisor.health.of((service.vip, backend.address))
+            return False, (found.cr_reason if found else "") or "not checked yet"
         if (service.vip, backend.address) in self._engine.unredirected:
             return False, "its clients complete no redirects"
         return True, ""
@@ -330,27 +342,23 @@ class Operator:
             return hop.reason or hop.state.value
         return f"{where} {hop.dst_mac.hex(':')}" + (f" via {hop.gateway}" if hop.gateway else "")
 
-    def health(self) -> list[types.BackendHealth]:
-        """What checks found out, of all that are checked."""
-        pairs = [(s.vip, b.address) for s in self._engine.config.services for b in s.backends]
-        return [self._health(pair) for pair in pairs]
+    async def health(self) -> list[types.BackendHealth]:
+        """What checks found out, of all backends of all services."""
+        told: list[types.BackendHealth] = []
+        for pair in [(s.vip, b.address) for s in self._engine.config.services for b in s.backends]:
+            told.append(self._health(pair))
+            if len(told) % AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return told
 
     def _health(self, pair: Pair) -> types.BackendHealth:
-        checks: list[types.CheckResult] = []
-        known = self._engine.standings.get(pair)
+        found = self._supervisor.health.of(pair)
         return types.BackendHealth(
             service=str(pair[0]),
             address=str(pair[1]),
-            healthy=known.healthy if known else None,
-            checks=checks,
+            healthy=found.healthy if found and found.known else None,
+            checks=self._supervisor.health.results(pair),
         )
-
-    def _why_unhealthy(self, pair: Pair, kind: str | None = None) -> str:
-        """The failed check of a backend and what came of it."""
-        for check in self._health(pair).checks:
-            if (kind is None or check.type == kind) and check.healthy is False:
-                return f"{check.type}: {check.reason}"
-        return "" if kind else "unhealthy"
 
     def statistics(self) -> types.Statistics:
         counts = self._engine.statistics()
@@ -359,7 +367,7 @@ class Operator:
         )
 
     def configuration(self) -> types.Configuration:
-        return types.Configuration(path=self._path, settings=table(self._engine.config))
+        return types.Configuration(path=self.wanted.path, settings=table(self._engine.config))
 
     async def count_flows(self) -> types.FlowCount:
         flows = (await self._census()).flows
@@ -479,7 +487,8 @@ class Operator:
 
     def add_service(self, entry: dict[str, Any]) -> types.Applied:
         """``entry``: as [[service]] in a file."""
-        new = read_service(entry)
+        with values.without_imports():
+            new = read_service(entry)
         _harmless(new)
         if any(s.vip == new.vip for s in self._engine.config.services):
             raise ConflictError(f"{new.vip} is served already")
@@ -505,6 +514,7 @@ class Operator:
         if problems := check_services([(str(s.vip), s) for s in services], config.table_size):
             raise ConfigError(problems)
         self._supervisor.apply(config)
+        self.wanted.changed()
         self._engine.count("changes")
         by = asking.get()
         for event in events:
@@ -516,21 +526,9 @@ class Operator:
     @property
     def changes(self) -> overlay.Changes:
         """How what is served differs from what the configuration says."""
-        if self._compared is None or self._compared[0] is not self._engine.config:
-            self._compared = self._engine.config, overlay.between(self._given, self._engine.config)
-        return self._compared[1]
+        return self.wanted.changes
 
     # ---- the daemon ----
-
-    def reload(self) -> types.Applied:
-        """Read the configuration again, and serve it."""
-        if not self._read:
-            raise ConflictError("there is nothing to read again: it was started without --config")
-        config = self._read()
-        before = self._engine.config
-        self._supervisor.apply(config)
-        self._given = self._engine.config
-        return types.Applied(changes=[] if before == self._engine.config else ["reloaded"])
 
     def log_level(self, what: types.LogLevel) -> types.Applied:
         before = logging.level()
@@ -555,7 +553,10 @@ class Operator:
     # ---- what happens ----
 
     def _hear(self, notice: Notice) -> None:
-        if isinstance(notice, Event | HopsChanged | Started) and self._looking is None:
+        if not isinstance(notice, Event | HopsChanged | Started):
+            return
+        self._counted = None  # tables may be others
+        if self._looking is None:
             self._looking = asyncio.get_running_loop().call_later(SETTLE, self._look)
 
     def _look(self) -> None:
@@ -623,12 +624,5 @@ def _told(event: Event) -> str:
 
 def _harmless(service: Service) -> None:
     """Who may use the API need not be root, so no program comes in by it.  Raises :class:`ConfigError`."""
-    problems = []
-    if service.policy not in POLICIES:
-        problems.append("policy: one that is a program comes from the configuration file alone")
     if any(check.kind is CheckKind.EXEC for check in service.checks or ()):
-        problems.append("check: exec runs a program: it comes from the configuration file alone")
-    if any(check.ca_file for check in service.checks or ()):
-        problems.append("check: ca_file names a file: it comes from the configuration file alone")
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError("check: exec runs a program: it comes from the configuration file alone")

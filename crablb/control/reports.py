@@ -6,7 +6,7 @@ import asyncio
 import math
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import structlog
@@ -30,9 +30,12 @@ class Reports(asyncio.DatagramProtocol):
     :meth:`start` raises :class:`KernelError` if the address cannot be bound.
     """
 
-    def __init__(self, engine: Engine, master: bytes) -> None:
-        """``master``: the 32 bytes that the backends' keys are derived from."""
-        self._engine = engine
+    def __init__(
+        self, engine: Engine, master: bytes, listening: Callable[[tuple[Vip, Address], bool], None] = lambda *_: None
+    ) -> None:
+        """``master``: the 32 bytes that the backends' keys are derived from; ``listening`` is told whether something
+        listens on a server for a service, with each report that says so."""
+        self._engine, self._listening = engine, listening
         self._judge = Judge(master)
         self._refused: set[tuple[Any, str]] = set()  # those named since
         self._refused_since = -math.inf
@@ -111,3 +114,5 @@ class Reports(asyncio.DatagramProtocol):
                 self._deserted.add(pair)
             else:
                 self._deserted.discard(pair)
+            if v.listening is not None:
+                self._listening(pair, v.listening)

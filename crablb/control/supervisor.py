@@ -11,6 +11,7 @@ import structlog
 from crablb.control.advice import Adviser
 from crablb.control.announce import Announcer
 from crablb.control.claim import Act
+from crablb.control.health.health import Health
 from crablb.control.keeping import remove_later
 from crablb.control.reports import Reports
 from crablb.dataplane.engine import Engine
@@ -21,7 +22,7 @@ from crablb.kernel.netlink import Link
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, Announce, Config
 
-__all__ = ["Supervisor"]
+__all__ = ["Supervisor", "check"]
 
 log = structlog.get_logger()
 
@@ -41,7 +42,7 @@ def _own_addresses(config: Config) -> Iterator[str]:
             )
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
     """Raises :class:`ConfigError` for what would harm this machine, or cannot be done by this user."""
     problems = list(_own_addresses(config))
     if config.keep and os.geteuid() != 0:
@@ -60,7 +61,9 @@ class Supervisor:
     def __init__(self, config: Config, seed: bytes, *, threads: bool = True) -> None:
         self.engine = Engine(config, seed, threads=threads)
         self.listeners: list[Callable[[Event], None]] = []
-        self.engine.listeners += [Adviser(self.engine).hear, self._tell]
+        self._adviser = Adviser(self.engine)
+        self.engine.listeners += [self._adviser.hear, self._tell]
+        self.health = Health(self.engine, self._judged)
         self._announcers: dict[tuple[str, int], Announcer] = {}  # by an interface's name and index
         self._announcing = False
         self._ending: set[asyncio.Task[None]] = set()  # of announcers
@@ -77,12 +80,16 @@ class Supervisor:
 
     async def _start(self) -> None:
         config = self.engine.config
-        _check(config)
+        check(config)
         if config.report_listen and config.report_key:
-            self._reports = Reports(self.engine, config.report_key)
+            self._reports = Reports(self.engine, config.report_key, self.health.listening)
             self._reports.follow(config.services)
             await self._reports.start(*config.report_listen)
+        found = self.health.prepare(config)
+        self.engine.judge(found.standings)
         await self.engine.start()
+        self.health.follow(found)
+        self.health.start()
         self._announcing = config.announce is Announce.ARP
         self._announce()
         self._tell_links(self.engine.links)
@@ -90,6 +97,7 @@ class Supervisor:
     async def close(self) -> None:
         """Leave nothing in the kernel, or for ``keep`` seconds.  Idempotent."""
         self._announcing = False
+        self.health.close()
         await asyncio.gather(*self._ending, *(announcer.close() for announcer in self._announcers.values()))
         self._announcers.clear()
         if self._reports:
@@ -100,16 +108,26 @@ class Supervisor:
 
     def apply(self, config: Config) -> None:
         """See :meth:`Engine.apply`.  Raises :class:`ConfigError` also as :meth:`start` does."""
-        _check(config)
-        self.engine.apply(config)
-        for announcer in self._announcers.values():
-            announcer.follow(service.vip.address for service in config.services)
+        check(config)
+        found = self.health.prepare(config)
+        self.engine.apply(config, found.standings)
+        self.health.follow(found)
+        self._follow_vips()
         if self._reports:
             self._reports.follow(config.services)
 
     def tell(self, event: Event) -> None:
         """Have the listeners know of an event that neither the engine nor a task of this one saw."""
         self._tell(event)
+
+    def _vips(self) -> set[Address]:
+        """Those to announce: each that a service has which has its quorum."""
+        withdrawn = self.health.withdrawn
+        return {service.vip.address for service in self.engine.config.services if service.vip not in withdrawn}
+
+    def _follow_vips(self) -> None:
+        for announcer in self._announcers.values():
+            announcer.follow(self._vips())
 
     def _announce(self) -> None:
         """Have one who answers for the VIPs on each interface there is: sockets follow none that goes or is renamed.
@@ -125,7 +143,7 @@ class Supervisor:
         for name, index in there - self._announcers.keys():
             announcer = Announcer(name, self._vip_befell, self.engine.task)
             try:
-                announcer.start(service.vip.address for service in self.engine.config.services)
+                announcer.start(self._vips())
             except OSError as error:
                 self._end(announcer)
                 raise KernelError(f"cannot announce VIPs on {name}: {error.strerror or error}") from None
@@ -135,6 +153,13 @@ class Supervisor:
         task = asyncio.ensure_future(announcer.close())
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+
+    def _judged(self, event: Event) -> None:
+        """What checks found out."""
+        self._adviser.hear(event)
+        self._tell(event)
+        if event.kind in ("quorum-lost", "quorum-reached"):
+            self._follow_vips()
 
     def _tell(self, notice: Notice) -> None:
         if isinstance(notice, Event):

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -39,7 +39,7 @@ from crablb.model import Address, Bypass, Config, Service, State, Vip
 from crablb.options import fixed_fields
 from crablb.selection.completion import Completions
 from crablb.selection.custom import Custom
-from crablb.selection.loads import Balance, Load
+from crablb.selection.loads import WHOLE, Balance, Load
 from crablb.selection.standing import Pair, Standing, Verdict, judge
 
 __all__ = ["Engine"]
@@ -82,6 +82,7 @@ class Engine:
         self._completions = Completions()
         self._standings: dict[Pair, Standing] = {}
         self._verdicts: dict[Vip, Verdict] = {}
+        self._warm: Collection[Pair] = ()  # who does not begin slowly if it begins to serve now
         self._served = config  # with the backends as their standing has them
         self._custom = Custom(self._policy_failed)
         self._handlers = Handlers(self._handler_failed)
@@ -102,6 +103,7 @@ class Engine:
         self._unfit: dict[str, str] = {}  # those that could not be, and why
         self._sweep_soon = asyncio.Event()
         self._applied: list[Config] = []  # the configurations since the last sweep began
+        self.task_failed: tuple[str, float] | None = None  # the last one, and when, of the monotonic clock
         self._stepped = time.monotonic()  # when weights were last looked at
         # Connections that the flow caches had no room for, and packets that the kernel dropped, when last looked at:
         self._refused = self._dropped = 0
@@ -160,7 +162,7 @@ class Engine:
 
     @property
     def served(self) -> Config:
-        """The configuration with each backend's state, weight and cr as health has them now."""
+        """The configuration with each backend's state and cr as health has them now."""
         return self._served
 
     @property
@@ -228,6 +230,10 @@ class Engine:
             await working  # it reads what is freed when the engine is closed
             raise
 
+    def part(self, service: Service, backend: Address) -> float:
+        """Of a backend's weight, what counts at this moment: 1.0; less while it warms up; what its agent says."""
+        return self._balance.part(service, backend, time.monotonic())
+
     def statistics(self) -> dict[str, Any]:
         """Packets by what became of them: see :func:`crablb.dataplane.statistics.read`."""
         return self._running.statistics(self._queues.slots)
@@ -275,17 +281,31 @@ class Engine:
             self._publish()
             self._tell(Event("redirects-resumed", backend, vip))
 
-    def judge(self, standings: Mapping[Pair, Standing]) -> None:
+    def judge(self, standings: Mapping[Pair, Standing], warm: Collection[Pair] = ()) -> None:
         """What was found out about some backends of services, which takes the place of what was known of them.
 
-        Also before the start.  Of a backend that nothing is said of all is well.
+        Also before the start.  Of a backend that nothing is said of all is well.  ``warm``: those that do not begin
+        slowly if they begin to serve now.
         """
-        changed = {pair: s for pair, s in standings.items() if self._standings.get(pair, Standing()) != s}
-        if not changed:
+        before = self._standings
+        self._learn(standings)
+        if not self._attached or self._standings is before:
             return
-        self._standings |= changed
-        if self._attached:
+        self._warm = warm
+        try:
             self._publish()
+        except BaseException:
+            self._standings = before  # it can be said again
+            raise
+        finally:
+            self._warm = ()
+
+    def _learn(self, standings: Mapping[Pair, Standing]) -> None:
+        changed = {pair: s for pair, s in standings.items() if self._standings.get(pair, Standing()) != s}
+        if changed:
+            self._standings = self._standings | changed
+        for pair, standing in changed.items():
+            self._balance.give(pair, standing.percent or WHOLE)
 
     def _judge(self) -> None:
         """Work out how each service is served now; tell where health is disregarded, and where no more."""
@@ -450,7 +470,12 @@ class Engine:
 
         Nobody would notice what is not done any more.
         """
-        return lasting.task(name, work, lambda: self.count("tasks_failed"), self._failed)
+
+        def failed() -> None:
+            self.task_failed = name, time.monotonic()
+            self.count("tasks_failed")
+
+        return lasting.task(name, work, failed, self._failed)
 
     def _failed(self, reason: str) -> None:
         if self.failure and not self.failure.done():
@@ -477,8 +502,10 @@ class Engine:
 
     # ---- changes ----
 
-    def apply(self, config: Config) -> None:
+    def apply(self, config: Config, standings: Mapping[Pair, Standing] = MappingProxyType({})) -> None:
         """Serve another configuration from now on.  No connection is broken whose backend lives.
+
+        ``standings``: what is known of its backends already, as for :meth:`judge`.
 
         Raises :class:`ConfigError`, and changes nothing, if it differs in what is fixed at the start.
         """
@@ -495,6 +522,7 @@ class Engine:
         # A VIP's packets come only while the workers know it.
         self._running.serve((s.vip for s in self.config.services if s.vip in served), self._registry.services)
         self.config = config
+        self._learn(standings)
         self._own()
         self._applied.append(config)
         self._answered &= config.vips
@@ -625,7 +653,7 @@ class Engine:
             dead = {b.address for s in self._served.services for b in s.backends if b.state is State.DEAD}
             self._running.paths.publish(self._registry.backends, hops, self._ways, dead)
         usable = {address for address, hop in hops.items() if hop.state is HopState.RESOLVED}
-        self._balance.follow(self._served.services, usable, at if self._attached else None)
+        self._balance.follow(self._served.services, usable, at if self._attached else None, self._warm)
         sight = Sight(
             self.seed,
             self._registry.backends,

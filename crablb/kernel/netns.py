@@ -17,7 +17,7 @@ from pathlib import Path
 
 from crablb.errors import ConfigError, KernelError
 
-__all__ = ["Namespace", "all_seen", "enter", "every", "find", "inside", "places"]
+__all__ = ["Namespace", "all_seen", "enter", "every", "find", "inside", "own_name", "places"]
 
 #: Where ip netns keeps those that have names.
 NAMED = Path("/run/netns")
@@ -72,6 +72,14 @@ def enter(path: Path) -> None:
         _enter(there, str(path))
     finally:
         os.close(there)
+
+
+def own_name() -> str:
+    """What ip-netns(8) calls this thread's network namespace; empty: nothing."""
+    inode = os.stat(OWN).st_ino
+    with suppress(OSError):
+        return next((p.name for p in sorted(NAMED.iterdir()) if p.is_file() and p.stat().st_ino == inode), "")
+    return ""
 
 
 @contextmanager

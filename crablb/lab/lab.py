@@ -52,6 +52,10 @@ def _run(*args: str, stdin: str | None = None) -> str:
     return done.stdout
 
 
+#: What a load balancer remembers: crablb.control.state.
+REMEMBERED = Path("/var/lib/crablb")
+
+
 class Node:
     """A network namespace with a cgroup: what is started in it ends with it."""
 
@@ -169,7 +173,7 @@ class Node:
             if pinned:
                 for role in pinned.glob("*"):
                     pins.remove(role)
-                for left in pins.RUN.glob(f"{pinned.name}-*"):
+                for left in (*pins.RUN.glob(f"{pinned.name}-*"), *REMEMBERED.glob(f"*netns-{self.netns}-*")):
                     left.unlink(missing_ok=True)
                 pins.tidy()
 

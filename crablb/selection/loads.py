@@ -16,6 +16,8 @@ __all__ = ["SILENT", "Backends", "Balance", "Load"]
 
 #: Weights are multiplied by so much while one of them rises, in so many steps.
 STEPS = 10
+#: And by so much while one of them is another percentage.
+WHOLE = 100
 #: Seconds without a report after which a server's load is not known any more.
 SILENT = 3.0
 #: Connections of a backend at most, whatever it reports: what is assigned until the next report is added, in 32 bits.
@@ -109,6 +111,7 @@ class Balance:
         self._turns: dict[Vip, Any] = {}
         self._since: dict[tuple[Vip, Address], float] = {}  # when a backend that is starting slowly began
         self._serving: set[tuple[Vip, Address]] = set()  # who gets connections
+        self._percents: dict[tuple[Vip, Address], int] = {}  # of their weight, where that is not all of it
         self._heard: dict[Address, float] = {}  # when a server that reports did so last
 
     def _block(self, vip: Vip) -> _Block:
@@ -160,10 +163,16 @@ class Balance:
             del self._heard[address]
         return gone
 
-    def follow(self, services: Iterable[Service], usable: Container[Address], at: float | None) -> None:
+    def follow(
+        self,
+        services: Iterable[Service],
+        usable: Container[Address],
+        at: float | None,
+        warm: Container[tuple[Vip, Address]] = (),
+    ) -> None:
         """Note which backends get connections now: those that did not before begin slowly, ``at`` this time.
 
-        ``at``: None at the start, where none is new.
+        ``at``: None at the start, where none is new.  ``warm``: of whom it is the start all the same.
         """
         serving = {
             (service.vip, b.address): service
@@ -173,7 +182,8 @@ class Balance:
         }
         if at is not None:
             for vip, address in serving.keys() - self._serving:
-                self.begin(serving[vip, address], address, at)
+                if (vip, address) not in warm:
+                    self.begin(serving[vip, address], address, at)
         self._serving = set(serving)
 
     def begin(self, service: Service, backend: Address, at: float) -> None:
@@ -181,18 +191,35 @@ class Balance:
         if service.slow_start:
             self._since[service.vip, backend] = at
 
+    def give(self, pair: tuple[Vip, Address], percent: int) -> None:
+        """Have a backend so much of its weight from now on; at least 1."""
+        if percent == WHOLE:
+            self._percents.pop(pair, None)
+        else:
+            self._percents[pair] = percent
+
     def weights(self, service: Service, backends: Iterable[Backend], at: float) -> dict[Address, int]:
         """The weights that these backends have at this moment; those of weight 0 are left out."""
         shares = {b.address: b.share for b in backends if b.share}
         steps = {address: self._step(service, address, at) for address in shares}
-        if all(step == STEPS for step in steps.values()):
-            return shares
-        return {address: max(1, share * steps[address]) for address, share in shares.items()}
+        if any(step != STEPS for step in steps.values()):
+            shares = {address: max(1, share * steps[address]) for address, share in shares.items()}
+        percents = {address: self._percents.get((service.vip, address), WHOLE) for address in shares}
+        if any(percent != WHOLE for percent in percents.values()):
+            shares = {address: share * percents[address] for address, share in shares.items()}
+        return shares
 
-    def scale(self, service: Service, weights: Mapping[Address, int]) -> int:
-        """What :meth:`weights` has a backend's full weight multiplied by: more than 1 while one of them warms up."""
-        full = {b.address: b.weight for b in service.backends}
-        return STEPS if any(weight != full[address] for address, weight in weights.items()) else 1
+    def scale(self, service: Service, weights: Iterable[Address]) -> int:
+        """What the last call of :meth:`weights`, which gave these, has a full weight multiplied by: more than 1 while
+        one of them warms up, or has another percentage of it."""
+        pairs = [(service.vip, address) for address in weights]
+        rising = STEPS if any(pair in self._since for pair in pairs) else 1
+        return rising * (WHOLE if any(pair in self._percents for pair in pairs) else 1)
+
+    def part(self, service: Service, backend: Address, at: float) -> float:
+        """Of a backend's weight, what counts at this moment."""
+        percent = self._percents.get((service.vip, backend), WHOLE)
+        return self._step(service, backend, at) / STEPS * percent / WHOLE
 
     def _step(self, service: Service, backend: Address, at: float) -> int:
         began = self._since.get((service.vip, backend))
@@ -227,6 +254,7 @@ class Balance:
             if service.vip in self._blocks:
                 self._blocks[service.vip].forget({b.address for b in service.backends})
         self._since = {pair: began for pair, began in self._since.items() if pair in pairs}
+        self._percents = {pair: percent for pair, percent in self._percents.items() if pair in pairs}
         self._turns = {vip: turn for vip, turn in self._turns.items() if vip in vips}
         backends = {address for _, address in pairs}
         self._heard = {address: at for address, at in self._heard.items() if address in backends}

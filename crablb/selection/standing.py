@@ -22,14 +22,15 @@ class Standing:
 
     healthy: bool = True
     cr: bool = True  # it echoes redirects
-    percent: int = 100  # of its weight; 0: nothing new, as by "drain"
+    known: bool = True  # else nothing was found out yet
+    percent: int = 100  # of its weight (selection.loads.Balance); 0: nothing new, as by "drain"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """A service as it is served."""
 
-    service: Service  # its backends with the state, weight and cr that they have for now
+    service: Service  # its backends with the state and cr that they have for now
     panic: bool  # health is disregarded
     healthy: int  # weight of the primaries that are healthy
     weight: int  # of the primaries that the operator has up
@@ -42,8 +43,8 @@ _UNKNOWN = Standing()
 def judge(service: Service, standings: Mapping[Pair, Standing]) -> Verdict:
     """What becomes of a service.  Of pairs that ``standings`` does not name all is well.
 
-    With less than ``panic`` percent of the weight healthy, all that the operator has up serve.  Backups serve while
-    no primary is healthy, before it comes to that.
+    With less than ``panic`` percent of the weight healthy, all that the operator has up serve; of whom nothing was
+    found out yet may be.  Backups serve while no primary is healthy, before it comes to that.
     """
 
     def of(backend: Backend) -> Standing:
@@ -55,22 +56,17 @@ def judge(service: Service, standings: Mapping[Pair, Standing]) -> Verdict:
     healthy = sum(b.share for b in primaries if of(b).healthy)
     spare = [b for b in up if b.backup and of(b).healthy]
     backups = not healthy and bool(spare) and any(not b.backup for b in up)
-    panic = not backups and healthy * 100 < service.panic * weight
+    perhaps = healthy + sum(b.share for b in primaries if not of(b).healthy and not of(b).known)
+    panic = not backups and perhaps * 100 < service.panic * weight
     serving = {b.address for b in (spare if backups else primaries) if panic or of(b).healthy}
 
     def served(backend: Backend) -> Backend:
         standing = of(backend)
         cr = backend.cr and standing.cr
-        if backend.state is not State.UP:
-            return replace(backend, cr=cr) if cr != backend.cr else backend
-        if backend.address not in serving or not (standing.percent or panic):
-            return replace(backend, cr=cr, state=State.DRAIN)
-        scaled = backend.weight
-        if standing.percent != 100 and backend.weight:
-            scaled = max(1, backend.weight * max(1, standing.percent) // 100)
-        if scaled == backend.weight and cr == backend.cr:
-            return backend
-        return replace(backend, cr=cr, weight=scaled)
+        state = backend.state
+        if backend.share and (backend.address not in serving or not (standing.percent or panic)):
+            state = State.DRAIN
+        return backend if (state, cr) == (backend.state, backend.cr) else replace(backend, state=state, cr=cr)
 
     backends = tuple(map(served, service.backends))
     same = all(new is old for new, old in zip(backends, service.backends, strict=True))

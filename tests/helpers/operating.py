@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from crablb.config import parse_service
+from crablb.control.health.health import Found
 from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.census import Census, FoundFlow
@@ -37,6 +38,8 @@ class StillEngine:
         self.config = served
         self.listeners: list[Callable[[Notice], None]] = []
         self.standings: dict[Pair, Standing] = {}
+        self.found: dict[Pair, Found] = {}  # what checks say
+        self.task_failed: tuple[str, float] | None = None
         self.hops: dict[Address, NextHop] = {
             address: NextHop(HopState.RESOLVED, ifindex=2, dst_mac=MAC, src_mac=MAC) for address in served.backends
         }
@@ -106,7 +109,8 @@ class StillEngine:
 def still(served: Config | None = None, **more: Any) -> tuple[Operator, StillEngine]:
     """An operator over such an engine."""
     engine = StillEngine(served or config())
-    supervisor = SimpleNamespace(engine=engine, listeners=[], apply=engine.apply)
+    health = SimpleNamespace(of=engine.found.get, results=lambda pair: [], withdrawn=set())
+    supervisor = SimpleNamespace(engine=engine, listeners=[], apply=engine.apply, health=health)
 
     def tell(event: Event) -> None:
         for listener in supervisor.listeners:

@@ -85,7 +85,18 @@ WRONG = [
     (["key", "new", "more"], "unknown argument 'more'; see crablb key --help"),
     (["serve", "--iface"], "argument --iface/--interface: expected one argument (see crablb serve --help)"),
     (["serve", "--config", ""], "'' names no file"),
-    (["status"], "the following arguments are required: --iface/--interface (see crablb status --help)"),
+    (["weight", "10.0.0.11"], "the following arguments are required: N (see crablb weight --help)"),
+    (["weight", "10.0.0.11", "many"], "N: 'many' is not a whole number from 0 to 65535"),
+    (["drain", "10.0.0.11", "--timeout", "5"], "--timeout goes with --wait"),
+    (["drain", "10.0.0.11", "--wait", "--timeout", "x"], "--timeout: 'x' is not a number of seconds from 0 to 86400"),
+    (["flows", "--count", "--vip", "x"], "--count is of all flows: leave --vip, --backend and --client out"),
+    (["flows", "--limit", "-"], "--limit: '-' is not a whole number"),
+    (["events", "--since", "x"], "--since: 'x' is not the number of an event"),
+    (
+        ["log-level", "loud"],
+        "level: there is no 'loud'; there are debug, info, warning, error (see crablb log-level --help)",
+    ),
+    (["services", "--iface", ""], "'' is not the name of an interface (see ip link)"),
     (["status", "--iface", ""], "'' is not the name of an interface (see ip link)"),
     (["agent", "server"], "the following arguments are required: --vip (see crablb agent server --help)"),
     (
@@ -236,7 +247,7 @@ def completion(tmp_path, capsys):
     ("words", "expected"),
     [
         (["crablb", ""], set(COMMANDS)),
-        (["crablb", "config", ""], {"check", "example", "reference"}),
+        (["crablb", "config", ""], {"check", "example", "openapi", "reference"}),
         (["crablb", "serve", "--xdp-mode", ""], {"auto", "native", "generic"}),
         (["crablb", "serve", "--policy", "least"], {"least-connections", "least-loaded"}),
         (["crablb", "serve", "--iface", "lo", "--sour"], {"--source-prefix"}),

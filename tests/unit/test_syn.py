@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from crablb.control.health.segments import SYN, options_of_syn, segment
+from crablb.model import OptionForm
 from tests.helpers.processes import ROOT
 
 SOURCE = """
@@ -21,6 +24,10 @@ int walk(const __u8 *tcp, __u8 out[3])
     out[0] = walk.at, out[1] = walk.length, out[2] = walk.cookie;
     return 0;
 }
+int is_check(const __u8 *tcp)
+{
+    return crab_is_check(tcp);
+}
 """
 ROOM = 80
 V4, V6 = bytes.fromhex("2a060a000064"), bytes.fromhex("2a12") + bytes(15) + b"\x64"
@@ -31,13 +38,17 @@ COOKIE, ASKING, OLD_COOKIE = b"\x22\x0a" + bytes(8), b"\x22\x02", bytes.fromhex(
 
 
 @pytest.fixture(scope="session")
-def walk(tmp_path_factory: pytest.TempPathFactory):
-    """``walk(options)``: the redirect found (None: none), and whether there is a cookie."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("syn")
     (folder / "syn.c").write_text(SOURCE)
     flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "bpf")]
     subprocess.run(["gcc", *flags, "-o", folder / "syn.so", folder / "syn.c"], check=True)
-    library = ctypes.CDLL(str(folder / "syn.so"))
+    return ctypes.CDLL(str(folder / "syn.so"))
+
+
+@pytest.fixture(scope="session")
+def walk(library):
+    """``walk(options)``: the redirect found (None: none), and whether there is a cookie."""
 
     def call(options: bytes, length: int | None = None) -> tuple[bytes | None, bool]:
         header = bytearray(20)
@@ -125,3 +136,16 @@ def test_it_reads_no_further(tmp_path: Path):
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-I", str(ROOT / "bpf")]
     subprocess.run(["gcc", *flags, "-o", tmp_path / "main", tmp_path / "main.c"], check=True)
     assert subprocess.run([tmp_path / "main"], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("form", OptionForm)
+@pytest.mark.parametrize("vip", ["10.0.0.100", "fd00::100"])
+def test_checks_are_known(library, vip, form):
+    """By what the load balancer puts into them, and by nothing else: clients' SYNs have zeros there."""
+    address = ip_address(vip)
+    options = options_of_syn(1500, address.version, address, form)
+    check = segment(address, address, (1, 2), 3, SYN, options).ljust(ROOM, b"\0")
+    assert library.is_check(check)
+    for at in (26, 27, 32, 33, 34, 35):
+        assert not library.is_check(check[:at] + b"\0" + check[at + 1 :])
+    assert not library.is_check(check[:12] + b"\x80" + check[13:])  # its header ends before

@@ -118,8 +118,6 @@ class _Path(_Endpoint):
         asking.set(scope.get("state", {}).get("peer", ""))
         try:
             answer = call.do(self._shared.operator, parameters, body)
-            if isinstance(call.answer, Stream):
-                return await self._stream(call.answer, answer, scope, receive, send)
             if inspect.isawaitable(answer):
                 answer = await answer
         except NotFoundError as error:
@@ -133,7 +131,10 @@ class _Path(_Endpoint):
         except Exception:  # one request's fault is no other's
             log.exception("a request failed", method=call.method, path=scope["path"])
             raise _Refused(500, ["a fault of crablb's own; its log has more"]) from None
-        await _send(send, 200, answer)
+        if isinstance(call.answer, Stream):
+            await self._stream(call.answer, answer, scope, receive, send)
+        else:
+            await _send(send, 200, answer)
 
     async def _stream(
         self, kind: Stream, chunks: AsyncGenerator[bytes, None], scope: Scope, receive: Receive, send: Send

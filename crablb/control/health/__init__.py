@@ -1,0 +1,1 @@
+"""Whether backends serve: checks, and what follows from them."""
