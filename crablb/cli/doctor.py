@@ -12,7 +12,7 @@ from crablb.doctor.examine import examine
 from crablb.doctor.finding import Finding, Severity, fault
 from crablb.errors import Problems
 from crablb.model import Config
-from crablb.values import parse_interface
+from crablb.values import parse_interfaces
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     problems = Problems()
-    names = tuple(dict.fromkeys(problems.each("--iface", args.interfaces, parse_interface)))
+    names = (problems.attempt("--iface", parse_interfaces, args.interfaces) or ()) if args.interfaces else ()
     settings = problems.attempt("", config.load_config, args.config, names) if args.config else None
     problems.finish()
     looked_at, findings = _findings(names, settings)

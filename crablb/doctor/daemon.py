@@ -47,15 +47,14 @@ class Daemon:
 def names() -> list[str]:
     """The interfaces of this network namespace that a load balancer serves, or has left something of."""
     alive = (role for role, pid in pins.held().items() if pid)
-    roles = {*pins.folders(), *alive, *_offloads()}
+    roles = {*pins.folders(), *alive, *noted("offloads")}
     return sorted(role.removeprefix("lb-") for role in roles if role.startswith("lb-"))
 
 
-def _offloads() -> dict[str, Path]:
-    prefix = f"{pins.PREFIX}{pins.cookie()}-"
-    return {
-        path.name.removeprefix(prefix).removesuffix(".offloads"): path for path in pins.RUN.glob(f"{prefix}*.offloads")
-    }
+def noted(kind: str) -> dict[str, Path]:
+    """The files of a kind that crablb keeps in /run for this network namespace, by role."""
+    prefix, suffix = f"{pins.PREFIX}{pins.cookie()}-", f".{kind}"
+    return {path.name.removeprefix(prefix).removesuffix(suffix): path for path in pins.RUN.glob(f"{prefix}*{suffix}")}
 
 
 def _process(pid: int) -> tuple[str, float]:
@@ -95,7 +94,7 @@ def read(name: str, queues: int) -> Daemon:
     role = f"lb-{name}"
     pid, folder = pins.held().get(role), pins.folders().get(role)
     state, age = _process(pid) if pid else ("", 0.0)
-    offloads = _offloads().get(role)
+    offloads = noted("offloads").get(role)
     try:
         index = socket.if_nametoindex(name)
     except OSError:

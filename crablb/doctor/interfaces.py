@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from crablb._native import lib
 from crablb.dataplane.attachment import VLAN_OFFLOADS
@@ -135,9 +135,12 @@ def judge(port: Port, config: Config | None, far: bool | None) -> Iterator[Findi
     if not port.info:
         yield from _missing(port)
         return
+    wanted = config.xdp_mode if config else XdpMode.AUTO
+    if wanted is XdpMode.GENERIC and not port.mode:
+        port = replace(port, mode="generic")  # as it will be
     yield from _state(port)
     yield from _others(port)
-    yield from _mode(port, config.xdp_mode if config else XdpMode.AUTO)
+    yield from _mode(port, wanted)
     yield from _queues(port, config.queues if config else None)
     yield from _mtu(port)
     yield from _offloads(port, far)
@@ -249,7 +252,9 @@ def _mode(port: Port, wanted: XdpMode) -> Iterator[Finding]:
         )
     else:
         why = "a third of the speed of native mode, or less: the kernel makes a packet of each frame first"
-        if kind == "vlan":
+        if wanted is XdpMode.GENERIC:
+            yield note("xdp-generic", "generic mode, as xdp_mode = 'generic' asks for it", why)
+        elif kind == "vlan":
             yield note("xdp-generic", "generic mode, as a VLAN has no other", why)
         elif kind in GENERIC:
             yield note(
@@ -262,7 +267,7 @@ def _mode(port: Port, wanted: XdpMode) -> Iterator[Finding]:
             yield note(
                 "xdp-generic",
                 f"generic mode, though {driver} runs XDP programs",
-                why + "; it was asked for, or refused for the MTU, LRO or the number of queues",
+                why + "; native mode was refused, for the MTU, LRO or the number of queues perhaps",
                 "restart crablb serve with xdp_mode = 'native' to read why",
             )
         else:

@@ -161,7 +161,7 @@ def rights(found: Rights) -> Iterator[Finding]:
         yield fault(
             "rights",
             f"user {found.user} lacks {', '.join(found.lacking)}",
-            found.advice or "crablb serve needs them, and the doctor sees less without",
+            "crablb serve needs them, and the doctor sees less without",
             "run it as root, or in a unit of systemd with AmbientCapabilities=" + " ".join(capabilities.SERVE),
         )
     elif found.advice:
@@ -264,10 +264,15 @@ _MOUNT = f"mount -t bpf bpf {bpf.BPFFS}"
 
 
 def read_load() -> str:
-    """Why the load balancer's program does not load; empty if it does."""
+    """Why the load balancer's program does not load; empty if it does.
+
+    Raises :class:`crablb.kernel.bpf.BpfPermissionError`: whether it would is not to be known.
+    """
     try:
         with bpf.Object(bpf.object_path("lb"), max_entries={"flows": 1}, frags=bool(lib.crab_xsk_knows_frags())):
             return ""
+    except bpf.BpfPermissionError:  # see `rights`
+        raise
     except bpf.BpfError as error:
         return str(error)
 

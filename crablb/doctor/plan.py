@@ -159,16 +159,21 @@ def _daemon(name: str, port: Callable[[], interfaces.Port]) -> Iterator[Look[Any
 
 def _vips(subject: Subject, hops: Hops, ways: Callable[[], list[backends.Way]]) -> Iterator[Look[Any]]:
     places = _once(lambda: vips.read_places(subject.vips, hops()))
+    arriving = _once(lambda: any(daemon.arriving(name) for name in subject.interfaces))
     config, addresses = subject.config, {vip.address for vip in subject.vips}
     yield Look("VIPs", "how many", lambda: len(addresses), vips.many)
-    yield Look("VIPs", "the VIPs", places, lambda found: (each for p in found for each in vips.addresses(p, config)))
+    yield Look(
+        "VIPs",
+        "the VIPs",
+        places,
+        lambda found: (each for place in found for each in vips.addresses(place, config, arriving())),
+    )
     yield Look("VIPs", "who listens at the VIPs", partial(vips.read_listeners, subject.vips), vips.listening)
 
     def whose(found: list[tuple[vips.Place, dict[str, str]]]) -> Iterator[Finding]:
         announced = config.announce is Announce.ARP if config else (None if subject.processes else False)
-        arriving = any(daemon.arriving(name) for name in subject.interfaces)
         for place, answers in found:
-            yield from vips.whose(place, answers, announced, arriving, backends.macs(ways()))
+            yield from vips.whose(place, answers, announced, arriving(), backends.macs(ways()))
 
     there = _present(subject.interfaces)
     yield Look("VIPs", "who answers for the VIPs", lambda: vips.read_answers(there, places()), whose)
@@ -215,7 +220,7 @@ ROLES: tuple[type[Agent], ...] = (ClientAgent, ServerAgent)
 
 def _read_agents() -> dict[str, list[str]]:
     """What is wrong with each agent of this network namespace, by role."""
-    there = {*pins.folders(), *pins.held()}
+    there = {*pins.folders(), *pins.held(), *daemon.noted("json")}
     found = {agent.role: agent.status() for agent in ROLES if agent.role in there}
     return {role: list(status["faults"]) for role, status in found.items() if status}
 

@@ -96,8 +96,8 @@ def many(count: int) -> Iterator[Finding]:
         )
 
 
-def addresses(place: Place, config: Config | None) -> Iterator[Finding]:
-    """Whose address it is."""
+def addresses(place: Place, config: Config | None, arriving: bool) -> Iterator[Finding]:
+    """Whose address it is.  ``arriving``: SYNs have come in."""
     if place.main and not (config and config.allow_own_address):
         yield fault(
             "vip-own-address",
@@ -118,7 +118,7 @@ def addresses(place: Place, config: Config | None) -> Iterator[Finding]:
             "what is no service's goes round between it and a router until its TTL is used up",
             "closed = 'auto'",
         )
-    if not place.local and not place.segment:
+    if not place.local and not place.segment and not arriving:
         yield note(
             "vip-routed",
             f"{place.address} lies on no segment of this machine",

@@ -217,6 +217,9 @@ def test_an_interface_and_its_configuration():
     native = replace(config, xdp_mode=XdpMode.NATIVE)
     assert told(interfaces.judge(CARD, native, False)) == {}
     assert told(interfaces.judge(replace(CARD, features=0), native, False)) == {"xdp-native": FAULT}
+    generic = replace(config, xdp_mode=XdpMode.GENERIC)
+    assert told(interfaces.judge(CARD, generic, False)) == {"xdp-generic": NOTE}
+    assert told(interfaces.judge(VETH, generic, False)).keys() == {"xdp-generic", "vlan-offload", "tso-generic"}
     (bond,) = interfaces.judge(of("bond"), native, False)
     assert bond.remedy == "leave xdp_mode at auto, or serve the ports of eth0"
     joining = replace(CARD, features=0, joining=("eth0",))
@@ -252,7 +255,7 @@ NEAR = vips.Place(VIP, segment="eth0")
     ],
 )
 def test_addresses(place, config, expected):
-    assert told(vips.addresses(place, config)) == expected
+    assert told(vips.addresses(place, config, False)) == expected
 
 
 @pytest.mark.parametrize(
@@ -278,6 +281,10 @@ def test_a_vip_behind_routers_is_not_expected_to_be_answered_for():
 def test_very_many_vips():
     assert told(vips.many(257)) == {"vips-many": NOTE}
     assert told(vips.many(256)) == {}
+
+
+def test_a_vip_behind_routers_that_is_reached():
+    assert not list(vips.addresses(replace(NEAR, segment=""), None, True))
 
 
 def test_who_listens():
