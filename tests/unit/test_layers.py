@@ -4,7 +4,7 @@
     control  agent                          the daemon's tasks; the endpoints
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
-    ground     errors model values options config reference log lasting seldom
+    ground     errors model values options config reference log lasting seldom carried
 
 An arrow only goes down.  On one floor, a room uses another one where it says so here.
 """
@@ -19,7 +19,7 @@ import pytest
 
 from tests.helpers.processes import ROOT
 
-GROUND = {"errors", "model", "values", "options", "config", "reference", "log", "lasting", "seldom"}
+GROUND = {"errors", "model", "values", "options", "config", "reference", "log", "lasting", "seldom", "carried"}
 BELOW_CONTROL = GROUND | {"_native", "kernel", "selection", "dataplane"}
 #: Room -> the rooms that it may import from, beside itself.  `_native` is the compiled hot loop.
 MAY = {
