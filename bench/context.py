@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,12 @@ T = TypeVar("T")
 Size = Literal["full", "quick", "tiny"]
 #: How often a measurement that was disturbed is made again, by size.
 AGAIN = {"full": 2, "quick": 1, "tiny": 0}
+
+
+def _make(target: str) -> None:
+    with open(HERE / "Makefile") as makefile:
+        fcntl.flock(makefile, fcntl.LOCK_EX)  # nobody starts what another one has not finished
+        subprocess.run(["make", "-s", "-C", str(HERE), target], check=True)
 
 
 class Unavailable(Exception):
@@ -87,12 +94,12 @@ class Context:
 
     def make(self, program: str) -> Path:
         """A program of ``tools/`` in C, compiled."""
-        subprocess.run(["make", "-s", "-C", str(HERE), f"build/{program}"], check=True)
+        _make(f"build/{program}")
         return BUILD / program
 
     def bpf(self, name: str) -> Path:
         """An object of ``tools/NAME.bpf.c``, compiled."""
-        subprocess.run(["make", "-s", "-C", str(HERE), f"build/{name}.bpf.o"], check=True)
+        _make(f"build/{name}.bpf.o")
         return BUILD / f"{name}.bpf.o"
 
     def output(self, *command: str | Path, **more: Any) -> str:

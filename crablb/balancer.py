@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -97,7 +97,7 @@ class LoadBalancer:
         self._ended: asyncio.Future[None] | None = None
         self._guard: asyncio.Task[None] | None = None
         self._process = self._loop_thread = 0  # that it runs in
-        self._listening: weakref.WeakSet[asyncio.Queue[Event | None]] = weakref.WeakSet()
+        self._listening: weakref.WeakSet[Events] = weakref.WeakSet()
 
     # ---- life ----
 
@@ -178,8 +178,8 @@ class LoadBalancer:
         self._let_go()
         if self._ended and not self._ended.done():
             self._ended.set_result(None)
-        for queue in self._listening:
-            self._put(queue, None)
+        for events in self._listening:
+            events._put(None)
 
     def _let_go(self) -> None:
         self._serving, self._supervisor, self._doors = False, None, None
@@ -210,26 +210,47 @@ class LoadBalancer:
         await self.close()
 
     def __enter__(self) -> Self:
-        if self._supervisor or self._thread:
-            self._in_this_process()
-            raise KernelError("the load balancer is running already")
         ready: Future[asyncio.AbstractEventLoop] = Future()
 
         def run() -> None:
-            with asyncio.Runner() as runner:
-                loop = runner.get_loop()
-                ready.set_result(loop)
-                loop.run_forever()
+            if not ready.set_running_or_notify_cancel():
+                return
+            try:
+                with asyncio.Runner() as runner:
+                    loop = runner.get_loop()
+                    ready.set_result(loop)
+                    loop.run_forever()
+            except BaseException as error:
+                if ready.done():
+                    raise
+                ready.set_exception(error)
 
-        self._thread = threading.Thread(target=run, name="crablb-control", daemon=True)
-        self._thread.start()
-        self._loop = ready.result()
-        starting = asyncio.run_coroutine_threadsafe(self.start(), self._loop)
+        thread = threading.Thread(target=run, name="crablb-control", daemon=True)
+        starting: Future[None] | None = None
         try:
+            with self._claim:
+                if self._supervisor or self._thread:
+                    self._in_this_process()
+                    raise KernelError("the load balancer is running already")
+                self._thread = thread
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise KernelError(
+                    f"no thread can be started ({error}); raise the limits of memory or processes: ulimit -v, -u"
+                ) from None
+            self._loop = ready.result()
+            starting = asyncio.run_coroutine_threadsafe(self.start(), self._loop)
             starting.result()
-        except BaseException:
-            starting.cancel()
-            self._leave()
+        except BaseException:  # Ctrl-C too, at whatever instant
+            if self._thread is thread:
+                if ready.cancel() or ready.exception():
+                    self._thread = None  # it has ended, or does as soon as it begins
+                else:
+                    self._loop = ready.result()
+                    if starting:
+                        starting.cancel()
+                    self._leave()
             raise
         return self
 
@@ -468,40 +489,62 @@ class LoadBalancer:
 
         return self._in_loop(read)
 
-    def events(self) -> AsyncGenerator[Event, None]:
+    def events(self) -> Events:
         """What happens from now on, as it happens; at most the last 1,000 that nobody has taken are kept.
 
-        The iteration ends when the load balancer is closed; that it failed is an event, ``failed``.  In the event loop
-        that the load balancer runs in; raises :class:`KernelError` in another one, or if it does not run.
+        An iterator, which may be asked again when one was waited for in vain, as by ``wait_for(anext(events), 1)``.  It
+        ends when the load balancer is closed; that it failed is an event, ``failed``.  In the event loop that the load
+        balancer runs in; raises :class:`KernelError` in another one, or if it does not run.
         """
         failure = self._running.engine.failure
         if threading.get_ident() != self._loop_thread:
             raise KernelError("events() is for the event loop that the load balancer runs in: use async with")
-        queue: asyncio.Queue[Event | None] = asyncio.Queue(1000)
-        self._listening.add(queue)
+        events = Events()
+        self._listening.add(events)
         if failure and failure.done():
-            queue.put_nowait(Event("failed", reason=failure.result()))
-        return self._follow(queue)
-
-    @staticmethod
-    async def _follow(queue: asyncio.Queue[Event | None]) -> AsyncGenerator[Event, None]:
-        while event := await queue.get():
-            yield event
+            events._put(Event("failed", reason=failure.result()))
+        return events
 
     def _hear(self, event: Event) -> None:
         if event.kind == "changed" and self._supervisor and self._serving:
             self._config = self._supervisor.engine.config  # by the API
-        for queue in self._listening:
-            self._put(queue, event)
-
-    @staticmethod
-    def _put(queue: asyncio.Queue[Event | None], event: Event | None) -> None:
-        if queue.full():
-            queue.get_nowait()
-        queue.put_nowait(event)
+        for events in self._listening:
+            events._put(event)
 
 
-#: Those with a thread of their own.
+class Events:
+    """An asynchronous iterator of what happens: :meth:`LoadBalancer.events`."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue(1000)  # None, the last: the end
+        self._ended = False  # that is in it
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await self._queue.get()
+        if event is None:
+            self._queue.put_nowait(None)  # for whoever else waits, or asks again
+            raise StopAsyncIteration
+        return event
+
+    async def aclose(self) -> None:
+        """Nothing more is kept, and the iteration ends.  Idempotent."""
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._ended = True
+        self._queue.put_nowait(None)
+
+    def _put(self, event: Event | None) -> None:
+        if self._ended:
+            return
+        self._ended = event is None
+        if self._queue.full():
+            self._queue.get_nowait()
+        self._queue.put_nowait(event)
+
+
 #: Those that serve, or begin to: what nobody has closed is closed when the program ends.
 _open: set[LoadBalancer] = set()
 

@@ -414,9 +414,9 @@ struct crab_handled {
     uint16_t verdict; /* CRAB_HANDLED_*, to be filled in */
     uint32_t pad;
 };
-#define CRAB_HANDLED_KEPT 0 /* as it is at first: the handler has done with it */
+#define CRAB_HANDLED_FAILED 0 /* as it is at first */
 #define CRAB_HANDLED_SEND 1
-#define CRAB_HANDLED_FAILED 2
+#define CRAB_HANDLED_KEPT 2 /* the handler has done with it */
 
 /* Have a function handle the frames that a snapshot's matches name: it is called at most once a batch, by the core's thread;
  * they are its own for the time of the call.  `context` must outlive the core.  Before batches. */

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from crablb import carried
 from crablb._native import ffi, lib
 from crablb.errors import ConfigError
 from crablb.kernel.xsk import DESC, Batch, Umem
@@ -166,7 +167,8 @@ class Handlers:
                 known = functions.get(number)
                 if known:
                     handled[mine] = self._call(handled[mine], umem, *known)
-                # else it was removed meanwhile, and nobody wants them: kept, and so given back
+                else:  # it was removed meanwhile, and nobody wants them: given back
+                    handled["verdict"][mine] = lib.CRAB_HANDLED_KEPT
 
     def _call(self, handled: npt.NDArray[Any], umem: Umem, match: Match, handle: Handle) -> npt.NDArray[Any]:
         descs = np.zeros(len(handled), DESC)
@@ -183,7 +185,9 @@ class Handlers:
             if wrong.any():
                 i = int(wrong.argmax())
                 raise ValueError(f"it made a frame of {descs['len'][i]} bytes, not of 14 to {room[i]}")
-        except Exception as error:  # whatever somebody's handler does
+        except BaseException as error:  # whatever somebody's handler does
+            if carried.carries() and not isinstance(error, Exception):
+                raise  # Ctrl-C, out of process_once
             with suppress(Exception):  # the log or the event loop may be closed; frames are dropped all the same
                 self._complain(match, f"{type(error).__name__}: {error}")
             handled["verdict"] = lib.CRAB_HANDLED_FAILED
@@ -211,7 +215,7 @@ class Entrance:
         self._handlers.run(handled, self._umem)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern(onerror=carried.keep)  # type: ignore[untyped-decorator]
 def crab_python_handle(context: Any, frames: Any, n: int) -> None:
     """The workers' call, with the GIL."""
     array = np.frombuffer(ffi.buffer(frames, n * HANDLED.itemsize), HANDLED)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from crablb import carried
 from crablb._native import ffi, lib
 from crablb.dataplane.flows import FlowTable, now
 from crablb.dataplane.handlers import Entrance, Handlers
@@ -157,16 +158,24 @@ class Queues:
         self._rings = False  # whether they have one: until no snapshot says that they should
         # Who looks at all workers, and who makes or ends some.  The first lock makes it fair to them: otherwise a
         # program that calls once() again and again would hardly ever let go of the second.
-        self._turn, self._lock = threading.Lock(), threading.Lock()
+        self._turn, self._lock = threading.RLock(), threading.RLock()
+        self._inside = 0  # the thread that has both
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        with self._turn:
-            self._lock.acquire()
+        """Raises :class:`KernelError` in the middle of itself: by a handler, a policy, or what a signal calls."""
+        me = threading.get_ident()
+        if self._inside == me:
+            raise KernelError("the load balancer is in the middle of frames: it cannot be called by what it has called")
         try:
+            with self._turn:
+                self._lock.acquire()
+            self._inside = me
             yield
         finally:
-            self._lock.release()
+            self._inside = 0
+            with contextlib.suppress(RuntimeError):  # interrupted before it was its turn
+                self._lock.release()
 
     @property
     def _workers(self) -> list[_Worker]:
@@ -353,7 +362,8 @@ class Queues:
                 for worker in port.workers.values():
                     if not worker.xsk or port.failed:
                         continue
-                    n = lib.crab_worker_once(worker.c, 0)
+                    with carried.carrying():
+                        n = lib.crab_worker_once(worker.c, 0)
                     if n < 0:
                         self._has_failed(port, name, worker.failure(-n))
                         continue

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -31,7 +32,7 @@ CONNECTIONS = 150  # for each family
 BIG = 256 << 20  # bytes
 COMPARED = 16 << 20  # bytes that a prepared and an unprepared client download each
 KILL_AFTER = 16 << 20  # bytes of the second download
-READY_TIMEOUT = 20  # seconds
+READY_TIMEOUT = 120  # seconds, of a machine that has much else to do
 
 NGINX = """
 daemon on; user root; worker_processes 1; pid {dir}/pid; error_log {dir}/error.log;
@@ -124,14 +125,26 @@ def start_agent(node: Node, role: str, *more: str) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def notify_socket(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """A socket for NOTIFY_SOCKET; its path, and a function that waits for the next message."""
+def notify_socket(folder: Path) -> Iterator[tuple[str, Callable[..., str]]]:
+    """A socket for NOTIFY_SOCKET; its path, and a function that waits for the next message, and raises TimeoutError;
+    at once if the process that it may be given has ended."""
     path = folder / "notify"
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(path))
-        sock.settimeout(READY_TIMEOUT)
-        yield str(path), lambda: sock.recv(4096).decode()
+
+        def wait(child: subprocess.Popen[str] | None = None) -> str:
+            ends = [os.pidfd_open(child.pid)] if child else []
+            try:
+                ready, _, _ = select.select([sock.fileno(), *ends], [], [], READY_TIMEOUT)
+            finally:
+                for end in ends:
+                    os.close(end)
+            if sock.fileno() not in ready:
+                raise TimeoutError
+            return sock.recv(4096).decode()
+
+        yield str(path), wait
 
 
 def start_serve(
@@ -163,7 +176,7 @@ def start_serve(
             env={**os.environ, "NOTIFY_SOCKET": path},
         )
         try:
-            state = wait()
+            state = wait(child)
         except TimeoutError:
             state = ""
         if state != "READY=1":

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from crablb import carried
 from crablb._native import ffi, lib
 from crablb.model import Vip
 from crablb.seldom import Seldom
@@ -98,7 +99,9 @@ class Custom:
                 raise ValueError(
                     f"it returned indices from {chosen.min()} to {chosen.max()} of {len(backends)} backends"
                 )
-        except Exception as error:  # whatever somebody's policy does
+        except BaseException as error:  # whatever somebody's policy does
+            if carried.carries() and not isinstance(error, Exception):
+                raise  # Ctrl-C, out of process_once
             with suppress(Exception):  # the log or the event loop may be closed; connections are hashed all the same
                 self._complain(vip, f"{type(error).__name__}: {error}")
             return np.full(len(batch), lib.CRAB_NO_BACKEND, np.uint16)
@@ -111,7 +114,7 @@ class Custom:
             log.error("policy failed; its connections are hashed", service=str(vip), reason=reason)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern(onerror=carried.keep)  # type: ignore[untyped-decorator]
 def crab_python_choose(context: Any, choices: Any, n: int) -> None:
     """The workers' call, with the GIL."""
     array = np.frombuffer(ffi.buffer(choices, n * CHOICE.itemsize), CHOICE)

@@ -25,7 +25,7 @@ except bpf.BpfPermissionError as error:
 def load(*where: str) -> str:
     """Load a program in a process that is started so; what it says."""
     done = subprocess.run(
-        [*where, sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        [*where, sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

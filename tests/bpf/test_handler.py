@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
+from collections.abc import Callable
+from contextlib import nullcontext
 from ipaddress import ip_address
 
 import numpy as np
+import pytest
 from crablb._native import ffi, lib
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
-from scapy.layers.l2 import ARP, Dot1AD, Dot1Q
+from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Raw
 
-from crablb import Frames, LoadBalancer, Match
+from crablb import Frames, LoadBalancer, Match, Service
+from crablb.config import parse_backend, parse_vip
 from crablb.dataplane import statistics
 from crablb.kernel import bpf
 from crablb.kernel.xsk import XskSocket
 from tests.helpers.frames import ether
 from tests.helpers.namespaces import Pair
 from tests.helpers.native import compiled
+from tests.helpers.processes import until
 from tests.helpers.programs import several_buffers
 
 SEED = bytes(16)
@@ -93,7 +100,7 @@ def test_out_by_another_interface(namespace: Pair):
             for frame in frames:
                 near.send(frame)
             done = 0
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while done < 3:
                     done += lb.process_once(0.1)
                     await asyncio.sleep(0)
@@ -106,6 +113,91 @@ def test_out_by_another_interface(namespace: Pair):
     asyncio.run(main())
     assert sum(n for n, _, _ in seen) == 3
     assert all(kinds == [[0x88, 0xB5]] * n and room for n, kinds, room in seen)
+
+
+FRAME = bytes([2] * 12) + b"\x88\xb5" + bytes(46)
+
+
+def syn(port: int) -> bytes:
+    tcp = TCP(sport=port, dport=80, flags="S", options=[(42, b""), ("MSS", 1460)])
+    return bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src="10.0.0.1", dst="10.0.0.100") / tcp)
+
+
+@pytest.mark.parametrize("who", ["handler", "policy"])
+def test_ctrl_c_comes_out_of_process_once(namespace: Pair, who: str):
+    """And whatever else means more than a failure; the frames are counted as dropped, the connections are hashed."""
+    namespace.ip("link", "set", "veth0", "address", "02:00:00:00:00:02")
+    namespace.ip("address", "add", "10.0.0.2/24", "dev", "veth0")
+    namespace.ip("neighbor", "add", "10.0.0.11", "lladdr", "02:00:00:00:00:0b", "dev", "veth0")
+    do: list[Callable[[], object]] = []
+
+    def called(*_: object) -> None:
+        do.pop()()
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            pass
+
+    def leave() -> None:
+        raise SystemExit(3)
+
+    def fail() -> None:
+        raise OSError("no")
+
+    def work_again() -> None:
+        lb.process_once()
+
+    def choose(choices: np.ndarray, _: object) -> np.ndarray:
+        called()
+        return np.zeros(len(choices), np.int64)
+
+    service = Service(parse_vip("tcp://10.0.0.100:80"), (parse_backend("10.0.0.11"),), policy=choose)
+    with (
+        LoadBalancer("veth0", [service] if who == "policy" else [], seed=SEED, threads=False) as lb,
+        namespace.wire("veth1") as near,
+    ):
+        if who == "handler":
+            lb.handle(Match(ethertype=0x88B5), called)
+        for n, (what, raised) in enumerate(
+            ((interrupt, KeyboardInterrupt), (leave, SystemExit), (work_again, None), (fail, None)), 1
+        ):
+            do.append(what)
+            near.send(syn(1000 + n) if who == "policy" else FRAME)
+
+            with pytest.raises(raised) if raised else nullcontext():
+                until(lambda: lb.process_once(1.0) and not do)
+            assert not do
+            counts = lb.statistics().workers
+            if who == "handler":
+                assert (counts["drop_handler"], counts["handler_kept"]) == (n, 0)
+            else:
+                assert counts["redirected"] == n
+        assert lb.process_once() == 0
+        do.append(lambda: None)
+        near.send(syn(1000) if who == "policy" else FRAME)
+        until(lambda: lb.process_once(1.0) and not do)
+        assert not do
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
+def test_what_a_thread_cannot_raise_is_a_failure(namespace: Pair, raised: type[BaseException]):
+    def handler(frames: Frames) -> None:
+        raise raised
+
+    async def main() -> None:
+        async with LoadBalancer("veth0", seed=SEED) as lb:
+            lb.handle(Match(ethertype=0x88B5), handler)
+            events = lb.events()
+            with namespace.wire("veth1") as near:
+                near.send(FRAME)
+                async with asyncio.timeout(60):
+                    while (event := await anext(events)).kind != "handler-failed":
+                        pass
+            assert raised.__name__ in event.reason
+            assert lb.statistics().workers["drop_handler"] == 1
+
+    asyncio.run(main())
 
 
 @several_buffers
@@ -130,7 +222,7 @@ def test_a_packet_in_several_frames(namespace: Pair):
                 for frame in frames:
                     near.send(frame)
                 done = 0
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     while done < 1 + -(-8014 // (4096 - 256)):
                         done += lb.process_once(0.1)
                         await asyncio.sleep(0)

@@ -50,7 +50,8 @@ def nothing_left() -> None:
     assert bpf.xdp_program(socket.if_nametoindex("veth0"))[0] == 0
     assert pins.owner("lb-veth0") is None
     assert not (pins.folder("lb-veth0")).exists()
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("crablb")]
+    threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("crablb")}
+    assert threads <= {"crablb-log"}  # which is the process's
 
 
 def served(lb: LoadBalancer) -> set[str]:
@@ -199,6 +200,34 @@ def test_events_tell_the_end(wired):
     run(main)
 
 
+def test_events_waited_for_in_vain(wired):
+    """The next ones come all the same, to all who wait, and then the end."""
+
+    async def main() -> None:
+        lb = balancer()
+        await lb.start()
+        events, dropped = lb.events(), lb.events()
+        for weight in (2, 3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(events), 0.01)
+            lb.set_weight(WEB, BACKEND, weight)
+            assert (await anext(events)).kind == "changed"
+        await dropped.aclose()
+        await dropped.aclose()
+        assert [event async for event in dropped] == []
+        waiting = [asyncio.create_task(anext(events, None)) for _ in range(3)]
+        await asyncio.sleep(0)
+        lb.set_weight(WEB, BACKEND, 4)
+        await lb.close()
+        assert [event and event.kind for event in await asyncio.gather(*waiting)] == ["changed", None, None]
+        await lb.start()
+        lb.set_weight(WEB, BACKEND, 5)
+        assert [event async for event in events] == []  # of the life before
+        await lb.close()
+
+    run(main)
+
+
 def test_events_tell_a_failure(wired, monkeypatch):
     """A task of the engine that cannot do its work, however often it is begun anew."""
 
@@ -278,6 +307,71 @@ def test_ctrl_c_during_the_start(wired, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Engine, "_resolve", interrupted)
         balancer().__enter__()
+    nothing_left()
+
+
+@pytest.mark.parametrize("where", ["before it begins", "when it begins", "in its loop", "in its start"])
+def test_ctrl_c_in_the_first_instants(wired, monkeypatch, where):
+    """Of ``with``: its thread ends, and it can be started again."""
+    lb = balancer()
+    begin, runner = threading.Thread.start, asyncio.Runner.get_loop
+    threads: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "crablb-control":
+            threads.append(thread)
+            if where == "before it begins":
+                raise KeyboardInterrupt
+            begin(thread)
+            if where == "when it begins":
+                raise KeyboardInterrupt
+        else:
+            begin(thread)
+
+    def in_its_loop(self: asyncio.Runner) -> asyncio.AbstractEventLoop:
+        if where == "in its loop":
+            os.kill(os.getpid(), signal.SIGINT)
+        return runner(self)
+
+    def starting(coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> Any:
+        future = submit(coroutine, loop)
+        if where == "in its start" and coroutine.__qualname__.endswith("start"):
+            raise KeyboardInterrupt
+        return future
+
+    submit = asyncio.run_coroutine_threadsafe
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        patched.setattr(asyncio.Runner, "get_loop", in_its_loop)
+        patched.setattr(asyncio, "run_coroutine_threadsafe", starting)
+        with pytest.raises(KeyboardInterrupt), lb:
+            pass
+    for thread in threads:
+        if thread.ident:
+            thread.join(30)
+    nothing_left()
+    with lb:
+        assert lb.statistics()
+    nothing_left()
+
+
+def test_no_event_loop_in_its_thread(wired, monkeypatch):
+    def refused(self: asyncio.Runner) -> asyncio.AbstractEventLoop:
+        raise OSError(24, "Too many open files")
+
+    lb = balancer()
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Too many"):
+        patched.setattr(asyncio.Runner, "get_loop", refused)
+        lb.__enter__()
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched, pytest.raises(KernelError, match="no thread can be started"):
+        patched.setattr(threading.Thread, "start", none)
+        lb.__enter__()
+    with lb:
+        pass
     nothing_left()
 
 
@@ -468,7 +562,7 @@ lb = LoadBalancer("veth0", ["{WEB}={BACKEND}"], flows=64)
 """
     done = subprocess.run(
         [sys.executable, "-W", "default::ResourceWarning", "-c", start + FORGOTTEN[how]],
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == (3 if how == "by an exception" else 0), done.stderr
     assert "Traceback" not in done.stderr

@@ -64,7 +64,7 @@ def test_queues_and_who_tells_of_them(namespace):
     index = socket.if_nametoindex("wide0")
     with rtnetlink.device_events() as events:
         events.setblocking(True)
-        events.settimeout(10)
+        events.settimeout(60)
         for command in (("-L", "wide0", "rx", "3"), ("-K", "wide1", "gro", "on")):
             subprocess.run(["ethtool", *command], check=True)
             assert events.recv(1 << 16)

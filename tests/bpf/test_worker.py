@@ -204,7 +204,7 @@ def test_a_link_that_is_down_keeps_its_frames(namespace):
     with namespace.wire() as wire, XskSocket("veth0") as xsk:
         worker = Worker(xsk, reference())
         wire.send(syn(1))
-        assert xsk.wait(10)
+        assert xsk.wait(60)
         namespace.ip("link", "set", "veth0", "down")
         assert worker.once() == 1
         assert xsk.frames()["sending"] == 1

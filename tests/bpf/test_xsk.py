@@ -34,7 +34,7 @@ def receive(xsk: XskSocket, n: int) -> list[bytes]:
     """The next ``n`` frames, copied and released."""
     got: list[bytes] = []
     while len(got) < n:
-        assert xsk.wait(10)
+        assert xsk.wait(60)
         batch = xsk.receive(n - len(got))
         got += [bytes(f) for f in batch]
         xsk.release(batch)
@@ -53,7 +53,7 @@ def test_echo(namespace, mode, frame_size):
             wire.send(frame(i, length))
         seen = []
         while len(seen) < len(lengths):
-            assert xsk.wait(10)
+            assert xsk.wait(60)
             batch = xsk.receive()
             assert all(f.base is not None for f in batch)  # views, not copies
             assert (batch.columns(12, 14) == [0x12, 0x34]).all()
@@ -90,7 +90,7 @@ def test_packets_in_several_frames(namespace, mode, frame_size):
             wire.send(one)
         seen: list[bytes] = [b""]
         while len(seen) <= len(lengths):
-            assert xsk.wait(10)
+            assert xsk.wait(60)
             batch = xsk.receive()
             for part, more in zip(batch, batch.more, strict=True):
                 assert len(part) <= frame_size - HEADROOM
@@ -112,7 +112,7 @@ def test_packets_that_do_not_fit(namespace, multi_buffer):
         for i in range(40):
             wire.send(frame(i, 3014))
         wire.send(frame(40))
-        assert xsk.wait(10)
+        assert xsk.wait(60)
         assert xsk.statistics()["rx_dropped"] == (0 if multi_buffer else 40)
         assert xsk.statistics()["rx_ring_full"] == (9 if multi_buffer else 0)
         batch = xsk.receive()
@@ -139,7 +139,7 @@ def test_select(namespace):
         kept: list[int] = []
         seen = 0
         while seen < 8:
-            assert xsk.wait(10)
+            assert xsk.wait(60)
             batch = xsk.receive()
             seen += len(batch)
             odd = batch.columns(17, 18)[:, 0] % 2 == 1
@@ -293,7 +293,7 @@ def test_headroom(namespace):
     """A frame may grow at its front, where the kernel left room."""
     with namespace.wire() as wire, XskSocket("veth0") as xsk:
         wire.send(frame(1))
-        assert xsk.wait(10)
+        assert xsk.wait(60)
         batch = xsk.receive()
         assert int(batch.descs["addr"][0]) % 2048 >= HEADROOM
         batch.descs["addr"] -= 8

@@ -339,7 +339,7 @@ def test_a_signal_that_raises_in_the_middle_of_receiving(namespace, most):
         for after in itertools.count():
             for n in range(3):
                 wire.send(bytes(12) + bytes([0x88, 0xB5, n]) + bytes(45))
-            assert xsk.wait(10)
+            assert xsk.wait(60)
             done, batch = outcome(xsk.receive, after)
             came = []
             while True:
@@ -348,7 +348,7 @@ def test_a_signal_that_raises_in_the_middle_of_receiving(namespace, most):
                     xsk.release(batch)
                 if len(came) == 3:
                     break
-                assert xsk.wait(10)
+                assert xsk.wait(60)
                 batch = xsk.receive(most)
                 assert len(batch) <= most
             assert came == [0, 1, 2]
@@ -475,7 +475,7 @@ def test_wakeups_and_busy_polling(namespace, need_wakeup, busy_poll):
     with namespace.wire() as wire, small(need_wakeup=need_wakeup, busy_poll=busy_poll) as xsk:
         for _ in range(100):  # more than there are frames
             wire.send(FRAME.tobytes())
-            assert xsk.wait(10)
+            assert xsk.wait(60)
             assert xsk.send(xsk.receive()) == 1
             assert wire.recv(100) == FRAME.tobytes()
         all_there(xsk)
@@ -523,7 +523,7 @@ def test_fork(namespace):
     with namespace.wire() as wire:
         xsk = small()
         wire.send(FRAME.tobytes())
-        assert xsk.wait(10)
+        assert xsk.wait(60)
         batch = xsk.receive()
 
         def in_the_child() -> None:
@@ -538,7 +538,7 @@ def test_fork(namespace):
                 assert xsk.send(batch) == 1
                 assert wire.recv(100) == FRAME.tobytes()
                 wire.send(FRAME.tobytes())
-                assert xsk.wait(10)
+                assert xsk.wait(60)
                 batch = xsk.receive()
             xsk.release(batch)
             all_there(xsk)

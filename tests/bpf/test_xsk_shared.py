@@ -50,7 +50,7 @@ def forward(one: XskSocket, other: XskSocket, n: int) -> list[int]:
     """What comes in by one goes out by the other, n frames; their addresses."""
     addresses: list[int] = []
     while len(addresses) < n:
-        assert one.wait(10)
+        assert one.wait(60)
         batch = one.receive()
         assert all(np.shares_memory(view, other.umem) for view in batch)
         addresses += batch.descs["addr"].tolist()
@@ -289,10 +289,10 @@ def test_frames_that_were_all_held(two):
         for batch in held:
             a.release(batch)
         right.send(frame(1))
-        assert b.wait(10)
+        assert b.wait(60)
         b.release(b.receive())
         left.send(frame(2))
-        assert a.wait(10)
+        assert a.wait(60)
     with two.wire() as left, XskSocket("veth0", frames=64, ring=64) as alone:
         held = []
         while places(alone)["receiving"]:
@@ -301,7 +301,7 @@ def test_frames_that_were_all_held(two):
         for batch in held:
             alone.release(batch)
         left.send(frame(1))
-        assert alone.wait(10)
+        assert alone.wait(60)
 
 
 # ---- the end of one, and of all ----
@@ -316,10 +316,10 @@ def test_one_closes(two, first):
     gone, stays = both[first], both[1 - first]
     try:
         wires[first].send(frame(1))
-        assert gone.wait(10)
+        assert gone.wait(60)
         batch = gone.receive()
         wires[first].send(frame(2))
-        assert gone.wait(10)  # and is not taken
+        assert gone.wait(60)  # and is not taken
         gone.close()
         with pytest.raises(XskError, match="is closed"):
             gone.send(batch)
@@ -355,7 +355,7 @@ def test_a_queue_that_is_bound_again_brings_its_frames(two):
             with XskSocket("veth2", ring=64, share=a) as b:
                 for _ in range(3):
                     right.send(frame(i))
-                assert b.wait(10)
+                assert b.wait(60)
                 b.send(b.receive(1))
                 assert right.recv(100) == frame(i)
             assert places(a)["held"] == 0

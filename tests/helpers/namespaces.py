@@ -51,7 +51,7 @@ class Pair:
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
         sock.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)  # SO_RCVBUFFORCE: room for all that a test sends
         sock.bind((name, 0))
-        sock.settimeout(10)
+        sock.settimeout(60)
         return sock
 
     @classmethod

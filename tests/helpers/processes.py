@@ -26,7 +26,7 @@ def exchange(child: subprocess.Popen[str], text: str) -> str:
     return answer(child)
 
 
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Ask again and again until it holds; fail after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():

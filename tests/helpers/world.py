@@ -129,7 +129,7 @@ class World:
 
     def _told(self, node: Node, *args: str) -> Any:
         child = self.python(node, *args)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=300)
         assert child.returncode == 0, err
         return json.loads(out)
 

@@ -23,7 +23,7 @@ SERVICE = "tcp://10.0.0.100:80=10.0.0.11"
 
 
 def run(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(crablb(*args), capture_output=True, text=True, cwd=ROOT, timeout=60, check=False, **more)
+    return subprocess.run(crablb(*args), capture_output=True, text=True, cwd=ROOT, timeout=300, check=False, **more)
 
 
 def leftovers(lab: Lab) -> list[str]:
@@ -381,7 +381,7 @@ def test_terminated_it_removes_its_lab():
     try:
         until(lambda: list(Path("/run/netns").glob(f"crab-demo-{child.pid}-server*")))
         child.terminate()
-        _, said = child.communicate(timeout=30)
+        _, said = child.communicate(timeout=120)
         assert child.returncode == 128 + signal.SIGTERM
         assert b"Traceback" not in said
         until(lambda: not list(Path("/run/netns").glob(f"crab-demo-{child.pid}-*")))

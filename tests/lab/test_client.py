@@ -70,7 +70,7 @@ def prepared(world: World, *program: str, agents: bool = True) -> subprocess.Pop
 
 def asked(world: World, *how: str) -> None:
     child = world.python(world.lab.client, "ask", *how)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert out.strip() == "done", err
 
 
@@ -180,7 +180,7 @@ def test_port_of_a_closed_connection_outside_the_cgroup(make_world, family):
         with inside(world.lab.client.netns), socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(("", 41000))
-            sock.settimeout(10)
+            sock.settimeout(60)
             try:
                 sock.connect((VIP[family], 80))
             except OSError:
@@ -247,7 +247,7 @@ def test_containers_beside_the_agent_make_no_offer(container):
     world.serve()
     peers = ("nsenter", f"--net=/run/netns/{name}", sys.executable, "-m", "tests.helpers.peers")
     child = world.program(world.lab.client, *peers, "echo", VIP[4], "80")
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert json.loads(out)["accepted_on"] == VIP[4], err
     assert world.client_counters() == {}
     assert world.echo(VIP4)["accepted_on"] == world.lab.servers[0].ip4
@@ -404,7 +404,7 @@ def test_application_that_gives_up_early(make_world):
     world.serve()
     drop(world.lab.servers[0], "output", f"{SYN_ACK} {REDIRECTED}")
     child = world.python(world.lab.client, "impatient", VIP[4], "80", "10", "0.2")
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert [word == "connected" for word in out.split()] == [False] + [True] * 9, (out, err)
     assert redirects(world)[None]["reason"] == "lost"
 

@@ -251,7 +251,7 @@ def test_the_next_load_balancer_takes_over(standing):
     world.serve()
     assert "took over" in (world.folder / "serve.log").read_text()
     # The waiting client's next SYN finds the new one; it makes no offer any more.
-    out, err = waiting.communicate(timeout=60)
+    out, err = waiting.communicate(timeout=300)
     assert json.loads(out)["intact"], err
     assert world.echo(VIP4)["accepted_on"] == world.lab.servers[0].ip4
     assert exchange(held, "alive") == "alive"

@@ -87,7 +87,7 @@ def test_xsk_reflector(make_lab):
     assert answer(child) == "reflecting eth0, native XDP"
     code = (
         "import socket, sys; s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x1234));"
-        "s.bind(('eth0', 0x1234)); s.settimeout(10); mac = bytes.fromhex(sys.argv[1].replace(':', ''));"
+        "s.bind(('eth0', 0x1234)); s.settimeout(60); mac = bytes.fromhex(sys.argv[1].replace(':', ''));"
         "own = s.getsockname()[4]; s.send(mac + own + b'\\x12\\x34' + b'hello, mirror' + bytes(40));"
         "print(s.recv(100) == own + mac + b'\\x12\\x34' + b'hello, mirror' + bytes(40))"
     )
@@ -114,7 +114,7 @@ def test_an_example_ends_well(make_lab, name, number):
     while not re.fullmatch(first, answer(child)):
         pass
     child.send_signal(number)
-    _, said = child.communicate(timeout=20)
+    _, said = child.communicate(timeout=120)
     assert "Traceback" not in said
     if number == signal.SIGINT:
         assert child.returncode == 0

@@ -370,7 +370,7 @@ def test_no_change_breaks_a_connection(make_world, bypass):
 def server_of(world: World, port: int) -> str:
     """The server that takes a connection from this port of the client's, which ends it by a RST."""
     with inside(world.lab.client.netns), socket.socket() as conn:
-        conn.settimeout(10)
+        conn.settimeout(60)
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         conn.bind(("", port))
         conn.connect((VIP[4], 80))
@@ -575,10 +575,13 @@ def test_clients_of_several_interfaces(make_world):
     for node in (lab.client, other):
         for family in (4, 6):
             assert world.echo(VIP[family], "300000", node=node)["intact"]
-    now = status(lab)
-    assert all(worker["sent"] for worker in now["workers"])
-    same = json.loads(lab.lb.run(*crablb("status", "--iface", "eth1", "--json")).stdout)
-    assert same == now | {"interface": "eth1"}
+    assert all(worker["sent"] for worker in status(lab)["workers"])
+
+    def same() -> bool:  # when nothing comes between the two, not even the kernel's own
+        other = lab.lb.run(*crablb("status", "--iface", "eth1", "--json")).stdout
+        return bool(json.loads(other) == status(lab) | {"interface": "eth1"})
+
+    until(same)
     busy = lab.lb.run(*crablb("serve", "--iface", "eth1", "--service", what[0]), check=False)
     assert (busy.returncode, "the load balancer of eth1 is run already" in busy.stderr) == (2, True)
     second.terminate()
@@ -601,7 +604,7 @@ def test_a_flood_of_syns_disturbs_nobody(make_world, bypass):
     assert exchange(held, "before") == "50"
     resident = memory(lb.child.pid)
     flood = world.python(world.lab.client, "flood", VIP[4], world.lab.lb.mac(), "100000")
-    out, err = flood.communicate(timeout=60)
+    out, err = flood.communicate(timeout=300)
     assert flood.returncode == 0, err
     assert int(out) >= 90000
     # Other backends now: only what is remembered tells where the old connections go.
@@ -643,7 +646,7 @@ def listening(make_world):
         world.lab.client.set({"net.ipv4.tcp_fastopen": 5})
         with inside(world.lab.client.netns):
             opened.append(socket.socket(kind))
-        opened[-1].settimeout(10)
+        opened[-1].settimeout(60)
         return world, opened[-1], opened[:-1]
 
     yield make
@@ -677,7 +680,7 @@ def test_fast_open_is_not_redirected(listening, family):
     client.sendto(b"request", socket.MSG_FASTOPEN, (VIP[family], PORT))
     (connection,) = accepted(servers)
     with connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         assert connection.getsockname()[0] == VIP[family]
         assert connection.recv(100) == b"request"
         connection.sendall(b"answer")
@@ -706,7 +709,7 @@ def test_a_signed_connection_is_not_redirected(listening, family):
     client.connect((VIP[family], PORT))
     (connection,) = accepted(servers)
     with connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         assert connection.getsockname()[0] == VIP[family]
         client.sendall(b"request")
         assert connection.recv(100) == b"request"

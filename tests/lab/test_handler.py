@@ -63,7 +63,7 @@ def test_answers_and_failures(make_world):
 
     with inside(world.lab.client.netns):
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(10)
+    sock.settimeout(60)
     lb = LoadBalancer("eth0", [Service(VIP, (Backend(A),))], seed=SEED)
     lb.handle(Match(protocol=17, port=7), turned_round)  # before the start
     failures: list[Event] = []
@@ -83,7 +83,7 @@ def test_answers_and_failures(make_world):
 
         assert lb._loop
         following = asyncio.run_coroutine_threadsafe(follow(), lb._loop)
-        assert listening.wait(10)
+        assert listening.wait(60)
         sock.sendto(b"hello", (lb_address, 7))
         assert sock.recv(100) == b"hello!"
         for port in (8, 9, 10, 11):

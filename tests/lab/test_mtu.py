@@ -94,7 +94,7 @@ def test_what_the_kernel_drops_is_counted(make_world):
     lab = world.lab
     child.send_signal(19)
     flood = world.python(lab.client, "flood", str(VIP4), lab.lb.mac(), "10000")
-    out, err = flood.communicate(timeout=60)
+    out, err = flood.communicate(timeout=300)
     child.send_signal(18)
     assert flood.returncode == 0, err
     assert int(out) >= 9000

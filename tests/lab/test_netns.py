@@ -181,7 +181,7 @@ def test_a_service_manager_signals_all_of_them(world: World) -> None:
     assert exchange(held, "still here") == "still here"
     assert agent.poll() is None
     agent.send_signal(signal.SIGTERM)
-    assert agent.wait(timeout=30) == 0
+    assert agent.wait(timeout=120) == 0
     assert agent_status(lab.client, 1)["client"]["pid"] is None  # it stays, for what it translates
     assert exchange(held, "and here") == "and here"
 

@@ -46,7 +46,7 @@ WRONG = {
 def shell(redirection: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", *crablb(*args)],
-        capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_nobody_reads(name: str):
     os.close(reader)
     args = PRINTING[name]
     done = subprocess.run(
-        crablb(*args), stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60, check=False
+        crablb(*args), stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300, check=False
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")

@@ -7,6 +7,7 @@
     kernel                                  ways into the kernel
     api        what is said between a daemon and those who ask it
     ground     errors model values options config filters lint overlay reference schema log lasting seldom
+               carried
 
 An arrow only goes down.  On one floor, a room uses another one where it says so here.
 """
@@ -35,6 +36,7 @@ GROUND = {
     "log",
     "lasting",
     "seldom",
+    "carried",
 }
 BELOW_CONTROL = GROUND | {"_native", "kernel", "selection", "dataplane"}
 #: Room -> the rooms that it may import from, beside itself.  `_native` is the compiled hot loop.

@@ -44,7 +44,7 @@ def test_a_full_pipe_loses_nothing(pipe, blocking):
     for n in range(1000):
         writer.write(line(n))
     assert [entry["n"] for entry in read(there, 1000)] == list(range(1000))
-    writer.wait(10)
+    writer.wait(60)
 
 
 def test_more_than_wait_are_counted(pipe):
@@ -74,14 +74,14 @@ def test_no_room(tmp_path: Path):
     writer = _Writer(full)
     for n in range(3):
         writer.write(line(n))
-    writer.wait(10)
+    writer.wait(60)
     writer.write(line(3))  # tells of them, and cannot either
-    writer.wait(10)
+    writer.wait(60)
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, full)
     writer.write(line(4))
     writer.write(line(5))
-    writer.wait(10)
+    writer.wait(60)
     os.close(file)
     lost, *others = map(json.loads, path.read_text().splitlines())
     assert lost == {"event": "log lines were lost", "lines": 4, "reason": "No space left on device"}
@@ -104,9 +104,9 @@ def test_a_line_that_ends_nowhere(pipe, monkeypatch):
     monkeypatch.setattr(os, "write", half)
     writer = _Writer(here)
     writer.write(line(0))
-    writer.wait(10)
+    writer.wait(60)
     writer.write(line(1))
-    writer.wait(10)
+    writer.wait(60)
     begun, *whole = os.read(there, 1 << 16).splitlines()
     assert begun == line(0)[:10].encode()
     assert [json.loads(each).get("n") for each in whole] == [None, 1]
@@ -120,7 +120,7 @@ def test_nobody_reads_any_more(pipe):
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, there)
     writer.write(line(0))
-    writer.wait(10)
+    writer.wait(60)
     again, other = os.pipe()
     os.dup2(other, here)
     os.close(other)
