@@ -98,9 +98,8 @@ class _Block:
 
     def copy(self) -> Self:
         made = type(self)()
-        made._slots = dict(self._slots)
-        for slot in self._slots.values():
-            made._loads[slot] = self._loads[slot]
+        for address, slot in self._slots.items():
+            made._loads[made._slot(address)] = self._loads[slot]
         return made
 
     def forget(self, kept: Container[Address]) -> None:
@@ -130,11 +129,14 @@ class Balance:
             made._blocks[vip] = self._blocks[vip].copy()
         made.turn(vip).next = self.turn(vip).next
         made._since = {pair: began for pair, began in self._since.items() if pair[0] == vip}
-        made._serving, made._heard = set(self._serving), dict(self._heard)
+        made._serving, made._percents = dict(self._serving), dict(self._percents)
+        made._heard = dict(self._heard)
         return made
 
     def _block(self, vip: Vip) -> _Block:
-        return self._blocks.setdefault(vip, _Block())
+        if vip not in self._blocks:
+            self._blocks[vip] = _Block()
+        return self._blocks[vip]
 
     def load(self, vip: Vip, backend: Address) -> Any:
         """``struct crab_load *``."""
