@@ -232,7 +232,7 @@ def test_sigterm_leaves_nothing_behind(standing):
     assert "xdp" not in lb.run("ip", "link", "show", "eth0").stdout
     assert "managed" not in lb.run("ip", "neigh").stdout
     done = lb.run(*crablb("status", "--iface", "eth0"), check=False)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert "no load balancer serves eth0" in done.stderr
 
 
