@@ -32,6 +32,7 @@ from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
 from crablb.dataplane.snapshot import Sight, build
+from crablb.dataplane.statistics import Rounds
 from crablb.dataplane.tap import Tap, Taps
 from crablb.errors import ConfigError, KernelError
 from crablb.filters import Filter
@@ -244,6 +245,15 @@ class Engine:
     def statistics(self) -> dict[str, Any]:
         """Packets by what became of them: see :func:`crablb.dataplane.statistics.read`."""
         return self._running.statistics(self._queues.slots)
+
+    def rounds(self) -> dict[tuple[str, int], Rounds]:
+        """How the workers' rounds were, by interface and queue, in the order of ``statistics()["workers"]``."""
+        return self._queues.rounds()
+
+    @property
+    def published(self) -> int:
+        """Snapshots given to the workers, since the start."""
+        return self._queues.published
 
     def service_counters(self, vips: Iterable[Vip] | None = None) -> dict[Vip, tuple[int, int]]:
         """What the XDP program forwarded by itself, packets and bytes, of these services; None: of all."""

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 import structlog
 
 from crablb.control.admin import sockets
+from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import Operator
+from crablb.control.ports import bind
 from crablb.dataplane.events import Event
-from crablb.errors import ConfigError, KernelError, Problems
-from crablb.model import Address, Config, Switch, host_port
+from crablb.errors import ConfigError, Problems
+from crablb.model import Config, Switch, host_port
 from crablb.values import guarded, read_text
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ class Admin:
     cannot be bound.
     """
 
-    def __init__(self, operator: Operator, config: Config) -> None:
-        self._operator, self._config = operator, config
+    def __init__(self, operator: Operator, config: Config, gatherer: Gatherer | None = None) -> None:
+        """``gatherer``: for the status page, which is served beside it; None: there is none."""
+        self._operator, self._gatherer, self._config = operator, gatherer, config
         self._on = config.admin is Switch.ON
         self._tls: ssl.SSLContext | None = None
         self._token = ""
@@ -72,7 +75,7 @@ class Admin:
                 self._token = problems.attempt("admin_token_file", _token, config.admin_token_file) or ""
         problems.finish()
         if config.admin_listen:
-            self._tcp = _bind(*config.admin_listen)
+            self._tcp = bind("the API", *config.admin_listen)
 
     def start(self) -> None:
         """From now on whoever connects is answered, as soon as what is needed for it has been imported."""
@@ -107,9 +110,10 @@ class Admin:
         from crablb.control.admin import app, server
 
         assert self._unix
-        self._listeners.append(await server.listen(app.make(self._operator), self._unix))
+        unix = app.make(self._operator, self._gatherer)
+        self._listeners.append(await server.listen(unix, self._unix))
         if self._tcp:
-            remote = app.make(self._operator, token=self._token)
+            remote = app.make(self._operator, self._gatherer, token=self._token)
             self._listeners.append(await server.listen(remote, self._tcp, tls=self._tls))
 
     def _unserved(self, error: Exception) -> None:
@@ -202,15 +206,3 @@ def _token(path: str) -> str:
             f" (umask 077; openssl rand -hex 32 > {path})"
         )
     return token
-
-
-def _bind(address: Address, port: int) -> socket.socket:
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((str(address), port))
-    except OSError as error:
-        sock.close()
-        raise KernelError(f"cannot serve the API at {host_port(address, port)}: {error.strerror}") from None
-    return sock
