@@ -754,8 +754,8 @@ class Engine:
             self._completions.stopped(),
             self._answered,
             self._handlers.matches(),
-            self._taps.filled(),
             self._registry.version,
+            self._taps.filled(),
         )
         snapshot = build(self._served, sight, self._queues.snapshot)
         self._custom.publish(snapshot.custom)

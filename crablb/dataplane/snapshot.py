@@ -73,8 +73,8 @@ class Sight:
     unredirected: Container[tuple[Vip, Address]] = ()  # backends of services that are not redirected to now
     answered: Container[Address] = ()  # VIPs whose packets that are no service's are user space's
     matches: Any = None  # ``struct crab_matches *``: frames of one's own
-    taps: Any = None  # ``struct crab_taps *``: packets that somebody wants to see
     version: Any = None  # of the numbers: as long as it is the same, and ``hops`` the same object; None: look
+    taps: Any = None  # ``struct crab_taps *``: packets that somebody wants to see
 
 
 class Snapshot:

@@ -43,8 +43,8 @@ class Admin:
     cannot be bound.
     """
 
-    def __init__(self, operator: Operator, gatherer: Gatherer, config: Config) -> None:
-        """``gatherer``: for the status page, which is served beside it."""
+    def __init__(self, operator: Operator, config: Config, gatherer: Gatherer | None = None) -> None:
+        """``gatherer``: for the status page, which is served beside it; None: there is none."""
         self._operator, self._gatherer, self._config = operator, gatherer, config
         self._on = config.admin is Switch.ON
         self._tls: ssl.SSLContext | None = None
@@ -110,7 +110,8 @@ class Admin:
         from crablb.control.admin import app, server
 
         assert self._unix
-        self._listeners.append(await server.listen(app.make(self._operator, self._gatherer), self._unix))
+        unix = app.make(self._operator, self._gatherer)
+        self._listeners.append(await server.listen(unix, self._unix))
         if self._tcp:
             remote = app.make(self._operator, self._gatherer, token=self._token)
             self._listeners.append(await server.listen(remote, self._tcp, tls=self._tls))
