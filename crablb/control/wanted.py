@@ -270,7 +270,7 @@ class Wanted:
 
     async def _seen(self) -> Seen:
         lost = {a for a, hop in self._engine.hops.items() if hop.state is not HopState.RESOLVED}
-        census = await self._engine.census()
+        census = await self._engine.census(shares=False)
         return Seen(
             self._engine.seed,
             dict(self._engine.standings),
