@@ -37,6 +37,8 @@ COMMANDS = (
     "events",
     "log-level",
     "check",
+    "capture",
+    "trace",
     "reload",
     "plan",
     "diff",

@@ -32,7 +32,10 @@ from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
 from crablb.dataplane.snapshot import Sight, build
+from crablb.dataplane.statistics import Rounds
+from crablb.dataplane.tap import Tap, Taps
 from crablb.errors import ConfigError, KernelError
+from crablb.filters import Filter
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
 from crablb.model import Address, Bypass, Config, Service, State, Vip
@@ -90,6 +93,7 @@ class Engine:
         self._custom = Custom(self._policy_failed)
         self._handlers = Handlers(self._handler_failed)
         self._queues = Queues(config, self._handlers, self._custom, self._socket_failed)
+        self._taps = Taps(self._queues, self._attachments, self._publish, lambda: self._registry.backends)
         # Made at the start:
         self._program: Program | None = None
         self._registry = Registry(0)
@@ -243,6 +247,15 @@ class Engine:
         """Packets by what became of them: see :func:`crablb.dataplane.statistics.read`."""
         return self._running.statistics(self._queues.slots)
 
+    def rounds(self) -> dict[tuple[str, int], Rounds]:
+        """How the workers' rounds were, by interface and queue, in the order of ``statistics()["workers"]``."""
+        return self._queues.rounds()
+
+    @property
+    def published(self) -> int:
+        """Snapshots given to the workers, since the start."""
+        return self._queues.published
+
     def service_counters(self, vips: Iterable[Vip] | None = None) -> dict[Vip, tuple[int, int]]:
         """What the XDP program forwarded by itself, packets and bytes, of these services; None: of all."""
         program, indices = self._running, self._registry.services
@@ -351,6 +364,16 @@ class Engine:
         self._running.take_frames(self._handlers.matches())
         self._publish()
 
+    async def tap(self, wanted: Filter, snap: int) -> Tap:
+        """See packets, and what becomes of them, until it is closed.  ``snap``: bytes of each frame, from 1 to
+        :data:`.tap.MAX_SNAP`.
+
+        Raises :class:`ConfigError` (there are enough of them, no such backend) and :class:`KernelError`.
+        """
+        if not self._attached:
+            raise KernelError("nothing is served, so no packets can be seen")
+        return await self._taps.open(self._running, wanted, snap, self._sweeper, self.task)
+
     def process_once(self, timeout: float) -> int:
         """See :meth:`crablb.LoadBalancer.process_once`."""
         return self._queues.once(timeout)
@@ -447,6 +470,7 @@ class Engine:
 
     def _take_down(self, *, keep: bool) -> None:
         """Take no packets any more.  ``keep``: leave the XDP program, and the flows."""
+        self._taps.end()
         self._sweeper.shutdown()
         for attachment in self._attachments:
             if keep:
@@ -685,6 +709,7 @@ class Engine:
             self._answered,
             self._handlers.matches(),
             self._registry.version,
+            self._taps.filled(),
         )
         snapshot = build(self._served, sight, self._queues.snapshot)
         self._custom.publish(snapshot.custom)

@@ -74,6 +74,7 @@ class Sight:
     answered: Container[Address] = ()  # VIPs whose packets that are no service's are user space's
     matches: Any = None  # ``struct crab_matches *``: frames of one's own
     version: Any = None  # of the numbers: as long as it is the same, and ``hops`` the same object; None: look
+    taps: Any = None  # ``struct crab_taps *``: packets that somebody wants to see
 
 
 class Snapshot:
@@ -180,6 +181,8 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
         raise MemoryError("no memory for a snapshot")
     if sight.matches:
         lib.crab_snapshot_match(made.c, sight.matches)
+    if sight.taps:
+        lib.crab_snapshot_tap(made.c, sight.taps)
     vips = ffi.new("struct crab_address[]", [(mapped(vip),) for vip in config.vips if vip in sight.answered])
     if lib.crab_snapshot_answer(made.c, vips, len(vips), config.ping, config.closed is not Closed.DROP):
         raise MemoryError("no memory for a snapshot")
