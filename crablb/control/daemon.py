@@ -59,9 +59,9 @@ async def serve(
             remove_if_killed=" ".join(["crablb remove", *(f"--iface {name}" for name in engine.modes)]),
         )
         await asyncio.to_thread(logging.flush)  # whoever waits for us may read why something is not as it should be
-        notify("READY=1")
         wanted.start()
         doors.start()
+        notify("READY=1")
         stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
         failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
         await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)

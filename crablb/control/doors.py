@@ -21,7 +21,7 @@ class Doors:
     def __init__(self, operator: Operator, supervisor: Supervisor) -> None:
         engine = supervisor.engine
         self._gatherer = Gatherer(operator, engine)
-        self.admin = Admin(operator, self._gatherer, engine.config)
+        self.admin = Admin(operator, engine.config, self._gatherer)
         try:
             self.metrics = Metrics(self._gatherer, engine.config)
         except BaseException:
