@@ -154,6 +154,7 @@ def _daemon(name: str, port: Callable[[], interfaces.Port]) -> Iterator[Look[Any
 
     where = f"load balancer of {name}"
     yield Look(where, "the load balancer", read, daemon.judge)
+    yield Look(where, "the state file", partial(daemon.read_memory, name), daemon.memory)
     yield Look(where, "counters", partial(daemon.read_counters, name), daemon.counters)
 
 

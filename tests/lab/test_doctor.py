@@ -19,7 +19,7 @@ import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
-from crablb.api import client
+from crablb.api import client, types
 from crablb.cli import main
 from crablb.kernel import bpf, pins
 from crablb.lab import VIP4, VIP6, Node
@@ -198,6 +198,27 @@ def test_what_it_says_of_itself(doctor):
     doctor.file.write_text(f'admin = "off"\n{FILE}')
     doctor.world.serve(config=doctor.file)
     assert doctor.finds(config=False)["api-none"]["severity"] == "note"
+
+
+def test_a_server_that_dies(doctor):
+    """The checks that failed are told, with what they were answered."""
+    world, lb = doctor.world, doctor.node
+    world.servers()
+    doctor.file.write_text(FILE.replace("check = []", 'check = ["tcp", "redirect"]'))
+    world.serve(config=doctor.file)
+
+    def backends() -> list[types.Backend]:
+        with inside(lb.netns), client.Client(client.discover()) as asked:
+            return asked.get("/v1/backends", list[types.Backend])
+
+    until(lambda: all(check.ok for backend in backends() for check in backend.checks))
+    assert doctor.sick(config=False) == {}
+    world.lab.servers[0].end()
+    until(lambda: [backend.address for backend in backends() if backend.healthy is False] == ["10.0.0.11", "fd00::11"])
+    found = doctor.sick(config=False)
+    assert found["backend-unhealthy"]["severity"] == "warning"
+    assert " is unhealthy: tcp: " in found["backend-unhealthy"]["what"]
+    assert "service-down" not in found
 
 
 def test_what_was_kept(doctor):

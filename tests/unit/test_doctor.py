@@ -503,6 +503,30 @@ def test_logs(found, expected):
     assert told(daemon.logs(found)) == expected
 
 
+def test_the_state_file(tmp_path, monkeypatch):
+    path = tmp_path / "eth0.state.json"
+    monkeypatch.setattr(daemon.state, "place", lambda name: tmp_path / f"{name}.state.json")
+
+    def found() -> dict[str, Severity]:
+        return told(daemon.memory(daemon.read_memory("eth0")))
+
+    assert found() == {}
+    for text in ("", "{", "[]", "[" * 100_000, '{"version": 99}', "{}"):
+        path.write_text(text)
+        path.chmod(0o600)
+        assert found() == {"state-file": WARNING}, text
+    path.write_text('{"version": 1, "changes": {}}')
+    assert found() == {}
+    path.chmod(0o622)
+    assert found() == {"state-file": WARNING}
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert found() == {"state-file": WARNING}
+    path.unlink()
+    (tmp_path / "eth0.state.json.corrupt").touch()
+    assert found() == {"state-aside": NOTE}
+
+
 def test_what_lies_about():
     assert told(daemon.strays([])) == {}
     found = [daemon.Stray("lock", "lb-eth0"), daemon.Stray("socket", "/run/crablb/eth0.sock")]
