@@ -107,7 +107,7 @@ def looks(subject: Subject) -> Iterator[Look[Any]]:
         yield from _vips(subject, hops, ways)
     if subject.backends:
         yield from _backends(subject, ways, ports)
-    yield Look("rest", "locks and sockets", daemon.read_strays, daemon.strays)
+    yield Look(str(pins.RUN), "locks and sockets", daemon.read_strays, daemon.strays)
     yield Look("agents", "agents", _read_agents, _agents)
 
 

@@ -340,7 +340,10 @@ def test_how_a_configuration_fits():
     assert told(backends.fits(l2, {SERVER: UP}, [CARD])) == {}
     assert told(backends.fits(l2, {SERVER: far}, [CARD])) == {"backend-behind-gateway": FAULT}
     six = configured(ip_address("fd00::100"))
-    assert told(backends.fits(six, {SERVER: replace(far, mtu=1280)}, [CARD])) == {"tunnel-narrow": WARNING}
+    found = told(backends.fits(six, {SERVER: replace(far, mtu=1280)}, [CARD]))
+    assert found == {"tunnel-narrow": WARNING, "tunnel-mtu": NOTE}
+    assert told(backends.fits(six, {SERVER: far}, [CARD])) == {"tunnel-mtu": NOTE}
+    assert told(backends.fits(six, {SERVER: replace(far, mtu=1520)}, [CARD])) == {}
     idle = Config(("eth0",), (Service(Vip(VIP, 80), (Backend(SERVER, state=State.DRAIN),)),))
     assert told(backends.fits(idle, {SERVER: UP}, [CARD])) == {"service-idle": WARNING}
 
@@ -599,6 +602,8 @@ def says(status: object = None, service: object = None, backend: object = None) 
     [
         (says(), {}),
         (says(status={"changes": 2}), {"changes": NOTE}),
+        (replace(says(), installed="2"), {"version": NOTE}),
+        (replace(says(), installed="1"), {}),
         (says(service={"serving": 1}), {}),
         (says(service={"serving": 0}), {"service-down": FAULT}),
         (says(service={"panic": True}), {"panic": WARNING}),
