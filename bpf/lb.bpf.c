@@ -26,6 +26,13 @@
 #include "siphash.h"
 #include "valid.h"
 
+/* lbtap.bpf.c is this program too, with more in these places. */
+#ifndef ENTRY
+#define ENTRY SEC("xdp")
+#define SHOW_COUNTED(what)
+#define SHOW_BACKEND(backend, ifindex)
+#endif
+
 struct {
     __uint(type, BPF_MAP_TYPE_HASH);
     __uint(max_entries, CRAB_MAX_SERVICES);
@@ -164,6 +171,7 @@ static __always_inline void count(__u32 what)
     __u64 *n = bpf_map_lookup_elem(&xdp_counters, &what);
     if (n)
         (*n)++;
+    SHOW_COUNTED(what);
 }
 
 /* Where the AF_XDP socket of the packet's queue is in `sockets`; CRAB_MAX_QUEUES: nowhere. */
@@ -526,6 +534,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     if (!path || !counters)
         return -1;
     __u32 tunnel = flow.flags & CRAB_FLOW_TUNNEL, ifindex = path->ifindex, outer = 0;
+    SHOW_BACKEND(backend, ifindex);
     int back = ifindex == ctx->ingress_ifindex, tx = back && path->tx;
     if (!tx && !path->redirect)
         return -1;
@@ -619,7 +628,7 @@ static __always_inline __u32 length_of(struct xdp_md *ctx, struct packet *p, con
     return crab_valid_length(l3, family, least, p->frame - p->l3);
 }
 
-SEC("xdp")
+ENTRY
 int crab_lb(struct xdp_md *ctx)
 {
     void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;

@@ -166,6 +166,59 @@ struct crab_matches {
     __u32 count;
 };
 
+/* Which packets a tap shows: those that have all that is named.  Addresses are compared under their masks. */
+#define CRAB_TAP_FOUR 1 /* IPv4 alone */
+#define CRAB_TAP_SIX 2
+#define CRAB_TAP_VPORT 4
+#define CRAB_TAP_PORT 8
+#define CRAB_TAP_BACKEND 16
+struct crab_tap {
+    __u8 client[16];
+    __u8 client_mask[16];
+    __u8 vip[16];
+    __u8 vip_mask[16];
+    __be16 vport;  /* the VIP's */
+    __be16 port;   /* of either side */
+    __u16 backend; /* id of the one that it was sent to */
+    __u8 fields;   /* CRAB_TAP_*; 0: no condition, and then not what is left to the kernel */
+    __u8 pad;
+};
+
+/* The only value of map `taps`. */
+#define CRAB_MAX_TAPS 4
+#define CRAB_TAP_SNAP 2048
+struct crab_taps {
+    struct crab_tap list[CRAB_MAX_TAPS];
+    __u64 until_ns; /* of the XDP program: it shows nothing later (CLOCK_MONOTONIC) */
+    __u32 count;
+    __u32 snap; /* bytes of a frame that are shown, at most CRAB_TAP_SNAP */
+};
+
+/* What became of a packet: a record, behind which come the first bytes of the frame as it came in, and then as it went out. */
+#define CRAB_TAPPED_KNOWN 1   /* a worker's flow cache knew the connection */
+#define CRAB_TAPPED_WRITTEN 2 /* so did map `flows` */
+#define CRAB_TAPPED_OFFER 4   /* a SYN with an offer */
+#define CRAB_TAPPED_CHOSEN 8  /* a policy chose the backend; else a table */
+#define CRAB_TAPPED_SERVICE 16 /* of a service */
+struct crab_tapped {
+    __u64 at_ns; /* CLOCK_MONOTONIC, when work on it began */
+    __u64 done_ns;
+    __u64 counters; /* bit n: counter n of enum crab_xdp_counter, or of a worker's enum crab_counter, counted it */
+    __u32 size;     /* bytes of the record, with what is behind it, to the next multiple of eight */
+    __u32 in_ifindex;
+    __u32 out_ifindex;
+    __u32 in_len; /* bytes of the frames */
+    __u32 out_len; /* 0: nothing went out */
+    __u16 in_kept; /* bytes of them that follow */
+    __u16 out_kept;
+    __u16 backend; /* id of the one that it was sent to; 65535: none */
+    __u16 queue;
+    __u8 taps;    /* bit n: tap n shows it */
+    __u8 xdp;     /* 1: by the XDP program alone, whose verdict is this */
+    __u8 verdict;
+    __u8 flags; /* CRAB_TAPPED_* */
+};
+
 /* What the XDP program did with a packet: index into map `xdp_counters` (per CPU, __u64 each). */
 enum crab_xdp_counter {
     CRAB_XDP_PASS_NOT_VIP,      /* not a VIP's: given to the kernel untouched */

@@ -4,7 +4,7 @@
  * The first pass (examine.c) parses and looks up all frames; then policies are asked (ask.c); the second pass (forward.c)
  * decides about each frame and rewrites it; what is a handler's goes there in the end (handle.c).  So the cache lines that the
  * second pass needs (flow bucket, Maglev slot) are on their way while the first still parses.  core.c calls each of them once
- * a batch.  What is a VIP's, but nobody's, is answered where that is seen (answer.c). */
+ * a batch; while somebody looks on, tap.c does.  What is a VIP's, but nobody's, is answered where that is seen (answer.c). */
 #ifndef CRAB_BATCH_H
 #define CRAB_BATCH_H
 
@@ -31,6 +31,7 @@ struct crab_core {
     uint32_t answered_second, answered_count; /* packets answered in this second: see answer.h */
     struct crab_flows flows;
     struct crab_seen_lists seen; /* of TCP options */
+    struct crab_shown *shown; /* NULL: nothing is (see tap.c) */
 };
 
 /* What the second pass has to do with a frame.  Those that there are most of have code of their own. */
@@ -72,6 +73,10 @@ struct crab_batch {
     struct crab_handed handed;
 };
 
+/* All of them. */
+void crab_batch_pass(struct crab_batch *b);
+/* All of them, where taps show some of the frames. */
+void crab_batch_show(struct crab_batch *b);
 void crab_batch_examine(struct crab_batch *b);
 void crab_batch_ask(const struct crab_batch *b);
 void crab_batch_forward(struct crab_batch *b);

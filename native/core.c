@@ -30,6 +30,7 @@ void crab_core_free(struct crab_core *core)
 {
     if (!core)
         return;
+    crab_core_hide(core);
     free(core->flows.entries);
     free(core);
 }
@@ -95,6 +96,16 @@ static void release(struct crab_core *core)
     atomic_store_explicit(&core->hazard, NULL, memory_order_release);
 }
 
+void crab_batch_pass(struct crab_batch *b)
+{
+    crab_batch_examine(b);
+    if (b->s->asks)
+        crab_batch_ask(b);
+    crab_batch_forward(b);
+    if (crab_unlikely(b->handed.count))
+        crab_batch_handle(b);
+}
+
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now)
 {
     struct crab_item items[CRAB_BATCH];
@@ -114,13 +125,10 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
         core->counters[CRAB_C_DROP_NOT_SERVICE] += count;
         for (uint32_t i = 0; i < count; i++)
             frames[i].len = 0;
+    } else if (crab_unlikely(b.s->taps.count)) {
+        crab_batch_show(&b);
     } else {
-        crab_batch_examine(&b);
-        if (b.s->asks)
-            crab_batch_ask(&b);
-        crab_batch_forward(&b);
-        if (crab_unlikely(b.handed.count))
-            crab_batch_handle(&b);
+        crab_batch_pass(&b);
     }
     release(core);
     return b.kept;

@@ -231,6 +231,8 @@ void crab_snapshot_match(struct crab_snapshot *snapshot, const struct crab_match
  * without memory. */
 int crab_snapshot_answer(struct crab_snapshot *snapshot, const struct crab_address *vips, uint32_t count, bool ping,
                          bool reset);
+/* Which packets are shown (see "tap").  Copied; before the snapshot is published. */
+void crab_snapshot_tap(struct crab_snapshot *snapshot, const struct crab_taps *taps);
 /* When crab_core_uses says no of every core that it was published to. */
 void crab_snapshot_free(struct crab_snapshot *snapshot);
 
@@ -345,6 +347,22 @@ void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n,
 /* Work on at most CRAB_BATCH frames where they lie: they stay the caller's, and each has CRAB_HEADROOM bytes in front of it.
  * By the core's thread; it neither waits nor allocates.  Returns how many are to be sent. */
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now);
+
+/* ---- tap: what becomes of packets, shown to whoever wants to see it ---- */
+
+/* Have a core show the packets that its snapshot's taps name: it works on each of them by itself then, and writes down a
+ * struct crab_tapped, in a ring of so many bytes (a power of two); without room there it counts.  Before a snapshot with taps
+ * is published to it, any thread.  Returns 0, or -1 without memory. */
+int crab_core_show(struct crab_core *core, uint32_t queue, uint32_t size);
+/* Show no more; the ring is freed.  When the core uses no snapshot with taps, any thread. */
+void crab_core_hide(struct crab_core *core);
+/* Take what is shown: whole records, at most as many bytes as the ring has, into `out`.  Returns how many bytes.  Any thread,
+ * but one at a time. */
+uint32_t crab_core_shown(struct crab_core *core, uint8_t *out);
+/* Packets that there was no room for, since crab_core_show.  Any thread. */
+uint64_t crab_core_unshown(const struct crab_core *core);
+/* The taps, a bit each, that show a frame, were it sent to this backend (CRAB_NO_BACKEND: to none); left: the kernel gets it. */
+uint32_t crab_taps_find(const struct crab_taps *taps, const uint8_t *frame, size_t len, uint16_t backend, bool left);
 
 /* ---- ask: the question to a function, which backend a connection is redirected to ---- */
 

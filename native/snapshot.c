@@ -130,6 +130,11 @@ void crab_snapshot_match(struct crab_snapshot *s, const struct crab_matches *mat
     s->matches = *matches;
 }
 
+void crab_snapshot_tap(struct crab_snapshot *s, const struct crab_taps *taps)
+{
+    s->taps = *taps;
+}
+
 static int compare(const void *a, const void *b)
 {
     return memcmp(a, b, sizeof(struct crab_address));

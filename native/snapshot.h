@@ -47,6 +47,7 @@ struct crab_snapshot {
     struct crab_redirect *redirects; /* one a service */
     struct crab_matches matches;     /* of frames that are no service's */
     struct crab_answers answers;     /* to those of which no match holds */
+    struct crab_taps taps;
 };
 
 static inline uint32_t crab_place_of(uint64_t a, uint64_t b, uint16_t port_be)

@@ -16,6 +16,7 @@ __all__ = [
     "Applied",
     "Backend",
     "BackendHealth",
+    "Capture",
     "CheckResult",
     "Configuration",
     "Diff",
@@ -37,6 +38,8 @@ __all__ = [
     "Status",
     "Step",
     "Takeover",
+    "Trace",
+    "TraceStep",
     "Version",
 ]
 
@@ -299,3 +302,33 @@ class Explanation(Answer, frozen=True, kw_only=True):
     backend: str  # empty: none
     redirected: bool
     frame: str  # hexadecimal; empty: not asked for, or none goes out
+
+
+# ---- capture and trace ----
+
+
+class Capture(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The answer is a pcapng file, which ends at the first of its limits."""
+
+    filter: str = ""  # crablb.filters
+    seconds: float = 60.0
+    packets: int = 10_000  # that came in
+    bytes: int = 16_777_216  # of the file
+    snaplen: int = 256  # bytes of each frame that are kept
+
+
+class Trace(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The answers are steps, as they happen."""
+
+    client: str  # an address
+    vip: str = ""  # with a port or without; empty: any
+    timeout: float = 60.0  # seconds
+    connections: int = 1  # the next so many
+
+
+class TraceStep(Answer, frozen=True, kw_only=True):
+    at: float
+    connection: str  # "10.0.0.1:40000 -> 10.0.0.100:80"; empty: of none
+    what: str  # "in", "service", "flow", "offer", "choice", "decision", "rewritten", "out", "packet", "over", "end"
+    outcome: str
+    why: str = ""

@@ -24,8 +24,11 @@ from crablb import log as logging
 from crablb import overlay, values
 from crablb.api import types
 from crablb.config import check_services, read_service
+from crablb.control.capture import capture
 from crablb.control.journal import Journal
+from crablb.control.pieces import Pieces
 from crablb.control.supervisor import Supervisor
+from crablb.control.trace import trace
 from crablb.control.wanted import Wanted
 from crablb.dataplane.census import Census
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started
@@ -410,6 +413,15 @@ class Operator:
         yield b": crablb\n\n"
         async for events in self.journal.follow(self.journal.last if since is None else since, PAUSE):
             yield b"".join(map(_sent, events)) or b":\n\n"
+
+    async def capture(self, asked: types.Capture) -> Pieces[bytes]:
+        """See :func:`crablb.control.capture.capture`."""
+        return await capture(self._engine, asked)
+
+    async def trace(self, asked: types.Trace) -> Pieces[bytes]:
+        """See :func:`crablb.control.trace.trace`; each step as a server-sent event, as of :meth:`follow`."""
+        steps = await trace(self._engine, asked)
+        return steps.each(lambda step: b"data: %b\n\n" % msgspec.json.encode(step) if step else b":\n\n")
 
     async def _census(self) -> Census:
         now = time.monotonic()

@@ -20,7 +20,7 @@ import structlog
 from crablb._native import lib
 from crablb.dataplane.flows import Inherited
 from crablb.dataplane.paths import Ways, backends
-from crablb.dataplane.program import MAIN, PINNED, Program
+from crablb.dataplane.program import NAMES, PINNED, Program
 from crablb.errors import KernelError
 from crablb.kernel import bpf, ethtool, pins
 from crablb.kernel.interface import Interface, interface_info
@@ -128,7 +128,7 @@ class Attachment:
             link = None
         attached, mode = bpf.xdp_program(self.info.index)
         end = time.monotonic() + GOING
-        while attached and not link and bpf.program_name(attached) == MAIN and time.monotonic() < end:
+        while attached and not link and bpf.program_name(attached) in NAMES and time.monotonic() < end:
             # Its process was killed before it had pinned the link, and the kernel takes its time to end that.
             time.sleep(0.01)
             attached, mode = bpf.xdp_program(self.info.index)
@@ -247,6 +247,12 @@ class Attachment:
         with program.again() as again:  # the kernel takes the same one for no change
             self._link.update(again.program(program.main.name))
             pins.put(again.program(program.main.name), self.pins / "program")
+
+    def exchange(self, program: Program) -> None:
+        """Have there what is the main program now, in place of what was until now."""
+        assert self._link
+        self._link.update(program.main)
+        pins.put(program.main, self.pins / "program")
 
     def leave_name(self) -> None:
         """The interface has another name now, and perhaps another one has this."""

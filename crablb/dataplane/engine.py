@@ -32,7 +32,9 @@ from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
 from crablb.dataplane.snapshot import Sight, build
+from crablb.dataplane.tap import Tap, Taps
 from crablb.errors import ConfigError, KernelError
+from crablb.filters import Filter
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
 from crablb.model import Address, Bypass, Config, Service, State, Vip
@@ -82,11 +84,15 @@ class Engine:
         self._completions = Completions()
         self._standings: dict[Pair, Standing] = {}
         self._verdicts: dict[Vip, Verdict] = {}
+        self._judged: dict[Vip, Service] = {}  # what these are about
+        self._news: set[Vip] = set()  # services of which more was found out since
+        self._usable: tuple[object, frozenset[Address]] = None, frozenset()  # of hops
         self._warm: Collection[Pair] = ()  # who does not begin slowly if it begins to serve now
         self._served = config  # with the backends as their standing has them
         self._custom = Custom(self._policy_failed)
         self._handlers = Handlers(self._handler_failed)
         self._queues = Queues(config, self._handlers, self._custom, self._socket_failed)
+        self._taps = Taps(self._queues, self._attachments, self._publish, lambda: self._registry.backends)
         # Made at the start:
         self._program: Program | None = None
         self._registry = Registry(0)
@@ -102,6 +108,7 @@ class Engine:
         self._tried: dict[str, Interface] = {}  # interfaces as they were when last they were fitted
         self._unfit: dict[str, str] = {}  # those that could not be, and why
         self._sweep_soon = asyncio.Event()
+        self._pathed: tuple[object, ...] = (None,)  # what the XDP program's paths were made of
         self._applied: list[Config] = []  # the configurations since the last sweep began
         self.task_failed: tuple[str, float] | None = None  # the last one, and when, of the monotonic clock
         self._stepped = time.monotonic()  # when weights were last looked at
@@ -296,6 +303,7 @@ class Engine:
             self._publish()
         except BaseException:
             self._standings = before  # it can be said again
+            self._news |= {vip for vip, _ in standings}
             raise
         finally:
             self._warm = ()
@@ -306,11 +314,20 @@ class Engine:
             self._standings = self._standings | changed
         for pair, standing in changed.items():
             self._balance.give(pair, standing.percent or WHOLE)
+            self._news.add(pair[0])
 
     def _judge(self) -> None:
         """Work out how each service is served now; tell where health is disregarded, and where no more."""
         before, services = self._verdicts, self.config.services
-        self._verdicts = {service.vip: judge(service, self._standings) for service in services}
+        old = {vip: before[vip] for vip in before.keys() - self._news}
+        self._verdicts = {
+            service.vip: old[service.vip]
+            if service.vip in old and self._judged[service.vip] is service
+            else judge(service, self._standings)
+            for service in services
+        }
+        self._judged = {service.vip: service for service in services}
+        self._news.clear()
         made: list[Service] = [self._verdicts[service.vip].service for service in services]
         same = all(new is old for new, old in zip(made, services, strict=True))
         self._served = self.config if same else replace(self.config, services=tuple(made))
@@ -335,6 +352,16 @@ class Engine:
         # Frames come only while the workers know what to do with them.
         self._running.take_frames(self._handlers.matches())
         self._publish()
+
+    async def tap(self, wanted: Filter, snap: int) -> Tap:
+        """See packets, and what becomes of them, until it is closed.  ``snap``: bytes of each frame, from 1 to
+        :data:`.tap.MAX_SNAP`.
+
+        Raises :class:`ConfigError` (there are enough of them, no such backend) and :class:`KernelError`.
+        """
+        if not self._attached:
+            raise KernelError("nothing is served, so no packets can be seen")
+        return await self._taps.open(self._running, wanted, snap, self._sweeper, self.task)
 
     def process_once(self, timeout: float) -> int:
         """See :meth:`crablb.LoadBalancer.process_once`."""
@@ -432,6 +459,7 @@ class Engine:
 
     def _take_down(self, *, keep: bool) -> None:
         """Take no packets any more.  ``keep``: leave the XDP program, and the flows."""
+        self._taps.end()
         self._sweeper.shutdown()
         for attachment in self._attachments:
             if keep:
@@ -647,13 +675,17 @@ class Engine:
 
     def _publish(self) -> None:
         """Have the XDP program and the workers see what is there now."""
-        at, hops = time.monotonic(), self.hops
+        at, hops = time.monotonic(), self._nexthops.current if self._nexthops else {}
         self._judge()
         if self._attached:  # until then the map may be in use still, by the program of a daemon that died
             dead = {b.address for s in self._served.services for b in s.backends if b.state is State.DEAD}
-            self._running.paths.publish(self._registry.backends, hops, self._ways, dead)
-        usable = {address for address, hop in hops.items() if hop.state is HopState.RESOLVED}
-        self._balance.follow(self._served.services, usable, at if self._attached else None, self._warm)
+            about = hops, self._registry.version, dead, self._ways_known()
+            if about[0] is not self._pathed[0] or about[1:] != self._pathed[1:]:
+                self._running.paths.publish(self._registry.backends, hops, self._ways, dead)
+                self._pathed = about
+        if self._usable[0] is not hops:
+            self._usable = hops, frozenset(a for a, hop in hops.items() if hop.state is HopState.RESOLVED)
+        self._balance.follow(self._served.services, self._usable[1], at if self._attached else None, self._warm)
         sight = Sight(
             self.seed,
             self._registry.backends,
@@ -665,12 +697,18 @@ class Engine:
             self._completions.stopped(),
             self._answered,
             self._handlers.matches(),
+            self._registry.version,
+            self._taps.filled(),
         )
         snapshot = build(self._served, sight, self._queues.snapshot)
         self._custom.publish(snapshot.custom)
         self._queues.publish(snapshot)
-        if all(hop.state is HopState.RESOLVED for hop in hops.values()):
+        if len(self._usable[1]) == len(hops):
             self._resolved.set()
+
+    def _ways_known(self) -> list[object]:
+        """What :meth:`_ways` goes by, beside a hop."""
+        return [self.config.ack_bypass, *((a.info, a.mode, a.sums) for a in self._attachments)]
 
     def _ways(self, hop: NextHop) -> Ways:
         return ways(self._attachments, hop, forced=self.config.ack_bypass is Bypass.ON)
@@ -687,11 +725,13 @@ class Engine:
             pools = self._queues.snapshot.pools if self._queues.snapshot else {}
             if now - aged >= AGE_INTERVAL:
                 aged = now
-                for backend in self._balance.silent(now) & self.config.backends:
-                    self._tell(Event("server-silent", backend))
-                for service in self._served.services:
-                    if service.vip in pools:
-                        self._balance.age(service)
+                if silent := self._balance.silent(now):
+                    for backend in silent & self.config.backends:
+                        self._tell(Event("server-silent", backend))
+                if pools:
+                    for service in self._served.services:
+                        if service.vip in pools:
+                            self._balance.age(service)
             for _, pool in pools.values():
                 pool.refresh()
             if self._completions.retry(now):
@@ -758,5 +798,6 @@ class Engine:
         gone = self._registry.collect(self._applied, flows)
         for address, backend_id in gone.items():
             self._running.paths.forget(address, backend_id)
+        self._pathed = (None,)
         if gone:
             self._publish()

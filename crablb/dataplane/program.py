@@ -17,12 +17,13 @@ vips               the configuration, and :class:`crablb.kernel.netlink.NextHops
 worker_counters    the same memory, mapped; so are flows
 daemon_counters    :class:`.statistics.DaemonCounters`
 xdp_counters       nowhere; nor are service_counters, passed
+taps               :class:`.tap.Taps`; of the one that shows what it does, which has tapping, tapped, untapped too
 ================== ==============================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -33,10 +34,12 @@ from crablb.dataplane.statistics import DaemonCounters, forwarded, read
 from crablb.kernel import bpf
 from crablb.model import Address, Bypass, Closed, Config, Vip, mapped
 
-__all__ = ["MAIN", "PINNED", "Program", "bypass"]
+__all__ = ["MAIN", "NAMES", "PINNED", "Program", "bypass"]
 
-#: The program's name.
-MAIN = "crab_lb"
+#: The program's name, and that of the one that stands in for it while somebody looks on.
+MAIN, TAP = NAMES = ("crab_lb", "crab_lb_tap")
+#: Of the latter's records, how many are taken at once.
+RECORDS = 2048
 
 #: What ``crablb status`` reads, and the next daemon takes over.  The flows, without which the others are of no use, are
 #: pinned last.
@@ -61,11 +64,13 @@ def bypass(config: Config) -> bool:
     return config.ack_bypass is not Bypass.OFF
 
 
-def _load(reuse: Mapping[str, bpf.Map], sizes: Mapping[str, int] = MappingProxyType({})) -> bpf.Object:
+def _load(
+    reuse: Mapping[str, bpf.Map], sizes: Mapping[str, int] = MappingProxyType({}), name: str = "lb"
+) -> bpf.Object:
     # Without sockets of that kind an interface whose MTU exceeds a page takes the program in generic mode, where it
     # forwards known flows at least.
     frags = bool(lib.crab_xsk_knows_frags())
-    return bpf.Object(bpf.object_path("lb"), reuse=reuse, max_entries=sizes, frags=frags)
+    return bpf.Object(bpf.object_path(name), reuse=reuse, max_entries=sizes, frags=frags)
 
 
 class Program:
@@ -96,11 +101,13 @@ class Program:
         self.flows = FlowTable(self.maps["flows"]) if bypass(config) else None
         self.paths = Paths(self.maps["paths"])
         self.counters = DaemonCounters(self.maps["daemon_counters"])
+        self._tap: _Tap | None = None  # in place of it
+        self._ready: _Tap | None = None
 
     @property
     def main(self) -> bpf.Program:
         """What is attached to interfaces."""
-        return self._object.program(MAIN)
+        return self._tap.object.program(TAP) if self._tap else self._object.program(MAIN)
 
     @property
     def service_room(self) -> int:
@@ -145,8 +152,34 @@ class Program:
         self.maps["macs"].delete(index)
 
     def again(self) -> bpf.Object:
-        """The same once more, on the same maps; to be closed."""
-        return _load(self.maps)
+        """What is attached once more, on the same maps; to be closed."""
+        return _load(self._tap.object.maps, name="lbtap") if self._tap else _load(self.maps)
+
+    def load_tap(self) -> None:
+        """Load the one that shows what it does, for :meth:`use_tap`; takes up to a second, in any thread."""
+        self._ready = self._ready or _Tap(_load(self.maps, name="lbtap"))
+
+    def use_tap(self) -> None:
+        """It is the main one from now on, to be attached."""
+        self._tap, self._ready = self._ready, None
+
+    def drop_tap(self) -> Callable[[], None]:
+        """The other one is the main one again, to be attached; then call what is returned."""
+        tap, self._tap = self._tap, None
+        return tap.close if tap else lambda: None
+
+    def show(self, taps: bytes) -> None:
+        """Have it show the packets that these (``struct crab_taps``) name, if it is the main one."""
+        if self._tap:
+            self._tap.object.maps["taps"].update(0, taps)
+
+    def shown(self) -> bytes:
+        """Its records, as many as are taken at once: each a ``struct crab_tapped``, and frames."""
+        return self._tap.take() if self._tap else b""
+
+    def unshown(self) -> int:
+        """Packets that there was no room to show."""
+        return self._tap.object.maps["untapped"].sum_u64(0) if self._tap else 0
 
     def count_from_zero(self, index: int) -> None:
         """A service has got this index, which may have been another one's."""
@@ -171,4 +204,27 @@ class Program:
 
     def close(self) -> None:
         """Forget it; what is pinned or attached stays."""
+        for tap in (self._tap, self._ready):
+            if tap:
+                tap.close()
+        self._tap = self._ready = None
         self._object.close()
+
+
+class _Tap:
+    """The program that shows what it does, loaded, and the reader of what it shows."""
+
+    def __init__(self, loaded: bpf.Object) -> None:
+        self.object = loaded
+        self._records: list[bytes] = []
+        self._ring = bpf.Ring(loaded.maps["tapped"], self._records.append)
+
+    def take(self) -> bytes:
+        self._ring.consume(RECORDS)
+        taken = b"".join(self._records)
+        self._records.clear()
+        return taken
+
+    def close(self) -> None:
+        self._ring.close()
+        self.object.close()

@@ -149,6 +149,8 @@ class Queues:
         self._snapshot: Snapshot | None = None
         self._retired: list[Snapshot] = []
         self._shared: Any = None  # map `worker_counters`, mapped
+        self._showing = 0  # bytes of each worker's ring, while they show packets
+        self._rings = False  # whether they have one: until no snapshot says that they should
         # Who looks at all workers, and who makes or ends some.  The first lock makes it fair to them: otherwise a
         # program that calls once() again and again would hardly ever let go of the second.
         self._turn, self._lock = threading.Lock(), threading.Lock()
@@ -251,7 +253,7 @@ class Queues:
         xsk = _socket(interface, queue)
         made = None
         try:
-            worker = worker or (made := self._worker(port.first + queue))
+            worker = worker or (made := self._worker(port.first, queue))
             with self._alone():
                 worker.bind(xsk)
                 port.workers[queue] = worker
@@ -264,9 +266,11 @@ class Queues:
         if self._cpus:
             self._start(port, name, queue)
 
-    def _worker(self, slot: int) -> _Worker:
+    def _worker(self, first: int, queue: int) -> _Worker:
         base = ffi.cast("struct crab_worker_counters *", ffi.from_buffer(self._shared))
-        worker = _Worker(self._config, base[slot].n, self._handlers, self._custom)
+        worker = _Worker(self._config, base[first + queue].n, self._handlers, self._custom)
+        if self._showing:
+            self._show(worker, queue)
         if self._table:
             lib.crab_core_learn(worker.core, self._table.writer)
         if self._snapshot:  # it comes later than the others
@@ -362,7 +366,40 @@ class Queues:
             else:
                 snapshot.free()
         self._retired = in_use
+        if self._rings and not self._showing and not in_use:
+            for worker in self._workers:
+                lib.crab_core_hide(worker.core)
+            self._rings = False
         return not in_use
+
+    def show(self, room: int) -> None:
+        """Have the workers show the packets that snapshots name in rings of ``room`` bytes (a power of two).
+
+        Raises :class:`KernelError` if there is no memory.
+        """
+        self._showing, self._rings = room, True
+        for port in self._ports.values():
+            for queue, worker in port.workers.items():
+                self._show(worker, queue)
+
+    def hide(self) -> None:
+        """Snapshots name no packets any more."""
+        self._showing = 0
+        self.settle()
+
+    def _show(self, worker: _Worker, queue: int) -> None:
+        if lib.crab_core_show(worker.core, queue, self._showing):
+            raise KernelError(f"no memory to show packets, {self._showing} bytes a queue")
+
+    def shown(self) -> Iterator[bytes]:
+        """The workers' records since the last call, of each at a time."""
+        buffer = ffi.new("uint8_t[]", self._showing)
+        for worker in self._workers:
+            yield bytes(ffi.buffer(buffer, lib.crab_core_shown(worker.core, buffer)))
+
+    def unshown(self) -> int:
+        """Packets that there was no room to show."""
+        return sum(lib.crab_core_unshown(worker.core) for worker in self._workers)
 
     def count(self, counts: npt.NDArray[np.uint32]) -> None:
         """Add to ``counts``, by backend id, the flows in the workers' caches.  From any thread, until :meth:`close`."""

@@ -140,7 +140,7 @@ def test_each_command(world, capsys):
         assert line
 
     assert said(world, "log-level", "debug")["changes"] == ["log level info -> debug"]
-    assert "by uid 0" in (world.folder / "serve.log").read_text()
+    assert '"by": "uid 0 ' in (world.folder / "serve.log").read_text()
 
     assert "did you mean 10.0.0.11?" in complaint(world, capsys, "weight", "10.0.0.111", "1", expected=2)
     assert "did you mean tcp://10.0.0.100:80?" in complaint(world, capsys, "backends", f"tcp://{VIP4}:88", expected=2)

@@ -6,7 +6,7 @@
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
     api        what is said between a daemon and those who ask it
-    ground     errors model values options config overlay reference log lasting seldom
+    ground     errors model values options config filters lint overlay reference schema log lasting seldom
 
 An arrow only goes down.  On one floor, a room uses another one where it says so here.
 """
@@ -21,7 +21,21 @@ import pytest
 
 from tests.helpers.processes import ROOT
 
-GROUND = {"errors", "model", "values", "options", "config", "overlay", "reference", "log", "lasting", "seldom"}
+GROUND = {
+    "errors",
+    "model",
+    "values",
+    "options",
+    "config",
+    "filters",
+    "lint",
+    "overlay",
+    "reference",
+    "schema",
+    "log",
+    "lasting",
+    "seldom",
+}
 BELOW_CONTROL = GROUND | {"_native", "kernel", "selection", "dataplane"}
 #: Room -> the rooms that it may import from, beside itself.  `_native` is the compiled hot loop.
 MAY = {

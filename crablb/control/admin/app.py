@@ -120,6 +120,8 @@ class _Path(_Endpoint):
             answer = call.do(self._shared.operator, parameters, body)
             if inspect.isawaitable(answer):
                 answer = await answer
+            if isinstance(call.answer, Stream):
+                return await self._stream(call.answer, answer, scope, receive, send)
         except NotFoundError as error:
             raise _Refused(404, error.problems) from None
         except ConflictError as error:

@@ -28,7 +28,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An answer without an end; ``do`` gives an asynchronous iterator of bytes."""
+    """An answer without an end; ``do`` gives an asynchronous iterator of bytes, or a coroutine that does."""
 
     media: str
 
@@ -188,6 +188,24 @@ CALLS: tuple[Call, ...] = (
         says="Make the changes at run time part of the configuration file",
         do=lambda op, p, body: op.wanted.save(),
         answer=types.Applied,
+    ),
+    Call(
+        method="POST",
+        path="/v1/capture",
+        name="capture",
+        says="Packets that come in and go out, each with what became of it, as a pcapng file",
+        do=lambda op, p, body: op.capture(body),
+        answer=Stream("application/vnd.tcpdump.pcap"),
+        body=types.Capture,
+    ),
+    Call(
+        method="POST",
+        path="/v1/trace",
+        name="trace",
+        says="The next connections of a client, step by step: server-sent events, whose data is a TraceStep as JSON",
+        do=lambda op, p, body: op.trace(body),
+        answer=Stream("text/event-stream"),
+        body=types.Trace,
     ),
     Call(
         method="POST",

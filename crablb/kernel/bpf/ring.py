@@ -23,6 +23,8 @@ class Ring:
     def __init__(self, ring: Map, take: Callable[[bytes], None]) -> None:
         self._take = take
         self._raised: BaseException | None = None
+        self._taken = 0
+        self._most: int | None = None
         self._context = ffi.new_handle(self)
         self._ring = lib.ring_buffer__new(ring.fd, lib.crab_ring_sample, self._context, ffi.NULL)
         if not self._ring:
@@ -31,13 +33,16 @@ class Ring:
     def fileno(self) -> int:
         return int(lib.ring_buffer__epoll_fd(self._ring))
 
-    def consume(self) -> int:
-        """Take what there is; how many records that were."""
-        taken = check(lib.ring_buffer__consume(self._ring), "cannot read a ring buffer")
+    def consume(self, most: int | None = None) -> int:
+        """Take what there is, but no more than ``most`` records; how many they were."""
+        self._taken, self._most = 0, most
+        result = lib.ring_buffer__consume(self._ring)
+        if result != -errno.ECANCELED:  # which is ours
+            check(result, "cannot read a ring buffer")
         if self._raised:
             raised, self._raised = self._raised, None
             raise raised
-        return taken
+        return self._taken
 
     def close(self) -> None:
         if self._ring:
@@ -50,14 +55,15 @@ class Ring:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def record(self, data: Any, size: int) -> None:
+    def record(self, data: Any, size: int) -> int:
+        self._taken += 1
         try:
             self._take(bytes(ffi.buffer(data, size)))
         except BaseException as raised:  # it cannot pass libbpf
             self._raised = self._raised or raised
+        return -errno.ECANCELED if self._taken == self._most else 0
 
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]
 def crab_ring_sample(context: Any, data: Any, size: int) -> int:
-    ffi.from_handle(context).record(data, size)
-    return 0
+    return int(ffi.from_handle(context).record(data, size))
