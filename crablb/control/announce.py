@@ -26,7 +26,7 @@ from crablb.kernel.reader import Reader
 from crablb.model import Address
 from crablb.seldom import Seldom
 
-__all__ = ["Announcer", "Question", "answer", "parse"]
+__all__ = ["ETH_P_ARP", "ETH_P_IPV6", "Announcer", "Question", "about", "answer", "parse", "probe"]
 
 #: VIPs that are held and asked after, a second, at most.
 ASKED = 50
@@ -134,7 +134,7 @@ def announcement(address: Address, mac: bytes) -> bytes:
     return answer(Question(address, True, BROADCAST, None), mac)
 
 
-def _about(kind: int, addresses: Collection[Address]) -> list[sockfilter.Step]:
+def about(kind: int, addresses: Collection[Address]) -> list[sockfilter.Step]:
     """A filter for questions and claims about these addresses (about all, if they are too many), by their last four
     bytes; :func:`parse` looks closer."""
     words = [int.from_bytes(a.packed[-4:], "big") for a in addresses if (a.version == 4) == (kind == ETH_P_ARP)]
@@ -202,7 +202,7 @@ class Announcer:
         for kind in (ETH_P_ARP, ETH_P_IPV6):
             # Of no protocol, and so deaf, until it has its filter.
             sock = self._sockets[kind] = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
-            sockfilter.attach(sock, _about(kind, ()))
+            sockfilter.attach(sock, about(kind, ()))
             sock.bind((self.interface, kind))
             self._readers.append(Reader(sock, 2048, self._take, self._lost))
         self.follow(addresses)
@@ -221,7 +221,7 @@ class Announcer:
         for claim in self._claims.values():
             claim.ask_interval = max(ASK_INTERVAL, len(wanted) / ASKED)
         for kind, sock in self._sockets.items():
-            sockfilter.attach(sock, _about(kind, wanted))
+            sockfilter.attach(sock, about(kind, wanted))
         self._wake.set()
 
     def link_is(self, link: Link, ours: Collection[bytes]) -> None:

@@ -14,7 +14,7 @@ from crablb.doctor.interfaces import Port
 from crablb.kernel import routing
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.kernel.rtnetlink import Netlink
-from crablb.model import Address, Bypass, Config, Fallback
+from crablb.model import Address, Bypass, Config, Fallback, Service
 
 __all__ = ["Way", "answering", "far", "fits", "judge", "macs", "many", "read", "read_tables", "some", "tables"]
 
@@ -160,6 +160,7 @@ def fits(config: Config, hops: Mapping[Address, NextHop], ports: Collection[Port
             str(told.facts["reason"]),
             f"ip link set IF mtu 1500 (or more) along the way to {told.facts['backend']}",
         )
+    yield from _tunnels(config, hops, ports)
     for service in config.services:
         for backend in service.backends:
             hop = hops.get(backend.address)
@@ -184,6 +185,28 @@ def fits(config: Config, hops: Mapping[Address, NextHop], ports: Collection[Port
         )
 
 
+def _tunnelled(service: Service, hop: NextHop) -> bool:
+    return service.fallback is Fallback.DSR_IPIP or (service.fallback is Fallback.AUTO and not hop.on_link)
+
+
+def _tunnels(config: Config, hops: Mapping[Address, NextHop], ports: Collection[Port]) -> Iterator[Finding]:
+    """Told once: it is so wherever there are tunnels and nobody has made the links on their way wider."""
+    most = max((port.info.mtu for port in ports if port.info), default=0)
+    rooms = {
+        hop.mtu - advice.OUTER_HEADER[backend.address.version]
+        for service in config.services
+        for backend in service.backends
+        if (hop := hops.get(backend.address)) and hop.mtu and _tunnelled(service, hop)
+    }
+    if rooms and min(rooms) < most:
+        yield note(
+            "tunnel-mtu",
+            f"packets of up to {most} bytes come in, and the tunnels to backends carry {min(rooms)}",
+            "clients that are not redirected are told by ICMP errors; where those are filtered, their uploads stall",
+            f"an MTU of {most + 40} on the way to the backends, or let ICMP errors reach clients",
+        )
+
+
 def _reached(config: Config, hops: Mapping[Address, NextHop], ports: Collection[Port]) -> Iterator[Address]:
     """Backends that the XDP program reaches, as :func:`crablb.dataplane.attachment.ways` has it, or need not reach."""
     there = {port.info.index: port for port in ports if port.info}
@@ -204,7 +227,6 @@ def far(config: Config | None, hops: Mapping[Address, NextHop], index: int) -> b
             hop = hops.get(backend.address)
             if not hop or hop.state not in (HopState.RESOLVED, HopState.UNRESOLVED):
                 continue
-            tunnel = service.fallback is Fallback.DSR_IPIP or (service.fallback is Fallback.AUTO and not hop.on_link)
-            if tunnel or hop.ifindex != index:
+            if _tunnelled(service, hop) or hop.ifindex != index:
                 return True
     return False

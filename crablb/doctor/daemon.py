@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import socket
 import stat
@@ -13,13 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from crablb.control import state
 from crablb.dataplane import statistics
 from crablb.dataplane.paths import backends
 from crablb.doctor.finding import Finding, fault, note, ok, warning
 from crablb.kernel import bpf, pins
 from crablb.model import Address, Vip
 
-__all__ = ["Daemon", "Log", "Stray", "judge", "logs", "read", "read_log", "read_strays", "strays"]
+__all__ = [
+    "Daemon",
+    "Log",
+    "Memory",
+    "Stray",
+    "counters",
+    "judge",
+    "logs",
+    "memory",
+    "read",
+    "read_counters",
+    "read_log",
+    "read_memory",
+    "read_strays",
+    "strays",
+]
 
 LEAST_SPACE = 1 << 20
 STOPPED = {"T": "stopped (SIGSTOP)", "t": "stopped by a debugger", "Z": "dead, and its parent does not look after it"}
@@ -93,7 +112,7 @@ def read(name: str, queues: int) -> Daemon:
     """``queues``: that the interface has now."""
     role = f"lb-{name}"
     pid, folder = pins.held().get(role), pins.folders().get(role)
-    state, age = _process(pid) if pid else ("", 0.0)
+    status, age = _process(pid) if pid else ("", 0.0)
     offloads = noted("offloads").get(role)
     try:
         index = socket.if_nametoindex(name)
@@ -107,7 +126,7 @@ def read(name: str, queues: int) -> Daemon:
         with suppress(bpf.BpfNotFoundError):
             served = _sockets(folder, index)
     return Daemon(
-        name, pid, state, age, pinned, bool(index), attached, _keeper(name) if pinned and not pid else None,
+        name, pid, status, age, pinned, bool(index), attached, _keeper(name) if pinned and not pid else None,
         offloads.read_text().strip() if offloads else "", served, queues,
     )  # fmt: skip
 
@@ -226,6 +245,61 @@ def logs(found: Log) -> Iterator[Finding]:
         yield note("log-nowhere", f"process {found.pid} logs to {os.devnull}", "nobody can read what befalls it")
     else:
         yield ok("log", f"process {found.pid} logs to {found.target}")
+
+
+# ---- what it remembers ----
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The state file; ``wrong``: why the next start will not take it; ``aside``: what was put aside by starts."""
+
+    path: str
+    wrong: str = ""
+    aside: tuple[str, ...] = ()
+
+
+def read_memory(name: str) -> Memory:
+    """Raises OSError."""
+    path = state.place(name)
+    aside = tuple(sorted(map(str, path.parent.glob(f"{glob.escape(path.name)}.*"))))
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return Memory(str(path), "", aside)
+    if not stat.S_ISREG(found.st_mode):
+        return Memory(str(path), "it is no file", aside)
+    if found.st_mode & 0o022:
+        return Memory(str(path), "others can write it", aside)
+    if found.st_size > state.MOST:
+        return Memory(str(path), f"it has {found.st_size:,} bytes", aside)
+    return Memory(str(path), _wrong(path.read_bytes()), aside)
+
+
+def _wrong(data: bytes) -> str:
+    try:
+        saved = msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        return str(error)
+    version = saved.get("version")
+    return "" if version == state.VERSION else f"it is of version {version}, and this is {state.VERSION}"
+
+
+def memory(found: Memory) -> Iterator[Finding]:
+    if found.wrong:
+        yield warning(
+            "state-file",
+            f"{found.path} is of no use: {found.wrong}",
+            "what was changed at run time is not known to the next start",
+            f"if others can write it: chmod 600 {found.path}; else the next start puts it aside",
+        )
+    for path in found.aside:
+        yield note(
+            "state-aside",
+            f"a state file was put aside: {path}",
+            "a start found it of no use; what was changed at run time before is not known since",
+            f"look whether it is of use, then rm {path}",
+        )
 
 
 # ---- what lies about ----
@@ -362,6 +436,10 @@ MEANINGS: Mapping[str, Mapping[str, Meaning]] = {
         "xsk_dropped": Meaning("the kernel dropped packets in front of the workers", "more queues or CPUs; see xsk_*"),
         "interfaces_lost": Meaning("an interface was gone", "ip link, and the log"),
         "interfaces_unserved": Meaning("an interface could not be served whole", "the log says why"),
+        "backends_unhealthy": Meaning("checks took a backend out", "see the services above, and the log"),
+        "panics": Meaning("too little of a service was healthy, and health disregarded", "see the services above"),
+        "quorums_lost": Meaning("a VIP was withdrawn for want of healthy backends", "see the services above"),
+        "state_unsaved": Meaning("changes at run time could not be written down", "df /var/lib/crablb, and the log"),
         "services_idle": Meaning("a service had no backend that takes connections", "state = 'up', or a weight"),
     },
 }

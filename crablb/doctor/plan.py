@@ -107,7 +107,7 @@ def looks(subject: Subject) -> Iterator[Look[Any]]:
         yield from _vips(subject, hops, ways)
     if subject.backends:
         yield from _backends(subject, ways, ports)
-    yield Look("rest", "locks and sockets", daemon.read_strays, daemon.strays)
+    yield Look(str(pins.RUN), "locks and sockets", daemon.read_strays, daemon.strays)
     yield Look("agents", "agents", _read_agents, _agents)
 
 
@@ -154,6 +154,7 @@ def _daemon(name: str, port: Callable[[], interfaces.Port]) -> Iterator[Look[Any
 
     where = f"load balancer of {name}"
     yield Look(where, "the load balancer", read, daemon.judge)
+    yield Look(where, "the state file", partial(daemon.read_memory, name), daemon.memory)
     yield Look(where, "counters", partial(daemon.read_counters, name), daemon.counters)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Answers:
     backends: tuple[types.Backend, ...] = ()
     refused: str = ""
     silent: bool = False
+    installed: str = ""  # the version of crablb that is; empty: not known
 
 
 # ---- read ----
@@ -69,11 +71,19 @@ def read(path: Path) -> Answers:
                 asked.get("/v1/status", types.Status),
                 tuple(asked.get("/v1/services", list[types.Service])),
                 tuple(asked.get("/v1/backends", list[types.Backend])),
+                installed=_installed(),
             )
     except NotRunning as error:
         return Answers(refused=str(error))
     except ApiError as error:
         return Answers(refused=str(error), silent=True)
+
+
+def _installed() -> str:
+    try:
+        return version("crablb")
+    except PackageNotFoundError:
+        return ""
 
 
 # ---- judge ----
@@ -96,6 +106,14 @@ def judge(found: Answers) -> Iterator[Finding]:
         yield from _service(service, found.backends)
     for backend in found.backends:
         yield from _backend(backend)
+    runs = found.status.version.version
+    if found.installed and runs != found.installed:
+        yield note(
+            "version",
+            f"crablb {runs} runs, and {found.installed} is installed",
+            "what is installed is in use from the next start",
+            "restart crablb serve: the next one takes over",
+        )
     if found.status.changes:
         yield note(
             "changes",

@@ -13,18 +13,21 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
 from scapy.layers.inet import IP, TCP
-from scapy.layers.l2 import Ether
+from scapy.layers.l2 import ARP, Ether
 
-from crablb.api import client
+from crablb.api import client, types
 from crablb.cli import main
+from crablb.doctor.asking import ask
 from crablb.kernel import bpf, pins
+from crablb.kernel.interface import interface_info
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb
-from tests.helpers.namespaces import inside
+from tests.helpers.namespaces import Pair, inside
 from tests.helpers.processes import until
 from tests.helpers.world import World, command
 
@@ -200,6 +203,27 @@ def test_what_it_says_of_itself(doctor):
     assert doctor.finds(config=False)["api-none"]["severity"] == "note"
 
 
+def test_a_server_that_dies(doctor):
+    """The checks that failed are told, with what they were answered."""
+    world, lb = doctor.world, doctor.node
+    world.servers()
+    doctor.file.write_text(FILE.replace("check = []", 'check = ["tcp", "redirect"]'))
+    world.serve(config=doctor.file)
+
+    def backends() -> list[types.Backend]:
+        with inside(lb.netns), client.Client(client.discover()) as asked:
+            return asked.get("/v1/backends", list[types.Backend])
+
+    until(lambda: all(check.ok for backend in backends() for check in backend.checks))
+    assert doctor.sick(config=False) == {}
+    world.lab.servers[0].end()
+    until(lambda: [backend.address for backend in backends() if backend.healthy is False] == ["10.0.0.11", "fd00::11"])
+    found = doctor.sick(config=False)
+    assert found["backend-unhealthy"]["severity"] == "warning"
+    assert " is unhealthy: tcp: " in found["backend-unhealthy"]["what"]
+    assert "service-down" not in found
+
+
 def test_what_was_kept(doctor):
     doctor.file.write_text(f"keep = 600\n{FILE}")
     serving = doctor.world.serve(config=doctor.file)
@@ -244,6 +268,43 @@ def test_a_vip_that_is_somebody_elses(doctor):
     if f"{VIP4}/24" not in lb.run("ip", "addr").stdout:  # it was secondary, and went with the first
         lb.ip(f"addr add {VIP4}/24 dev eth0")
     assert doctor.sick()["vip-own-address"]["severity"] == "fault"
+
+
+def test_who_answers():
+    """Of those that are asked for, and in a flood of other packets; what this machine itself says is no answer."""
+    with Pair.made() as pair:
+        pair.ip("addr", "add", "10.0.0.2/24", "dev", "veth0")
+        macs = {VIP4: "02:00:00:00:00:09", ip_address("10.0.0.7"): mac_of("veth1")}
+        over = threading.Event()
+
+        def answers(wire: socket.socket) -> None:
+            while not over.is_set():
+                wire.send(bytes(Ether(dst=mac_of("veth0"), type=0x88B5) / bytes(1400)))
+                for address, mac in macs.items():
+                    reply = ARP(op=2, hwsrc=mac, psrc=str(address), hwdst=mac_of("veth0"), pdst="10.0.0.2")
+                    wire.send(bytes(Ether(src=mac, dst=mac_of("veth0")) / reply))
+                over.wait(0.001)
+
+        with pair.wire() as wire:
+            thread = threading.Thread(target=answers, args=(wire,))
+            thread.start()
+            try:
+                found = ask("veth0", [*macs, ip_address("10.0.0.8"), VIP6])
+            finally:
+                over.set()
+                thread.join()
+        assert {str(address): macs for address, macs in found.items()} == {
+            str(VIP4): {"02:00:00:00:00:09"},
+            "10.0.0.7": set(),  # it is an interface's of this machine
+            "10.0.0.8": set(),
+            str(VIP6): set(),
+        }
+        pair.ip("link", "set", "veth0", "down")
+        assert ask("veth0", [VIP4]) == {VIP4: set()}
+
+
+def mac_of(name: str) -> str:
+    return interface_info(name).mac.hex(":")
 
 
 def test_ways_to_backends(doctor):

@@ -340,7 +340,10 @@ def test_how_a_configuration_fits():
     assert told(backends.fits(l2, {SERVER: UP}, [CARD])) == {}
     assert told(backends.fits(l2, {SERVER: far}, [CARD])) == {"backend-behind-gateway": FAULT}
     six = configured(ip_address("fd00::100"))
-    assert told(backends.fits(six, {SERVER: replace(far, mtu=1280)}, [CARD])) == {"tunnel-narrow": WARNING}
+    found = told(backends.fits(six, {SERVER: replace(far, mtu=1280)}, [CARD]))
+    assert found == {"tunnel-narrow": WARNING, "tunnel-mtu": NOTE}
+    assert told(backends.fits(six, {SERVER: far}, [CARD])) == {"tunnel-mtu": NOTE}
+    assert told(backends.fits(six, {SERVER: replace(far, mtu=1520)}, [CARD])) == {}
     idle = Config(("eth0",), (Service(Vip(VIP, 80), (Backend(SERVER, state=State.DRAIN),)),))
     assert told(backends.fits(idle, {SERVER: UP}, [CARD])) == {"service-idle": WARNING}
 
@@ -503,6 +506,30 @@ def test_logs(found, expected):
     assert told(daemon.logs(found)) == expected
 
 
+def test_the_state_file(tmp_path, monkeypatch):
+    path = tmp_path / "eth0.state.json"
+    monkeypatch.setattr(daemon.state, "place", lambda name: tmp_path / f"{name}.state.json")
+
+    def found() -> dict[str, Severity]:
+        return told(daemon.memory(daemon.read_memory("eth0")))
+
+    assert found() == {}
+    for text in ("", "{", "[]", "[" * 100_000, '{"version": 99}', "{}"):
+        path.write_text(text)
+        path.chmod(0o600)
+        assert found() == {"state-file": WARNING}, text
+    path.write_text('{"version": 1, "changes": {}}')
+    assert found() == {}
+    path.chmod(0o622)
+    assert found() == {"state-file": WARNING}
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert found() == {"state-file": WARNING}
+    path.unlink()
+    (tmp_path / "eth0.state.json.corrupt").touch()
+    assert found() == {"state-aside": NOTE}
+
+
 def test_what_lies_about():
     assert told(daemon.strays([])) == {}
     found = [daemon.Stray("lock", "lb-eth0"), daemon.Stray("socket", "/run/crablb/eth0.sock")]
@@ -575,6 +602,8 @@ def says(status: object = None, service: object = None, backend: object = None) 
     [
         (says(), {}),
         (says(status={"changes": 2}), {"changes": NOTE}),
+        (replace(says(), installed="2"), {"version": NOTE}),
+        (replace(says(), installed="1"), {}),
         (says(service={"serving": 1}), {}),
         (says(service={"serving": 0}), {"service-down": FAULT}),
         (says(service={"panic": True}), {"panic": WARNING}),
