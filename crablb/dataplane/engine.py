@@ -30,7 +30,7 @@ from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
 from crablb.dataplane.snapshot import Sight, build
-from crablb.errors import ConfigError, KernelError
+from crablb.errors import ConfigError, KernelError, starved
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
 from crablb.model import Address, Bypass, Config, State, Vip
@@ -218,10 +218,10 @@ class Engine:
         """Bind, attach, and serve.  On return every backend that answers is in use."""
         try:
             await self._start()
-        except BaseException:
+        except BaseException as error:
             self._attached = False  # what did not come to serve keeps nothing
             await self.close()
-            raise
+            raise starved(error) or error from None
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
