@@ -27,7 +27,7 @@ from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.events import Event
 from crablb.dataplane.handlers import Handle, Match, check
-from crablb.errors import ConfigError, KernelError
+from crablb.errors import ConfigError, KernelError, starved
 from crablb.model import Address, Backend, Config, Service, State, Switch, Vip
 from crablb.selection.loads import Load
 from crablb.values import parse_address, shown
@@ -236,9 +236,7 @@ class LoadBalancer:
             try:
                 thread.start()
             except RuntimeError as error:
-                raise KernelError(
-                    f"no thread can be started ({error}); raise the limits of memory or processes: ulimit -v, -u"
-                ) from None
+                raise starved(error) or error from None
             self._loop = ready.result()
             starting = asyncio.run_coroutine_threadsafe(self.start(), self._loop)
             starting.result()

@@ -5,6 +5,7 @@ The text of each is meant for the person who runs the program: what is wrong, wh
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -28,6 +29,18 @@ class ConfigError(CrablbError):
 
 class KernelError(CrablbError):
     """The kernel refused something."""
+
+
+def starved(error: BaseException) -> KernelError | None:
+    """What it means that there is no memory, or that Python could start no thread; None of another error."""
+    unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)  # of a library: dlopen(3)
+    if isinstance(error, MemoryError) or unmapped or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        what = "there is not enough memory"
+    elif isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        what = "no thread can be started"
+    else:
+        return None
+    return KernelError(f"{what}; raise the limits: ulimit -v, ulimit -u, TasksMax= in a systemd unit, or a container's")
 
 
 class Problems:

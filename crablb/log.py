@@ -54,6 +54,7 @@ class _Writer:
         self._lines: deque[tuple[str, int]] = deque()  # and how many each stands for
         self._lost, self._reason = 0, ""
         self._busy = False
+        self._begun = False  # a line that could not be ended
         self._thread: threading.Thread | None = None
 
     def write(self, line: str) -> None:
@@ -67,8 +68,10 @@ class _Writer:
                 self._lost = 0
             self._lines.append((line, 1))
             if not self._thread:
-                self._thread = threading.Thread(target=self._run, name="crablb-log", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="crablb-log", daemon=True)
+                with suppress(RuntimeError):  # there is no memory for one: with a later line, or when somebody waits
+                    thread.start()
+                    self._thread = thread
             self._changed.notify_all()
 
     def _lose(self, lines: int, reason: str) -> None:
@@ -80,26 +83,34 @@ class _Writer:
     def wait(self, seconds: float) -> None:
         """Until all is written, or so long."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._lines or self._busy), seconds)
+            if self._thread:
+                self._changed.wait_for(lambda: not (self._lines or self._busy), seconds)
+                return
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        while self._lines and poll.poll(seconds * 1000):
+            self._write_next()
 
     def _run(self) -> None:
-        begun = False  # a line that could not be ended
         while True:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._lines)
-                line, lines = self._lines.popleft()
                 self._busy = True
-            data = whole = (b"\n" if begun else b"") + line.encode(errors="replace")
-            try:
-                while data:
-                    data = data[self._write(data) :]
-                begun = False
-            except OSError as error:  # closed, full: that is told by the next line that can be written
-                begun = begun or len(data) < len(whole)
-                with self._changed:
-                    self._lose(lines, error.strerror or str(error))
+            self._write_next()
+
+    def _write_next(self) -> None:
+        line, lines = self._lines.popleft()
+        data = whole = (b"\n" if self._begun else b"") + line.encode(errors="replace")
+        try:
+            while data:
+                data = data[self._write(data) :]
+            self._begun = False
+        except OSError as error:  # closed, full: that is told by the next line that can be written
+            self._begun = self._begun or len(data) < len(whole)
+            with self._changed:
+                self._lose(lines, error.strerror or str(error))
 
     def _write(self, data: bytes) -> int:
         # Not by sys.stderr, whose lock the end of the interpreter wants.

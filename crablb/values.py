@@ -12,6 +12,7 @@ import importlib
 import ipaddress
 import os
 import re
+import select
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -372,17 +373,46 @@ def resolve(name: str) -> Callable[..., Any]:
 # ---- secrets, and the files that hold them ----
 
 
+#: Bytes of the largest file that is read, and seconds that a pipe may be silent (somebody may have to give a password).
+LARGEST, SILENT = 64 << 20, 30.0
+
+
+def read_bytes(path: Path | str, silent: float | None = None) -> bytes:
+    """A file's bytes; of a pipe what is written until all who write have closed it.
+
+    Raises :class:`OSError`, and :class:`TimeoutError` if a pipe is ``silent`` for so many seconds (:data:`SILENT`);
+    :class:`ValueError` if
+    there is no end to it (/dev/zero), or the name cannot be one.
+    """
+    data, silent = bytearray(), SILENT if silent is None else silent
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
+        poll = select.poll()
+        poll.register(file, select.POLLIN)
+        while True:
+            # A pipe that nobody writes to yet is not at its end: it is not ready.
+            if not poll.poll(silent * 1000):
+                raise TimeoutError(f"nothing was written to it for {silent:g} s")
+            part = file.read(1 << 20)
+            if part is None:  # another reader was faster
+                continue
+            if not part:
+                return bytes(data)
+            data += part
+            if len(data) > LARGEST:
+                raise ValueError(f"it has more than {LARGEST >> 20} MiB; is it the file that is meant?")
+
+
 def read_text(path: Path | str) -> str:
     """A file's text.  Raises :class:`ConfigError`."""
     if not str(path):
         raise ConfigError("'' names no file")
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_bytes(path).decode()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
-    except ValueError as error:  # a NUL in the name
+    except ValueError as error:  # a NUL in the name, or no end
         raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from None
 
 

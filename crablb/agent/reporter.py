@@ -28,6 +28,7 @@ from crablb.selection.reports import (
     Refused,
     VipReport,
 )
+from crablb.values import read_bytes
 
 __all__ = ["Reporter"]
 
@@ -194,7 +195,7 @@ class Reporter:
         if not self._figure:
             return self._cpu.look()
         try:
-            return max(0, round(1000 * float(self._figure.read_text())))
+            return max(0, round(1000 * float(read_bytes(self._figure, 1.0))))
         except (OSError, ValueError) as error:
             log.warning("no figure to report", file=str(self._figure), reason=str(error))
             return 0

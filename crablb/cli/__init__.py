@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from crablb.cli import streams
-from crablb.errors import ConfigError, CrablbError
+from crablb.errors import ConfigError, CrablbError, starved
 from crablb.values import near
 
 # NumPy's linear algebra would start threads when it is imported, which keep what capabilities a command had then.
@@ -194,8 +194,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         streams.discard()
         return 130
-    except OSError as error:
-        streams.complain(_told(error))
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        told = starved(error) or (_told(error) if isinstance(error, OSError) else None)
+        if not told:
+            raise
+        streams.complain(str(told))
         return 2
 
 

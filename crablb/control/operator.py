@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
@@ -77,6 +76,8 @@ class ConflictError(ConfigError):
 
 @cache
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # which whoever is not asked does not carry
+
     try:
         return version("crablb")
     except PackageNotFoundError:

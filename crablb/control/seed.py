@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from crablb.values import guarded
+from crablb.values import guarded, read_bytes
 
 PATH = Path("/var/lib/crablb/seed")
 
@@ -23,7 +23,7 @@ def load(path: Path = PATH) -> bytes:
     Raises :class:`ConfigError` if others can write it, or every user can read it.
     """
     try:
-        seed = bytes.fromhex(path.read_text())
+        seed = bytes.fromhex(read_bytes(path).decode())
         guarded(path)
         if len(seed) == 16:
             return seed

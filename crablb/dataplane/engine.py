@@ -36,7 +36,7 @@ from crablb.dataplane.rehearsal import ACTIONS, Asked, Memory, Rehearsal, rehear
 from crablb.dataplane.snapshot import Sight, build
 from crablb.dataplane.statistics import Rounds
 from crablb.dataplane.tap import Tap, Taps
-from crablb.errors import ConfigError, KernelError
+from crablb.errors import ConfigError, KernelError, starved
 from crablb.filters import Filter
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
@@ -431,10 +431,10 @@ class Engine:
         """Bind, attach, and serve.  On return every backend that answers is in use."""
         try:
             await self._start()
-        except BaseException:
+        except BaseException as error:
             self._attached = False  # what did not come to serve keeps nothing
             await self.close()
-            raise
+            raise starved(error) or error from None
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()

@@ -79,8 +79,9 @@ class _Worker:
             if rc:
                 failed(self.failure(-rc))
 
-        self._thread = threading.Thread(target=run, name=f"crablb-{self.xsk.interface}/{self.xsk.queue}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=run, name=f"crablb-{self.xsk.interface}/{self.xsk.queue}", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def failure(self, number: int) -> str:
         assert self.xsk

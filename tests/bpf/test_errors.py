@@ -75,3 +75,21 @@ def test_no_cgroup_v2(monkeypatch, mounts, advice):
     with pytest.raises(KernelError) as caught:
         base.cgroup_root()
     assert str(caught.value) == f"cgroup v2 is not mounted; {advice}"
+
+
+def test_where_sys_is_masked():
+    """How many values a per-CPU map has cannot be told then, nor guessed."""
+    code = """
+from crablb.kernel import bpf
+program = bpf.Object(bpf.object_path("lb"), max_entries={"flows": 64, "service_counters": 8})
+try:
+    program.map("xdp_counters").sum_u64(0)
+except bpf.BpfError as error:
+    print(error)
+"""
+    hidden = 'mount -t tmpfs none /sys/devices/system/cpu && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hidden, "sh", sys.executable, "-c", code],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.startswith("cannot read /sys/devices/system/cpu/possible; mount it: mount -t sysfs"), done.stderr

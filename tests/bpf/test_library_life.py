@@ -439,6 +439,29 @@ def test_a_start_that_fails_leaves_nothing(wired, why):
         assert other.statistics()
 
 
+@pytest.mark.parametrize("name", ["crablb-veth0/0", "crablb-sweep", "crablb-netlink", "crablb-control"])
+def test_no_thread_to_be_had(wired, monkeypatch, name):
+    """As where memory is limited (ulimit -v): whichever it is."""
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith(name):
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    lb = balancer()
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(KernelError, match="no thread can be started; raise the limits"),
+    ):
+        patched.setattr(threading.Thread, "start", start)
+        lb.__enter__()
+    nothing_left()
+    with lb:
+        assert lb.statistics()
+    nothing_left()
+
+
 def test_two_start_it(wired):
     """In two threads: one of them does."""
     lb = balancer()

@@ -11,8 +11,10 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
-from crablb import ConfigError
+from crablb import ConfigError, values
+from crablb.control import seed
 from crablb.selection.reports import derive, new_master
 from crablb.values import parse_key, read_backend_key, read_master_key, read_seed
 from tests.helpers.secret import secret
@@ -84,3 +86,34 @@ def test_what_is_printed_into_a_file_is_private(tmp_path: Path):
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("master", "own")} == {0o600}
     assert read_backend_key(tmp_path / "own") == derive(read_master_key(tmp_path / "master"), A)
     assert len(bytes.fromhex(told.decode())) == 32
+
+
+# ---- what is no file with an end ----
+
+
+@pytest.mark.parametrize("read", [read_master_key, read_backend_key, read_seed, seed.load])
+def test_what_has_no_end(read, monkeypatch, tmp_path):
+    """A device, a pipe that nobody writes to: it is told what is wrong, soon."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    monkeypatch.setattr(values, "SILENT", 0.05)
+    for path, why in ((Path("/dev/zero"), "it has more than 64 MiB"), (pipe, "nothing was written to it for 0.05 s")):
+        if read in (read_master_key, read_backend_key, read_seed):
+            with pytest.raises(ConfigError, match=f"{path}.*: cannot be read: {why}"):
+                read(path)
+            continue
+        with capture_logs() as said:
+            assert len(read(path)) == 16
+        assert why in said[0]["reason"]
+
+
+def test_a_pipe_that_is_written_to_late(tmp_path):
+    """Whole, in whatever parts it comes."""
+    pipe, key = tmp_path / "pipe", new_master().hex()
+    os.mkfifo(pipe, 0o600)
+    writer = subprocess.Popen(["sh", "-c", 'exec >"$0"; printf %s "$1"; printf "%s\\n" "$2"', pipe, key[:10], key[10:]])
+    assert read_master_key(pipe).hex() == key
+    assert writer.wait() == 0
+    command = 'exec "$0" -m crablb key backend 10.0.0.11 --master <(sleep 0.1; echo "$1")'
+    done = subprocess.run(["bash", "-c", command, sys.executable, key], capture_output=True, text=True, check=True)
+    assert bytes.fromhex(done.stdout) == derive(bytes.fromhex(key), A)

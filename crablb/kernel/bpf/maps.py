@@ -14,6 +14,12 @@ from crablb.kernel.bpf.errors import BpfError, check, take_log
 __all__ = ["Map"]
 
 
+def possible_cpus() -> int:
+    """How many values a per-CPU map has.  Raises :class:`BpfError`."""
+    what = "cannot read /sys/devices/system/cpu/possible; mount it: mount -t sysfs sysfs /sys"
+    return check(lib.libbpf_num_possible_cpus(), what)
+
+
 class Map(Descriptor):
     """A BPF map.  Keys and values are bytes of exactly ``key_size`` and ``value_size``."""
 
@@ -47,7 +53,7 @@ class Map(Descriptor):
         """The value of ``key`` (all CPUs' values one after the other for a per-CPU map), or None."""
         size = self.value_size
         if self.per_cpu:
-            size = (size + 7) // 8 * 8 * lib.libbpf_num_possible_cpus()
+            size = (size + 7) // 8 * 8 * possible_cpus()
         value = ffi.new("uint8_t[]", size)
         rc = lib.bpf_map_lookup_elem(self.fd, self._key(key), value)
         if rc == -errno.ENOENT:
@@ -73,7 +79,7 @@ class Map(Descriptor):
         if len(value) != self.value_size:
             raise ValueError(f"map {self.name}: a value has {self.value_size} bytes, not {len(value)}")
         if self.per_cpu:  # the same for every CPU
-            value = value.ljust((self.value_size + 7) // 8 * 8, b"\0") * lib.libbpf_num_possible_cpus()
+            value = value.ljust((self.value_size + 7) // 8 * 8, b"\0") * possible_cpus()
         rc = lib.bpf_map_update_elem(self.fd, self._key(key), value, flags)
         if rc == -errno.E2BIG:
             raise BpfError(f"map {self.name} is full ({self.max_entries} entries)", errno.E2BIG, take_log())
