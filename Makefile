@@ -30,6 +30,8 @@ CLANGS ?=
 
 PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make pkg-config python3-dev python3-venv \
             iproute2 ethtool procps nftables nginx-light curl iperf3 tcpdump keepalived
+# What tests look at metrics and the status page with.
+TEST_PACKAGES := chromium fonts-dejavu-core prometheus
 # What the benchmarks measure beside crablb, and with.
 BENCH_PACKAGES := haproxy libnginx-mod-stream wrk valgrind
 # Whose connections tests/stacks makes; two more are fetched with their sources.
@@ -109,6 +111,9 @@ $(STAMPS)/packages: Makefile
 $(STAMPS)/bench-packages: Makefile
 	$(call install,$(BENCH_PACKAGES))
 
+$(STAMPS)/test-packages: Makefile
+	$(call install,$(TEST_PACKAGES))
+
 $(STAMPS)/stack-packages: Makefile
 	$(call install,$(STACK_PACKAGES))
 
@@ -148,7 +153,7 @@ $(STAMPS)/man-tools: $(STAMPS)/built
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[man]'
 	@touch $@
 
-$(STAMPS)/tested-tools: $(STAMPS)/bench-tools
+$(STAMPS)/tested-tools: $(STAMPS)/bench-tools $(STAMPS)/test-packages
 	@echo "==> installing the test tools into $(VENV)"
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $@

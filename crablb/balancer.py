@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 from crablb import log
 from crablb.config import check_services, checked, parse_backend, parse_service, parse_vip
 from crablb.control import seed as seeds
-from crablb.control.admin import Admin
+from crablb.control.doors import Doors
 from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.events import Event
@@ -88,7 +88,7 @@ class LoadBalancer:
         self._threads = threads
         self._handlers: dict[Match, Handle] = {}
         self._supervisor: Supervisor | None = None  # from the beginning of the start to the end of the close
-        self._admin: Admin | None = None
+        self._doors: Doors | None = None
         self._serving = False  # what is told to the supervisor is done at once; else it is done after the start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -114,12 +114,14 @@ class LoadBalancer:
             config = self._config
             supervisor = Supervisor(config, config.seed or seeds.load(), threads=self._threads)
             supervisor.listeners.append(self._hear)
-            admin = Admin(Operator(supervisor), config) if config.admin is Switch.ON else None
+            doors = (
+                Doors(Operator(supervisor), supervisor) if config.admin is Switch.ON or config.metrics_listen else None
+            )
             self._loop, self._process = asyncio.get_running_loop(), os.getpid()
             self._loop_thread = threading.get_ident()
             self._changing = asyncio.Lock()
             self._ended = self._loop.create_future()
-            self._supervisor, self._admin = supervisor, admin
+            self._supervisor, self._doors = supervisor, doors
             _open.add(self)
         async with self._changing:
             try:
@@ -129,8 +131,8 @@ class LoadBalancer:
                 if self._config is not config:
                     supervisor.apply(self._config)
                 self._serving = True
-                if admin:
-                    admin.start()
+                if doors:
+                    doors.start()
                 self._guard = asyncio.create_task(self._until_ended(self._ended))
                 await asyncio.sleep(0)  # it has begun: one that has not is cancelled without a trace
             except BaseException:
@@ -170,8 +172,8 @@ class LoadBalancer:
         if not self._supervisor:
             return
         self._serving = False
-        if self._admin:
-            await self._admin.close()
+        if self._doors:
+            await self._doors.close()
         await self._supervisor.close()
         self._let_go()
         if self._ended and not self._ended.done():
@@ -180,7 +182,7 @@ class LoadBalancer:
             self._put(queue, None)
 
     def _let_go(self) -> None:
-        self._serving, self._supervisor, self._admin = False, None, None
+        self._serving, self._supervisor, self._doors = False, None, None
         _open.discard(self)
 
     def _close_at_last(self) -> None:
@@ -189,8 +191,8 @@ class LoadBalancer:
         if self._thread:
             self._leave()
         elif self._loop.is_closed():
-            if self._admin:
-                self._admin.abandon()
+            if self._doors:
+                self._doors.abandon()
             self._supervisor.engine.abandon()
             self._let_go()
         elif self._loop.is_running():

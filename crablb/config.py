@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crablb.errors import ConfigError, Problems
-from crablb.model import Address, Backend, Check, CheckKind, Config, Fallback, Service, Vip, host_port
+from crablb.model import Address, Backend, Check, CheckKind, Config, Fallback, Service, Switch, Vip, host_port
 from crablb.options import OPTIONS, Option, Scope, of
 from crablb.values import (
     listed,
@@ -36,7 +36,6 @@ __all__ = [
     "checked",
     "config_from_args",
     "load_config",
-    "odd",
     "parse_backend",
     "parse_config",
     "parse_endpoint",
@@ -140,6 +139,7 @@ def read_service(entry: object) -> Service:
     if entry.get("redirect_clients") == []:
         problems.add("redirect_clients", "is empty; leave it out to mean all, or set mode = 'never' for none")
     _check_source_prefix(problems, found, "source_prefix", "policy = ")
+    _check_quorum(problems, found, "quorum_hysteresis", "quorum")
     problems.finish()
     return Service(**found)
 
@@ -153,7 +153,7 @@ def _check(entry: object) -> Check:
     found = _read(problems, Check, entry)
     problems.finish()
     check = Check(**found)
-    problems.found += check_check(check)
+    problems.found += check_check(check, found)
     problems.finish()
     return check
 
@@ -167,10 +167,30 @@ def _check_source_prefix(problems: Problems, fields: Mapping[str, Any], where: s
         problems.add(where, f"is of use with {how}'source-hash' only, not with {policy!r}")
 
 
-def _check_reports(problems: Problems, fields: Collection[str], name: Callable[[Option], str]) -> None:
-    both = [option for option in of(Config) if option.field in ("report_listen", "report_key")]
-    if len([option for option in both if option.field in fields]) == 1:
-        problems.add("", f"{' and '.join(map(name, both))} belong together (make a key: crablb key new)")
+def _check_together(problems: Problems, fields: Mapping[str, Any], name: Callable[[Option], str]) -> None:
+    """What of the load balancer's settings needs others, or is of no use beside them."""
+    by_field = {option.field: name(option) for option in of(Config)}
+    both = [field for field in ("report_listen", "report_key") if field in fields]
+    if len(both) == 1:
+        pair = " and ".join(by_field[field] for field in ("report_listen", "report_key"))
+        problems.add("", f"{pair} belong together (make a key: crablb key new)")
+    secrets = ("admin_cert", "admin_key", "admin_token_file")
+    missing = [by_field[field] for field in secrets if field not in fields]
+    if "admin_listen" in fields and missing:
+        problems.add(by_field["admin_listen"], f"needs {', '.join(missing)} as well: it is TLS, and asks for a token")
+    if "admin_listen" not in fields:
+        for field in secrets:
+            if field in fields:
+                problems.add(by_field[field], f"is of use with {by_field['admin_listen']} only")
+    if fields.get("admin") is Switch.OFF:
+        for field in ("admin_group", "admin_listen"):
+            if field in fields:
+                problems.add(by_field[field], f"is of no use with {by_field['admin']} off")
+
+
+def _check_quorum(problems: Problems, fields: Mapping[str, Any], where: str, quorum: str) -> None:
+    if fields.get("quorum_hysteresis") and not fields.get("quorum"):
+        problems.add(where, f"is of use with {quorum} only")
 
 
 def load_config(path: Path | str, interfaces: Sequence[str] = ()) -> Config:
@@ -211,7 +231,7 @@ def _parse(text: str, overridden: bool) -> Config:
 
     problems = Problems()
     fields = _read(problems, Config, table, place)
-    _check_reports(problems, fields, lambda option: option.name)
+    _check_together(problems, fields, lambda option: option.name)
     services = [(place(i), service) for i, service in enumerate(fields.get("services", ())) if service]
     problems.found += check_services(services, fields.get("table_size") or DEFAULT_TABLE_SIZE)
     problems.finish()
@@ -256,7 +276,8 @@ def config_from_args(interfaces: str | Sequence[str], services: Sequence[str], *
         option = _option(name)
         fields[option.scope][option.field] = _given(problems, option, value)
     _check_source_prefix(problems, fields[Service], "--source-prefix", "--policy ")
-    _check_reports(problems, fields[Config], lambda option: option.flags[0])
+    _check_quorum(problems, fields[Service], "--quorum-hysteresis", "--quorum")
+    _check_together(problems, fields[Config], lambda option: option.flags[0])
     placed = []
     for text in services:
         where = f"--service {text}"
@@ -288,13 +309,33 @@ def _with(problems: Problems, where: str, service: Service, fields: Mapping[str,
 # ---- values ----
 
 
-def check_check(check: Check) -> list[str]:
-    """What is wrong with a check, as a whole."""
+_REQUESTS = (CheckKind.HTTP, CheckKind.HTTPS)
+_HANDSHAKES = (CheckKind.HTTPS, CheckKind.TLS)
+#: What of a check's settings is of use with some kinds only.
+_OF_KINDS = {
+    "port": (CheckKind.TCP, *_REQUESTS, CheckKind.TLS, CheckKind.EXEC, CheckKind.AGENT),
+    **dict.fromkeys(("method", "path", "host", "status", "body"), _REQUESTS),
+    **dict.fromkeys(("verify", "sni", "ca_file"), _HANDSHAKES),
+    "command": (CheckKind.EXEC,),
+}
+
+
+def check_check(check: Check, given: Collection[str]) -> list[str]:
+    """What is wrong with a check, as a whole; ``given``: the fields that were said."""
     problems = []
     if check.kind is CheckKind.EXEC and not check.command:
         problems.append("command is missing; add command = ['/usr/local/bin/check']")
     if check.kind is CheckKind.AGENT and check.port is None:
         problems.append("port is missing; add port = 9999, where the agent listens")
+    for option in of(Check):
+        kinds = _OF_KINDS.get(option.field, tuple(CheckKind))
+        if option.field in given and check.kind not in kinds:
+            words = ", ".join(kind.value for kind in kinds)
+            problems.append(f"{option.name}: is of use with type {words} only, not with {check.kind.value}")
+    if "ca_file" in given and check.kind in _HANDSHAKES and not check.verify:
+        problems.append("ca_file: is of use with verify = true only")
+    if "body" in given and check.method == "HEAD":
+        problems.append("body: is of no use with method = 'HEAD', whose answer has none")
     return problems
 
 
@@ -360,8 +401,14 @@ def checked(value: M) -> M:
         if parsed != given:
             fields[option.field] = parsed
     if isinstance(value, Config):
-        there = [option.field for option in of(Config) if getattr(value, option.field) is not None]
-        _check_reports(problems, there, lambda option: option.field)
+        there = {o.field: v for o in of(Config) if (v := fields.get(o.field, getattr(value, o.field))) != o.default}
+        _check_together(problems, there, lambda option: option.field)
+    if isinstance(value, Service):
+        said = {name: fields.get(name, getattr(value, name)) for name in ("quorum", "quorum_hysteresis")}
+        _check_quorum(problems, said, "quorum_hysteresis", "quorum")
+    if isinstance(value, Check) and not problems.found:
+        given_fields = [o.field for o in of(Check) if getattr(value, o.field) != o.default]
+        problems.found += check_check(replace(value, **fields), given_fields)
     problems.finish()
     return replace(value, **fields) if fields else value
 
@@ -370,8 +417,3 @@ def _checked_as(scope: Scope, value: object) -> object:
     if not isinstance(value, scope):
         raise ConfigError(f"{shown(value)} is no crablb.{scope.__name__}")
     return checked(value)
-
-
-def odd(config: Config) -> list[str]:
-    """What is legal, and seldom meant; each with its place."""
-    return []

@@ -10,8 +10,8 @@ A new option is a field there and a row here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -56,6 +56,8 @@ class Kind:
     implied: str | None = None  # what the flag says without an argument
     nested: Scope | None = None  # a list of tables, whose keys are the options of this scope
     hold: Callable[[Any], object] | None = None  # the field -> what a file holds, where :func:`held` does not tell
+    #: What a file holds, as JSON Schema: not all that ``parse`` looks at, nothing that it would take.
+    json: Mapping[str, object] = field(default_factory=lambda: {"type": "string"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +203,7 @@ def _choice(kind: type[Enum]) -> Kind:
         metavar=f"{{{','.join(words)}}}",
         parse=lambda value: values.member(kind, value),
         words=words,
+        json={"enum": list(words)},
     )
 
 
@@ -210,6 +213,7 @@ def _whole(low: int, high: int, metavar: str = "N") -> Kind:
         metavar=metavar,
         parse=lambda value: values.whole(low, high, value),
         read=_number,
+        json={"type": "integer", "minimum": low, "maximum": high},
     )
 
 
@@ -224,6 +228,7 @@ def _seconds(low: float, high: float) -> Kind:
         metavar="SECONDS",
         parse=lambda value: values.seconds_from(low, high, value),
         read=_number,
+        json={"type": "number", "minimum": low, "maximum": high},
     )
 
 
@@ -240,7 +245,16 @@ def _endpoint(port: int) -> Kind:
     )
 
 
-_BOOLEAN = Kind(says="`true`, `false`", metavar="BOOL", parse=values.boolean, read=_truth, implied="true")
+_BOOLEAN = Kind(
+    says="`true`, `false`",
+    metavar="BOOL",
+    parse=values.boolean,
+    read=_truth,
+    implied="true",
+    json={"type": "boolean"},
+)
+
+_NAME = {"type": "string", "minLength": 1}
 
 # ---- the table ----
 
@@ -255,7 +269,12 @@ OPTIONS: tuple[Option, ...] = (
         field="interfaces",
         flags=("--iface", "--interface"),
         repeatable=True,
-        kind=Kind(says="a name, or a list of them", metavar="IF", parse=values.parse_interfaces),
+        kind=Kind(
+            says="a name, or a list of them",
+            metavar="IF",
+            parse=values.parse_interfaces,
+            json={"anyOf": [_NAME, {"type": "array", "items": _NAME, "minItems": 1, "uniqueItems": True}]},
+        ),
         help="where clients' packets come in; backends may be behind any interface. With --config the argument"
         " overrides the file",
         missing="interface is missing; add interface = 'eth0', or pass --iface",
@@ -290,6 +309,7 @@ OPTIONS: tuple[Option, ...] = (
             parse=values.parse_seed,
             read=values.read_seed,
             hold=lambda value: value and "...",
+            json={"type": "string", "pattern": "^\\s*[0-9a-fA-F]{32}\\s*$"},
         ),
         help="key of the hash; load balancers that share a VIP share it",
         flag_help="The argument names a file that holds it, as ps shows arguments to everybody",
@@ -322,7 +342,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         scope=Config,
         name="table_size",
-        kind=Kind(says="a prime, 7 to 5,000,011", metavar="PRIME", parse=values.parse_table_size, read=_number),
+        kind=Kind(
+            says="a prime, 7 to 5,000,011",
+            metavar="PRIME",
+            parse=values.parse_table_size,
+            read=_number,
+            json={"type": "integer", "minimum": 7, "maximum": 5_000_011},
+        ),
         help="slots of a Maglev table: 100 times the backends of a service, or more",
         example=65537,
     ),
@@ -388,6 +414,10 @@ OPTIONS: tuple[Option, ...] = (
             metavar="MAC,...",
             parse=values.parse_macs,
             read=_commas(str),
+            json={
+                "type": "array",
+                "items": {"type": "string", "pattern": "^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$"},
+            },
         ),
         help="MAC addresses that packets to the VIPs come to beside the interface's own (and that of the bridge or bond"
         " which it is a port of): a virtual router's (VRRP), a macvlan's. Frames to others are not the load balancer's",
@@ -398,7 +428,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         scope=Config,
         name="keep",
-        kind=Kind(says="0 to 86,400", metavar="SECONDS", parse=values.seconds, read=_number),
+        kind=_seconds(0, 86400),
         help="seconds that the XDP program stays after a clean stop, and goes on with the fallback flows that it knows,"
         " as it does when the process is killed: a start in this time takes them over, whatever its backends are."
         " Then it is removed",
@@ -501,7 +531,12 @@ OPTIONS: tuple[Option, ...] = (
         name="address",
         field="vip",
         no_flag=_OF_SERVICE,
-        kind=Kind(says="`tcp://address:port`", metavar="VIP", parse=values.parse_vip),
+        kind=Kind(
+            says="`tcp://address:port`",
+            metavar="VIP",
+            parse=values.parse_vip,
+            json={"type": "string", "pattern": "^tcp://.+:[0-9]{1,5}$"},
+        ),
         help="the VIP: where clients connect to; IPv6 in brackets",
         missing="address is missing; add address = 'tcp://10.0.0.100:80', the VIP",
         example="tcp://10.0.0.100:80",
@@ -534,7 +569,12 @@ OPTIONS: tuple[Option, ...] = (
         scope=Service,
         name="redirect_clients",
         kind=Kind(
-            says="a list of prefixes", metavar="PREFIX,...", parse=values.parse_prefix, read=_commas(str), each=True
+            says="a list of prefixes",
+            metavar="PREFIX,...",
+            parse=values.parse_prefix,
+            read=_commas(str),
+            each=True,
+            json={"type": "string", "pattern": "^[0-9a-fA-F:.]+(/[0-9]{1,3})?$"},
         ),
         help="only these clients are redirected, and learn a backend's address",
         flag_help="Of the argument's prefixes a service takes those of its address family",
@@ -568,6 +608,7 @@ OPTIONS: tuple[Option, ...] = (
             metavar="NAME",
             parse=values.parse_policy,
             words=POLICIES,
+            json={"anyOf": [{"enum": list(POLICIES)}, {"type": "string", "pattern": "^[\\w.]+:[\\w.]+$"}]},
         ),
         help="which backend a connection is redirected to",
         example="source-hash",
@@ -577,7 +618,16 @@ OPTIONS: tuple[Option, ...] = (
         scope=Service,
         name="source_prefix",
         kind=Kind(
-            says="a pair of lengths", metavar="BITS,BITS", parse=values.parse_source_prefix, read=_commas(_number)
+            says="a pair of lengths",
+            metavar="BITS,BITS",
+            parse=values.parse_source_prefix,
+            read=_commas(_number),
+            json={
+                "type": "array",
+                "items": {"type": "integer", "minimum": 1, "maximum": 128},
+                "minItems": 2,
+                "maxItems": 2,
+            },
         ),
         help="with policy source-hash: bits of an IPv4, an IPv6 client's address that count",
         example=[24, 56],
@@ -586,7 +636,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         scope=Service,
         name="slow_start",
-        kind=Kind(says="0 to 86,400", metavar="SECONDS", parse=values.seconds, read=_number),
+        kind=_seconds(0, 86400),
         help="seconds in which the weight of a new backend rises to its own",
         example=30,
         reload=True,
@@ -658,7 +708,13 @@ OPTIONS: tuple[Option, ...] = (
         scope=Backend,
         name="weight",
         no_flag=f"{_OF_SERVICE}, behind `*`",
-        kind=Kind(says=f"0 to {values.MAX_WEIGHT:,}", metavar="N", parse=values.parse_weight, read=_number),
+        kind=Kind(
+            says=f"0 to {values.MAX_WEIGHT:,}",
+            metavar="N",
+            parse=values.parse_weight,
+            read=_number,
+            json={"type": "integer", "minimum": 0, "maximum": values.MAX_WEIGHT},
+        ),
         help="its share of new connections; 0: it gets none",
         example=2,
         reload=True,
@@ -789,6 +845,7 @@ OPTIONS: tuple[Option, ...] = (
             metavar="METHOD",
             parse=values.parse_method,
             words=("GET", "HEAD", "OPTIONS"),
+            json={"type": "string", "pattern": "^[A-Z]{1,20}$"},
         ),
         help="of http and https",
         example="HEAD",
@@ -798,7 +855,12 @@ OPTIONS: tuple[Option, ...] = (
         scope=Check,
         name="path",
         no_flag=_OF_CHECK,
-        kind=Kind(says="begins with /", metavar="PATH", parse=values.parse_path),
+        kind=Kind(
+            says="begins with /",
+            metavar="PATH",
+            parse=values.parse_path,
+            json={"type": "string", "pattern": "^/[!-~]*$"},
+        ),
         help="of http and https",
         example="/healthz",
         reload=True,
@@ -807,7 +869,12 @@ OPTIONS: tuple[Option, ...] = (
         scope=Check,
         name="host",
         no_flag=_OF_CHECK,
-        kind=Kind(says="a name", metavar="NAME", parse=values.parse_header),
+        kind=Kind(
+            says="a name",
+            metavar="NAME",
+            parse=values.parse_header,
+            json={"type": "string", "pattern": "^[!-~]{0,255}$"},
+        ),
         help="of http and https: the Host header",
         unset="the VIP",
         example="www.example.org",
@@ -821,6 +888,15 @@ OPTIONS: tuple[Option, ...] = (
             says="a list of statuses and ranges",
             metavar="STATUS,...",
             parse=values.parse_status,
+            json={
+                "type": "array",
+                "items": {
+                    "anyOf": [
+                        {"type": "integer", "minimum": 100, "maximum": 599},
+                        {"type": "string", "pattern": "^[0-9]{3}(-[0-9]{3})?$"},
+                    ]
+                },
+            },
             hold=lambda value: [low if low == high else f"{low}-{high}" for low, high in value],
         ),
         help="of http and https: those that are well",
@@ -851,7 +927,12 @@ OPTIONS: tuple[Option, ...] = (
         scope=Check,
         name="sni",
         no_flag=_OF_CHECK,
-        kind=Kind(says="a name", metavar="NAME", parse=values.parse_header),
+        kind=Kind(
+            says="a name",
+            metavar="NAME",
+            parse=values.parse_header,
+            json={"type": "string", "pattern": "^[!-~]{0,255}$"},
+        ),
         help="of https and tls: the name that is asked for",
         unset="host, if that is a name",
         example="www.example.org",
@@ -871,7 +952,12 @@ OPTIONS: tuple[Option, ...] = (
         scope=Check,
         name="command",
         no_flag=_OF_CHECK,
-        kind=Kind(says="a list: a program and its arguments", metavar="COMMAND", parse=values.parse_command),
+        kind=Kind(
+            says="a list: a program and its arguments",
+            metavar="COMMAND",
+            parse=values.parse_command,
+            json={"type": "array", "items": {"type": "string"}, "minItems": 1},
+        ),
         help="of exec: exit status 0: well; 2 to 255: well, with two less percent of its weight (keepalived's"
         " MISC_CHECK, dynamic); 1: not well. It gets CRABLB_VIP, CRABLB_BACKEND, CRABLB_PORT",
         unset="none",

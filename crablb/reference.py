@@ -63,6 +63,9 @@ def _explained(option: Option) -> list[str]:
 def example() -> str:
     """A configuration file that is accepted as it is: what must be there, and all else with a # in front of it."""
     lines = [
+        "#:schema ./crablb.schema.json",
+        "# That is for editors (crablb config schema > crablb.schema.json): they check, complete and explain.",
+        "",
         "# A configuration of crablb serve.  What has a # straight in front of it is an example: remove the #.",
         "# Some belong together (report_listen and report_key_file, source_prefix and its policy): crablb config",
         "# check FILE says what is amiss.",
@@ -79,7 +82,14 @@ def example() -> str:
         else:
             lines.append(f"{'' if option.missing else '#'}{option.name} = {toml(option.example)}")
         lines.append("")
-    return "\n".join(lines[:-1]) + "\n"
+    lines += [
+        "# Each check may be a table of its own instead, behind all else of its service, with these keys; most go",
+        "# with some types only.",
+        "# [[service.check]]",
+    ]
+    for option in of(Check):
+        lines += [*_explained(option), f"# {option.name} = {toml(option.example)}"]
+    return "\n".join(lines) + "\n"
 
 
 def _backends() -> list[str]:

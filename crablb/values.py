@@ -41,6 +41,7 @@ __all__ = [
 PORT = 7171  # of reports
 ADMIN_PORT = 7172
 METRICS_PORT = 9117
+AGENT_METRICS_PORT = 9118
 MAX_WEIGHT = 65535
 MAX_MACS = 14  # CRAB_MAX_MACS of bpf/maps.h, less an interface's own and its master's
 

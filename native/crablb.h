@@ -537,6 +537,24 @@ void crab_worker_free(struct crab_worker *worker);
 /* Before it runs: turn for so long before a sleep, when frames came soon after the last one.  At first: 0, never. */
 void crab_worker_spin(struct crab_worker *worker, uint32_t microseconds);
 
+/* How a worker's rounds were: what it took off the RX ring at once, worked on, and gave to the kernel again.  In powers of two:
+ * place i of `sizes` counts the rounds of more than 2^(i-1) and at most 2^i frames; place i of `times` counts frames whose
+ * round took more than 2^(i-1) and at most 2^i times CRAB_ROUND_NS nanoseconds, the first one also all below, the last all
+ * above.  Every round has a size; one in CRAB_ROUND_SAMPLE has a time. */
+#define CRAB_ROUND_SIZES 9
+#define CRAB_ROUND_TIMES 18
+#define CRAB_ROUND_NS 256
+#define CRAB_ROUND_SAMPLE 64
+struct crab_rounds {
+    uint64_t sizes[CRAB_ROUND_SIZES];
+    uint64_t times[CRAB_ROUND_TIMES];
+    uint64_t frames;   /* of all rounds */
+    uint64_t timed_ns; /* sum of what `times` counts */
+};
+
+/* Before it runs: count its rounds there, too; any thread may read them meanwhile, one by one.  At first: nowhere. */
+void crab_worker_rounds(struct crab_worker *worker, struct crab_rounds *rounds);
+
 /* Receive, work, send; sleep while there is nothing to do.  The calling thread is the core's, and the socket's.  Returns 0
  * after crab_worker_stop, or -errno when the socket fails (the interface is gone). */
 int crab_worker_run(struct crab_worker *worker);

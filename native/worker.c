@@ -28,6 +28,8 @@ struct crab_worker {
     int packet; /* socket that sends by any interface, and receives nothing */
     uint32_t asked;             /* second in which the kernel's counters were read */
     struct crab_xsk_stats told; /* what they were then */
+    struct crab_rounds *rounds;
+    uint32_t round; /* of those that had frames */
     uint64_t spin; /* nanoseconds: turn so long before a sleep, if that seems worth it */
     bool worth_it;
     _Atomic(bool) stop;
@@ -37,6 +39,8 @@ struct crab_worker {
 #define ROUND (4 * CRAB_BATCH)
 /* Looks at the RX ring between two at the clock. */
 #define LOOKS 64
+
+_Static_assert(ROUND == 1 << (CRAB_ROUND_SIZES - 1), "a round's size has a place");
 
 struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters)
 {
@@ -190,11 +194,43 @@ static void count_kernels(struct crab_worker *w)
     *told = s;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* The least i with 2^i >= n, which is at least 1. */
+static inline uint32_t power(uint64_t n)
+{
+    return n < 2 ? 0 : 64 - (uint32_t)__builtin_clzll(n - 1);
+}
+
+/* A round of n frames begins: when, if it is to be timed, else 0. */
+static inline uint64_t begin_round(struct crab_worker *w, uint32_t n)
+{
+    if (!n || !w->rounds)
+        return 0;
+    w->rounds->sizes[power(n)]++;
+    w->rounds->frames += n;
+    return crab_unlikely(w->round++ % CRAB_ROUND_SAMPLE == 0) ? now_ns() : 0;
+}
+
+static void end_round(struct crab_worker *w, uint32_t n, uint64_t began)
+{
+    uint64_t ns = now_ns() - began;
+    uint32_t place = power((ns + CRAB_ROUND_NS - 1) / CRAB_ROUND_NS);
+    w->rounds->times[place < CRAB_ROUND_TIMES ? place : CRAB_ROUND_TIMES - 1] += n;
+    w->rounds->timed_ns += ns * n;
+}
+
 static int work(struct crab_worker *w)
 {
     struct crab_xsk *x = w->xsk;
     struct crab_desc descs[ROUND];
     uint32_t n = crab_xsk_receive(x, descs, ROUND);
+    uint64_t began = begin_round(w, n);
     struct timespec clock;
     clock_gettime(CLOCK_MONOTONIC_COARSE, &clock);
     uint32_t now = (uint32_t)clock.tv_sec;
@@ -219,6 +255,8 @@ static int work(struct crab_worker *w)
         crab_xsk_reap(x);
     }
     crab_xsk_refill(x);
+    if (crab_unlikely(began))
+        end_round(w, n, began);
 #ifdef CRAB_DEBUG
     assert(crab_xsk_conserved(x));
 #endif
@@ -256,13 +294,6 @@ int crab_worker_once(struct crab_worker *w, int timeout_ms)
     return rc ? rc : work(w);
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static inline void relax(void)
 {
 #if defined(__x86_64__) || defined(__i386__)
@@ -290,6 +321,11 @@ static bool turn(struct crab_worker *w)
 void crab_worker_spin(struct crab_worker *w, uint32_t microseconds)
 {
     w->spin = (uint64_t)microseconds * 1000;
+}
+
+void crab_worker_rounds(struct crab_worker *w, struct crab_rounds *rounds)
+{
+    w->rounds = rounds;
 }
 
 int crab_worker_run(struct crab_worker *w)

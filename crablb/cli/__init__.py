@@ -36,6 +36,7 @@ COMMANDS = (
     "ready",
     "events",
     "log-level",
+    "check",
     "capture",
     "trace",
     "reload",

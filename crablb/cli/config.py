@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import argparse
 
-from crablb import config, reference
+from crablb import reference
+from crablb.cli import check as checking
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("config", help="check a configuration file, or print an example of one")
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
 
-    check = actions.add_parser("check", help="say every fault of a file, or ok; exit status 2 or 0")
-    check.add_argument("file", metavar="FILE.toml", help="as for crablb serve --config")
-    check.add_argument(
-        "--iface",
-        "--interface",
-        dest="interfaces",
-        action="append",
-        default=[],
-        metavar="IF",
-        help="as for crablb serve; repeatable",
-    )
-    check.set_defaults(run=run_check)
+    check = actions.add_parser("check", help=checking.HELP)
+    checking.add_arguments(check)
 
     example = actions.add_parser("example", help="print a file with every option, explained")
     example.set_defaults(run=run_example)
     page = actions.add_parser("reference", help="print the reference of all options, as Markdown")
     page.set_defaults(run=run_reference)
+    shape = actions.add_parser("schema", help="print the JSON Schema of files, for editors")
+    shape.set_defaults(run=run_schema)
     description = actions.add_parser("openapi", help="print the description of the API of a running load balancer")
     description.set_defaults(run=run_openapi)
 
@@ -41,12 +34,6 @@ def run_openapi(_: argparse.Namespace) -> int:
     return 0
 
 
-def run_check(args: argparse.Namespace) -> int:
-    config.load_config(args.file, args.interfaces)
-    print("ok")
-    return 0
-
-
 def run_example(_: argparse.Namespace) -> int:
     print(reference.example(), end="")
     return 0
@@ -54,4 +41,11 @@ def run_example(_: argparse.Namespace) -> int:
 
 def run_reference(_: argparse.Namespace) -> int:
     print(reference.reference(), end="")
+    return 0
+
+
+def run_schema(_: argparse.Namespace) -> int:
+    from crablb import schema
+
+    print(schema.text(), end="")
     return 0

@@ -8,7 +8,7 @@ import uvloop
 
 from crablb import config
 from crablb import log as logging
-from crablb.control import seed
+from crablb.control import admin, seed
 from crablb.control.daemon import serve
 from crablb.control.state import Store, place
 from crablb.errors import ConfigError
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     logging.set_up(args.log_level)
     capabilities.require("crablb serve", capabilities.SERVE)
     pins.prepare()
+    admin.join(settings)
     # Files are read again, whosever they are, if this process could read them.
     capabilities.keep((*capabilities.SERVE, "CAP_DAC_READ_SEARCH"))
     key = settings.seed or seed.load()

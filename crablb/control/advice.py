@@ -7,6 +7,7 @@ missed (``daemon`` in ``crablb status``).
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ log = structlog.get_logger()
 
 #: Events of checks.
 HEALTH = ("backend-healthy", "backend-unhealthy", "panic", "panic-over", "quorum-lost", "quorum-reached")
+#: Lines of one kind at a time: of thousands of backends at once nobody reads each.
+AT_ONCE = 20
 #: From this share of `flows` on, the XDP program's table is named as nearly full.
 NEARLY_FULL = 0.9
 #: What a tunnel must carry for IPv6 (RFC 8200, 5), and what it takes of the way's MTU by the family outside.
@@ -253,7 +256,13 @@ class Adviser:
 
     def hear(self, notice: Notice) -> None:
         """A listener of the engine's."""
+        said: Counter[str] = Counter()
         for advice in self._advise(notice):
+            said[advice.text] += 1
+            if said[advice.text] > AT_ONCE:
+                if advice.counter:
+                    self._engine.count(advice.counter)
+                continue
             # Whoever forges what the kernel believes can have these come without end; servers that come and go as well.
             backend = advice.facts.get("backend")
             times = 1
@@ -266,6 +275,10 @@ class Adviser:
                 getattr(log, advice.level)(advice.text, **advice.facts, **more)
             if advice.counter:
                 self._engine.count(advice.counter)
+
+        for text, times in said.items():
+            if times > AT_ONCE:
+                log.warning("the same of others; crablb backends has them all", what=text, others=times - AT_ONCE)
 
     def _advise(self, notice: Notice) -> Iterable[Advice]:
         engine = self._engine

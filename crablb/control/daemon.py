@@ -9,7 +9,7 @@ from collections.abc import Callable
 import structlog
 
 from crablb import log as logging
-from crablb.control.admin import Admin
+from crablb.control.doors import Doors
 from crablb.control.notify import notify
 from crablb.control.operator import Operator
 from crablb.control.state import Store
@@ -39,7 +39,7 @@ async def serve(
     stop = asyncio.Event()
     engine = supervisor.engine
     wanted = Wanted(supervisor, given=config, read=read, path=path, store=store)
-    admin = Admin(Operator(supervisor, wanted=wanted, stop=stop.set), settings)
+    doors = Doors(Operator(supervisor, wanted=wanted, stop=stop.set), supervisor)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGUSR1, logging.reopen)
@@ -59,9 +59,9 @@ async def serve(
             remove_if_killed=" ".join(["crablb remove", *(f"--iface {name}" for name in engine.modes)]),
         )
         await asyncio.to_thread(logging.flush)  # whoever waits for us may read why something is not as it should be
-        notify("READY=1")
         wanted.start()
-        admin.start()
+        doors.start()
+        notify("READY=1")
         stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
         failure: asyncio.Future[object] = engine.failure  # type: ignore[assignment]
         await asyncio.wait([stopped, failure], return_when=asyncio.FIRST_COMPLETED)
@@ -76,6 +76,6 @@ async def serve(
         return 0
     finally:
         notify("STOPPING=1")
-        await admin.close()
+        await doors.close()
         await wanted.close()
         await supervisor.close()

@@ -565,7 +565,10 @@ class Operator:
     # ---- what happens ----
 
     def _hear(self, notice: Notice) -> None:
-        if isinstance(notice, Event | HopsChanged | Started) and self._looking is None:
+        if not isinstance(notice, Event | HopsChanged | Started):
+            return
+        self._counted = None  # tables may be others
+        if self._looking is None:
             self._looking = asyncio.get_running_loop().call_later(SETTLE, self._look)
 
     def _look(self) -> None:

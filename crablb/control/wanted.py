@@ -14,7 +14,7 @@ import structlog
 
 from crablb import values
 from crablb.api import types
-from crablb.config import odd, parse_config
+from crablb.config import parse_config
 from crablb.control.plan import Seen, plan, summary
 from crablb.control.state import Store, write
 from crablb.control.supervisor import Supervisor, check
@@ -22,6 +22,7 @@ from crablb.control.watch import Watch
 from crablb.dataplane.events import Event
 from crablb.errors import ConfigError
 from crablb.kernel.netlink import HopState
+from crablb.lint import odd
 from crablb.model import Config
 from crablb.overlay import Changes, between, diff, overlay, save
 

@@ -32,6 +32,7 @@ from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
 from crablb.dataplane.snapshot import Sight, build
+from crablb.dataplane.statistics import Rounds
 from crablb.dataplane.tap import Tap, Taps
 from crablb.errors import ConfigError, KernelError
 from crablb.filters import Filter
@@ -84,6 +85,9 @@ class Engine:
         self._completions = Completions()
         self._standings: dict[Pair, Standing] = {}
         self._verdicts: dict[Vip, Verdict] = {}
+        self._judged: dict[Vip, Service] = {}  # what these are about
+        self._news: set[Vip] = set()  # services of which more was found out since
+        self._usable: tuple[object, frozenset[Address]] = None, frozenset()  # of hops
         self._warm: Collection[Pair] = ()  # who does not begin slowly if it begins to serve now
         self._served = config  # with the backends as their standing has them
         self._custom = Custom(self._policy_failed)
@@ -105,6 +109,7 @@ class Engine:
         self._tried: dict[str, Interface] = {}  # interfaces as they were when last they were fitted
         self._unfit: dict[str, str] = {}  # those that could not be, and why
         self._sweep_soon = asyncio.Event()
+        self._pathed: tuple[object, ...] = (None,)  # what the XDP program's paths were made of
         self._applied: list[Config] = []  # the configurations since the last sweep began
         self.task_failed: tuple[str, float] | None = None  # the last one, and when, of the monotonic clock
         self._stepped = time.monotonic()  # when weights were last looked at
@@ -241,6 +246,15 @@ class Engine:
         """Packets by what became of them: see :func:`crablb.dataplane.statistics.read`."""
         return self._running.statistics(self._queues.slots)
 
+    def rounds(self) -> dict[tuple[str, int], Rounds]:
+        """How the workers' rounds were, by interface and queue, in the order of ``statistics()["workers"]``."""
+        return self._queues.rounds()
+
+    @property
+    def published(self) -> int:
+        """Snapshots given to the workers, since the start."""
+        return self._queues.published
+
     def service_counters(self, vips: Iterable[Vip] | None = None) -> dict[Vip, tuple[int, int]]:
         """What the XDP program forwarded by itself, packets and bytes, of these services; None: of all."""
         program, indices = self._running, self._registry.services
@@ -299,6 +313,7 @@ class Engine:
             self._publish()
         except BaseException:
             self._standings = before  # it can be said again
+            self._news |= {vip for vip, _ in standings}
             raise
         finally:
             self._warm = ()
@@ -309,11 +324,20 @@ class Engine:
             self._standings = self._standings | changed
         for pair, standing in changed.items():
             self._balance.give(pair, standing.percent or WHOLE)
+            self._news.add(pair[0])
 
     def _judge(self) -> None:
         """Work out how each service is served now; tell where health is disregarded, and where no more."""
         before, services = self._verdicts, self.config.services
-        self._verdicts = {service.vip: judge(service, self._standings) for service in services}
+        old = {vip: before[vip] for vip in before.keys() - self._news}
+        self._verdicts = {
+            service.vip: old[service.vip]
+            if service.vip in old and self._judged[service.vip] is service
+            else judge(service, self._standings)
+            for service in services
+        }
+        self._judged = {service.vip: service for service in services}
+        self._news.clear()
         made: list[Service] = [self._verdicts[service.vip].service for service in services]
         same = all(new is old for new, old in zip(made, services, strict=True))
         self._served = self.config if same else replace(self.config, services=tuple(made))
@@ -661,13 +685,17 @@ class Engine:
 
     def _publish(self) -> None:
         """Have the XDP program and the workers see what is there now."""
-        at, hops = time.monotonic(), self.hops
+        at, hops = time.monotonic(), self._nexthops.current if self._nexthops else {}
         self._judge()
         if self._attached:  # until then the map may be in use still, by the program of a daemon that died
             dead = {b.address for s in self._served.services for b in s.backends if b.state is State.DEAD}
-            self._running.paths.publish(self._registry.backends, hops, self._ways, dead)
-        usable = {address for address, hop in hops.items() if hop.state is HopState.RESOLVED}
-        self._balance.follow(self._served.services, usable, at if self._attached else None, self._warm)
+            about = hops, self._registry.version, dead, self._ways_known()
+            if about[0] is not self._pathed[0] or about[1:] != self._pathed[1:]:
+                self._running.paths.publish(self._registry.backends, hops, self._ways, dead)
+                self._pathed = about
+        if self._usable[0] is not hops:
+            self._usable = hops, frozenset(a for a, hop in hops.items() if hop.state is HopState.RESOLVED)
+        self._balance.follow(self._served.services, self._usable[1], at if self._attached else None, self._warm)
         sight = Sight(
             self.seed,
             self._registry.backends,
@@ -679,13 +707,18 @@ class Engine:
             self._completions.stopped(),
             self._answered,
             self._handlers.matches(),
+            self._registry.version,
             self._taps.filled(),
         )
         snapshot = build(self._served, sight, self._queues.snapshot)
         self._custom.publish(snapshot.custom)
         self._queues.publish(snapshot)
-        if all(hop.state is HopState.RESOLVED for hop in hops.values()):
+        if len(self._usable[1]) == len(hops):
             self._resolved.set()
+
+    def _ways_known(self) -> list[object]:
+        """What :meth:`_ways` goes by, beside a hop."""
+        return [self.config.ack_bypass, *((a.info, a.mode, a.sums) for a in self._attachments)]
 
     def _ways(self, hop: NextHop) -> Ways:
         return ways(self._attachments, hop, forced=self.config.ack_bypass is Bypass.ON)
@@ -702,11 +735,13 @@ class Engine:
             pools = self._queues.snapshot.pools if self._queues.snapshot else {}
             if now - aged >= AGE_INTERVAL:
                 aged = now
-                for backend in self._balance.silent(now) & self.config.backends:
-                    self._tell(Event("server-silent", backend))
-                for service in self._served.services:
-                    if service.vip in pools:
-                        self._balance.age(service)
+                if silent := self._balance.silent(now):
+                    for backend in silent & self.config.backends:
+                        self._tell(Event("server-silent", backend))
+                if pools:
+                    for service in self._served.services:
+                        if service.vip in pools:
+                            self._balance.age(service)
             for _, pool in pools.values():
                 pool.refresh()
             if self._completions.retry(now):
@@ -773,5 +808,6 @@ class Engine:
         gone = self._registry.collect(self._applied, flows)
         for address, backend_id in gone.items():
             self._running.paths.forget(address, backend_id)
+        self._pathed = (None,)
         if gone:
             self._publish()

@@ -25,6 +25,7 @@ from crablb._native import ffi, lib
 from crablb.dataplane.flows import FlowTable, now
 from crablb.dataplane.handlers import Entrance, Handlers
 from crablb.dataplane.snapshot import Snapshot
+from crablb.dataplane.statistics import Rounds
 from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.interface import Interface
@@ -51,6 +52,7 @@ class _Worker:
         self._handlers, self._custom = handlers, custom  # the core keeps handles of theirs
         self._entrance: Entrance | None = None
         self._thread: threading.Thread | None = None
+        self.rounds = ffi.new("struct crab_rounds *")
         lib.crab_core_ask(self.core, lib.crab_python_choose, custom.handle)
 
     def bind(self, xsk: XskSocket) -> None:
@@ -61,6 +63,7 @@ class _Worker:
             raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
         self.c, self.xsk = c, xsk
         lib.crab_worker_spin(c, self._spin)
+        lib.crab_worker_rounds(c, self.rounds)
         self._entrance = Entrance(self._handlers, xsk.memory, xsk.frame_size)
         lib.crab_core_handle(self.core, lib.crab_python_handle, self._entrance.handle)
 
@@ -148,6 +151,7 @@ class Queues:
         self._cpus: Sequence[int] = ()  # of the threads; none: there are no threads
         self._snapshot: Snapshot | None = None
         self._retired: list[Snapshot] = []
+        self.published = 0  # snapshots
         self._shared: Any = None  # map `worker_counters`, mapped
         self._showing = 0  # bytes of each worker's ring, while they show packets
         self._rings = False  # whether they have one: until no snapshot says that they should
@@ -175,6 +179,16 @@ class Queues:
     def slots(self) -> list[int]:
         """Where the workers' counters are in map `worker_counters`."""
         return sorted(port.first + queue for port in self._ports.values() for queue in port.workers)
+
+    def rounds(self) -> dict[tuple[str, int], Rounds]:
+        """How the workers' rounds were since the start, by interface (as the configuration has it) and queue, in the
+        order of :attr:`slots`."""
+        ports = sorted(self._ports.items(), key=lambda item: item[1].first)
+        return {
+            (name, queue): Rounds.of(worker.rounds)
+            for name, port in ports
+            for queue, worker in sorted(port.workers.items())
+        }
 
     @property
     def zero_copy(self) -> bool:
@@ -355,6 +369,7 @@ class Queues:
         if self._snapshot:
             self._retired.append(self._snapshot)
         self._snapshot = snapshot
+        self.published += 1
         self.settle()
 
     def settle(self) -> bool:

@@ -36,6 +36,7 @@ class Numbers(Mapping[K, int]):
         #: Numbers from here on were never given.  Low ones are given first: arrays are as long as the highest.
         self._fresh = max(self._held.values(), default=-1) + 1
         self._free = sorted(set(range(self._fresh)) - set(self._held.values()))
+        self.version = 0  # rises when somebody has another number
 
     def __getitem__(self, key: K) -> int:
         return self._held[key]
@@ -64,6 +65,7 @@ class Numbers(Mapping[K, int]):
         new = [key for key in dict.fromkeys(keys) if key not in self._held]
         if self.lacking(new):
             raise OverflowError(f"{len(new)} numbers are asked for, and there are too few of {self.limit}")
+        self.version += bool(new)
         for key in new:
             if self._free:
                 self._held[key] = heapq.heappop(self._free)
@@ -75,6 +77,7 @@ class Numbers(Mapping[K, int]):
     def release(self, key: K) -> int:
         """Neither configuration nor flows hold the key's number, which is returned, any more.  It cools."""
         number = self._held.pop(key)
+        self.version += 1
         self._cooling.add(number)
         return number
 
@@ -96,6 +99,11 @@ class Registry:
     ) -> None:
         self.backends: Numbers[Address] = Numbers(lib.CRAB_NO_BACKEND, backends)
         self.services: Numbers[Vip] = Numbers(service_room, services)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one when somebody has another number."""
+        return self.backends.version, self.services.version
 
     def admit(self, config: Config) -> list[Vip]:
         """Numbers for all that the configuration names.  Returns the services that are new.

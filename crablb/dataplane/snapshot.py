@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from crablb.model import (
 )
 from crablb.selection.custom import Asked
 from crablb.selection.loads import Balance
-from crablb.selection.maglev import Table, maglev_table
+from crablb.selection.maglev import Table, fill
 from crablb.selection.pool import Pool
 from crablb.values import resolve
 
@@ -52,6 +55,10 @@ ON_DEAD = {OnDead.REASSIGN: lib.CRAB_ON_DEAD_REASSIGN, OnDead.RESET: lib.CRAB_ON
 FORMS = {OptionForm.CRAB: lib.CRAB_FORM_CRAB, OptionForm.EXPERIMENTAL: lib.CRAB_FORM_EXPERIMENTAL}
 
 
+#: Tables from which on all CPUs make them.
+MANY = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Sight:
     """What a snapshot is made of, beside the configuration."""
@@ -66,6 +73,7 @@ class Sight:
     unredirected: Container[tuple[Vip, Address]] = ()  # backends of services that are not redirected to now
     answered: Container[Address] = ()  # VIPs whose packets that are no service's are user space's
     matches: Any = None  # ``struct crab_matches *``: frames of one's own
+    version: Any = None  # of the numbers: as long as it is the same, and ``hops`` the same object; None: look
     taps: Any = None  # ``struct crab_taps *``: packets that somebody wants to see
 
 
@@ -76,6 +84,10 @@ class Snapshot:
         self.c: Any = ffi.NULL  # ``struct crab_snapshot *``
         self.tables: dict[Any, Table] = {}  # by members
         self.chosen: dict[Vip, Table] = {}  # by service
+        self.parts: dict[Vip, _Part] = {}  # by service
+        self.made_of: tuple[Any, ...] = ()  # what all parts have in common
+        self.reached: Container[Address] = ()
+        self.backends: tuple[Any, int] = ffi.NULL, 0  # ``struct crab_backend[]``, and how many
         self.pools: dict[Vip, tuple[Any, Pool]] = {}  # by service: what it was made of, and itself
         self.custom: dict[int, Asked] = {}  # by index: the services whose policy is Python
 
@@ -85,28 +97,75 @@ class Snapshot:
         lib.crab_snapshot_free(c)
 
 
+@dataclass(slots=True)
+class _Part:
+    """What a snapshot has of a service, and the next one takes over where it has not changed."""
+
+    service: Service
+    settled: bool  # its weights do not change by themselves
+    refuses: bool
+    members: list[tuple[Address, bool]]  # its backends, and whether they speak connection redirection
+    exceptions: list[tuple[int, int]]
+    key: Any  # of its table
+
+
 def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snapshot:
     """A snapshot; it shares with the one ``before`` the tables and pools whose members are the same, so that a
-    schedule goes on.
+    schedule goes on; and of a service that is the same object, seen as before, it looks at nothing anew.
 
     Raises :class:`MemoryError`.  Every backend and service of the configuration has its number in ``sight``.
     """
     made = Snapshot()
-    backends, count = _backends(config, sight)
+    made.made_of = (
+        sight.hops, sight.version, sight.unredirected, config.closed, config.table_size, sight.seed,
+    )  # fmt: skip
+    parts = before.parts if before and _as_before(made.made_of, before.made_of) else {}
+    unsettled = sight.balance.unsettled()
+
+    def lasting(service: Service) -> _Part | None:
+        """Its part of the snapshot before, if that is as it would be made."""
+        part = parts.get(service.vip)
+        return part if part and part.service is service and part.settled and service.vip not in unsettled else None
+
+    kept = {service.vip: part for service in config.services if (part := lasting(service))}
+    members = {s.vip: _members(s) for s in config.services if s.vip not in kept}
+    if (
+        before
+        and parts
+        and parts.keys() == {service.vip for service in config.services}
+        and all(parts[vip].members == own for vip, own in members.items())
+        and sight.reached == before.reached
+    ):
+        made.backends = before.backends
+    else:
+        made.backends = _backends(config, sight)
+    made.reached = sight.reached
+    backends, count = made.backends
+    anew = not (before and made.backends is before.backends)
     services = ffi.new("struct crab_service[]", max(len(config.services), 1))
     prefixes: list[tuple[bytes, int]] = []
     exceptions: list[tuple[int, int]] = []
+    tables: list[Callable[[], None]] = []
     for entry, service in zip(services, config.services, strict=False):
         _describe(entry, service, sight.services[service.vip])
-        entry.refuses = config.closed in (Closed.AUTO, Closed.RESET) and _is_given_up(service, sight)
         entry.first_prefix, entry.prefix_count = len(prefixes), len(service.redirect_clients)
         for prefix in service.redirect_clients:
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
             prefixes.append((mapped(prefix.network_address), bits))
-        own = _exceptions(service, sight, backends)
-        entry.first_exception, entry.exception_count = len(exceptions), len(own)
-        exceptions += own
-        _choose(made, entry, service, config.table_size, sight, before)
+        part = kept.get(service.vip)
+        if part and before:
+            _take_over(made, entry, service, part, before)
+        else:
+            key = _choose(made, entry, service, config.table_size, sight, before, tables)
+            refuses = config.closed in (Closed.AUTO, Closed.RESET) and _is_given_up(service, sight)
+            part = _Part(service, service.vip not in unsettled, refuses, members[service.vip], [], key)
+        if anew or service.vip not in kept:
+            part = replace(part, exceptions=_exceptions(service, sight, backends))
+        made.parts[service.vip] = part
+        entry.refuses = part.refuses
+        entry.first_exception, entry.exception_count = len(exceptions), len(part.exceptions)
+        exceptions += part.exceptions
+    _fill(tables)
     c_prefixes = ffi.new("struct crab_prefix[]", max(len(prefixes), 1))
     for entry, (addr, bits) in zip(c_prefixes, prefixes, strict=False):
         entry.addr, entry.bits = addr, bits
@@ -128,6 +187,41 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
     if lib.crab_snapshot_answer(made.c, vips, len(vips), config.ping, config.closed is not Closed.DROP):
         raise MemoryError("no memory for a snapshot")
     return made
+
+
+def _as_before(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """Whether what all services' parts are made of is the same."""
+    return bool(before) and now[1] is not None and now[0] is before[0] and now[1:] == before[1:]
+
+
+def _members(service: Service) -> list[tuple[Address, bool]]:
+    return [(backend.address, backend.cr) for backend in service.backends]
+
+
+def _take_over(made: Snapshot, entry: Any, service: Service, part: _Part, before: Snapshot) -> None:
+    """How a service chooses, as before."""
+    table = made.tables[part.key] = made.chosen[service.vip] = before.tables[part.key]
+    entry.table = ffi.from_buffer("uint16_t[]", table)
+    if pool := before.pools.get(service.vip):
+        made.pools[service.vip] = pool
+        entry.pool = pool[1].c
+    elif asked := before.custom.get(entry.index):
+        made.custom[entry.index] = asked
+        entry.custom = 1
+
+
+def _fill(tables: Sequence[Callable[[], None]]) -> None:
+    """Make the tables, of many by all CPUs.  Raises :class:`MemoryError`."""
+    cpus = len(os.sched_getaffinity(0))
+    if len(tables) >= MANY and cpus > 1:
+        try:
+            with ThreadPoolExecutor(cpus, "crablb-tables") as pool:
+                list(pool.map(lambda make: make(), tables))
+            return
+        except RuntimeError:  # there can be no more threads
+            pass
+    for make in tables:
+        make()
 
 
 def _is_given_up(service: Service, sight: Sight) -> bool:
@@ -197,9 +291,16 @@ def _describe(entry: Any, service: Service, index: int) -> None:
 
 
 def _choose(
-    made: Snapshot, entry: Any, service: Service, table_size: int, sight: Sight, before: Snapshot | None
-) -> None:
-    """Fill in how a service chooses: its table, and its pool or policy in Python."""
+    made: Snapshot,
+    entry: Any,
+    service: Service,
+    table_size: int,
+    sight: Sight,
+    before: Snapshot | None,
+    tables: list[Callable[[], None]],
+) -> Any:
+    """Fill in how a service chooses: its table, and its pool or policy in Python.  The table's key; if it is a new one,
+    ``tables`` gets what makes it."""
     balance = sight.balance
     usable = {b.address: b for b in service.backends if _usable(sight.hops.get(b.address))}
     weights = balance.weights(service, usable.values(), sight.at)
@@ -214,11 +315,12 @@ def _choose(
     if table is None and before:
         table = before.tables.get(key)
     if table is None:
-        table = maglev_table(members, table_size, sight.seed)
+        table = np.empty(table_size, np.uint16)
+        tables.append(partial(fill, table, members, sight.seed))
     made.tables[key] = made.chosen[service.vip] = table
     entry.table = ffi.from_buffer("uint16_t[]", table)
     if service.policy in CONSISTENT:
-        return
+        return key
     # Who cannot be redirected to is the fallback's.
     eligible = {
         address: weight
@@ -229,12 +331,13 @@ def _choose(
     if service.policy in POLICIES:
         made.pools[service.vip] = _pool(service, eligible, ids, balance, before)
         entry.pool = made.pools[service.vip][1].c
-        return
+        return key
     entry.custom = 1
     choose = resolve(service.policy) if isinstance(service.policy, str) else service.policy
     made.custom[entry.index] = Asked(
         service.vip, choose, balance.backends(service.vip, eligible), np.array(ids, np.uint16)
     )
+    return key
 
 
 def _usable(hop: NextHop | None) -> bool:

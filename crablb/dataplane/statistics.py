@@ -6,8 +6,9 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from crablb._native import lib
 from crablb.dataplane.flows import FlowTable
@@ -15,11 +16,40 @@ from crablb.kernel.bpf import Map
 from crablb.kernel.counters import counter_names
 from crablb.model import Vip
 
-__all__ = ["DAEMON_COUNTERS", "WORKER_COUNTERS", "XDP_COUNTERS", "DaemonCounters", "forwarded", "read", "read_pinned"]
+__all__ = [
+    "DAEMON_COUNTERS",
+    "WORKER_COUNTERS",
+    "XDP_COUNTERS",
+    "DaemonCounters",
+    "Rounds",
+    "forwarded",
+    "read",
+    "read_pinned",
+]
 
 XDP_COUNTERS = counter_names("crab_xdp_counter", "CRAB_XDP_")
 WORKER_COUNTERS = counter_names("crab_counter", "CRAB_C_")
 DAEMON_COUNTERS = counter_names("crab_daemon_counter", "CRAB_DAEMON_")
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How a worker's rounds were: what it took off its queue at once, worked on, and gave to the kernel again.
+
+    ``sizes``: rounds by how many frames they had, at most 1, 2, 4, ...; ``frames``: of all of them.  ``times``: frames
+    of rounds that were timed (one in CRAB_ROUND_SAMPLE) by how long that took, at most 256, 512, ... ns, the last any
+    time; ``seconds``: their sum.  See ``struct crab_rounds`` of native/crablb.h.
+    """
+
+    sizes: tuple[int, ...]
+    frames: int
+    times: tuple[int, ...]
+    seconds: float
+
+    @classmethod
+    def of(cls, rounds: Any) -> Self:
+        """From a ``struct crab_rounds *``."""
+        return cls(tuple(rounds.sizes), rounds.frames, tuple(rounds.times), rounds.timed_ns / 1e9)
 
 
 class DaemonCounters:

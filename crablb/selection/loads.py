@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,8 @@ class _Block:
     ROOM = lib.CRAB_NO_BACKEND  # as many as there are ids of backends; what is not touched takes no memory
 
     def __init__(self) -> None:
-        self._loads = np.zeros(self.ROOM, _LOAD)
+        # Not the heap's: what was somebody's before is cleared there, and so touched.
+        self._loads = np.frombuffer(mmap.mmap(-1, self.ROOM * _LOAD.itemsize), _LOAD)
         self._first = ffi.cast("struct crab_load *", ffi.from_buffer(self._loads))
         self._slots: dict[Address, int] = {}
         self._cooling: dict[Address, int] = {}  # of backends that were removed, which workers may be assigning to yet
@@ -110,7 +112,7 @@ class Balance:
         self._blocks: dict[Vip, _Block] = {}
         self._turns: dict[Vip, Any] = {}
         self._since: dict[tuple[Vip, Address], float] = {}  # when a backend that is starting slowly began
-        self._serving: set[tuple[Vip, Address]] = set()  # who gets connections
+        self._serving: dict[Vip, tuple[Service, Container[Address], set[Address]]] = {}  # of whom, who gets connections
         self._percents: dict[tuple[Vip, Address], int] = {}  # of their weight, where that is not all of it
         self._heard: dict[Address, float] = {}  # when a server that reports did so last
 
@@ -172,19 +174,22 @@ class Balance:
     ) -> None:
         """Note which backends get connections now: those that did not before begin slowly, ``at`` this time.
 
-        ``at``: None at the start, where none is new.  ``warm``: of whom it is the start all the same.
+        ``at``: None at the start, where none is new.  ``warm``: of whom it is the start all the same.  Of a service
+        that is the same object, as ``usable`` is, nothing is new.
         """
-        serving = {
-            (service.vip, b.address): service
-            for service in services
-            for b in service.backends
-            if b.share and b.address in usable
-        }
-        if at is not None:
-            for vip, address in serving.keys() - self._serving:
-                if (vip, address) not in warm:
-                    self.begin(serving[vip, address], address, at)
-        self._serving = set(serving)
+        serving = {}
+        for service in services:
+            before = self._serving.get(service.vip)
+            if before and before[0] is service and before[1] is usable:
+                serving[service.vip] = before
+                continue
+            own = {b.address for b in service.backends if b.share and b.address in usable}
+            if at is not None:
+                for address in own - before[2] if before else own:
+                    if (service.vip, address) not in warm:
+                        self.begin(service, address, at)
+            serving[service.vip] = service, usable, own
+        self._serving = serving
 
     def begin(self, service: Service, backend: Address, at: float) -> None:
         """The backend gets connections from now on, and did not before: it starts slowly, if the service says so."""
@@ -197,6 +202,10 @@ class Balance:
             self._percents.pop(pair, None)
         else:
             self._percents[pair] = percent
+
+    def unsettled(self) -> set[Vip]:
+        """The services of which a backend has another weight than its own, or had when it was last asked for."""
+        return {vip for vip, _ in (*self._since, *self._percents)}
 
     def weights(self, service: Service, backends: Iterable[Backend], at: float) -> dict[Address, int]:
         """The weights that these backends have at this moment; those of weight 0 are left out."""
@@ -230,6 +239,8 @@ class Balance:
 
     def next_step(self, services: Iterable[Service], at: float) -> float | None:
         """When a weight rises next; None: none is rising."""
+        if not self._since:
+            return None
         steps = {service.vip: service.slow_start / STEPS for service in services}
         return min(
             (

@@ -13,9 +13,23 @@ import numpy.typing as npt
 from crablb._native import ffi, lib
 from crablb.model import Address, mapped
 
-__all__ = ["Table", "maglev_table"]
+__all__ = ["Table", "fill", "maglev_table"]
 
 Table = npt.NDArray[np.uint16]
+
+
+def fill(table: Table, members: Mapping[int, tuple[Address, int, int]], seed: bytes) -> None:
+    """Make it the table of :func:`maglev_table`.  Other threads run meanwhile.  Raises :class:`MemoryError`."""
+    if not any(weight for _, weight, _ in members.values()):
+        table.fill(lib.CRAB_NO_BACKEND)
+        return
+    array = ffi.new("struct crab_maglev_member[]", max(len(members), 1))
+    for entry, (backend_id, (address, weight, full)) in zip(array, members.items(), strict=False):
+        entry.addr = mapped(address)
+        entry.weight, entry.full = weight, full
+        entry.backend = backend_id
+    if lib.crab_maglev_build(ffi.from_buffer("uint16_t[]", table), len(table), array, len(members), seed):
+        raise MemoryError("no memory for a Maglev table")
 
 
 def maglev_table(members: Mapping[int, tuple[Address, int, int]], size: int, seed: bytes) -> Table:
@@ -27,11 +41,5 @@ def maglev_table(members: Mapping[int, tuple[Address, int, int]], size: int, see
     Slots hold ``lib.CRAB_NO_BACKEND`` if there is no member with a weight.  Source: Eisenbud et al., NSDI 2016, 3.4.
     """
     table: Table = np.empty(size, np.uint16)
-    array = ffi.new("struct crab_maglev_member[]", max(len(members), 1))
-    for entry, (backend_id, (address, weight, full)) in zip(array, members.items(), strict=False):
-        entry.addr = mapped(address)
-        entry.weight, entry.full = weight, full
-        entry.backend = backend_id
-    if lib.crab_maglev_build(ffi.from_buffer("uint16_t[]", table), size, array, len(members), seed):
-        raise MemoryError("no memory for a Maglev table")
+    fill(table, members, seed)
     return table

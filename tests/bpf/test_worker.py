@@ -99,6 +99,35 @@ def test_waits_for_frames(namespace):
         assert worker.core.counts() == {"received": 1, "sent": 1, "redirected": 1}
 
 
+def test_rounds_are_counted(namespace):
+    """All by their frames; one in so many by its time too, in which empty rounds have no turn."""
+    sizes = [1, 2, 3, 4, 5, 8, 9, 64] + [2] * (3 * lib.CRAB_ROUND_SAMPLE)
+    with namespace.wire() as wire, XskSocket("veth0") as xsk:
+        worker = Worker(xsk, reference())
+        rounds = ffi.new("struct crab_rounds *")
+        lib.crab_worker_rounds(worker.c, rounds)
+        began, timed, port = time.monotonic_ns(), 0, 1
+        for number, size in enumerate(sizes):
+            for _ in range(size):
+                wire.send(syn(port := port % 60000 + 1))
+            assert worker.once() == size
+            assert worker.once() == 0
+            timed += size if number % lib.CRAB_ROUND_SAMPLE == 0 else 0
+            assert sum(rounds.times) == timed
+        elapsed = time.monotonic_ns() - began
+    expected = [0] * lib.CRAB_ROUND_SIZES
+    for size in sizes:
+        expected[(size - 1).bit_length()] += 1
+    assert list(rounds.sizes) == expected
+    assert rounds.frames == sum(sizes)
+    assert 0 < rounds.timed_ns < elapsed * max(sizes)
+    # No frame's time is less than the bound before its place.
+    least = sum(n * lib.CRAB_ROUND_NS << place - 1 for place, n in enumerate(rounds.times) if place)
+    most = sum(n * lib.CRAB_ROUND_NS << place for place, n in enumerate(rounds.times))
+    assert least < rounds.timed_ns
+    assert rounds.timed_ns <= most or rounds.times[lib.CRAB_ROUND_TIMES - 1]
+
+
 @several_buffers
 @pytest.mark.parametrize("mode", ["native", "generic"])
 def test_packets_in_several_frames(namespace, mode):

@@ -60,6 +60,10 @@ class World:
         with ThreadPoolExecutor() as pool:
             list(pool.map(start, self.lab.servers))
 
+    def agent(self, node: Node, role: str, *more: str) -> subprocess.Popen[str]:
+        """An agent; on return it works."""
+        return self._kept(start_agent(node, role, *more))
+
     def client(self, *more: str) -> subprocess.Popen[str]:
         """A client agent.  It verifies no backends unless told, lest a process that gets no CPU change what happens."""
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]

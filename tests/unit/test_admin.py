@@ -5,23 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from crablb.api import types
 from crablb.api.client import ApiError, Client, NotRunning
-from crablb.control.admin import app, server
+from crablb.control.admin import Admin, app, server
+from crablb.control.admin.sockets import Place
 from crablb.control.journal import KEPT
 from crablb.control.operator import Operator
 from crablb.dataplane.events import Event
 from crablb.errors import ConfigError, KernelError
-from tests.helpers.operating import ONE, StillEngine, still
+from crablb.kernel import pins
+from tests.helpers.operating import ONE, StillEngine, config, still
+from tests.helpers.processes import ROOT
 
 
 class Served:
@@ -453,3 +462,185 @@ def test_a_connection_that_was_ended_meanwhile_is_made_anew(served, monkeypatch)
         for _ in range(3):
             assert client.get("/v1/version", types.Version).api == 1
             threading.Event().wait(0.3)
+
+
+# ---- settings ----
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate and its key."""
+    folder = tmp_path_factory.mktemp("certified")
+    certificate, key = folder / "crt", folder / "key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=x",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
+TOKEN = "0123456789abcdef"
+SETTINGS: dict[str, tuple[dict[str, str], str, str]] = {
+    "well": ({}, TOKEN, ""),
+    "no key": ({"admin_key": ""}, TOKEN, "admin_key is missing; admin_listen needs"),
+    "key": ({"admin_key": "/dev/null"}, TOKEN, "no certificate and its key"),
+    "certificate": ({"admin_cert": "/nonexistent"}, TOKEN, "No such file"),
+    "no such key": ({"admin_key": "/nonexistent"}, TOKEN, "No such file"),
+    "NUL": ({"admin_cert": "a\0b"}, TOKEN, "null byte"),
+    "no such token": ({"admin_token_file": "/nonexistent"}, TOKEN, "No such file"),
+    "short token": ({}, "short", "a token is 16 printable ASCII characters or more"),
+    "token of words": ({}, "correct horse battery staple", "without spaces"),
+    "group": ({"admin_group": "nobody-at-all"}, TOKEN, "there is no group 'nobody-at-all'"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(tmp_path, certified, name):
+    more, secret, words = SETTINGS[name]
+    token = tmp_path / "token"
+    token.write_text(secret)
+    token.chmod(0o600)
+    files = {"admin_cert": str(certified[0]), "admin_key": str(certified[1]), "admin_token_file": str(token)}
+    described = replace(config(), admin_listen=(ip_address("127.0.0.1"), 0), **(files | more))
+    operator, _ = still(described)
+    if words:
+        with pytest.raises(ConfigError, match=words):
+            Admin(operator, described)
+    else:
+        Admin(operator, described).abandon()
+
+
+def test_a_token_that_others_can_write(tmp_path, certified):
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o620)
+    files = {"admin_cert": str(certified[0]), "admin_key": str(certified[1]), "admin_token_file": str(token)}
+    described = replace(config(), admin_listen=(ip_address("127.0.0.1"), 0), **files)
+    with pytest.raises(ConfigError, match=f"chmod 600 {token}"):
+        Admin(still(described)[0], described)
+
+
+def test_an_address_that_is_not_ours(tmp_path, certified):
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    files = {"admin_cert": str(certified[0]), "admin_key": str(certified[1]), "admin_token_file": str(token)}
+    described = replace(config(), admin_listen=(ip_address("192.0.2.77"), 7172), **files)
+    with pytest.raises(KernelError, match=r"cannot serve the API at 192\.0\.2\.77:7172: Cannot assign"):
+        Admin(still(described)[0], described)
+
+
+# ---- its socket ----
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of /run/crablb, and of the network namespace's name."""
+    monkeypatch.setattr(pins, "RUN", tmp_path / "run")
+    monkeypatch.setattr(pins, "namespace", lambda: "netns-7")
+    return tmp_path / "run"
+
+
+def test_the_socket_has_its_names_while_it_is_there(run):
+    place = Place(("eth0", "eth1"), None)
+    with place.bind() as sock:
+        assert [path.name for path in run.iterdir()] == [f"netns-7-eth0.{os.getpid()}.api"]
+        shown = place.show()
+        assert [path.name for path in shown] == ["netns-7-eth0.sock", "eth0.sock", "netns-7-eth1.sock", "eth1.sock"]
+        assert all(path.samefile(run / f"netns-7-eth0.{os.getpid()}.api") for path in shown)
+        assert shown[0].stat().st_mode & 0o777 == 0o600
+        place.name("lan0")
+        assert (run / "netns-7-lan0.sock").samefile(shown[0])
+        sock.getsockname()
+    place.remove()
+    place.remove()
+    assert list(run.iterdir()) == []
+
+
+def test_what_the_dead_left_is_replaced(run):
+    run.mkdir()
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(run / "netns-7-eth0.1.api"))
+    (run / "netns-7-eth0.sock").symlink_to("netns-7-eth0.1.api")
+    (run / "eth0.sock").symlink_to("netns-7-eth0.1.api")
+    (run / "eth5.sock").symlink_to("netns-9-eth5.1.api")
+    place = Place(("eth0",), None)
+    with place.bind():
+        place.show()
+        assert not (run / "netns-7-eth0.1.api").exists()
+        assert (run / "eth0.sock").samefile(run / "netns-7-eth0.sock")
+        assert not (run / "eth5.sock").is_symlink()
+    place.remove()
+
+
+def test_what_is_anothers_is_let_be(run):
+    """A plain name that somebody answers at, or that is no link; and at the end names that are others' by then."""
+    run.mkdir()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(run / "netns-9-eth0.1.api"))
+        other.listen()
+        (run / "eth0.sock").symlink_to("netns-9-eth0.1.api")
+        (run / "eth1.sock").write_text("a file")
+        place = Place(("eth0", "eth1"), None)
+        with place.bind():
+            assert [path.name for path in place.show()] == ["netns-7-eth0.sock", "netns-7-eth1.sock"]
+            assert os.readlink(run / "eth0.sock") == "netns-9-eth0.1.api"
+            (run / "netns-7-eth1.sock").unlink()
+            (run / "netns-7-eth1.sock").symlink_to("netns-9-eth0.1.api")
+        place.remove()
+        assert sorted(path.name for path in run.iterdir()) == [
+            "eth0.sock", "eth1.sock", "netns-7-eth1.sock", "netns-9-eth0.1.api",
+        ]  # fmt: skip
+
+
+def test_where_there_can_be_no_socket_packets_are_served_on(run, capsys):
+    run.write_text("a file, where a folder should be")
+
+    async def served() -> None:
+        operator, _ = still()
+        admin = Admin(operator, config())
+        admin.start()
+        await admin.close()
+
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(served())
+    [said] = [line for line in logs if line["event"] == "the API is not served; the load balancer is"]
+    assert str(run) in said["reason"]
+
+
+def test_it_is_served_from_the_start_on_and_imported_aside(run, tmp_path):
+    """Whoever connects before it is imported waits; the event loop does not."""
+    code = f"""
+import asyncio, socket, sys, threading
+from pathlib import Path
+from crablb.kernel import pins
+pins.RUN, pins.namespace = Path({str(run)!r}), lambda: "netns-7"
+from crablb.control.admin import Admin
+from tests.helpers.operating import config, still
+heavy = ("starlette", "uvicorn", "h11", "rich")
+assert not any(name in sys.modules for name in heavy[:3])
+threads = {{}}
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        threads.setdefault(name, threading.current_thread())
+sys.meta_path.insert(0, Finder())
+async def main():
+    operator, _ = still()
+    admin = Admin(operator, config())
+    admin.start()
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(pins.RUN / "eth0.sock"))
+    assert "uvicorn" not in threads
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, b"GET /v1/version HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
+    assert (await loop.sock_recv(sock, 12)) == b"HTTP/1.1 200"
+    sock.close()
+    await admin.close()
+asyncio.run(main())
+for name in ("starlette", "uvicorn", "h11"):
+    assert threads[name] is not threading.main_thread(), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+    assert list(run.iterdir()) == []

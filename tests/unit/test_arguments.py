@@ -247,7 +247,7 @@ def completion(tmp_path, capsys):
     ("words", "expected"),
     [
         (["crablb", ""], set(COMMANDS)),
-        (["crablb", "config", ""], {"check", "example", "openapi", "reference"}),
+        (["crablb", "config", ""], {"check", "example", "openapi", "reference", "schema"}),
         (["crablb", "serve", "--xdp-mode", ""], {"auto", "native", "generic"}),
         (["crablb", "serve", "--policy", "least"], {"least-connections", "least-loaded"}),
         (["crablb", "serve", "--iface", "lo", "--sour"], {"--source-prefix"}),

@@ -5,7 +5,7 @@
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
     api        what is said between a daemon and those who ask it
-    ground     errors model values options config filters overlay reference log lasting seldom
+    ground     errors model values options config filters lint overlay reference schema log lasting seldom
 
 An arrow only goes down.  On one floor, a room uses another one where it says so here.
 """
@@ -27,8 +27,10 @@ GROUND = {
     "options",
     "config",
     "filters",
+    "lint",
     "overlay",
     "reference",
+    "schema",
     "log",
     "lasting",
     "seldom",

@@ -145,7 +145,12 @@ SAME = {
     "quorum": (["--quorum", "2"], 2, 2),
     "quorum_hysteresis": (["--quorum-hysteresis", "1"], 1, 1),
 }
-TOGETHER = [{"report_listen", "report_key_file"}, {"policy", "source_prefix"}]
+TOGETHER = [
+    {"report_listen", "report_key_file"},
+    {"policy", "source_prefix"},
+    {"quorum", "quorum_hysteresis"},
+    {"admin_listen", "admin_cert", "admin_key", "admin_token_file"},
+]
 
 
 def test_an_argument_and_a_key_for_every_option():

@@ -10,6 +10,7 @@ from crablb.cli.agent import namespaces
 from crablb.cli.agent.ask import ROLES, run_remove, run_repair, run_status
 from crablb.cli.agent.install import run_client, run_server, run_server_add, run_server_remove
 from crablb.model import OptionForm
+from crablb.values import AGENT_METRICS_PORT
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,6 +32,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             metavar="DIR",
             default=os.environ.get("CRABLB_CGROUP"),
             help="only processes in this cgroup v2 (default: $CRABLB_CGROUP, else all)",
+        )
+        role.add_argument(
+            "--metrics",
+            metavar="ADDRESS[:PORT]",
+            help=f"where metrics for Prometheus are served, at /metrics (port {AGENT_METRICS_PORT} if none is given)",
         )
         role.add_argument("--detach", action="store_true", help="leave it in the kernel, without a process")
         namespaces.add_arguments(role, "in every network namespace where it can be, and in those that appear later")

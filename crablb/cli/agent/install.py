@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import structlog
 
 from crablb import log as logging
 from crablb.agent import ClientAgent, ServerAgent, offering
-from crablb.agent.base import find_cgroup
+from crablb.agent.base import Agent, find_cgroup
 from crablb.agent.reporter import Reporter
 from crablb.agent.server import open_connections, redirects
 from crablb.cli.agent.ask import seconds
@@ -26,8 +27,8 @@ from crablb.errors import ConfigError, KernelError, Problems
 from crablb.kernel import bpf, capabilities, pins, rtnetlink
 from crablb.kernel.netns import Namespace
 from crablb.kernel.rtnetlink import Netlink
-from crablb.model import OptionForm, Vip
-from crablb.values import parse_interface, read_backend_key, whole
+from crablb.model import Address, OptionForm, Vip
+from crablb.values import AGENT_METRICS_PORT, parse_interface, read_backend_key, whole
 
 log = structlog.get_logger()
 
@@ -100,6 +101,41 @@ def _run(work: Work, namespaces: list[Namespace], every: bool) -> int:
     return 0
 
 
+def _metrics(args: argparse.Namespace) -> tuple[Address, int] | None:
+    """Where metrics are to be served.  Raises :class:`ConfigError`."""
+    if args.metrics is None:
+        return None
+    problems = Problems()
+    where: tuple[Address, int] | None = problems.attempt("--metrics", parse_endpoint, args.metrics, AGENT_METRICS_PORT)
+    if args.detach:
+        problems.add("", "--metrics needs a process; leave out --detach")
+    if args.all_netns or len(args.netns) > 1:
+        problems.add("", "--metrics is one agent's; with it name one network namespace at the most: --netns")
+    problems.finish()
+    return where
+
+
+def _measured(work: Work, agent: type[Agent], where: tuple[Address, int] | None) -> Work:
+    """The same, with the agent's metrics at ``where`` while it works."""
+    if where is None:
+        return work
+    from crablb.agent.metrics import Exporter
+
+    bound: list[Exporter] = []
+
+    def make() -> Agent:
+        made = work.make()
+        bound.append(Exporter(agent, *where))  # if it cannot be, nothing is installed
+        return made
+
+    @contextmanager
+    def meanwhile() -> Iterator[None]:
+        with bound.pop().serving(), work.meanwhile():
+            yield
+
+    return replace(work, make=make, meanwhile=meanwhile)
+
+
 # ---- server ----
 
 
@@ -113,6 +149,7 @@ def run_server(args: argparse.Namespace) -> int:
     if args.interface and not args.dsr:
         problems.add("", "--interface says where tunnels come in, and is of use with --dsr only")
     reporting = problems.attempt("", _reporting, args)
+    metrics = problems.attempt("", _metrics, args)
     namespaces = named(args, problems)
 
     def agent() -> ServerAgent:
@@ -136,7 +173,8 @@ def run_server(args: argparse.Namespace) -> int:
     if not capabilities.lacking(AGENT) and not problems.found:
         in_each(namespaces, problems, lambda _: agent())
     problems.finish()
-    return _run(Work(make, args.detach, reporting or nullcontext), namespaces, args.all_netns)
+    work = Work(make, args.detach, reporting or nullcontext)
+    return _run(_measured(work, ServerAgent, metrics), namespaces, args.all_netns)
 
 
 def _warn_of_own(vips: Sequence[Vip]) -> None:
@@ -222,6 +260,7 @@ def run_client(args: argparse.Namespace) -> int:
     if args.verify and args.detach:
         problems.add("", "--verify needs a process; leave out --detach")
     problems.attempt("", find_cgroup, args.cgroup)
+    metrics = problems.attempt("", _metrics, args)
     namespaces = named(args, problems)
 
     def check(_: Namespace | None) -> None:
@@ -245,4 +284,5 @@ def run_client(args: argparse.Namespace) -> int:
         )
 
     watched = partial(ClientAgent.watched, verify=args.verify is not False)
-    return _run(Work(make, args.detach, watched, wait[0]), namespaces, args.all_netns)
+    work = Work(make, args.detach, watched, wait[0])
+    return _run(_measured(work, ClientAgent, metrics), namespaces, args.all_netns)

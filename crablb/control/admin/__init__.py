@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import grp
+import os
 import socket
 import ssl
 from contextlib import suppress
@@ -15,17 +16,19 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from crablb.control.admin import sockets
+from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import Operator
+from crablb.control.ports import bind
 from crablb.dataplane.events import Event
-from crablb.errors import ConfigError, KernelError, Problems
-from crablb.model import Address, Config, Switch, host_port
+from crablb.errors import ConfigError, Problems
+from crablb.model import Config, Switch, host_port
 from crablb.values import guarded, read_text
 
 if TYPE_CHECKING:
     from crablb.control.admin.server import Listener
-    from crablb.control.admin.sockets import Place
 
-__all__ = ["Admin"]
+__all__ = ["Admin", "join"]
 
 log = structlog.get_logger()
 
@@ -40,14 +43,16 @@ class Admin:
     cannot be bound.
     """
 
-    def __init__(self, operator: Operator, config: Config) -> None:
-        self._operator, self._config = operator, config
+    def __init__(self, operator: Operator, config: Config, gatherer: Gatherer | None = None) -> None:
+        """``gatherer``: for the status page, which is served beside it; None: there is none."""
+        self._operator, self._gatherer, self._config = operator, gatherer, config
         self._on = config.admin is Switch.ON
         self._tls: ssl.SSLContext | None = None
         self._token = ""
+        self._unix: socket.socket | None = None
         self._tcp: socket.socket | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._place: Place | None = None
+        self._place: sockets.Place | None = None
         self._listeners: list[Listener] = []
         if self._on:
             self._check()
@@ -70,38 +75,53 @@ class Admin:
                 self._token = problems.attempt("admin_token_file", _token, config.admin_token_file) or ""
         problems.finish()
         if config.admin_listen:
-            self._tcp = _bind(*config.admin_listen)
+            self._tcp = bind("the API", *config.admin_listen)
 
     def start(self) -> None:
-        """Begin to serve it, soon: what is imported for it takes its time."""
+        """From now on whoever connects is answered, as soon as what is needed for it has been imported."""
         if self._on:
-            self._starting = asyncio.create_task(self._start())
+            try:
+                self._bind()
+            except OSError as error:
+                self._unserved(error)
+            else:
+                self._starting = asyncio.create_task(self._start())
+
+    def _bind(self) -> None:
+        group = _group(self._config.admin_group) if self._config.admin_group else None
+        self._place = sockets.Place(self._config.interfaces, group)
+        self._unix = self._place.bind()
+        where = [str(path) for path in self._place.show()]
+        if self._tcp and self._config.admin_listen:
+            self._tcp.listen(sockets.BACKLOG)
+            where.append(host_port(*self._config.admin_listen))
+        self._operator.listeners.append(self._hear)
+        log.info("the API is served", at=where)
 
     async def _start(self) -> None:
         try:
-            await asyncio.to_thread(import_module, f"{__name__}.server")
-            await self._listen()
-        except Exception as error:  # whatever it is, packets are served on
-            known = isinstance(error, OSError | MemoryError | KernelError)
-            why = {"reason": f"{getattr(error, 'filename', None) or ''}: {error}".removeprefix(": ")}
-            log.error("the API is not served; the load balancer is", **(why if known else {"exc_info": error}))
+            for name in ("server", "app"):
+                await asyncio.to_thread(import_module, f"{__name__}.{name}")
+            await self._serve()
+        except Exception as error:
+            self._unserved(error)
 
-    async def _listen(self) -> None:
-        from crablb.control.admin import app, server, sockets
+    async def _serve(self) -> None:
+        from crablb.control.admin import app, server
 
-        unix = app.make(self._operator)
-        group = _group(self._config.admin_group) if self._config.admin_group else None
-        self._place = sockets.Place(self._config.interfaces, group)
-        sock = self._place.bind()
-        self._listeners.append(await server.listen(unix, sock))
-        where = [str(path) for path in self._place.show()]
-        self._operator.listeners.append(self._hear)
+        assert self._unix
+        unix = app.make(self._operator, self._gatherer)
+        self._listeners.append(await server.listen(unix, self._unix))
         if self._tcp:
-            remote = app.make(self._operator, token=self._token)
+            remote = app.make(self._operator, self._gatherer, token=self._token)
             self._listeners.append(await server.listen(remote, self._tcp, tls=self._tls))
-            assert self._config.admin_listen
-            where.append(host_port(*self._config.admin_listen))
-        log.info("the API is served", at=where)
+
+    def _unserved(self, error: Exception) -> None:
+        """Whatever it is, packets are served on."""
+        known = isinstance(error, OSError | MemoryError)
+        why = {"reason": f"{getattr(error, 'filename', None) or ''}: {error}".removeprefix(": ")}
+        log.error("the API is not served; the load balancer is", **(why if known else {"exc_info": error}))
+        self.abandon()
 
     def _hear(self, event: Event) -> None:
         if event.kind == "interface-renamed" and self._place:
@@ -110,33 +130,28 @@ class Admin:
             except OSError as error:
                 log.warning("the API is asked by the old name", now=event.interface, reason=error.strerror)
 
-    async def ready(self) -> None:
-        """Until it is served, or cannot be."""
-        if self._starting:
-            await asyncio.shield(self._starting)
-
     async def close(self) -> None:
         """Idempotent."""
         if self._starting:
             self._starting.cancel()
             with suppress(asyncio.CancelledError):
                 await self._starting
-        if self._place:
-            self._place.remove()
+            self._starting = None
+        self.abandon()
         for listener in self._listeners:
             await listener.close()
         self._listeners.clear()
-        if self._tcp:
-            self._tcp.close()
-            self._tcp = None
         self._operator.close()
 
     def abandon(self) -> None:
-        """Leave no socket behind, where there is no event loop any more to :meth:`close` in."""
+        """Leave no socket behind, also where there is no event loop any more to :meth:`close` in.  Idempotent."""
         if self._place:
             self._place.remove()
-        if self._tcp:
-            self._tcp.close()
+            self._place = None
+        for sock in (self._unix, self._tcp):
+            if sock and not self._listeners:  # else they are theirs
+                sock.close()
+        self._unix = self._tcp = None
 
 
 def _group(name: str) -> int:
@@ -146,8 +161,21 @@ def _group(name: str) -> int:
         raise ConfigError(f"there is no group {name!r}; make it: groupadd --system {name}") from None
 
 
+def join(config: Config) -> None:
+    """Be in the group that the socket is to be given to, while this process may: later it may not give it to others.
+
+    Raises :class:`ConfigError` if there is no such group.
+    """
+    if config.admin is Switch.ON and config.admin_group:
+        group = _group(config.admin_group)
+        if group not in os.getgroups():
+            with suppress(PermissionError):  # an ordinary user, who is in it or not
+                os.setgroups([*os.getgroups(), group])
+
+
 def _tls(certificate: str, key: str) -> ssl.SSLContext:
     """Raises :class:`ConfigError`."""
+    read_text(key)  # which says what is wrong with it better
     guarded(key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -170,23 +198,11 @@ def _no_password() -> str:
 
 def _token(path: str) -> str:
     """Raises :class:`ConfigError`."""
-    guarded(path)
     token = read_text(path).strip()
+    guarded(path)
     if len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(
             f"{path}: a token is {LEAST_TOKEN} printable ASCII characters or more, without spaces; make one:"
             f" (umask 077; openssl rand -hex 32 > {path})"
         )
     return token
-
-
-def _bind(address: Address, port: int) -> socket.socket:
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((str(address), port))
-    except OSError as error:
-        sock.close()
-        raise KernelError(f"cannot serve the API at {host_port(address, port)}: {error.strerror}") from None
-    return sock

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import inspect
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,12 +14,16 @@ import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.datastructures import QueryParams
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from crablb.api import types
 from crablb.control.admin.calls import CALLS, Call, Query, Stream
 from crablb.control.admin.openapi import describe
+from crablb.control.metrics.app import Pages
+from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import ConflictError, NotFoundError, Operator, asking
 from crablb.errors import ConfigError, CrablbError
 
@@ -41,8 +45,9 @@ class _Refused(Exception):
         self.status, self.problems, self.headers = status, list(problems), headers or {}
 
 
-def make(operator: Operator, *, token: str = "") -> Starlette:
-    """``token``: what each request has to bear; empty: whoever may connect may ask."""
+def make(operator: Operator, gatherer: Gatherer | None = None, *, token: str = "") -> Starlette:
+    """``gatherer``: for the status page, which may change something here; None: there is none.  ``token``: what each
+    request has to bear, but that for the page, which holds nothing by itself; empty: whoever may connect may ask."""
     shared = _Shared(operator, token)
     by_path: dict[str, dict[str, Call]] = {}
     for call in CALLS:
@@ -52,8 +57,12 @@ def make(operator: Operator, *, token: str = "") -> Starlette:
     routes = [Route(path.replace("{vip}", "{vip:path}"), _Path(shared, calls)) for path, calls in paths]
     description = _Description(shared)
     routes = [Route("/openapi.json", description), Route("/v1/openapi.json", description), *routes]
-    routes.append(Route("/{rest:path}", _Nothing(shared)))
-    return Starlette(routes=routes)
+    if gatherer:
+        pages = Pages(gatherer)
+        routes = [Route("/", pages.page_of("/v1")), Route("/status.json", _Guarded(shared, pages.board)), *routes]
+    made = Starlette(routes=routes)
+    made.router.default, made.router.redirect_slashes = _Nothing(shared), False
+    return made
 
 
 class _Shared:
@@ -96,6 +105,18 @@ class _Endpoint:
 class _Nothing(_Endpoint):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise _Refused(404, [f"there is nothing at {scope['path']}; /openapi.json says what there is"])
+
+
+class _Guarded(_Endpoint):
+    """What is no call of the API, for those who may call it."""
+
+    def __init__(self, shared: _Shared, show: Callable[[Request], Awaitable[Response]]) -> None:
+        super().__init__(shared)
+        self._show = show
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _allowed(scope, ("GET",))
+        await (await self._show(Request(scope)))(scope, receive, send)
 
 
 class _Description(_Endpoint):

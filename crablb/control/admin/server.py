@@ -10,6 +10,7 @@ import logging
 import socket
 import ssl
 import struct
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn.config
@@ -17,7 +18,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from crablb.model import host_port
-from crablb.values import parse_address
 
 __all__ = ["Listener", "listen"]
 
@@ -45,7 +45,7 @@ def _peer(transport: asyncio.BaseTransport) -> str:
         return f"uid {uid} (process {pid})"
     try:
         host, port = sock.getpeername()[:2]
-        return host_port(parse_address(host), port)
+        return host_port(ip_address(host), port)
     except OSError:
         return "somebody who has gone"
 

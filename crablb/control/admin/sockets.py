@@ -21,6 +21,9 @@ __all__ = ["Place"]
 
 log = structlog.get_logger()
 
+#: Connections that wait to be taken.
+BACKLOG = 64
+
 
 def _answers(path: Path) -> bool:
     """Whether somebody listens at a socket."""
@@ -44,7 +47,7 @@ class Place:
         self._path = pins.RUN / f"{self._namespace}-{interfaces[0]}.{os.getpid()}.api"
 
     def bind(self) -> socket.socket:
-        """The socket, which has no name yet that anybody asks by.  Raises ``OSError``."""
+        """The socket, which listens, and has no name yet that anybody asks by.  Raises ``OSError``."""
         pins.RUN.mkdir(parents=True, exist_ok=True)
         for path in pins.RUN.glob(f"{self._namespace}-{self._interfaces[0]}.*.api"):
             if not _answers(path):
@@ -59,6 +62,7 @@ class Place:
                     os.chmod(self._path, 0o660)
                 except OSError as error:  # not root, and not a member
                     log.warning("the API's socket is not the group's", group=self._group, reason=error.strerror)
+            sock.listen(BACKLOG)
         except OSError:
             sock.close()
             self._path.unlink(missing_ok=True)
@@ -66,7 +70,7 @@ class Place:
         return sock
 
     def show(self) -> list[Path]:
-        """Have it there by its names, which are returned; it listens.  Raises ``OSError``."""
+        """Have it there by its names, which are returned.  Raises ``OSError``."""
         for path in pins.RUN.glob("*.sock"):
             if path.is_symlink() and not path.exists():  # of namespaces that are no more
                 path.unlink(missing_ok=True)

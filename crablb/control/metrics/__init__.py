@@ -1,0 +1,81 @@
+"""What a load balancer shows to whoever looks: metrics for Prometheus, and a status page.  It changes nothing.
+
+What it is made with (starlette, uvicorn, prometheus_client) is imported when the first packet can have been served,
+by a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import structlog
+
+from crablb.control.metrics.facts import Gatherer
+from crablb.control.ports import bind
+from crablb.model import Config, host_port
+
+if TYPE_CHECKING:
+    from crablb.control.admin.server import Listener
+
+__all__ = ["Metrics"]
+
+log = structlog.get_logger()
+
+
+class Metrics:
+    """Metrics and the status page at ``metrics_listen``, if there is one.
+
+    Raises :class:`KernelError` at once if that cannot be bound.
+    """
+
+    def __init__(self, gatherer: Gatherer, config: Config) -> None:
+        self._gatherer, self._address = gatherer, config.metrics_listen
+        self._socket: socket.socket | None = bind("metrics", *self._address) if self._address else None
+        self._starting: asyncio.Task[None] | None = None
+        self._listener: Listener | None = None
+
+    def start(self) -> None:
+        """Begin to serve them, soon."""
+        if self._socket:
+            self._starting = asyncio.create_task(self._start(self._socket))
+
+    async def _start(self, sock: socket.socket) -> None:
+        try:
+            for name in ("admin.server", "metrics.app"):
+                await asyncio.to_thread(import_module, f"crablb.control.{name}")
+            from crablb.control.admin.server import listen
+            from crablb.control.metrics.app import make
+
+            self._listener = await listen(make(self._gatherer), sock)
+        except Exception as error:  # whatever it is, packets are served on
+            known = isinstance(error, OSError | MemoryError)
+            log.error("metrics are not served", **({"reason": str(error)} if known else {"exc_info": error}))
+        else:
+            assert self._address
+            log.info("metrics are served", at=f"http://{host_port(*self._address)}/")
+
+    async def ready(self) -> None:
+        """Until they are served, or cannot be."""
+        if self._starting:
+            await asyncio.shield(self._starting)
+
+    async def close(self) -> None:
+        """Idempotent."""
+        if self._starting:
+            self._starting.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._starting
+        if self._listener:
+            await self._listener.close()
+            self._listener = None
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leave no socket behind, where there is no event loop any more to :meth:`close` in."""
+        if self._socket:
+            self._socket.close()
+            self._socket = None
