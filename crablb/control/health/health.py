@@ -20,7 +20,6 @@ import structlog
 
 from crablb.control.health import probes
 from crablb.control.health.dialogs import Answer, Dialogs, room
-from crablb.control.health.kept import Kept, read
 from crablb.control.health.machine import Thought, think
 from crablb.control.health.probes import Target
 from crablb.dataplane.events import Event, HopsChanged, Notice
@@ -43,6 +42,7 @@ from crablb.selection.standing import Pair, Standing, Verdict
 
 if TYPE_CHECKING:
     from crablb.api.types import CheckResult
+    from crablb.control.health.kept import Kept
     from crablb.control.health.syn import Sounder
 
 __all__ = ["Found", "Health", "automatic"]
@@ -407,9 +407,11 @@ class Health:
         self._hops_are(self._engine.hops)
         self._sound()
         now = self._now()
+        phases: dict[Address, float] = {}
         for job in self._jobs.values():
             if job.due is None and not job.running and job.wanted:
-                self._schedule(job, now + random.uniform(0, job.within))
+                phase = phases.setdefault(job.key.backend, random.random())
+                self._schedule(job, now + job.within * phase)
         self._look_at_quorums()
 
     def _sound(self) -> None:
@@ -525,7 +527,11 @@ class Health:
             self._hurry(job, now)
         check = job.key.check
         interval = min(check.interval, check.fast_interval) if job.thought.moving else check.interval
-        self._schedule(job, max(now, job.began + interval * random.uniform(1 - JITTER, 1 + JITTER)))
+        due = job.began + interval * random.uniform(1 - JITTER, 1 + JITTER)
+        near = 2 * JITTER * interval
+        # With the backend's other checks, if one is due about then: to wake up for each costs more than the check.
+        together = (other.due for other in job.backends[0].jobs if other.due and abs(other.due - due) < near)
+        self._schedule(job, max(now, next(together, due)))
 
     def _hurry(self, job: _Job, now: float) -> None:
         """Something has changed there: what the backend's other checks say is of interest now."""
@@ -689,6 +695,8 @@ class Health:
         What is older than a minute, or was found out by a check that is another one now, is not taken for certain: the
         backend starts as it was, and is checked at once.  Raises :class:`ConfigError` if it is no such thing.
         """
+        from crablb.control.health.kept import read  # msgspec is no small thing
+
         self._kept = read(entries)
 
     def _loop_time(self, at: float) -> float:
