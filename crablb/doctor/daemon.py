@@ -109,7 +109,7 @@ def _sockets(folder: Path, index: int) -> int:
 
 
 def read(name: str, queues: int) -> Daemon:
-    """``queues``: that the interface has now."""
+    """``queues``: that the interface has in use now; 0: not known."""
     role = f"lb-{name}"
     pid, folder = pins.held().get(role), pins.folders().get(role)
     status, age = _process(pid) if pid else ("", 0.0)

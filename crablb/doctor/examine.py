@@ -16,7 +16,7 @@ __all__ = ["SECONDS", "Look", "examine", "reason", "unread"]
 T = TypeVar("T")
 
 #: For everything together.
-SECONDS = 4.5
+SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)

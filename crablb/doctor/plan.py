@@ -16,7 +16,7 @@ from crablb.doctor import backends, daemon, filters, interfaces, machine, served
 from crablb.doctor.examine import Look, reason, unread
 from crablb.doctor.finding import Finding, note, ok, warning
 from crablb.errors import KernelError
-from crablb.kernel import pins
+from crablb.kernel import pins, rtnetlink
 from crablb.kernel.netlink import HopState, NextHop, next_hops
 from crablb.model import Address, Announce, Config, Vip
 
@@ -150,7 +150,8 @@ def _interface(config: Config | None, hops: Hops, port: interfaces.Port) -> Iter
 def _daemon(name: str, port: Callable[[], interfaces.Port]) -> Iterator[Look[Any]]:
     def read() -> daemon.Daemon:
         info = port().info
-        return daemon.read(name, info.rx_queues if info else 0)
+        # Of a driver that does not say how many it has in use, nobody knows whether they are all served.
+        return daemon.read(name, (rtnetlink.rx_queues(info.index) or 0) if info else 0)
 
     where = f"load balancer of {name}"
     yield Look(where, "the load balancer", read, daemon.judge)

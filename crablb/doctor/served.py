@@ -18,7 +18,7 @@ from crablb.model import Config
 __all__ = ["Answers", "configuration", "judge", "read", "sockets"]
 
 #: Seconds that it may take to answer: for the configuration, which others wait for; for the rest.
-SOON, SECONDS = 1.5, 3.0
+SOON, SECONDS = 1.0, 3.0
 #: What the doctor goes by; the rest may name what this process cannot read (a policy's module, keys).
 OPTIONS = ("interface", "xdp_mode", "queues", "ack_bypass", "announce", "allow_own_address", "closed")
 OF_SERVICES = ("address", "backends", "mode", "fallback")
