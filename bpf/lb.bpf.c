@@ -206,8 +206,9 @@ static __always_inline int is_group(struct xdp_md *ctx)
 #define COMES_BACK_NS 1000000000ull
 
 /* Has the kernel had this packet, and sent it back to the network?  If not, it has it now.  Whatever on this machine takes it
- * (netfilter may translate what no socket is seen to wait for), it does not come back then. */
-static __noinline int comes_back(const __u8 *ip, const __u8 *end)
+ * (netfilter may translate what no socket is seen to wait for), it does not come back then.  Options are left out: routers
+ * write into them (RFC 791: record route; RFC 8200, 4.2). */
+static __noinline int comes_back(const __u8 *ip, const __u8 *l4, const __u8 *end)
 {
     struct passed key = {};
     __u64 hops;
@@ -221,14 +222,15 @@ static __noinline int comes_back(const __u8 *ip, const __u8 *end)
         __builtin_memcpy(key.ip, ip, sizeof(struct ipv6hdr));
         hops = key.ip[7];
         key.ip[0] = key.ip[1] = key.ip[7] = 0;
+        if (ip[6] == IPPROTO_HOPOPTS && l4 + 2 <= end)
+            l4 += 8 + 8 * l4[1];
     } else {
         __builtin_memcpy(key.ip, ip, sizeof(struct iphdr));
         hops = key.ip[8];
         key.ip[1] = key.ip[8] = key.ip[10] = key.ip[11] = 0;
     }
-    ip += v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
-    if (ip + sizeof key.l4 <= end)
-        __builtin_memcpy(key.l4, ip, sizeof key.l4);
+    if (l4 + sizeof key.l4 <= end)
+        __builtin_memcpy(key.l4, l4, sizeof key.l4);
     struct passing now = {.at_ns = bpf_ktime_get_ns(), .hops = hops}, *before = bpf_map_lookup_elem(&passed, &key);
     if (before && hops < before->hops && now.at_ns - before->at_ns < COMES_BACK_NS)
         return 1;
@@ -236,34 +238,24 @@ static __noinline int comes_back(const __u8 *ip, const __u8 *end)
     return 0;
 }
 
-/* Is a packet to a VIP that is no service's for user space to answer or to drop?  kinds: CRAB_VIP_*; why: as of pass(). */
-static __noinline int is_answered(struct xdp_md *ctx, __u32 kinds, __u32 why, __u32 proto)
+/* Is a packet to a VIP that is no service's for user space to answer or to drop?  kinds: CRAB_VIP_*; why: as of pass();
+ * where: l3 of struct crab_where, and l4 from bit 8 on (of arguments there are five). */
+static __noinline int is_answered(struct xdp_md *ctx, __u32 kinds, __u32 why, __u32 proto, __u32 where)
 {
-    const __u8 *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end, *ip = data + ETH_HLEN;
-    if (ip > end)
-        return 0;
-    __be16 type = crab_match_load16(data + CRAB_ETH_TYPE);
-#pragma unroll
-    for (int tags = 0; tags < 2; tags++) {
-        if (type != bpf_htons(ETH_P_8021Q) && type != bpf_htons(ETH_P_8021AD))
-            break;
-        if (ip + 4 > end)
-            return 0;
-        type = crab_match_load16(ip + 2);
-        ip += 4;
-    }
+    const __u8 *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+    const __u8 *ip = data + (where & 31), *l4 = data + (where >> 8 & 127);
     __u32 icmp = 0;
-    if (proto == IPPROTO_ICMPV6 && ip + sizeof(struct ipv6hdr) + 1 <= end)
-        icmp = ip[sizeof(struct ipv6hdr)];
+    if (proto == IPPROTO_ICMPV6 && l4 + 1 <= end)
+        icmp = l4[0];
     if (icmp >= 133 && icmp <= 137) /* neighbour discovery asks for VIPs too (RFC 4861) */
         return 0;
-    if (proto == IPPROTO_ICMP && ip + sizeof(struct iphdr) + 1 <= end)
-        icmp = ip[sizeof(struct iphdr)] == 8 ? 128 : 0;
+    if (proto == IPPROTO_ICMP && l4 + 1 <= end)
+        icmp = l4[0] == 8 ? 128 : 0;
     if (why == CRAB_XDP_PASS_NOT_VIP && icmp == 128)
         return kinds & CRAB_VIP_ECHO;
     if (kinds & CRAB_VIP_ALL || (why == CRAB_XDP_PASS_NOT_VIP && proto == IPPROTO_TCP))
         return kinds & (CRAB_VIP_ALL | CRAB_VIP_CLOSED);
-    return kinds & CRAB_VIP_CLOSED && comes_back(ip, end);
+    return kinds & CRAB_VIP_CLOSED && comes_back(ip, l4, end);
 }
 
 /* A packet of no service: a handler's, to a VIP, or the kernel's.  Without a socket a handler's is the kernel's, as it was
@@ -272,7 +264,8 @@ static __noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
 {
     __u32 zero = 0;
     struct crab_matches *matches = bpf_map_lookup_elem(&handlers, &zero);
-    struct crab_match has = crab_match_of((void *)(long)ctx->data, (void *)(long)ctx->data_end);
+    struct crab_where where;
+    struct crab_match has = crab_match_of((void *)(long)ctx->data, (void *)(long)ctx->data_end, &where);
     if (matches) {
         for (__u32 i = 0; i < CRAB_MAX_MATCHES && i < matches->count; i++)
             if (crab_match_holds(&matches->list[i], &has)) {
@@ -285,7 +278,7 @@ static __noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
     __u32 *kinds = NULL;
     if (!foreign && has.fields & CRAB_MATCH_ADDR)
         kinds = bpf_map_lookup_elem(&vips, has.addr);
-    if (kinds && !is_group(ctx) && is_answered(ctx, *kinds, why, has.proto)) {
+    if (kinds && !is_group(ctx) && is_answered(ctx, *kinds, why, has.proto, where.l3 | where.l4 << 8)) {
         int verdict = to_socket(ctx, XDP_DROP);
         count(verdict == XDP_REDIRECT ? CRAB_XDP_VIP : CRAB_XDP_DROP_NO_SOCKET);
         return verdict;

@@ -19,11 +19,17 @@ CRAB_INLINE __be16 crab_match_be16(__u16 value)
     return __builtin_bswap16(value);
 }
 
+/* Where a frame's IP header begins, and what is behind it and its options: bytes; 0: it has none. */
+struct crab_where {
+    __u8 l3, l4;
+};
+
 /* What a frame has.  Only what is wholly there counts: later fragments have no port, nor has a frame that ends before it. */
-CRAB_INLINE struct crab_match crab_match_of(const __u8 *frame, const __u8 *end)
+CRAB_INLINE struct crab_match crab_match_of(const __u8 *frame, const __u8 *end, struct crab_where *where)
 {
     struct crab_match m = {};
     const __u8 *l3 = frame + 14;
+    *where = (struct crab_where){};
     if (l3 > end)
         return m;
     m.ethertype = crab_match_load16(frame + CRAB_ETH_TYPE);
@@ -45,9 +51,10 @@ CRAB_INLINE struct crab_match crab_match_of(const __u8 *frame, const __u8 *end)
         __builtin_memcpy(m.addr + 12, l3 + 16, 4);
         m.proto = l3[9];
         m.fields |= CRAB_MATCH_ADDR | CRAB_MATCH_PROTO;
+        l4 = l3 + (l3[0] & 15) * 4;
+        *where = (struct crab_where){.l3 = (__u8)(l3 - frame), .l4 = (__u8)(l4 - frame)};
         if (crab_match_load16(l3 + 6) & crab_match_be16(0x1fff))
             return m;
-        l4 = l3 + (l3[0] & 15) * 4;
     } else if (m.ethertype == crab_match_be16(0x86dd)) {
         if (l3 + 40 > end || l3[0] >> 4 != 6)
             return m;
@@ -58,6 +65,7 @@ CRAB_INLINE struct crab_match crab_match_of(const __u8 *frame, const __u8 *end)
             m.fields |= CRAB_MATCH_ADDR;
         }
         l4 = l3 + 40;
+        *where = (struct crab_where){.l3 = (__u8)(l3 - frame), .l4 = (__u8)(l4 - frame)};
     } else {
         return m;
     }

@@ -12,7 +12,8 @@ void crab_core_handle(struct crab_core *core, void (*handle)(void *context, stru
 
 int crab_match_find(const struct crab_matches *matches, const uint8_t *frame, size_t len)
 {
-    struct crab_match has = crab_match_of(frame, frame + len);
+    struct crab_where where;
+    struct crab_match has = crab_match_of(frame, frame + len, &where);
     for (uint32_t i = 0; i < matches->count && i < CRAB_MAX_MATCHES; i++)
         if (crab_match_holds(&matches->list[i], &has))
             return matches->list[i].handler;

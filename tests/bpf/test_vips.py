@@ -9,6 +9,7 @@ import pytest
 from crablb._native import ffi, lib
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption
 from scapy.layers.inet6 import (
+    HBHOptUnknown,
     ICMPv6EchoRequest,
     ICMPv6ND_NA,
     ICMPv6ND_NS,
@@ -99,7 +100,9 @@ def test_the_kinds_that_are_asked_for(program, family):
 
 
 def rest(family: int, hops: int) -> dict[str, Packet]:
+    """Into options each router on the way has written."""
     head = ether() / ip(family, hops)
+    written = bytes([5 + 4 * (64 - hops) // 2]) + bytes([hops]) * 8
     if family == 4:
         return {
             "udp": head / UDP(dport=53) / Raw(b"question"),
@@ -108,6 +111,8 @@ def rest(family: int, hops: int) -> dict[str, Packet]:
             "fragment": ether() / ip(4, hops, flags="MF", proto=6) / Raw(bytes(64)),
             "last-fragment": ether() / ip(4, hops, frag=3, proto=17) / Raw(bytes(64)),
             "options": ether() / ip(4, hops, options=IPOption(b"\x01" * 4)) / TCP(dport=80, flags="S"),
+            "written-into": ether() / ip(4, hops, options=IPOption(b"\x07\x0b" + written)) / UDP(dport=53),
+            "written-into-icmp": ether() / ip(4, hops, options=IPOption(b"\x07\x0b" + written)) / ICMP(),
             "icmp": head / ICMP(type=13),
             "tagged": ether() / Dot1Q(vlan=7) / ip(4, hops) / UDP(dport=53),
         }
@@ -117,6 +122,7 @@ def rest(family: int, hops: int) -> dict[str, Packet]:
         "other": ether() / ip(6, hops, nh=132) / Raw(bytes(30)),
         "fragment": head / IPv6ExtHdrFragment(m=1) / TCP(dport=80, flags="S"),
         "options": head / IPv6ExtHdrHopByHop() / TCP(dport=80, flags="S"),
+        "written-into": head / IPv6ExtHdrHopByHop(options=HBHOptUnknown(otype=0x3E, optdata=written)) / UDP(dport=53),
         "icmp": head / ICMPv6ParamProblem(),
         "tagged": ether() / Dot1Q(vlan=7) / ip(6, hops) / UDP(dport=53),
     }
