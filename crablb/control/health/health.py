@@ -38,6 +38,7 @@ from crablb.model import (
     State,
     Vip,
 )
+from crablb.seldom import Seldom
 from crablb.selection.standing import Pair, Standing, Verdict
 
 if TYPE_CHECKING:
@@ -309,6 +310,7 @@ class Health:
         self._told = 0.0  # when the engine may be told next
         self._sounder: Sounder | None = None
         self._asking: set[asyncio.Task[None]] = set()  # by SYNs
+        self._seldom = Seldom()
         self._started = False
         #: Services that have not enough healthy backends to be announced.
         self.withdrawn: set[Vip] = set()
@@ -394,10 +396,13 @@ class Health:
     # ---- life ----
 
     def start(self) -> None:
-        """Begin to check, in the running event loop; the engine serves.  Raises OSError."""
+        """Begin to check, in the running event loop; the engine serves.  Raises :class:`KernelError`."""
         self._loop = asyncio.get_running_loop()
-        self._dialogs.start()
-        self._programs.start()
+        try:
+            self._dialogs.start()
+            self._programs.start()
+        except OSError as error:
+            raise KernelError(f"cannot check backends: {error.strerror}; see ulimit -n, LimitNOFILE=") from None
         self._started = True
         self._engine.listeners.append(self._hear)
         self._begin()
@@ -476,9 +481,20 @@ class Health:
             if job.due == at and not job.gone:  # else it was put off, or is no more
                 job.due = None
                 if job.wanted and not job.running:
-                    self._run(job, now)
+                    self._try(job, now)
         if self._due:
             self._wake(self._due[0][0])
+
+    def _try(self, job: _Job, now: float) -> None:
+        try:
+            self._run(job, now)
+        except Exception as fault:  # ours, or for want of memory; the others go on
+            self._failed(job, fault)
+
+    def _failed(self, job: _Job, fault: Exception) -> None:
+        if times := self._seldom.due("failed"):
+            log.error("a check could not be made", exc_info=fault, times=times)
+        self._done(job, Answer(None, f"could not be tried: {fault!r}"), 0.0)
 
     def _run(self, job: _Job, now: float) -> None:
         job.running, job.began = True, now
@@ -509,9 +525,8 @@ class Health:
                 answer = await self._sounder.fallback(
                     hop, key.backend, vip, key.way or Fallback.AUTO, key.check.timeout
                 )
-        except Exception as fault:  # ours; the others go on
-            log.exception("a check failed")
-            self._done(job, Answer(None, f"could not be tried: {fault!r}"), 0.0)
+        except Exception as fault:
+            self._failed(job, fault)
         else:
             self._done(job, Answer(answer.ok, answer.reason), answer.seconds)
 
