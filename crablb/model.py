@@ -195,6 +195,10 @@ class Vip:
     def __str__(self) -> str:
         return f"{self.protocol}://{host_port(self.address, self.port)}"
 
+    def __hash__(self) -> int:
+        """In place of the fields' own: addresses hash their number in hexadecimal."""
+        return hash((int(self.address), self.port))
+
     def key(self) -> bytes:
         """``struct crab_vip`` of bpf/maps.h: 20 bytes."""
         return mapped(self.address) + self.port.to_bytes(2, "big") + b"\x06\x00"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
@@ -157,9 +157,34 @@ class Operator:
         return types.Version(version=_version(), api=1, pid=os.getpid(), started=self._started)
 
     async def status(self) -> types.Status:
+        return await self._status(await self._standing())
+
+    async def look(self) -> tuple[types.Status, list[types.Service], list[types.Backend]]:
+        """Status, services and backends, for who wants all of them."""
+        backends = await self.backends()
+        found: dict[str, list[tuple[bool, str]]] = {}
+        for backend in backends:
+            found.setdefault(backend.service, []).append((backend.serving, backend.reason))
+        # What is another way since, while others had their turn, is there the next time.
+        services = self._engine.config.services
+        standing = {s.vip: there for s in services if len(there := found.get(str(s.vip), [])) == len(s.backends)}
+        return await self._status(standing), await self._services(standing), backends
+
+    async def _slowly(self) -> AsyncIterator[Service]:
+        """The services, one after the other; others have their turn in between."""
+        done = 0
+        for service in self._engine.config.services:
+            if service.vip in self._engine.verdicts:  # it may have been removed meanwhile
+                yield service
+            done += len(service.backends)
+            if done >= AT_ONCE:
+                done = 0
+                await asyncio.sleep(0)
+
+    async def _status(self, standing: Mapping[Vip, list[tuple[bool, str]]]) -> types.Status:
+        """``standing``: see :meth:`_standing`."""
         engine = self._engine
         counters = self._engine.statistics()
-        standing = {s: [self._serves(s, b) for b in s.backends] for s in engine.config.services}
         problems = self._problems(standing)
         return types.Status(
             state="degraded" if problems else "serving",
@@ -187,10 +212,13 @@ class Operator:
             counters={"xdp": counters["xdp"], "workers": counters["total"], "daemon": counters["daemon"]},
         )
 
-    def _problems(self, standing: Mapping[Service, list[tuple[bool, str]]]) -> list[str]:
-        """What is not as it should be, in words, the worst first.  ``standing``: see :meth:`_serves`, by service."""
+    def _problems(self, standing: Mapping[Vip, list[tuple[bool, str]]]) -> list[str]:
+        """What is not as it should be, in words, the worst first.  ``standing``: see :meth:`_standing`."""
         engine, found, less = self._engine, [], []
-        for service, there in standing.items():
+        for service in engine.config.services:
+            there = standing.get(service.vip, [])
+            if len(there) != len(service.backends):
+                continue
             if not any(serves for serves, _ in there):
                 reasons = ", ".join(dict.fromkeys(reason for _, reason in there))
                 found.append(f"{service.vip}: no backend serves: {reasons}")
@@ -219,23 +247,39 @@ class Operator:
         return found
 
     async def services(self) -> list[types.Service]:
-        census, packets = await self._census(), self._engine.service_counters()
-        return [self._describe(s, census, packets.get(s.vip, (0, 0))) for s in self._engine.config.services]
+        return await self._services(await self._standing())
+
+    async def _standing(self) -> dict[Vip, list[tuple[bool, str]]]:
+        """See :meth:`_serves`, of each backend by service."""
+        found: dict[Vip, list[tuple[bool, str]]] = {}
+        async for service in self._slowly():
+            found[service.vip] = [self._serves(service, b) for b in service.backends]
+        return found
+
+    async def _services(self, standing: Mapping[Vip, list[tuple[bool, str]]]) -> list[types.Service]:
+        census, told = await self._census(), []
+        async for service in self._slowly():
+            serving = sum(serves for serves, _ in standing.get(service.vip, ()))
+            told.append(self._describe(service, census, self._engine.service_counters([service.vip]), serving))
+        return told
 
     async def service(self, vip: str) -> types.Service:
         service = _service(self._engine.config, _vip(vip))
         packets = self._engine.service_counters([service.vip])
-        return self._describe(service, await self._census(), packets.get(service.vip, (0, 0)))
+        serving = sum(self._serves(service, b)[0] for b in service.backends)
+        return self._describe(service, await self._census(), packets, serving)
 
-    def _describe(self, service: Service, census: Census, forwarded: tuple[int, int]) -> types.Service:
-        verdict = self._engine.verdicts[service.vip]
+    def _describe(
+        self, service: Service, census: Census, packets: Mapping[Vip, tuple[int, int]], serving: int
+    ) -> types.Service:
+        verdict, forwarded = self._engine.verdicts[service.vip], packets.get(service.vip, (0, 0))
         return types.Service(
             vip=str(service.vip),
             mode=service.mode.value,
             fallback=service.fallback.value,
             policy=_policy(service),
             backends=len(service.backends),
-            serving=sum(self._serves(service, b)[0] for b in service.backends),
+            serving=serving,
             healthy_weight=verdict.healthy,
             weight=verdict.weight,
             panic=verdict.panic,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from crablb._native import lib
 from crablb.dataplane.flows import FlowTable, now
@@ -52,15 +51,17 @@ def count(
             vip, address = services.get(pair >> 16), backends.get(pair & 0xFFFF)
             if vip and address:
                 found[vip, address] = n
-    counted: dict[int, npt.NDArray[np.intp]] = {}  # services with the same backends share a table
+    counted: dict[int, list[tuple[int, int]]] = {}  # services with the same backends share a table
     shares: dict[Pair, float] = {}
     for vip, table in tables.items():
         places = counted.get(id(table))
         if places is None:
-            places = counted[id(table)] = np.bincount(table)
-        for number in np.flatnonzero(places).tolist():
+            all_ = np.bincount(table)  # as long as the highest number: not to be kept for each table
+            numbers = np.flatnonzero(all_)
+            places = counted[id(table)] = list(zip(numbers.tolist(), all_[numbers].tolist(), strict=True))
+        for number, count in places:
             if address := backends.get(number):
-                shares[vip, address] = int(places[number]) / len(table)
+                shares[vip, address] = count / len(table)
     return Census(found, shares)
 
 

@@ -111,6 +111,9 @@ class _Block:
         self._cooling = {address: self._slots.pop(address) for address in gone}
 
 
+_NOTHING = Load(0, 0, 0.0)
+
+
 class Balance:
     """The loads, turns and slow starts of all services.  Times are seconds of one monotonic clock."""
 
@@ -134,9 +137,10 @@ class Balance:
         return made
 
     def _block(self, vip: Vip) -> _Block:
-        if vip not in self._blocks:
-            self._blocks[vip] = _Block()
-        return self._blocks[vip]
+        block = self._blocks.get(vip)
+        if block is None:
+            block = self._blocks[vip] = _Block()
+        return block
 
     def load(self, vip: Vip, backend: Address) -> Any:
         """``struct crab_load *``."""
@@ -151,6 +155,8 @@ class Balance:
         return self._turns.setdefault(vip, ffi.new("struct crab_turn *"))
 
     def read(self, vip: Vip, backend: Address) -> Load:
+        if vip not in self._blocks:  # nothing was reported or assigned, and to look takes no memory
+            return _NOTHING
         load = self.load(vip, backend)
         since = (load.assigned - load.base) % 2**32
         return Load(load.assigned, load.open + since, load.figure / 1000)

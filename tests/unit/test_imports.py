@@ -36,6 +36,16 @@ def test_only_what_is_needed(statement, expected):
     assert loaded(statement, *ALL) == expected
 
 
+@pytest.mark.parametrize("statement", ["import crablb.cli.serve", "import crablb; crablb.LoadBalancer"])
+def test_what_waits_until_packets_are_served(statement):
+    """What the API, metrics and the status page are made with."""
+    assert loaded(statement, "prometheus_client", "starlette", "uvicorn", "http.server") == set()
+
+
+def test_an_agent_without_metrics_does_not_import_them():
+    assert loaded("import crablb.cli.agent", "prometheus_client", "http.server") == set()
+
+
 def test_a_command_imports_only_its_own():
     others = {"crablb.cli.serve", "crablb.lab", "crablb.dataplane.engine", "crablb.agent"}
     assert loaded("from crablb.cli import main; main(['key', 'new'])", "crablb.cli.key", *others) & others == set()

@@ -167,18 +167,12 @@ class Source:
         self.config, self.published = self, 5
         self.flows = 262144
 
-    async def status(self):
+    async def look(self):
         self.asked += 1
         await asyncio.sleep(0)
         if self.broken:
             raise RuntimeError("broken")
-        return self.facts.status
-
-    async def services(self):
-        return self.facts.services
-
-    async def backends(self, vip=None):
-        return self.facts.backends
+        return self.facts.status, self.facts.services, self.facts.backends
 
     def events(self, since=0):
         return [

@@ -16,11 +16,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from crablb.api import types
+from crablb.control.admin import app as admin
 from crablb.control.metrics.app import Pages
 from crablb.control.metrics.facts import Facts
 from crablb.control.metrics.page import MOST, board, document, headers
 from tests.helpers import facts as made
 from tests.helpers.browser import Browser, Page
+from tests.helpers.operating import still
 from tests.helpers.showing import Made, Shown, showing
 
 VIP, OTHER = "tcp://10.0.0.100:80", "tcp://[fd00::100]:443"
@@ -303,6 +305,33 @@ def test_a_token(browser):
         page.run("document.querySelectorAll('tbody button')[2].click()")
         page.until("document.getElementById('said').textContent")
         assert api.asked[0][2] == "Bearer secret"
+    finally:
+        shown.close()
+
+
+def test_by_the_api_itself():
+    """The page holds nothing, so whoever may connect gets it; what it shows is for those who have the token."""
+    operator, _ = still()
+    gatherer = Made(some)
+    for token, expected in (("", 200), ("0123456789abcdef", 401)):
+        shown = Shown(admin.make(operator, gatherer, token=token))  # type: ignore[arg-type]
+        try:
+            status, got, body = shown.get("/")
+            assert (status, body) == (200, document("/v1"))
+            assert got["content-security-policy"] == headers()["content-security-policy"]
+            assert shown.get("/status.json")[0] == expected
+            assert shown.get("/status.json", authorization="Bearer 0123456789abcdef")[0] == 200
+            assert shown.get("/status.json", "POST", authorization="Bearer 0123456789abcdef")[0] == 405
+            assert shown.get("/", "POST")[0] == 405
+            assert shown.get("/metrics", authorization="Bearer 0123456789abcdef")[0] == 404
+        finally:
+            shown.close()
+
+
+def test_no_page_without_what_it_shows():
+    shown = Shown(admin.make(still()[0]))
+    try:
+        assert shown.get("/")[0] == 404
     finally:
         shown.close()
 

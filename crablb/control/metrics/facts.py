@@ -23,9 +23,7 @@ EVENTS = 50
 class Source(Protocol):
     """What :class:`crablb.control.operator.Operator` answers."""
 
-    async def status(self) -> types.Status: ...
-    async def services(self) -> list[types.Service]: ...
-    async def backends(self, vip: str | None = None) -> list[types.Backend]: ...
+    async def look(self) -> tuple[types.Status, list[types.Service], list[types.Backend]]: ...
     def events(self, since: int = 0) -> list[types.Event]: ...
 
 
@@ -100,7 +98,7 @@ class Gatherer:
 
     async def _gather(self) -> Facts:
         at, source, engine = self._clock(), self._source, self._engine
-        status, services, backends = await source.status(), await source.services(), await source.backends()
+        status, services, backends = await source.look()
         # From here on nothing is waited for, so that these are of one moment.
         rounds, workers = engine.rounds(), engine.statistics()["workers"]
         return Facts(
