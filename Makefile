@@ -32,8 +32,8 @@ CLANGS ?=
 
 PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make pkg-config python3-dev python3-venv \
             iproute2 ethtool procps nftables nginx-light curl iperf3 tcpdump keepalived
-# What tests look at metrics and the status page with.
-TEST_PACKAGES := chromium fonts-dejavu-core prometheus
+# What tests look at metrics, the status page and captures with.
+TEST_PACKAGES := chromium fonts-dejavu-core prometheus tshark
 # What the benchmarks measure beside crablb, and with.
 BENCH_PACKAGES := haproxy libnginx-mod-stream wrk valgrind
 # Whose connections tests/stacks makes; two more are fetched with their sources.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import subprocess
 from ipaddress import ip_address
 from types import SimpleNamespace
@@ -156,7 +155,6 @@ def test_whatever_is_captured(tmp_path_factory, pairs, snap, counters, verdict):
     assert {p.verdict for p in file.packets} <= {verdict}
 
 
-@pytest.mark.skipif(not shutil.which("tshark"), reason="tshark is not installed")
 def test_tshark_reads_it(tmp_path):
     packets = [seen(syn(5), syn(6)), seen(syn(7), verdict=1, counters=frozenset({"drop_hops"}))]
     file = captured(tmp_path, packets)

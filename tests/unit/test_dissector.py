@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import random
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from scapy.utils import wrpcap
 
 from tests.helpers.processes import ROOT
 from tests.reference.options import EXID, Option, offer, parse, redirect
-
-pytestmark = pytest.mark.skipif(not shutil.which("tshark"), reason="tshark is not installed")
 
 FOUR, SIX = ipaddress.ip_address("10.0.0.100"), ipaddress.ip_address("fd00::100")
 PREFIX = "crablb_crablb_"
