@@ -103,7 +103,7 @@ def _asks(service: Service, backend: Backend) -> _Asks:
 class _Key:
     """What makes two checks the same one.  There are many, in dictionaries: its hash is made once, of little."""
 
-    __slots__ = ("_hash", "address", "backend", "check", "port", "up", "vip", "way")
+    __slots__ = ("_digest", "_hash", "address", "backend", "check", "port", "up", "vip", "way")
 
     def __init__(
         self,
@@ -119,6 +119,7 @@ class _Key:
         self.vip = vip  # None: it does not concern the check
         self.way = way  # of a fallback check
         self.up = up  # what is thought at first
+        self._digest = ""  # made when it is asked for
         self._hash = hash((check.kind.value, int(backend), port, int(vip.address) if vip else 0))
 
     @property
@@ -126,16 +127,18 @@ class _Key:
         """All but what is thought at first."""
         return self.check, self.backend, self.address, self.port, self.vip, self.way
 
+    @property
+    def digest(self) -> str:
+        """A text that is another one where the check is."""
+        if not self._digest:
+            self._digest = hashlib.blake2s(repr(self.what).encode(), digest_size=8).hexdigest()
+        return self._digest
+
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Key) and self.up is other.up and self.what == other.what)
-
-
-def _same(key: _Key) -> str:
-    """A text that is another one where the check is."""
-    return hashlib.blake2s(repr(key.what).encode(), digest_size=8).hexdigest()
 
 
 def _key(service: Service, backend: Backend, check: Check) -> _Key:
@@ -698,7 +701,7 @@ class Health:
     def _exported(self, job: _Job) -> dict[str, Any]:
         up, known, ok, streak = job.thought
         return {
-            "type": job.kind.value, "check": _same(job.key), "up": up, "known": known, "ok": ok, "streak": streak,
+            "type": job.kind.value, "check": job.key.digest, "up": up, "known": known, "ok": ok, "streak": streak,
             "percent": job.percent, "drained": job.drained, "reason": job.reason, "failure": job.failure,
             "history": job.history, "seconds": job.seconds, "at": self._at(job.at) if job.at else 0.0,
             "since": self._at(job.since) if job.since else 0.0,
@@ -721,10 +724,10 @@ class Health:
     def _take_up(self, job: _Job, kept: Kept) -> None:
         """Go on from what the check found out before, or the one that is most like it."""
         alike = [old for old in kept.checks if old.type == job.kind.value]
-        old = next((old for old in alike if old.check == _same(job.key)), alike[0] if alike else None)
+        old = next((old for old in alike if old.check == job.key.digest), alike[0] if alike else None)
         if old is None:
             return
-        certain = old.check == _same(job.key) and abs(time.time() - old.at) <= CERTAIN
+        certain = old.check == job.key.digest and abs(time.time() - old.at) <= CERTAIN
         if certain:
             job.thought = Thought(old.up, old.known, old.ok, old.streak)
         else:
