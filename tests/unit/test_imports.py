@@ -64,6 +64,11 @@ def test_what_lasts_does_not_carry_what_is_merely_installed(command):
     assert loaded(f"{main}; import rich.console", "rich") == {"rich"}
 
 
+def test_what_the_api_is_made_with_comes_after_the_first_packet():
+    later = ("starlette", "uvicorn", "h11", "prometheus_client", "tomlkit", "crablb.control.admin.app", "rich")
+    assert loaded("import crablb.cli.serve", *later) <= {"rich"}  # which structlog brings, if nobody keeps it out
+
+
 def test_names_resolve():
     assert set(crablb.__all__) <= set(dir(crablb))
     for name in crablb.__all__:

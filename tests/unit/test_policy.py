@@ -27,7 +27,7 @@ from crablb.model import CONSISTENT, Backend, Service, State, Vip
 from crablb.model import POLICIES as BUILTIN
 from crablb.selection import custom
 from crablb.selection.custom import Custom
-from crablb.selection.loads import Balance
+from crablb.selection.loads import Balance, Load
 from crablb.selection.pool import Pool
 from crablb.values import resolve
 from tests.helpers.frames import SEED, reference, syn
@@ -496,3 +496,15 @@ def test_loads_cool_before_they_are_anothers():
     balance.forget([service])
     balance.forget([service])
     assert [balance.load(VIP, x).assigned for x in (B, C)] == [0, 0]
+
+
+def test_to_look_at_loads_takes_no_memory():
+    """A scrape asks for the load of each of 10,000 backends, of which perhaps none is reported."""
+    balance, vip, backend = Balance(), Vip(ip_address("10.0.0.100"), 80), ip_address("10.0.0.11")
+    assert balance.read(vip, backend) == Load(0, 0, 0.0)
+    assert balance._blocks == {}
+    balance.report(vip, backend, 5, 250)
+    assert balance.read(vip, backend) == Load(0, 5, 0.25)
+    block = balance._blocks[vip]
+    balance.load(vip, backend)
+    assert balance._blocks[vip] is block
