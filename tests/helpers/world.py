@@ -70,8 +70,9 @@ class World:
         return self._kept(start_agent(self.lab.client, "client", *prefixes, "--no-verify", *more))
 
     def serve(self, *more: str, health: bool = False, **where: object) -> subprocess.Popen[str]:
-        """The load balancer; without ``health`` it checks no backend, so that the packets are those of the test."""
-        if not (health or "config" in where or "--check" in more):
+        """The load balancer; without ``health`` it checks no backend, so that the packets are those of the test
+        (a file, and another program, say so themselves)."""
+        if not (health or {"config", "program"} & where.keys() or "--check" in more):
             more = (*more, "--check", "none")
         return self._kept(start_serve(self.lab, self.folder, *more, **where))  # type: ignore[arg-type]
 

@@ -20,7 +20,6 @@ import structlog
 
 from crablb.control.health import probes
 from crablb.control.health.dialogs import Answer, Dialogs, room
-from crablb.control.health.kept import Kept, read
 from crablb.control.health.machine import Thought, think
 from crablb.control.health.probes import Target
 from crablb.dataplane.events import Event, HopsChanged, Notice
@@ -39,10 +38,12 @@ from crablb.model import (
     State,
     Vip,
 )
+from crablb.seldom import Seldom
 from crablb.selection.standing import Pair, Standing, Verdict
 
 if TYPE_CHECKING:
     from crablb.api.types import CheckResult
+    from crablb.control.health.kept import Kept
     from crablb.control.health.syn import Sounder
 
 __all__ = ["Found", "Health", "automatic"]
@@ -102,7 +103,7 @@ def _asks(service: Service, backend: Backend) -> _Asks:
 class _Key:
     """What makes two checks the same one.  There are many, in dictionaries: its hash is made once, of little."""
 
-    __slots__ = ("_hash", "address", "backend", "check", "port", "up", "vip", "way")
+    __slots__ = ("_digest", "_hash", "address", "backend", "check", "port", "up", "vip", "way")
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class _Key:
         self.vip = vip  # None: it does not concern the check
         self.way = way  # of a fallback check
         self.up = up  # what is thought at first
+        self._digest = ""  # made when it is asked for
         self._hash = hash((check.kind.value, int(backend), port, int(vip.address) if vip else 0))
 
     @property
@@ -125,16 +127,18 @@ class _Key:
         """All but what is thought at first."""
         return self.check, self.backend, self.address, self.port, self.vip, self.way
 
+    @property
+    def digest(self) -> str:
+        """A text that is another one where the check is."""
+        if not self._digest:
+            self._digest = hashlib.blake2s(repr(self.what).encode(), digest_size=8).hexdigest()
+        return self._digest
+
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Key) and self.up is other.up and self.what == other.what)
-
-
-def _same(key: _Key) -> str:
-    """A text that is another one where the check is."""
-    return hashlib.blake2s(repr(key.what).encode(), digest_size=8).hexdigest()
 
 
 def _key(service: Service, backend: Backend, check: Check) -> _Key:
@@ -309,6 +313,7 @@ class Health:
         self._told = 0.0  # when the engine may be told next
         self._sounder: Sounder | None = None
         self._asking: set[asyncio.Task[None]] = set()  # by SYNs
+        self._seldom = Seldom()
         self._started = False
         #: Services that have not enough healthy backends to be announced.
         self.withdrawn: set[Vip] = set()
@@ -394,10 +399,13 @@ class Health:
     # ---- life ----
 
     def start(self) -> None:
-        """Begin to check, in the running event loop; the engine serves.  Raises OSError."""
+        """Begin to check, in the running event loop; the engine serves.  Raises :class:`KernelError`."""
         self._loop = asyncio.get_running_loop()
-        self._dialogs.start()
-        self._programs.start()
+        try:
+            self._dialogs.start()
+            self._programs.start()
+        except OSError as error:
+            raise KernelError(f"cannot check backends: {error.strerror}; see ulimit -n, LimitNOFILE=") from None
         self._started = True
         self._engine.listeners.append(self._hear)
         self._begin()
@@ -407,9 +415,11 @@ class Health:
         self._hops_are(self._engine.hops)
         self._sound()
         now = self._now()
+        phases: dict[Address, float] = {}
         for job in self._jobs.values():
             if job.due is None and not job.running and job.wanted:
-                self._schedule(job, now + random.uniform(0, job.within))
+                phase = phases.setdefault(job.key.backend, random.random())
+                self._schedule(job, now + job.within * phase)
         self._look_at_quorums()
 
     def _sound(self) -> None:
@@ -474,9 +484,20 @@ class Health:
             if job.due == at and not job.gone:  # else it was put off, or is no more
                 job.due = None
                 if job.wanted and not job.running:
-                    self._run(job, now)
+                    self._try(job, now)
         if self._due:
             self._wake(self._due[0][0])
+
+    def _try(self, job: _Job, now: float) -> None:
+        try:
+            self._run(job, now)
+        except Exception as fault:  # ours, or for want of memory; the others go on
+            self._failed(job, fault)
+
+    def _failed(self, job: _Job, fault: Exception) -> None:
+        if times := self._seldom.due("failed"):
+            log.error("a check could not be made", exc_info=fault, times=times)
+        self._done(job, Answer(None, f"could not be tried: {fault!r}"), 0.0)
 
     def _run(self, job: _Job, now: float) -> None:
         job.running, job.began = True, now
@@ -507,9 +528,8 @@ class Health:
                 answer = await self._sounder.fallback(
                     hop, key.backend, vip, key.way or Fallback.AUTO, key.check.timeout
                 )
-        except Exception as fault:  # ours; the others go on
-            log.exception("a check failed")
-            self._done(job, Answer(None, f"could not be tried: {fault!r}"), 0.0)
+        except Exception as fault:
+            self._failed(job, fault)
         else:
             self._done(job, Answer(answer.ok, answer.reason), answer.seconds)
 
@@ -525,7 +545,11 @@ class Health:
             self._hurry(job, now)
         check = job.key.check
         interval = min(check.interval, check.fast_interval) if job.thought.moving else check.interval
-        self._schedule(job, max(now, job.began + interval * random.uniform(1 - JITTER, 1 + JITTER)))
+        due = job.began + interval * random.uniform(1 - JITTER, 1 + JITTER)
+        near = 2 * JITTER * interval
+        # With the backend's other checks, if one is due about then: to wake up for each costs more than the check.
+        together = (other.due for other in job.backends[0].jobs if other.due and abs(other.due - due) < near)
+        self._schedule(job, max(now, next(together, due)))
 
     def _hurry(self, job: _Job, now: float) -> None:
         """Something has changed there: what the backend's other checks say is of interest now."""
@@ -677,7 +701,7 @@ class Health:
     def _exported(self, job: _Job) -> dict[str, Any]:
         up, known, ok, streak = job.thought
         return {
-            "type": job.kind.value, "check": _same(job.key), "up": up, "known": known, "ok": ok, "streak": streak,
+            "type": job.kind.value, "check": job.key.digest, "up": up, "known": known, "ok": ok, "streak": streak,
             "percent": job.percent, "drained": job.drained, "reason": job.reason, "failure": job.failure,
             "history": job.history, "seconds": job.seconds, "at": self._at(job.at) if job.at else 0.0,
             "since": self._at(job.since) if job.since else 0.0,
@@ -689,6 +713,8 @@ class Health:
         What is older than a minute, or was found out by a check that is another one now, is not taken for certain: the
         backend starts as it was, and is checked at once.  Raises :class:`ConfigError` if it is no such thing.
         """
+        from crablb.control.health.kept import read  # msgspec is no small thing
+
         self._kept = read(entries)
 
     def _loop_time(self, at: float) -> float:
@@ -698,10 +724,10 @@ class Health:
     def _take_up(self, job: _Job, kept: Kept) -> None:
         """Go on from what the check found out before, or the one that is most like it."""
         alike = [old for old in kept.checks if old.type == job.kind.value]
-        old = next((old for old in alike if old.check == _same(job.key)), alike[0] if alike else None)
+        old = next((old for old in alike if old.check == job.key.digest), alike[0] if alike else None)
         if old is None:
             return
-        certain = old.check == _same(job.key) and abs(time.time() - old.at) <= CERTAIN
+        certain = old.check == job.key.digest and abs(time.time() - old.at) <= CERTAIN
         if certain:
             job.thought = Thought(old.up, old.known, old.ok, old.streak)
         else:
