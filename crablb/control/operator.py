@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
@@ -76,6 +75,8 @@ class ConflictError(ConfigError):
 
 @cache
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # which takes its time
+
     try:
         return version("crablb")
     except PackageNotFoundError:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,9 @@ LOOK = 0.02
 #: and how often it is told.
 LEASE, RENEWED = 5.0, 1.0
 #: Packets that a tap holds for its reader.
-WAITING = 8192
+WAITING = 4096
+#: Packets that are worked on before others have their turn in the event loop.
+TURN = 256
 #: ``struct crab_tapped``.
 RECORD = struct.Struct("=QQQIIIIIHHHHBBBB")
 assert RECORD.size == ffi.sizeof("struct crab_tapped")
@@ -85,22 +88,25 @@ class Tap:
         self._over = False
 
     async def take(self, timeout: float | None = None) -> list[Seen]:
-        """What has come; waits for it, at most so many seconds.  Empty: nothing came, or (``over``) nothing will."""
-        if not self._held and not self._over:
+        """What has come, or some of it; waits for it, at most so many seconds.
+
+        Empty: nothing came, or (``over``) nothing will.
+        """
+        if self._held:
+            await asyncio.sleep(0)  # others have their turn
+        elif not self._over:
+            self._some.clear()
             try:
                 async with asyncio.timeout(timeout):
                     await self._some.wait()
             except TimeoutError:
                 return []
-        self._some.clear()
-        taken = list(self._held)
-        self._held.clear()
-        return taken
+        return [self._held.popleft() for _ in range(min(len(self._held), TURN))]
 
     @property
     def over(self) -> bool:
         """Whether nothing comes any more: the load balancer has ended."""
-        return self._over
+        return self._over and not self._held
 
     def give(self, seen: Seen) -> None:
         if len(self._held) == WAITING:
@@ -186,9 +192,10 @@ class Taps:
             self._hide()
 
     def end(self) -> None:
-        """End all taps."""
+        """End all taps, also where there is no event loop any more."""
         for tap in list(self._taps.values()):
-            self.close(tap)
+            with suppress(RuntimeError):  # it is closed
+                self.close(tap)
 
     def _show(self, program: Program) -> None:
         """Have workers and XDP program ready to show."""
@@ -261,14 +268,17 @@ class Taps:
             for data in self._shown():
                 if data:
                     records += parse(data, {number: address for address, number in self._backends().items()})
-                    await asyncio.sleep(0)  # others have their turn between two rings
+                    await asyncio.sleep(0)
             lost, self._lost = self._lost, self._unshown()
             for tap in self._taps.values():
                 tap.lost += self._lost - lost
-            for taps, seen in sorted(records, key=lambda record: record[1].at):
-                for tap in self._taps.values():
-                    if taps >> tap.number & 1 and seen.at >= tap.since:
-                        tap.give(seen)
+            records.sort(key=lambda record: record[1].at)
+            for at in range(0, len(records), TURN):
+                for taps, seen in records[at : at + TURN]:
+                    for tap in self._taps.values():
+                        if taps >> tap.number & 1 and seen.at >= tap.since:
+                            tap.give(seen)
+                await asyncio.sleep(0)
 
     def _shown(self) -> Iterator[bytes]:
         if self._program:

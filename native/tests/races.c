@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* What several threads do at the same time, for ThreadSanitizer (`make race`): workers that pick, learn and forward, while
- * others refresh a pool, publish snapshots, count flows and read the table.  It says so itself where something is wrong. */
+ * others refresh a pool, publish snapshots, count flows, read the table and what is shown.  It says so itself where something is wrong. */
 #include <pthread.h>
 
 #include "batch.h"
@@ -24,7 +24,7 @@ static _Atomic(bool) done;
 struct worker {
     pthread_t thread;
     struct crab_core *core;
-    uint64_t counters[CRAB_COUNTERS], kept;
+    uint64_t counters[CRAB_COUNTERS], kept, seen;
 };
 static struct worker workers[WORKERS];
 
@@ -79,6 +79,26 @@ static void report(uint32_t n)
         __atomic_store_n(&loads[i].open, n * (i + 1) % 11, __ATOMIC_RELAXED);
 }
 
+#define RING 65536
+
+/* What a worker shows: whole records, of frames that it was given, in their order. */
+static void look(struct worker *w)
+{
+    static uint8_t shown[RING];
+    uint32_t n = crab_core_shown(w->core, shown);
+    uint64_t before = 0;
+    for (uint32_t at = 0; at < n;) {
+        struct crab_tapped t;
+        memcpy(&t, shown + at, sizeof t);
+        CHECK(t.size % 8 == 0 && t.size <= n - at && t.taps == 1 && t.at_ns >= before && t.done_ns >= t.at_ns);
+        CHECK(t.in_kept == t.in_len && !memcmp(shown + at + sizeof t, "\x02\0\0\0\0\x02", 6));
+        CHECK(t.out_kept == t.out_len && t.backend < MEMBERS && t.counters);
+        before = t.at_ns;
+        at += t.size;
+        w->seen++;
+    }
+}
+
 static void together(const char *policy)
 {
     struct crab_member members[MEMBERS];
@@ -94,6 +114,7 @@ static void together(const char *policy)
         memset(&workers[i], 0, sizeof workers[i]);
         workers[i].core = crab_core_new(4096, workers[i].counters);
         crab_core_learn(workers[i].core, table);
+        CHECK(crab_core_show(workers[i].core, (uint32_t)i, RING) == 0);
         crab_core_publish(workers[i].core, s);
         pthread_create(&workers[i].thread, NULL, work, &workers[i]);
     }
@@ -105,7 +126,10 @@ static void together(const char *policy)
         }
         old = s;
         CHECK(s = snapshot());
+        if (round % 2)
+            crab_snapshot_tap(s, &(struct crab_taps){.count = 1, .snap = 128});
         for (int i = 0; i < WORKERS; i++) {
+            look(&workers[i]);
             crab_core_publish(workers[i].core, s);
             crab_core_count(workers[i].core, counts, MEMBERS, 100);
         }
@@ -124,6 +148,8 @@ static void together(const char *policy)
     atomic_store(&done, true);
     for (int i = 0; i < WORKERS; i++) {
         pthread_join(workers[i].thread, NULL);
+        look(&workers[i]);
+        CHECK(workers[i].seen);
         CHECK(workers[i].counters[CRAB_C_LEARNED] && workers[i].kept == workers[i].counters[CRAB_C_RECEIVED]);
         crab_core_free(workers[i].core);
     }

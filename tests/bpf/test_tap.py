@@ -190,6 +190,15 @@ def test_a_full_ring_counts(pair):
     assert shown
 
 
+def test_no_more_is_taken_than_asked_for(pair):
+    """Where records come as fast as they are taken, somebody else has to have a turn."""
+    pair.want(Filter())
+    for _ in range(7):
+        pair.run(pair.tap, tcp(4))
+    assert [pair._ring.consume(3), pair._ring.consume(3), pair._ring.consume(3), pair._ring.consume()] == [3, 3, 1, 0]
+    assert len(pair.shown()) == 7
+
+
 @several_buffers
 def test_in_several_buffers(pair):
     """Of a frame whose end is out of a program's reach."""

@@ -14,6 +14,8 @@ from crablb.control.supervisor import Supervisor
 from crablb.dataplane.census import Census, FoundFlow
 from crablb.dataplane.events import Event, Notice
 from crablb.dataplane.statistics import DAEMON_COUNTERS, WORKER_COUNTERS, XDP_COUNTERS
+from crablb.dataplane.tap import Tap
+from crablb.filters import Filter
 from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, Link, NextHop
 from crablb.model import Address, Config, Service, Vip
@@ -65,6 +67,12 @@ class StillEngine:
         for address in served.backends:
             self.hops.setdefault(address, NextHop(HopState.UNRESOLVED, "neighbour does not answer"))
         self.tell(Event("changed"))
+
+    async def tap(self, wanted: Filter, snap: int) -> Tap:
+        """Of nothing more."""
+        tap = Tap(wanted, snap, 0, Tap.end)
+        tap.end()
+        return tap
 
     def tell(self, notice: Notice) -> None:
         for listener in self.listeners:

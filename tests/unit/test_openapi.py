@@ -18,8 +18,10 @@ from tests.helpers.operating import still
 from tests.helpers.processes import ROOT
 
 operator, _ = still(stop=lambda: None)
-#: Not the stream, which has no end (tests/unit/test_admin.py).
-schema = schemathesis.openapi.from_asgi("/openapi.json", app.make(operator)).exclude(path="/v1/events")
+#: Not the streams, which need not end: tests/unit/test_admin.py, tests/lab.
+schema = schemathesis.openapi.from_asgi("/openapi.json", app.make(operator)).exclude(
+    path=["/v1/events", "/v1/capture", "/v1/trace"]
+)
 
 #: Values that a schema allows may be refused: that a backend is there already no schema says.
 NOT = {"positive_data_acceptance"}

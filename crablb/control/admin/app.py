@@ -60,8 +60,9 @@ def make(operator: Operator, gatherer: Gatherer | None = None, *, token: str = "
     if gatherer:
         pages = Pages(gatherer)
         routes = [Route("/", pages.page_of("/v1")), Route("/status.json", _Guarded(shared, pages.board)), *routes]
-    routes.append(Route("/{rest:path}", _Nothing(shared)))
-    return Starlette(routes=routes)
+    made = Starlette(routes=routes)
+    made.router.default, made.router.redirect_slashes = _Nothing(shared), False
+    return made
 
 
 class _Shared:
@@ -140,8 +141,6 @@ class _Path(_Endpoint):
             answer = call.do(self._shared.operator, parameters, body)
             if inspect.isawaitable(answer):
                 answer = await answer
-            if isinstance(call.answer, Stream):
-                return await self._stream(call.answer, answer, scope, receive, send)
         except NotFoundError as error:
             raise _Refused(404, error.problems) from None
         except ConflictError as error:
