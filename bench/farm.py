@@ -24,6 +24,7 @@ address = "tcp://{vip}:{port}"
 mode = "{mode}"
 policy = "{policy}"
 backends = [{backends}]
+check = []
 """
 REPORT_WAIT = 20  # seconds
 REPORTED = "reports its load"  # of the log

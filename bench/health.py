@@ -14,10 +14,12 @@ from ipaddress import ip_address
 
 import uvloop
 
+from bench import syns
 from bench.context import Context, Unavailable
 from bench.figures import Suite, Table
 from crablb.control.health.health import Health
 from crablb.dataplane.events import Event, Notice
+from crablb.errors import KernelError
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Address, Backend, Check, CheckKind, Config, Service, Vip
 from crablb.selection.standing import Pair, Standing, Verdict
@@ -63,6 +65,10 @@ def run(context: Context) -> Suite:
             baseline="connections, bare", note="10,000 tcp checks are to take half of a core at most.",
         )
     )  # fmt: skip
+    try:
+        suite.tables.append(syns.table(context, checks, INTERVAL))
+    except (Unavailable, KernelError) as reason:  # without root
+        suite.left_out.append(f"checks by SYNs: {reason}")
     return suite
 
 

@@ -212,7 +212,7 @@ class Peers:
                 for name, server in (("crablb, redirect", prepared), ("crablb, DSR", plain))
                 for port in PORTS
             ]
-            self.balancer = start_serve(lab, self.folder, what=what)
+            self.balancer = start_serve(lab, self.folder, "--check", "none", what=what)
         if any(vip in redirected for vip in (way.host for way in self.ways.values())):
             # A server each: two VIPs with one backend cannot have the same client port at the same time.
             start_agent(prepared, "server", redirected)

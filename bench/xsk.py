@@ -294,7 +294,9 @@ def raw(world: World, what: str, *options: str, batch: int = 64, budget: int = 3
 
 
 def arguments(*more: str) -> list[str]:
-    return crablb("serve", "--iface", NEAR, "--service", f"tcp://{VIP}:80={','.join(BACKENDS)}", *more)
+    return crablb(
+        "serve", "--iface", NEAR, "--service", f"tcp://{VIP}:80={','.join(BACKENDS)}", "--check", "none", *more
+    )
 
 
 @contextmanager

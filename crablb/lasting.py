@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import select
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -47,6 +48,8 @@ def _why(error: BaseException) -> dict[str, object]:
 
 
 def _say(name: str, error: Exception, pause: float, failed: Callable[[], None]) -> None:
+    if not threading.main_thread().is_alive():  # the program ends: there are no new threads, and nobody is to mend it
+        return
     with suppress(Exception):  # there may not even be the memory to say it
         failed()
         log.error("a background task failed; it is begun anew", task=name, seconds=pause, **_why(error))

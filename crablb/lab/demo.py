@@ -261,7 +261,7 @@ class Demo:
             start_nginx(server, self.folder / server.name, big)
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
         start_agent(self.lab.client, "client", *prefixes)
-        self.serve = start_serve(self.lab, self.folder)
+        self.serve = start_serve(self.lab, self.folder, "--check", "none")  # packets are counted
         self.say(f"crablb serves {' and '.join(VIPS)} (process {self.serve.pid})")
 
     def _short(self) -> None:
@@ -403,7 +403,7 @@ class Demo:
     def _compare(self) -> None:
         """The same download by a client that takes part and by one that does not."""
         self.say(f"a load balancer again; {COMPARED >> 20} MiB to a prepared and to an unprepared client")
-        self.serve = start_serve(self.lab, self.folder)
+        self.serve = start_serve(self.lab, self.folder, "--check", "none")  # packets are counted
         with open(self.folder / "big", "rb") as file:
             wanted = hashlib.sha256(file.read(COMPARED)).hexdigest()
         curl = ["curl", "-s", "-m", "60", "-r", f"0-{COMPARED - 1}", f"http://{VIP4}/big"]

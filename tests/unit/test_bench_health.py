@@ -11,3 +11,5 @@ def test_tiny():
     (table,) = suite.tables
     assert [row.name for row in table.rows] == ["connections, bare", "tcp", "http"]
     assert all(sample > 0 for row in table.rows for sample in row.samples)
+    (reason,) = suite.left_out  # without root
+    assert reason.startswith("checks by SYNs: ")

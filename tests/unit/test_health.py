@@ -250,6 +250,30 @@ def test_a_mass_failure_is_one_change():
     hours(main())
 
 
+def test_a_check_that_fails_by_itself_is_nothing(monkeypatch):
+    """It is asked again, and the others are not disturbed."""
+
+    async def main():
+        t = bed(service()).start()
+        await asyncio.sleep(5)
+        ask = module.probes.ask
+
+        def broken(check, target):
+            if target.address == A:
+                raise MemoryError
+            return ask(check, target)
+
+        monkeypatch.setattr(module.probes, "ask", broken)
+        before = len(t.times(CheckKind.TCP, B))
+        await asyncio.sleep(20)
+        assert t.events == []
+        assert t.health.results((WEB, A))[0].history.endswith("?????")
+        assert 8 <= len(t.times(CheckKind.TCP, B)) - before <= 12
+        t.health.close()
+
+    hours(main())
+
+
 def test_the_engine_cannot_take_it_now():
     async def main():
         t = bed(service()).start()

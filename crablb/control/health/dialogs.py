@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import structlog
 
+from crablb.seldom import Seldom
+
 __all__ = ["Answer", "Dialog", "Dialogs", "Silent", "room"]
 
 #: Descriptors that are looked after before the event loop has its turn: a TLS handshake takes a millisecond.
@@ -102,6 +104,7 @@ class Dialogs:
         self._held: set[_Held] = set()
         self._by_fd: dict[int, _Held] = {}
         self._filling: asyncio.Handle | None = None
+        self._seldom = Seldom()
 
     def __len__(self) -> int:
         return len(self._held) + len(self._waiting)
@@ -179,7 +182,8 @@ class Dialogs:
             held.dialog.close()
             self._finish(held, _refused(refusal))
         except Exception as fault:  # ours; the others go on
-            log.exception("a check failed")
+            if times := self._seldom.due("failed"):
+                log.error("a check failed", exc_info=fault, times=times)
             self._finish(held, Answer(None, f"could not be tried: {fault!r}"))
 
     def _await(self, held: _Held, fd: int, events: int) -> None:

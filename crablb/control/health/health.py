@@ -20,7 +20,6 @@ import structlog
 
 from crablb.control.health import probes
 from crablb.control.health.dialogs import Answer, Dialogs, room
-from crablb.control.health.kept import Kept, read
 from crablb.control.health.machine import Thought, think
 from crablb.control.health.probes import Target
 from crablb.dataplane.events import Event, HopsChanged, Notice
@@ -39,10 +38,12 @@ from crablb.model import (
     State,
     Vip,
 )
+from crablb.seldom import Seldom
 from crablb.selection.standing import Pair, Standing, Verdict
 
 if TYPE_CHECKING:
     from crablb.api.types import CheckResult
+    from crablb.control.health.kept import Kept
     from crablb.control.health.syn import Sounder
 
 __all__ = ["Found", "Health", "automatic"]
@@ -309,6 +310,7 @@ class Health:
         self._told = 0.0  # when the engine may be told next
         self._sounder: Sounder | None = None
         self._asking: set[asyncio.Task[None]] = set()  # by SYNs
+        self._seldom = Seldom()
         self._started = False
         #: Services that have not enough healthy backends to be announced.
         self.withdrawn: set[Vip] = set()
@@ -394,10 +396,13 @@ class Health:
     # ---- life ----
 
     def start(self) -> None:
-        """Begin to check, in the running event loop; the engine serves.  Raises OSError."""
+        """Begin to check, in the running event loop; the engine serves.  Raises :class:`KernelError`."""
         self._loop = asyncio.get_running_loop()
-        self._dialogs.start()
-        self._programs.start()
+        try:
+            self._dialogs.start()
+            self._programs.start()
+        except OSError as error:
+            raise KernelError(f"cannot check backends: {error.strerror}; see ulimit -n, LimitNOFILE=") from None
         self._started = True
         self._engine.listeners.append(self._hear)
         self._begin()
@@ -407,9 +412,11 @@ class Health:
         self._hops_are(self._engine.hops)
         self._sound()
         now = self._now()
+        phases: dict[Address, float] = {}
         for job in self._jobs.values():
             if job.due is None and not job.running and job.wanted:
-                self._schedule(job, now + random.uniform(0, job.within))
+                phase = phases.setdefault(job.key.backend, random.random())
+                self._schedule(job, now + job.within * phase)
         self._look_at_quorums()
 
     def _sound(self) -> None:
@@ -474,9 +481,20 @@ class Health:
             if job.due == at and not job.gone:  # else it was put off, or is no more
                 job.due = None
                 if job.wanted and not job.running:
-                    self._run(job, now)
+                    self._try(job, now)
         if self._due:
             self._wake(self._due[0][0])
+
+    def _try(self, job: _Job, now: float) -> None:
+        try:
+            self._run(job, now)
+        except Exception as fault:  # ours, or for want of memory; the others go on
+            self._failed(job, fault)
+
+    def _failed(self, job: _Job, fault: Exception) -> None:
+        if times := self._seldom.due("failed"):
+            log.error("a check could not be made", exc_info=fault, times=times)
+        self._done(job, Answer(None, f"could not be tried: {fault!r}"), 0.0)
 
     def _run(self, job: _Job, now: float) -> None:
         job.running, job.began = True, now
@@ -507,9 +525,8 @@ class Health:
                 answer = await self._sounder.fallback(
                     hop, key.backend, vip, key.way or Fallback.AUTO, key.check.timeout
                 )
-        except Exception as fault:  # ours; the others go on
-            log.exception("a check failed")
-            self._done(job, Answer(None, f"could not be tried: {fault!r}"), 0.0)
+        except Exception as fault:
+            self._failed(job, fault)
         else:
             self._done(job, Answer(answer.ok, answer.reason), answer.seconds)
 
@@ -525,7 +542,11 @@ class Health:
             self._hurry(job, now)
         check = job.key.check
         interval = min(check.interval, check.fast_interval) if job.thought.moving else check.interval
-        self._schedule(job, max(now, job.began + interval * random.uniform(1 - JITTER, 1 + JITTER)))
+        due = job.began + interval * random.uniform(1 - JITTER, 1 + JITTER)
+        near = 2 * JITTER * interval
+        # With the backend's other checks, if one is due about then: to wake up for each costs more than the check.
+        together = (other.due for other in job.backends[0].jobs if other.due and abs(other.due - due) < near)
+        self._schedule(job, max(now, next(together, due)))
 
     def _hurry(self, job: _Job, now: float) -> None:
         """Something has changed there: what the backend's other checks say is of interest now."""
@@ -689,6 +710,8 @@ class Health:
         What is older than a minute, or was found out by a check that is another one now, is not taken for certain: the
         backend starts as it was, and is checked at once.  Raises :class:`ConfigError` if it is no such thing.
         """
+        from crablb.control.health.kept import read  # msgspec is no small thing
+
         self._kept = read(entries)
 
     def _loop_time(self, at: float) -> float:
