@@ -13,6 +13,7 @@ import pytest
 
 from crablb.api import types
 from crablb.api.client import Client, NotRunning, discover
+from crablb.control import state
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import until
 from tests.helpers.world import World, command, status
@@ -213,3 +214,25 @@ def test_the_file_is_watched(world):
     command(world.lab.lb, "reload")
     weight(6)
     assert status(world.lab)["daemon"]["reloads_refused"] == 1
+
+
+def test_what_checks_found_out_outlives_the_daemon(world):
+    """One that is dead is not brought back by a restart, nor asked from the beginning."""
+    path = config(world)
+    # Nobody listens there.
+    path.write_text(path.read_text().replace("check = []", 'check = ["tcp"]\npanic = 0'))
+    daemon = serve(world, path)
+
+    def healthy() -> list[bool | None]:
+        return [b["healthy"] for b in said(world, "backends", VIP)]
+
+    until(lambda: healthy() == [False, False], 30)
+    with inside(world.lab.lb.netns):
+        place = state.place("eth0")
+    until(lambda: place.exists() and place.read_text().count('"up":false') == 2, 30)
+    daemon.kill()
+    daemon.wait()
+    serve(world, path)
+    assert healthy() == [False, False]
+    histories = [check["history"] for b in said(world, "backends", VIP) for check in b["checks"]]
+    assert all(history.startswith("---") for history in histories)
