@@ -145,6 +145,7 @@ class Taps:
         self._opening = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._lost = 0  # that have been told
+        self._ended = False
 
     async def open(
         self,
@@ -172,6 +173,8 @@ class Taps:
                 )
             if not self._program:
                 await asyncio.get_running_loop().run_in_executor(executor, program.load_tap)
+                if self._ended:  # meanwhile
+                    raise KernelError("the load balancer ends, so no packets can be seen")
                 self._show(program)
             while self._next in self._taps:
                 self._next = (self._next + 1) % lib.CRAB_MAX_TAPS
@@ -194,7 +197,8 @@ class Taps:
             self._hide()
 
     def end(self) -> None:
-        """End all taps, also where there is no event loop any more."""
+        """End all taps, and make no more; also where there is no event loop any more."""
+        self._ended = True
         for tap in list(self._taps.values()):
             with suppress(RuntimeError):  # it is closed
                 self.close(tap)

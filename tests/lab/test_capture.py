@@ -22,6 +22,7 @@ from scapy.utils import rdpcap
 
 from crablb.config import config_from_args
 from crablb.control.supervisor import Supervisor
+from crablb.errors import KernelError
 from crablb.filters import Filter
 from crablb.kernel import bpf
 from crablb.lab import VIP4, VIP6
@@ -283,10 +284,12 @@ def test_a_tap_of_this_process(standing):
             assert program(world) == "crab_lb"
             await engine._sweep_once()
             assert not engine._queues._rings
-            tap = await engine.tap(Filter(), 256)
+            opening = asyncio.ensure_future(engine.tap(Filter(), 256))
+            await asyncio.sleep(0)  # it has begun to load its program
         finally:
             await supervisor.close()
-        assert tap.over
+        with pytest.raises(KernelError, match="the load balancer ends"):
+            await opening
         assert program(world) == ""
 
     with inside(world.lab.lb.netns):
