@@ -16,6 +16,8 @@ from crablb.errors import ConfigError
 
 #: Modules with ``run(context) -> Suite``, in the order in which they run.
 SUITES = ("micro", "xsk", "peers", "policies", "paper")
+#: Those that a run has when it is asked for them by name.
+BY_NAME = ("health",)
 
 
 def run(size: Size, suites: list[str], out: Path | None) -> Results:

@@ -30,7 +30,10 @@ TARGETS: dict[str, tuple[str, str]] = {
         "65,537 entries in 2 ms, 655,373 in 25 ms; at most 1.5 times the ideal",
     ),
     "P9": ("two queues on two cores beside one, hot loop", "at least 1.8 times"),
-    "P10": ("`crablb serve`: start to first SYN forwarded; resident memory", "at most 0.5 s; at most 80 MiB"),
+    "P10": (
+        "`crablb serve`: start to first SYN forwarded; resident memory",
+        "at most 0.5 s; at most 80 MiB, 95 with the API, metrics and the page",
+    ),
 }
 
 

@@ -450,9 +450,17 @@ def cpu_time(pid: int) -> float:
     return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
-def at_rest(world: World) -> dict[str, float]:
+#: What a daemon has beside its main job: by name, arguments and MiB at most.
+BESIDE = {
+    "admin off": (("--admin", "off"), 80.0),
+    SERVE: ((), 95.0),
+    "with metrics and the page": (("--metrics-listen", "127.0.0.1"), 95.0),
+}
+
+
+def at_rest(world: World, *more: str) -> dict[str, float]:
     """Memory, and CPU time in per cent of a core, of a daemon that has nothing to do."""
-    with daemon(world) as pid:
+    with daemon(world, *more) as pid:
         before, start = cpu_time(pid), time.monotonic()
         select.select([], [], [], world.context.pick(5.0, 2.0, 0.1))  # how long it is watched
         share = (cpu_time(pid) - before) / (time.monotonic() - start) * 100
@@ -626,7 +634,8 @@ def the_daemon(world: World, suite: Suite) -> None:
     context = world.context
     rounds = context.pick(7, 3, 1)
     start = context.in_turn("daemon", {SERVE: lambda: {"start": start_up(world)}}, rounds)["start"]
-    rest = context.in_turn("daemon", {SERVE: lambda: at_rest(world)}, context.pick(3, 1, 1))
+    ways = {name: lambda more=more: at_rest(world, *more) for name, (more, _) in BESIDE.items()}
+    rest = context.in_turn("daemon", ways, context.pick(3, 1, 1))
     probes = {
         f"{how}, {what}": latency_of(world, pause, *more)
         for pause, how in ((0.002, "2 ms after the last"), (0.0, "one after the other"))
@@ -660,10 +669,11 @@ def the_daemon(world: World, suite: Suite) -> None:
             note=f"Sender on CPU {world.cpus[0]}, `crablb serve` on CPU {world.cpus[1]}.",
         ),
     ]
-    seconds, mebibytes = start[SERVE].median, rest["memory"][SERVE].median
-    reached = seconds <= 0.5 and mebibytes <= 80
+    seconds, memory = start[SERVE].median, {name: row.median for name, row in rest["memory"].items()}
+    reached = seconds <= 0.5 and all(memory[name] <= most for name, (_, most) in BESIDE.items())
     why = "" if reached else "see daemon-start and daemon-memory"
-    suite.targets.append(Target("P10", f"{seconds:.2f} s; {mebibytes:.1f} MiB", reached, why))
+    small, all_ = memory["admin off"], memory["with metrics and the page"]
+    suite.targets.append(Target("P10", f"{seconds:.2f} s; {small:.1f} MiB; {all_:.1f} MiB with all", reached, why))
 
 
 def run(context: Context) -> Suite:

@@ -804,7 +804,7 @@ OPTIONS: tuple[Option, ...] = (
         name="fall",
         no_flag=_OF_CHECK,
         kind=_whole(1, 100),
-        help="failures in a row after which the backend gets no new connections",
+        help="failures in a row after which the backend gets no new connections; what an agent says holds at once",
         example=3,
         reload=True,
     ),

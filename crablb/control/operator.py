@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
@@ -76,6 +75,8 @@ class ConflictError(ConfigError):
 
 @cache
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # which takes its time
+
     try:
         return version("crablb")
     except PackageNotFoundError:
@@ -141,6 +142,7 @@ class Operator:
         self._counted: tuple[float, asyncio.Future[Census]] | None = None
         self._since: dict[Pair, tuple[bool, float]] = {}  # whether it serves, and since when
         self._looking: asyncio.TimerHandle | None = None
+        self._pause = SETTLE
         supervisor.listeners.append(self.journal.add)
         self._engine.listeners.append(self._hear)
 
@@ -569,11 +571,12 @@ class Operator:
             return
         self._counted = None  # tables may be others
         if self._looking is None:
-            self._looking = asyncio.get_running_loop().call_later(SETTLE, self._look)
+            self._looking = asyncio.get_running_loop().call_later(self._pause, self._look)
 
     def _look(self) -> None:
         """Note who serves, and since when."""
         self._looking = None
+        began = time.monotonic()
         found = {}
         for service in self._engine.config.services:
             for backend in service.backends:
@@ -582,6 +585,7 @@ class Operator:
                 before = self._since.get(pair)
                 found[pair] = before if before and before[0] is serving else (serving, self._clock())
         self._since = found
+        self._pause = max(SETTLE, 20 * (time.monotonic() - began))  # of many backends it takes its time
 
     def _serving_since(self, pair: Pair, serving: bool) -> float:
         known = self._since.get(pair)

@@ -85,10 +85,11 @@ class Supervisor:
             self._reports = Reports(self.engine, config.report_key, self.health.listening)
             self._reports.follow(config.services)
             await self._reports.start(*config.report_listen)
-        found = self.health.prepare(config)
-        self.engine.judge(found.standings)
+        found = self.health.prepare(config) if self.health.foreknown(config) else None
+        if found:
+            self.engine.judge(found.standings)
         await self.engine.start()
-        self.health.follow(found)
+        self.health.follow(found or self.health.prepare(config))
         self.health.start()
         self._announcing = config.announce is Announce.ARP
         self._announce()

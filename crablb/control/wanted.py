@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ def remember(supervisor: Supervisor, store: Store, found: Any) -> None:
 def _warn(warnings: Sequence[str]) -> None:
     for warning in warnings:
         log.warning("a change at run time holds no more", reason=warning)
+
+
+def _same(before: Config, after: Config) -> Config:
+    """The second, with services that are as before the same objects: of these nothing is made anew."""
+    old = {service.vip: service for service in before.services}
+    services = (old[s.vip] if old.get(s.vip) == s else s for s in after.services)
+    return replace(after, services=tuple(services))
 
 
 class Wanted:
@@ -206,6 +214,7 @@ class Wanted:
         seen = await self._seen()
         before = self._engine.config
         wanted, warnings = overlay(new, Changes() if discard else self.changes)
+        wanted = _same(before, wanted)
         self._supervisor.apply(wanted)
         self.given = new
         self.changed()
@@ -261,7 +270,7 @@ class Wanted:
 
     async def _seen(self) -> Seen:
         lost = {a for a, hop in self._engine.hops.items() if hop.state is not HopState.RESOLVED}
-        census = await self._engine.census()
+        census = await self._engine.census(shares=False)
         return Seen(
             self._engine.seed,
             dict(self._engine.standings),

@@ -200,10 +200,11 @@ class Engine:
         """The share of its weight that a backend has by slow start, 0 to 1."""
         return self._balance.warmth(service, backend, time.monotonic())
 
-    async def census(self) -> Census:
-        """Count, in a thread of its own: the flows and the places in the tables of each backend of each service."""
+    async def census(self, *, shares: bool = True) -> Census:
+        """Count, in a thread of its own: the flows and, if ``shares``, the places in the tables of each backend of each
+        service."""
         snapshot = self._queues.snapshot
-        tables = dict(snapshot.chosen) if snapshot else {}
+        tables = dict(snapshot.chosen) if snapshot and shares else {}
         backends = {number: address for address, number in self._registry.backends.items()}
         services = {number: vip for vip, number in self._registry.services.items()}
         flows = self._running.flows

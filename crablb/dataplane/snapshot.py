@@ -35,7 +35,7 @@ from crablb.model import (
 )
 from crablb.selection.custom import Asked
 from crablb.selection.loads import Balance
-from crablb.selection.maglev import Table, fill
+from crablb.selection.maglev import Table, empty, fill
 from crablb.selection.pool import Pool
 from crablb.values import resolve
 
@@ -315,8 +315,11 @@ def _choose(
     if table is None and before:
         table = before.tables.get(key)
     if table is None:
-        table = np.empty(table_size, np.uint16)
-        tables.append(partial(fill, table, members, sight.seed))
+        if any(weight for _, weight, _ in members.values()):
+            table = np.empty(table_size, np.uint16)
+            tables.append(partial(fill, table, members, sight.seed))
+        else:
+            table = empty(table_size)
     made.tables[key] = made.chosen[service.vip] = table
     entry.table = ffi.from_buffer("uint16_t[]", table)
     if service.policy in CONSISTENT:

@@ -6,6 +6,7 @@ Source: Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Bala
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +14,19 @@ import numpy.typing as npt
 from crablb._native import ffi, lib
 from crablb.model import Address, mapped
 
-__all__ = ["Table", "fill", "maglev_table"]
+__all__ = ["Table", "empty", "fill", "maglev_table"]
 
 Table = npt.NDArray[np.uint16]
 
 
+@lru_cache(2)
+def empty(size: int) -> Table:
+    """The table of nobody, which all share: at a start it is that of every service, until the backends are reached."""
+    return np.full(size, lib.CRAB_NO_BACKEND, np.uint16)
+
+
 def fill(table: Table, members: Mapping[int, tuple[Address, int, int]], seed: bytes) -> None:
     """Make it the table of :func:`maglev_table`.  Other threads run meanwhile.  Raises :class:`MemoryError`."""
-    if not any(weight for _, weight, _ in members.values()):
-        table.fill(lib.CRAB_NO_BACKEND)
-        return
     array = ffi.new("struct crab_maglev_member[]", max(len(members), 1))
     for entry, (backend_id, (address, weight, full)) in zip(array, members.items(), strict=False):
         entry.addr = mapped(address)

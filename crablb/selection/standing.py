@@ -47,8 +47,10 @@ def judge(service: Service, standings: Mapping[Pair, Standing]) -> Verdict:
     found out yet may be.  Backups serve while no primary is healthy, before it comes to that.
     """
 
+    found = {id(b): standings.get((service.vip, b.address), _UNKNOWN) for b in service.backends}
+
     def of(backend: Backend) -> Standing:
-        return standings.get((service.vip, backend.address), _UNKNOWN)
+        return found[id(backend)]
 
     up = [b for b in service.backends if b.share]
     primaries = [b for b in up if not b.backup] or up

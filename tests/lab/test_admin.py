@@ -6,6 +6,7 @@ import contextlib
 import grp
 import json
 import os
+import shlex
 import signal
 import socket
 import ssl
@@ -22,8 +23,9 @@ from crablb.api.client import ApiError, Client, NotRunning, discover
 from crablb.kernel import pins
 from crablb.lab import VIP4
 from tests.helpers.namespaces import inside
-from tests.helpers.processes import until
+from tests.helpers.processes import ROOT, until
 from tests.helpers.world import World, command, status
+from tests.unit.test_documents import commands_in, snippets
 
 VIP = f"tcp://{VIP4}:80"
 
@@ -155,6 +157,35 @@ def test_each_command(world, capsys):
     with inside(world.lab.lb.netns):
         assert list(pins.RUN.glob(f"{pins.namespace()}*")) == []
     held.kill()
+
+
+def test_every_documented_command(world):
+    """As docs/commands.md and docs/api.md show them, in their order."""
+    world.serve("--check", "none", what=[f"{VIP}=10.0.0.11,10.0.0.12"])
+    world.echo(VIP4)
+    shown = [
+        command_
+        for page in ("docs/commands.md", "docs/api.md")
+        for snippet in snippets(ROOT / page)
+        if snippet.language == "sh"
+        for command_ in commands_in(snippet.text)
+    ]
+    assert len(shown) >= 17
+    for words in map(shlex.split, shown):
+        timed_out = 1 if "--timeout" in words else 0
+        assert command(world.lab.lb, *words[1:], expected=timed_out)
+
+
+def test_what_curl_is_shown_to_say(world):
+    world.serve("--check", "none", what=[f"{VIP}=10.0.0.11,10.0.0.12"])
+    with inside(world.lab.lb.netns):
+        where = discover("eth0")
+    [snippet] = [each for each in snippets(ROOT / "docs/api.md") if "curl" in each.text]
+    for line in snippet.text.splitlines():
+        words = [str(where) if word == "/run/crablb/eth0.sock" else word for word in shlex.split(line)]
+        answered = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        assert "problems" not in answered or answered["state"] == "serving"
+    assert answered["changes"] == [f"10.0.0.11 of {VIP}: weight 1 -> 3"]
 
 
 def crablb(*args: str) -> list[str]:

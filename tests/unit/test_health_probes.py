@@ -189,6 +189,31 @@ def test_thousands_at_a_time_by_few_descriptors():
     assert longest < 2, "seconds in one turn of the event loop"
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_event_loop_that_had_no_time(loop):
+    """Who has answered while it stood still is not silent, though it is too late by then; and who has not is."""
+
+    async def main(port: int, quiet: int) -> list[Answer]:
+        dialogs = Dialogs(200)
+        dialogs.start()
+        answers: list[Answer] = []
+        for to in (quiet, *(port,) * 100):
+            check = Check(CheckKind.HTTP, timeout=0.5)
+            dialogs.hold(ask(check, Target(VIP, LOCAL, LOCAL, to)), 0.5, lambda a, _: answers.append(a))
+        for _ in range(20):  # all are connected, and have asked
+            await asyncio.sleep(0)
+        threading.Event().wait(2)
+        async with asyncio.timeout(20):
+            while len(answers) < 101:
+                await asyncio.sleep(0.01)
+        dialogs.close()
+        return answers
+
+    with server(says(OK)) as port, server(silent) as quiet, asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        answers = runner.run(main(port, quiet))
+    assert sorted(answers) == [Answer(False, "no answer in 0.5 s")] + [Answer(True, "status 200")] * 100
+
+
 # ---- http ----
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -40,6 +40,18 @@ def test_a_command_imports_only_its_own():
     assert loaded("from crablb.cli import main; main(['key', 'new'])", "crablb.cli.key", *others) & others == set()
 
 
+def test_a_daemon_imports_what_it_needs_after_the_first_packet_later():
+    """And what is for people, which structlog would import, never: it starts as crablb.cli.main does."""
+    later = ("starlette", "uvicorn", "h11", "prometheus_client", "tomlkit", "crablb.control.admin.app", "rich")
+    assert loaded("import crablb.cli.serve", *later) <= {"rich"}
+    code = (
+        "import sys; sys.argv = ['crablb', 'serve', '--config', '/nonexistent']; from crablb.cli import main;"
+        " assert main() == 2; from rich import print"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError: import of rich halted" in done.stderr
+
+
 def test_names_resolve():
     assert set(crablb.__all__) <= set(dir(crablb))
     for name in crablb.__all__:

@@ -48,7 +48,7 @@ def two():
             VIP, "10.0.0.12", state="drain", serving=False, healthy=None, load=None, connections=None, checks=[ill]
         ),
     ]
-    return made.facts([made.service(VIP, panic=True, quorum=2, healthy_weight=1)], backends)
+    return made.facts([made.service(VIP, policy="random", panic=True, quorum=2, healthy_weight=1)], backends)
 
 
 def test_what_it_says_is_what_there_is():

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
+from crablb.dataplane import snapshot as snapshot_module
 from crablb.dataplane.snapshot import Sight, Snapshot, build
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import (
@@ -345,3 +346,108 @@ def test_a_backend_that_completes_no_redirects():
     pooled = config(Service(WEB, (Backend(A), Backend(B)), policy="round-robin"))
     seen = replace(sight(pooled), unredirected=frozenset({(WEB, A)}))
     assert set(all_of(Core(build(pooled, seen)), WEB)) == redirected(B)
+
+
+# ---- of what has not changed nothing is looked at ----
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> list[tuple[Config, Sight]]:
+    """A configuration and what is seen, and what becomes of both; what does not change is the same object."""
+    numbers = {A: 0, B: 1, C: 2}
+    indices = {WEB: 0, MAIL: 1}
+    backends = st.builds(
+        Backend,
+        st.sampled_from([A, B, C]),
+        weight=st.integers(0, 3),
+        cr=st.booleans(),
+        state=st.sampled_from([State.UP, State.DRAIN, State.DEAD]),
+    )
+
+    def service(vip: Vip) -> Service:
+        own = draw(st.lists(backends, min_size=1, max_size=3, unique_by=lambda b: b.address))
+        policy = draw(st.sampled_from(["maglev", "round-robin", "least-connections"]))
+        return Service(vip, tuple(own), policy=policy, slow_start=draw(st.sampled_from([0.0, 10.0])))
+
+    services = {vip: service(vip) for vip in (WEB, MAIL)}
+    hops = {a: hop(a) for a in numbers}
+    balance, version, at, stopped = Balance(), 0, 0.0, frozenset[tuple[Vip, Address]]()
+    reached, closed = frozenset[Address](), Closed.AUTO
+    life = []
+    for _ in range(draw(st.integers(2, 6))):
+        match draw(st.integers(0, 7)):
+            case 0 | 1:
+                vip = draw(st.sampled_from([WEB, MAIL]))
+                services = services | {vip: service(vip)}
+            case 2:
+                services = services | {MAIL: service(MAIL)} if MAIL not in services else {WEB: services[WEB]}
+            case 3:
+                gone = NextHop(HopState.UNRESOLVED, asking=draw(st.booleans()))
+                hops = {a: draw(st.sampled_from([hop(a), gone])) for a in numbers}
+            case 4:
+                stopped = frozenset({(WEB, draw(st.sampled_from([A, B])))}) if not stopped else frozenset()
+            case 5:
+                at += 20.0
+            case 6:
+                reached = frozenset(draw(st.sets(st.sampled_from([A, B]))))
+            case 7:
+                closed = draw(st.sampled_from([Closed.AUTO, Closed.DROP]))
+        at += draw(st.sampled_from([0.0, 3.0]))
+        balance._since = {pair: began for pair, began in balance._since.items() if at - began < 10}  # as it forgets
+        for vip in services:
+            if draw(st.booleans()):
+                balance.begin(services[vip], draw(st.sampled_from([A, B, C])), at)
+        if draw(st.booleans()):
+            balance.give((WEB, draw(st.sampled_from([A, B, C]))), draw(st.sampled_from([100, 50])))
+        as_now = Balance()
+        as_now._since, as_now._percents = dict(balance._since), dict(balance._percents)
+        seen = Sight(SEED, numbers, indices, hops, as_now, at, reached, stopped, version=version)
+        life.append((config(*services.values(), closed=closed), seen))
+    return life
+
+
+def contents(made: Snapshot) -> tuple[object, ...]:
+    """What a snapshot is, by value."""
+    array, count = made.backends
+    pools = {vip: key for vip, (key, _) in made.pools.items()}
+    tables = {vip: table.tobytes() for vip, table in made.chosen.items()}
+    parts = {vip: (part.refuses, part.exceptions) for vip, part in made.parts.items()}
+    return bytes(ffi.buffer(array))[: count * ffi.sizeof("struct crab_backend")], pools, tables, parts
+
+
+@given(lives())
+def test_what_is_taken_over_is_as_if_it_was_made_anew(life):
+    before = None
+    for each, seen in life:
+        since = dict(seen.balance._since)
+        fresh = build(each, seen)
+        seen.balance._since = since  # what had risen is forgotten when it is asked for
+        made = build(each, seen, before)
+        assert contents(made) == contents(fresh)
+        fresh.free()
+        if before:
+            before.free()
+        before = made
+    before.free()
+
+
+def test_one_change_makes_one_service_anew(monkeypatch):
+    """Of a thousand: however many there are, what a change costs is what it changes."""
+    vips = [Vip(ip_address(f"10.0.{i // 250}.{i % 250 + 1}"), 80) for i in range(1000)]
+    many = config(*(Service(vip, (Backend(A), Backend(B))) for vip in vips))
+    seen = replace(sight(many), version=1)
+    before = build(many, seen)
+    made: list[Vip] = []
+    choose = snapshot_module._choose
+    monkeypatch.setattr(snapshot_module, "_choose", lambda *args: (made.append(args[2].vip), choose(*args))[1])
+    monkeypatch.setattr(snapshot_module, "_backends", None)  # not called
+    changed = replace(many.services[7], backends=(Backend(A, 3), Backend(B)))
+    after = build(replace(many, services=(*many.services[:7], changed, *many.services[8:])), seen, before)
+    assert made == [vips[7]]
+    # And with another next hop all that it concerns, which may be all.
+    monkeypatch.undo()
+    lost = replace(seen, hops={A: hop(A), B: NextHop(HopState.UNRESOLVED)})
+    last = build(many, lost, after)
+    assert set(np.unique(last.chosen[vips[0]])) == {0}
+    for each in (before, after, last):
+        each.free()

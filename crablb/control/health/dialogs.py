@@ -28,6 +28,8 @@ BEGUN = 32
 REST = 256
 #: Seconds that a conversation may take to clear away after its time.
 GRACE = 1.0
+#: Seconds after the end of a conversation's time at which it is not the server that is late.
+LATE = 0.05
 #: What keeps this host from asking, and says nothing of the server.
 OWN = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EACCES, errno.EPERM,
        errno.EAFNOSUPPORT, errno.ENETDOWN}  # fmt: skip
@@ -72,15 +74,22 @@ def room() -> int:
     return max(8, (limit - REST) // 2)
 
 
+def _ready(held: _Held) -> bool:
+    poll = select.poll()
+    poll.register(held.fd, held.events)
+    return bool(poll.poll(0))
+
+
 class _Held:
     """One that is under way, or waits for a place."""
 
-    __slots__ = ("began", "dialog", "done", "fd", "timeout", "timer")
+    __slots__ = ("began", "dialog", "done", "events", "fd", "late", "timeout", "timer")
 
     def __init__(self, dialog: Dialog, timeout: float, done: Callable[[Answer, float], None]) -> None:
         self.dialog, self.timeout, self.done = dialog, timeout, done
-        self.fd = -1
+        self.fd, self.events = -1, 0  # what it waits for
         self.began = 0.0
+        self.late = False  # it had its time, and was given as much again
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -147,6 +156,9 @@ class Dialogs:
                 self._step(held)
 
     def _silent(self, held: _Held) -> None:
+        if not held.late and time.monotonic() - held.began - held.timeout > LATE and _ready(held):
+            held.late, held.timer = True, None  # the answer is here, and it is this process that had no time
+            return self._step(held)
         held.timer = self._loop.call_later(GRACE, self._give_up, held)
         self._step(held, Silent())
 
@@ -171,6 +183,7 @@ class Dialogs:
             self._finish(held, Answer(None, f"could not be tried: {fault!r}"))
 
     def _await(self, held: _Held, fd: int, events: int) -> None:
+        held.events = events
         if held.fd != fd:
             held.fd = fd
             self._by_fd[fd] = held

@@ -7,7 +7,7 @@ after RFC 2003 and RFC 2473.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from crablb._native import ffi, lib
@@ -36,7 +36,9 @@ STAMP_AT = TCP_HEADER + 8
 PORT_FIELD, WORD, TCP_FIELDS = struct.Struct("!H"), struct.Struct("!I"), struct.Struct("!HHIIBB")
 
 # Steps of classic BPF: linux/filter.h.
-LDH, LDB, LDH_X, LDB_X, LDX_HEADER, JEQ, JGE, JGT, JSET = 0x28, 0x30, 0x48, 0x50, 0xB1, 0x15, 0x35, 0x25, 0x45
+LD, LDH, LDB, LDH_X, LDB_X, LDX_HEADER = 0x20, 0x28, 0x30, 0x48, 0x50, 0xB1
+JEQ, JGE, JGT, JSET = 0x15, 0x35, 0x25, 0x45
+FARTHEST = 255  # steps that a jump goes over
 
 
 class Reply(NamedTuple):
@@ -212,9 +214,9 @@ def _ip(data: bytes, at: int) -> tuple[int, int]:
     raise ValueError
 
 
-def taken(first: int, last: int) -> dict[int, list[sockfilter.Step]]:
-    """Filters by IP version, of packets that begin with their IP header: segments to these ports, and ICMP errors about
-    segments from them, wrapped or not."""
+def taken(first: int, last: int, addresses: Collection[Address]) -> dict[int, list[sockfilter.Step]]:
+    """Filters by IP version, of packets that begin with their IP header: what is to one of these addresses, and there a
+    segment to these ports, or an ICMP error about a segment from them, wrapped or not."""
 
     def port(load: int, at: int) -> list[sockfilter.Step]:
         return [(load, 0, 0, at), (JGE, 0, 2, first), (JGT, 1, 0, last), sockfilter.TAKE, sockfilter.LEAVE]
@@ -222,7 +224,20 @@ def taken(first: int, last: int) -> dict[int, list[sockfilter.Step]]:
     def case(value: int, steps: list[sockfilter.Step]) -> list[sockfilter.Step]:
         return [(JEQ, 0, len(steps), value), *steps]
 
+    def to(version: int) -> list[sockfilter.Step]:
+        """By the address' last four bytes."""
+        words = {int.from_bytes(address.packed[-4:], "big") for address in addresses if address.version == version}
+        load = (LD, 0, 0, 16 if version == 4 else 36)
+        if len(words) > FARTHEST:  # all
+            return []
+        return [
+            load,
+            *((JEQ, n, 0, word) for n, word in zip(range(len(words), 0, -1), words, strict=True)),
+            sockfilter.LEAVE,
+        ]
+
     four = [
+        *to(4),
         (LDH, 0, 0, 6), (JSET, 0, 1, 0x1FFF), sockfilter.LEAVE,  # a fragment, but the first
         (LDX_HEADER, 0, 0, 0),
         (LDB, 0, 0, 9), *case(TCP, port(LDH_X, 2)),
@@ -234,6 +249,7 @@ def taken(first: int, last: int) -> dict[int, list[sockfilter.Step]]:
         sockfilter.LEAVE,
     ]  # fmt: skip
     six = [
+        *to(6),
         (LDB, 0, 0, 6), *case(TCP, port(LDH, 42)),
         *case(ICMPV6, [
             (LDB, 0, 0, 40), (JGT, 0, 1, 4), sockfilter.LEAVE,

@@ -5,8 +5,9 @@
 VIP.  Each is one SYN, of which no connection comes: a RST ends it, whatever came back.
 
 They are sent and read beside the host's own TCP, by packet sockets.  So netfilter, rp_filter and a VIP that is an
-address of this host as well do not matter; what the kernel makes of a SYN-ACK that it did not ask for is a RST, which
-is right too.  The workers see none of it: the SYNs leave, and what comes back is for an address that is no VIP.
+address of this host as well do not matter.  The kernel would answer a SYN-ACK that it did not ask for by a RST, and
+send that to the VIP: where a router leads there, to the load balancer itself.  So each port has a listener, of whose
+packets a filter leaves nothing.  The workers see none of it: SYNs leave, and what comes back is to no VIP.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import errno
 import hashlib
 import itertools
 import secrets
+import select
 import socket
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,9 +55,12 @@ WAITING = 8 << 20
 ROOM = 2048
 #: Checks that are remembered, if nobody says which are needed.
 MOST = 1 << 16
+#: Seconds before it is looked again whether answers are read.
+READ_ON = 0.005
 #: Seconds that the host's own addresses are taken to be the same.
 ADDRESSES = 2.0
 SO_RCVBUFFORCE = 33
+SETTINGS = Path("/proc/sys/net/ipv4")
 #: Of a sequence number what is a keyed hash; above it the turn.
 TAG = 0xFFFFFF
 ETH_P = {4: 0x0800, 6: 0x86DD}
@@ -136,7 +143,9 @@ class Sounder:
         self._key = secrets.token_bytes(16)
         self._ports: list[socket.socket] = []
         self._first = 0
-        self._heard: list[socket.socket] = []
+        self._heard: dict[int, socket.socket] = {}  # by IP version
+        self._unread = select.poll()
+        self._sources: set[Address] = set()
         self._readers: list[Reader] = []
         self._senders: dict[int, socket.socket] = {}
         self._checks: dict[Key, _Check] = {}
@@ -155,12 +164,13 @@ class Sounder:
         try:
             self._ports = _reserve()
             self._first = self._ports[0].getsockname()[1]
-            for version, program in segments.taken(self._first, self._first + PORTS - 1).items():
+            for version, program in self._filters().items():
                 # Of all interfaces.  What comes before there is a filter is for none of these ports.
                 sock = socket.socket(
                     socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, socket.htons(ETH_P[version])
                 )
-                self._heard.append(sock)
+                self._heard[version] = sock
+                self._unread.register(sock, select.POLLIN)
                 sockfilter.attach(sock, program)
                 sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, WAITING)
                 self._readers.append(Reader(sock, ROOM, self._take, self._lost))
@@ -174,7 +184,8 @@ class Sounder:
         services = list(services)
         pairs = {(backend.address, service.vip) for service in services for backend in service.backends}
         self._checks = {key: check for key, check in self._checks.items() if check.waiting or key[:2] in pairs}
-        self._macs.clear()
+        dips = {dip for dip, _ in pairs}
+        self._macs = {mac: dip for mac, dip in self._macs.items() if dip in dips}
         self._vips = frozenset(service.vip.address for service in services)
         for check in self._checks.values():
             check.hop = None  # another source may be right
@@ -190,9 +201,10 @@ class Sounder:
             self._flush.cancel()
         while self._readers:
             self._readers.pop().close()
-        for sock in (*self._heard, *self._senders.values(), *self._ports):
+        for sock in (*self._heard.values(), *self._senders.values(), *self._ports):
             sock.close()
-        self._heard, self._senders, self._ports = [], {}, []
+        self._heard, self._senders, self._ports = {}, {}, []
+        self._unread = select.poll()
 
     async def redirect(self, hop: NextHop, dip: Address, vip: Vip, form: OptionForm, timeout: float) -> Answer:
         """Whether a backend takes redirected connections: a SYN with the redirect to ``vip`` goes to ``dip``, and the
@@ -248,10 +260,21 @@ class Sounder:
             return Answer(None, f"the kernel has no address to send to {check.dip} from")
         if hop.on_link:
             self._macs[hop.dst_mac] = check.dip
+        self._hear({source, hop.source} if tunnel and hop.source else {source})
         check.aim(hop, source, tunnel=tunnel)
         if source != hop.source:  # and it may go
             check.hop = None
         return None
+
+    def _filters(self) -> dict[int, list[sockfilter.Step]]:
+        return segments.taken(self._first, self._first + PORTS - 1, self._sources)
+
+    def _hear(self, sources: set[Address]) -> None:
+        """Take what comes to these addresses, and to no others, as this host may be a router for other hosts."""
+        if not sources <= self._sources:
+            self._sources |= sources
+            for version, program in self._filters().items():
+                sockfilter.attach(self._heard[version], program)
 
     def _source(self, hop: NextHop, version: int, check: _Check) -> Address | None:
         """An address to ask from, which the answer finds its way to."""
@@ -333,9 +356,15 @@ class Sounder:
         """End what the server may have begun, by the way that the SYN went."""
         self._send(check.ifindex, check.reset.filled(check.port, sequence & 0xFFFFFFFF))
 
-    def _silent(self, check: _Check) -> None:
+    def _silent(self, check: _Check, until: float = 0.0) -> None:
+        """Its time is over; but what came while the event loop, or the whole machine, stood still is read first."""
+        now = time.monotonic()
+        if self._unread.poll(0) and (not until or now < until):
+            again = partial(self._silent, check, until or now + check.timeout)
+            check.timer = asyncio.get_running_loop().call_later(READ_ON, again)
+            return
         self._reset(check, check.sequence + 1)
-        self._finish(check, Answer(False, _silence(check), time.monotonic() - check.sent))
+        self._finish(check, Answer(False, _silence(check), now - check.sent))
 
     def _lost(self, error: Exception) -> None:
         if count := self._seldom.due("lost"):
@@ -367,7 +396,7 @@ class Sounder:
         elif flags != RST | ACK:
             return
         other = self._macs.get(sender[4]) if not check.form and sender[4] != check.mac else None
-        if other:
+        if other and other != check.dip:
             reason = f"{other} answered in its place: it sent the SYN to the VIP back; is the VIP on its lo?"
             self._finish(check, Answer(False, reason, seconds, by=by))
         else:
@@ -376,12 +405,15 @@ class Sounder:
 
 
 def _reserve() -> list[socket.socket]:
-    """Sockets that are bound to :data:`PORTS` ports one after the other, the highest of those that the kernel gives to
-    whoever asks for none in particular.  Raises OSError."""
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    """Sockets that have :data:`PORTS` ports one after the other, the highest that are free of those that the kernel
+    gives to whoever asks for none in particular.  Raises OSError."""
+    low, high = map(int, (SETTINGS / "ip_local_port_range").read_text().split())
+    kept = [one.split("-") for one in (SETTINGS / "ip_local_reserved_ports").read_text().strip().split(",") if one]
     error = OSError(errno.EADDRINUSE, f"there are no {PORTS} ports together that are free")
     for first in range(high - PORTS + 1, low - 1, -PORTS):
         taken: list[socket.socket] = []
+        if any(int(one[0]) < first + PORTS and first <= int(one[-1]) for one in kept):
+            continue  # the administrator keeps them for somebody
         try:
             for port in range(first, first + PORTS):
                 taken.append(_bound(port))
@@ -395,6 +427,7 @@ def _reserve() -> list[socket.socket]:
 
 
 def _bound(port: int) -> socket.socket:
+    """A listener that hears nothing: nobody can have the port, and nobody is answered."""
     try:
         sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
     except OSError:  # this host has no IPv6
@@ -403,6 +436,8 @@ def _bound(port: int) -> socket.socket:
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(("", port))
+        sockfilter.attach(sock, [sockfilter.LEAVE])
+        sock.listen(0)
     except OSError:
         sock.close()
         raise
@@ -411,9 +446,10 @@ def _bound(port: int) -> socket.socket:
 
 def _own_addresses() -> list[tuple[Address, int]]:
     """This host's addresses that it is reached by, and the interface of each."""
-    with Netlink() as netlink:
+    with suppress(OSError), Netlink() as netlink:
         reached = rtnetlink.reached_by(netlink)
         return [(ip_address(text), index) for text, index in rtnetlink.addresses(netlink).items() if text in reached]
+    return []
 
 
 def _judged(check: _Check, reply: Reply, by: Address) -> tuple[bool, str, bool]:
