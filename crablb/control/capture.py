@@ -17,7 +17,7 @@ from crablb.dataplane.engine import Engine
 from crablb.dataplane.tap import MAX_SNAP, Seen, Tap
 from crablb.errors import Problems
 from crablb.filters import Filter, parse_filter
-from crablb.model import Service
+from crablb.model import Config, Service, Vip
 
 __all__ = ["capture", "checked"]
 
@@ -66,6 +66,8 @@ class _File:
         self._began, self._wall = time.monotonic_ns(), time.time_ns()  # wall clocks may be set meanwhile
         self._numbers: dict[int, int] = {}  # of interfaces, by index
         self._counts: dict[int, int] = {}  # packets of each
+        self._config: Config | None = None  # whose services these are
+        self._services: dict[Vip, Service] = {}
         self._packets = 0
         self._missing = 0  # that have been told
 
@@ -113,13 +115,16 @@ class _File:
         described = f"served by crablb, {mode or 'no'} XDP" if mode is not None else "packets went out here"
         return pcapng.interface(name, described, self._limits.snaplen)
 
-    def _service(self, frame: bytes) -> Service | None:
-        packet = outcome.headers(frame)
-        return next((s for s in self._engine.config.services if packet and s.vip == packet.vip), None)
+    def _service(self, packet: outcome.Packet | None) -> Service | None:
+        config = self._engine.config
+        if config is not self._config:
+            self._config, self._services = config, {service.vip: service for service in config.services}
+        return self._services.get(packet.vip) if packet and packet.vip else None
 
     def _blocks(self, seen: Seen, lost: int) -> bytes:
         """A packet as it came in, and as it went out, if it did."""
-        comment = outcome.told(seen, self._service(seen.frame))
+        packet = outcome.headers(seen.frame)
+        comment = outcome.told(seen, packet, self._service(packet))
         dropped, self._missing = lost - self._missing, lost
         snap = self._limits.snaplen
         made = b""

@@ -85,13 +85,13 @@ def asides(seen: Seen) -> list[str]:
     return [text for name, text in ASIDE.items() if name in seen.counters]
 
 
-def told(seen: Seen, service: Service | None) -> str:
-    """A packet's comment: the decision, the backend, why, and who decided."""
+def told(seen: Seen, packet: Packet | None, service: Service | None) -> str:
+    """A packet's comment: the decision, the backend, why, and who decided.  ``packet``: its headers."""
     name, said = decision(seen)
     if seen.backend:
         said += f"; to {seen.backend}"
     facts = asides(seen)
-    if seen.service and seen.frame and (packet := headers(seen.frame)) and packet.syn and seen.backend:
+    if seen.service and packet and packet.syn and seen.backend:
         facts.insert(0, choice(seen, service))
     who = f"worker of queue {seen.queue}" if seen.verdict is None else f"XDP program, queue {seen.queue}"
     return "; ".join([said, *facts, f"{who} [{name}]" if name else who])

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import structlog
@@ -42,7 +44,7 @@ LEASE, RENEWED = 5.0, 1.0
 #: Packets that a tap holds for its reader.
 WAITING = 4096
 #: Packets that are worked on before others have their turn in the event loop.
-TURN = 256
+TURN = 64
 #: ``struct crab_tapped``.
 RECORD = struct.Struct("=QQQIIIIIHHHHBBBB")
 assert RECORD.size == ffi.sizeof("struct crab_tapped")
@@ -143,6 +145,7 @@ class Taps:
         self._opening = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._lost = 0  # that have been told
+        self._ended = False
 
     async def open(
         self,
@@ -170,6 +173,8 @@ class Taps:
                 )
             if not self._program:
                 await asyncio.get_running_loop().run_in_executor(executor, program.load_tap)
+                if self._ended:  # meanwhile
+                    raise KernelError("the load balancer ends, so no packets can be seen")
                 self._show(program)
             while self._next in self._taps:
                 self._next = (self._next + 1) % lib.CRAB_MAX_TAPS
@@ -192,7 +197,8 @@ class Taps:
             self._hide()
 
     def end(self) -> None:
-        """End all taps, also where there is no event loop any more."""
+        """End all taps, and make no more; also where there is no event loop any more."""
+        self._ended = True
         for tap in list(self._taps.values()):
             with suppress(RuntimeError):  # it is closed
                 self.close(tap)
@@ -265,9 +271,11 @@ class Taps:
                 renewed = time.monotonic()
                 self._lease()
             records: list[tuple[int, Seen]] = []
+            addresses = {number: address for address, number in self._backends().items()}
             for data in self._shown():
-                if data:
-                    records += parse(data, {number: address for address, number in self._backends().items()})
+                parsed = parse(data, addresses)
+                while some := list(islice(parsed, TURN)):
+                    records += some
                     await asyncio.sleep(0)
             lost, self._lost = self._lost, self._unshown()
             for tap in self._taps.values():
@@ -312,6 +320,12 @@ def fill(entry: Any, wanted: Filter, backends: Mapping[Address, int]) -> None:
         entry.backend = backends.get(wanted.backend, lib.CRAB_NO_BACKEND - 1)
 
 
+@lru_cache(1024)
+def _names(counted: int, xdp: bool) -> frozenset[str]:
+    """Of the counters that these bits stand for."""
+    return frozenset(name for bit, name in enumerate(XDP_COUNTERS if xdp else WORKER_COUNTERS) if counted >> bit & 1)
+
+
 def parse(data: bytes, addresses: Mapping[int, Address]) -> Iterator[tuple[int, Seen]]:
     """Records one behind the other (``struct crab_tapped``), each with the taps that show it, a bit each.
 
@@ -323,13 +337,12 @@ def parse(data: bytes, addresses: Mapping[int, Address]) -> Iterator[tuple[int, 
          xdp, verdict, flags) = RECORD.unpack_from(data, at)  # fmt: skip
         frame = data[at + RECORD.size : at + RECORD.size + kept]
         out = data[at + RECORD.size + kept : at + RECORD.size + kept + out_kept]
-        names = XDP_COUNTERS if xdp else WORKER_COUNTERS
         yield (
             taps,
             Seen(
                 at=began,
                 done=done,
-                counters=frozenset(name for bit, name in enumerate(names) if counted >> bit & 1),
+                counters=_names(counted, bool(xdp)),
                 frame=frame,
                 length=length,
                 interface=interface,

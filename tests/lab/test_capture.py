@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,6 +20,10 @@ from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import rdpcap
 
+from crablb.config import config_from_args
+from crablb.control.supervisor import Supervisor
+from crablb.errors import KernelError
+from crablb.filters import Filter
 from crablb.kernel import bpf
 from crablb.lab import VIP4, VIP6
 from tests.helpers.namespaces import inside
@@ -252,3 +257,40 @@ def test_the_daemon_is_killed_in_a_capture(standing):
     assert "the load balancer has gone" in ended(child, 0, 2)
     assert read(path).packets == []
     assert program(world) == ""
+
+
+def test_a_tap_of_this_process(standing):
+    """It outlives a program that is attached once more and a configuration that is served anew, and leaves nothing."""
+    world = standing()
+    settings = config_from_args(["eth0"], [f"tcp://{VIP4}:80={world.lab.servers[0].ip4}"], check=[])
+
+    async def main() -> None:
+        supervisor = Supervisor(settings, bytes(16))
+        engine = supervisor.engine
+        await supervisor.start()
+        try:
+            assert engine._program
+            tap = await engine.tap(Filter(), 256)
+            engine._attachments[0].renew(engine._program)  # as for queues that a veth has got since
+            engine.apply(engine.config)
+            assert program(world) == "crab_lb_tap"
+            assert (await asyncio.to_thread(world.echo, VIP4, "10"))["intact"]
+            seen: set[str] = set()
+            while not {"fallback_no_offer", "fallback_established", "flow"} <= seen:
+                seen |= {name for packet in await tap.take(10) for name in packet.counters}
+            tap.close()
+            tap.close()
+            assert tap.over
+            assert program(world) == "crab_lb"
+            await engine._sweep_once()
+            assert not engine._queues._rings
+            opening = asyncio.ensure_future(engine.tap(Filter(), 256))
+            await asyncio.sleep(0)  # it has begun to load its program
+        finally:
+            await supervisor.close()
+        with pytest.raises(KernelError, match="the load balancer ends"):
+            await opening
+        assert program(world) == ""
+
+    with inside(world.lab.lb.netns):
+        asyncio.run(main())
