@@ -207,9 +207,11 @@ static __always_inline int is_group(struct xdp_md *ctx)
 
 /* Has the kernel had this packet, and sent it back to the network?  If not, it has it now.  Whatever on this machine takes it
  * (netfilter may translate what no socket is seen to wait for), it does not come back then.  Options are left out: routers
- * write into them (RFC 791: record route; RFC 8200, 4.2). */
-static __noinline int comes_back(const __u8 *ip, const __u8 *l4, const __u8 *end)
+ * write into them (RFC 791: record route; RFC 8200, 4.2).  where: l3 of struct crab_where, and l4 from bit 8 on. */
+static __noinline int comes_back(struct xdp_md *ctx, __u32 where)
 {
+    const __u8 *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+    const __u8 *ip = data + (where & 31), *l4 = data + (where >> 8 & 127);
     struct passed key = {};
     __u64 hops;
     int v6;
@@ -238,12 +240,13 @@ static __noinline int comes_back(const __u8 *ip, const __u8 *l4, const __u8 *end
     return 0;
 }
 
+#define IF_IT_COMES_BACK (1 << 30)
+
 /* Is a packet to a VIP that is no service's for user space to answer or to drop?  kinds: CRAB_VIP_*; why: as of pass();
- * where: l3 of struct crab_where, and l4 from bit 8 on (of arguments there are five). */
-static __noinline int is_answered(struct xdp_md *ctx, __u32 kinds, __u32 why, __u32 proto, __u32 where)
+ * where_l4: as in struct crab_where.  IF_IT_COMES_BACK: the caller asks, as Linux 6.1 has no stack for one call more. */
+static __noinline int is_answered(struct xdp_md *ctx, __u32 kinds, __u32 why, __u32 proto, __u32 where_l4)
 {
-    const __u8 *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-    const __u8 *ip = data + (where & 31), *l4 = data + (where >> 8 & 127);
+    const __u8 *end = (void *)(long)ctx->data_end, *l4 = (const __u8 *)(long)ctx->data + (where_l4 & 127);
     __u32 icmp = 0;
     if (proto == IPPROTO_ICMPV6 && l4 + 1 <= end)
         icmp = l4[0];
@@ -255,7 +258,7 @@ static __noinline int is_answered(struct xdp_md *ctx, __u32 kinds, __u32 why, __
         return kinds & CRAB_VIP_ECHO;
     if (kinds & CRAB_VIP_ALL || (why == CRAB_XDP_PASS_NOT_VIP && proto == IPPROTO_TCP))
         return kinds & (CRAB_VIP_ALL | CRAB_VIP_CLOSED);
-    return kinds & CRAB_VIP_CLOSED && comes_back(ip, l4, end);
+    return kinds & CRAB_VIP_CLOSED ? IF_IT_COMES_BACK : 0;
 }
 
 /* A packet of no service: a handler's, to a VIP, or the kernel's.  Without a socket a handler's is the kernel's, as it was
@@ -278,7 +281,10 @@ static __noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
     __u32 *kinds = NULL;
     if (!foreign && has.fields & CRAB_MATCH_ADDR)
         kinds = bpf_map_lookup_elem(&vips, has.addr);
-    if (kinds && !is_group(ctx) && is_answered(ctx, *kinds, why, has.proto, where.l3 | where.l4 << 8)) {
+    int answered = kinds && !is_group(ctx) ? is_answered(ctx, *kinds, why, has.proto, where.l4) : 0;
+    if (answered == IF_IT_COMES_BACK)
+        answered = comes_back(ctx, where.l3 | where.l4 << 8);
+    if (answered) {
         int verdict = to_socket(ctx, XDP_DROP);
         count(verdict == XDP_REDIRECT ? CRAB_XDP_VIP : CRAB_XDP_DROP_NO_SOCKET);
         return verdict;

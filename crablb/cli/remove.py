@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     problems.finish()
     if os.geteuid() != 0:
         raise KernelError("crablb remove works with BPF programs; run it as root")
+    attachment.reunite()
     left = {name: attachment.left(name) for name in names}
     if after:
         print(f"{', '.join(names)}: in {after} s, unless it is taken over", flush=True)

@@ -9,6 +9,10 @@ For that the program is pinned as well, as the kernel gives out programs by thei
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,7 +31,7 @@ from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import NextHop, release_managed
 from crablb.model import XdpMode
 
-__all__ = ["Attachment", "inherited", "left", "remove", "ways"]
+__all__ = ["Attachment", "inherited", "left", "remove", "reunite", "ways"]
 
 log = structlog.get_logger()
 
@@ -49,10 +53,18 @@ def _put_back(name: str) -> None:
     offloads = _offloads(name)
     if not offloads.exists():
         return
+    failed = []
     for feature in offloads.read_text().split():
-        with suppress(OSError):  # the interface may be gone
+        try:
             ethtool.switch(name, feature, on=True)
-    offloads.unlink()
+        except OSError as error:
+            if error.errno != errno.ENODEV:  # it is there still: crablb remove tries again
+                failed.append(feature)
+                log.warning("an offload cannot be put back", interface=name, feature=feature, reason=str(error))
+    if failed:
+        offloads.write_text(" ".join(failed))
+    else:
+        offloads.unlink()
 
 
 class _Before:
@@ -103,6 +115,7 @@ class Attachment:
         self.sums = False  # whether the interface does checksums of any packet, wherever in it they are
         self._offloads = _offloads(name)
         self._owned = ExitStack()
+        self._nameless = False  # another interface that is served has its name
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
         self._pinned = False  # whether what is in the folder is this process's
@@ -118,6 +131,7 @@ class Attachment:
             self._owned.close()
 
     def _own(self) -> None:
+        self._nameless = False
         self._owned.enter_context(pins.own(self.role, f"the load balancer of {self.info.name}"))
 
     def find(self) -> None:
@@ -254,6 +268,16 @@ class Attachment:
         self._link.update(program.main)
         pins.put(program.main, self.pins / "program")
 
+    def lend_name(self) -> None:
+        """It is gone, and another interface has its name now.  Idempotent."""
+        self._owned.close()
+        self._nameless = True
+
+    def regain_name(self) -> None:
+        """It is there again; raises :class:`KernelError` if another process is known by its name."""
+        if self._nameless:
+            self._own()
+
     def leave_name(self) -> None:
         """The interface has another name now, and perhaps another one has this."""
         self._owned.close()
@@ -299,6 +323,33 @@ class Attachment:
                 link.close()
         self._link = self._left = None
         self.mode, self._pinned = "", False
+
+
+def reunite() -> None:
+    """What dead load balancers left of interfaces that have been renamed since has the names of now."""
+    moved = []
+    for folder in (pins.root() / pins.namespace()).glob("lb-*"):
+        try:
+            with bpf.Link.from_pin(folder / "link") as link:
+                index = link.target
+            name = socket.if_indextoname(index)
+        except (bpf.BpfNotFoundError, OSError):  # it is gone
+            continue
+        was = pins.unescape(folder.name).removeprefix("lb-")
+        if name != was and all(pins.owner(_role(n)) in (None, os.getpid()) for n in (name, was)):
+            aside = pins.folder(f"lb of {index}")
+            folder.rename(aside)
+            moved.append((aside, was, name))
+    # What they switched off stands beside; of two that exchanged their names neither overwrites the other's.
+    noted = {name: _offloads(was).read_text() for _, was, name in moved if _offloads(was).exists()}
+    for _, was, _ in moved:
+        _offloads(was).unlink(missing_ok=True)
+    for aside, _, name in moved:
+        folder = pins.folder(_role(name))
+        shutil.rmtree(folder, ignore_errors=True)  # of one that is gone
+        aside.rename(folder)
+        if name in noted:
+            _offloads(name).write_text(noted[name])
 
 
 def left(name: str) -> int | None:

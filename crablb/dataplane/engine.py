@@ -23,7 +23,7 @@ import structlog
 
 from crablb import lasting
 from crablb._native import lib
-from crablb.dataplane.attachment import Attachment, inherited, rename, ways
+from crablb.dataplane.attachment import Attachment, inherited, rename, reunite, ways
 from crablb.dataplane.census import Census, FoundFlow, count, find
 from crablb.dataplane.events import Event, HopsChanged, LinksChanged, Notice, Started, Swept
 from crablb.dataplane.flows import flow_hash
@@ -442,6 +442,7 @@ class Engine:
         self._keep_back(2 * SPARE)
         for attachment in self._attachments:
             self._stack.enter_context(attachment.own())
+        reunite()
         for attachment in self._attachments:
             attachment.find()
         left = inherited(self._attachments, self.seed) if self.bypass else None
@@ -648,19 +649,27 @@ class Engine:
             return
         links = self._nexthops.links if self._nexthops else {}
         there = {a: link for a in self._attachments if a.mode and (link := links.get(a.info.index))}
+        for attachment in self._attachments:
+            if attachment.mode and attachment not in there:
+                self._lose(attachment)
+            if not attachment.mode and attachment.info.name in {link.name for link in there.values()}:
+                attachment.lend_name()
         for attachment, before in rename({a: link.name for a, link in there.items()}):
             self._tell(Event("interface-renamed", interface=attachment.info.name, reason=before))
         for attachment in self._attachments:
-            self._fit(attachment, there=attachment in there)
+            self._fit(attachment)
         self._tell(LinksChanged(links))
 
-    def _fit(self, attachment: Attachment, *, there: bool) -> None:
-        """Serve an interface as it is now: gone, there again, or with other queues or another MTU."""
+    def _lose(self, attachment: Attachment) -> None:
+        self._give_up(attachment)
+        self._tried.pop(attachment.name, None)
+        self._tell(Event("interface-gone", interface=attachment.info.name))
+
+    def _fit(self, attachment: Attachment) -> None:
+        """Serve an interface as it is now: there again, with other queues or MTU, or a failed socket."""
         name = attachment.name
-        if attachment.mode and (not there or self._queues.failed(name)):
-            self._give_up(attachment)
-            self._tried.pop(name, None)
-            self._tell(Event("interface-gone", interface=attachment.info.name))
+        if attachment.mode and self._queues.failed(name):
+            self._lose(attachment)
         try:
             info = interface_info(attachment.info.name)
         except KernelError:  # its event is on its way
@@ -700,6 +709,7 @@ class Engine:
         """Serve an interface that was gone."""
         attachment.info = info
         try:
+            attachment.regain_name()
             attachment.find()
             self._queues.fit(attachment.name, info)
             self._own()

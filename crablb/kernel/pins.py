@@ -68,6 +68,11 @@ def escape(name: str) -> str:
     return name.replace("%", "%25").replace(".", "%2e")
 
 
+def unescape(name: str) -> str:
+    """The role that a folder is named after."""
+    return name.replace("%2e", ".").replace("%25", "%")
+
+
 def folder(role: str) -> Path:
     """Where the pins of ``role`` ("lb-eth0", "client", "server") in this network namespace are."""
     return root() / namespace() / escape(role)
