@@ -35,6 +35,7 @@ __all__ = [
     "check_services",
     "checked",
     "config_from_args",
+    "config_from_table",
     "load_config",
     "parse_backend",
     "parse_config",
@@ -229,6 +230,11 @@ def _parse(text: str, overridden: bool) -> Config:
     def place(i: int) -> str:
         return f"service {i + 1}" + (f" (line {lines[i]})" if i < len(lines) else "")
 
+    return config_from_table(table, place)
+
+
+def config_from_table(table: Mapping[str, object], place: Callable[[int], str] = "service {}".format) -> Config:
+    """What a file says that has this in it; ``place``: of the i-th service.  Raises :class:`ConfigError`."""
     problems = Problems()
     fields = _read(problems, Config, table, place)
     _check_together(problems, fields, lambda option: option.name)

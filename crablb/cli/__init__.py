@@ -27,6 +27,7 @@ LASTING = ("serve", "agent", "remove")
 COMMANDS = (
     "serve",
     "status",
+    "doctor",
     "services",
     "backends",
     "flows",

@@ -26,7 +26,7 @@ from crablb.kernel.reader import Reader
 from crablb.model import Address
 from crablb.seldom import Seldom
 
-__all__ = ["Announcer", "Question", "answer", "parse"]
+__all__ = ["ETH_P_ARP", "ETH_P_IPV6", "Announcer", "Question", "about", "answer", "parse", "probe"]
 
 #: VIPs that are held and asked after, a second, at most.
 ASKED = 50
@@ -106,16 +106,22 @@ def _group(address: IPv6Address) -> IPv6Address:
     return IPv6Address(IPv6Address("ff02::1:ff00:0").packed[:13] + address.packed[13:])
 
 
-def probe(address: Address, mac: bytes) -> bytes:
-    """Ask whether somebody has the address, without claiming it."""
+def probe(address: Address, mac: bytes, source: Address | None = None) -> bytes:
+    """Ask whether somebody has the address, without claiming it.
+
+    ``source``: this host's own address; without it, whoever wants the address too takes that for a rival's question.
+    """
     if isinstance(address, IPv4Address):
         return (
             BROADCAST + mac + b"\x08\x06" + struct.pack("!HHBBH", 1, 0x0800, 6, 4, ARP_REQUEST)
-            + mac + bytes(4) + bytes(6) + address.packed
+            + mac + (source.packed if source else bytes(4)) + bytes(6) + address.packed
         )  # fmt: skip
     group = _group(address)
     body = struct.pack("!BBHI", SOLICITATION, 0, 0, 0) + address.packed
-    return b"\x33\x33" + group.packed[12:] + mac + b"\x86\xdd" + _icmpv6(IPv6Address("::"), group, body)
+    if isinstance(source, IPv6Address):
+        body += b"\x01\x01" + mac  # source link-layer address
+    sender = source if isinstance(source, IPv6Address) else IPv6Address("::")
+    return b"\x33\x33" + group.packed[12:] + mac + b"\x86\xdd" + _icmpv6(sender, group, body)
 
 
 def announcement(address: Address, mac: bytes) -> bytes:
@@ -128,7 +134,7 @@ def announcement(address: Address, mac: bytes) -> bytes:
     return answer(Question(address, True, BROADCAST, None), mac)
 
 
-def _about(kind: int, addresses: Collection[Address]) -> list[sockfilter.Step]:
+def about(kind: int, addresses: Collection[Address]) -> list[sockfilter.Step]:
     """A filter for questions and claims about these addresses (about all, if they are too many), by their last four
     bytes; :func:`parse` looks closer."""
     words = [int.from_bytes(a.packed[-4:], "big") for a in addresses if (a.version == 4) == (kind == ETH_P_ARP)]
@@ -196,7 +202,7 @@ class Announcer:
         for kind in (ETH_P_ARP, ETH_P_IPV6):
             # Of no protocol, and so deaf, until it has its filter.
             sock = self._sockets[kind] = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
-            sockfilter.attach(sock, _about(kind, ()))
+            sockfilter.attach(sock, about(kind, ()))
             sock.bind((self.interface, kind))
             self._readers.append(Reader(sock, 2048, self._take, self._lost))
         self.follow(addresses)
@@ -215,7 +221,7 @@ class Announcer:
         for claim in self._claims.values():
             claim.ask_interval = max(ASK_INTERVAL, len(wanted) / ASKED)
         for kind, sock in self._sockets.items():
-            sockfilter.attach(sock, _about(kind, wanted))
+            sockfilter.attach(sock, about(kind, wanted))
         self._wake.set()
 
     def link_is(self, link: Link, ours: Collection[bytes]) -> None:

@@ -11,10 +11,10 @@ import socket
 import struct
 from dataclasses import dataclass
 
-__all__ = ["OFF", "ON", "Feature", "features", "switch"]
+__all__ = ["OFF", "ON", "Feature", "driver", "features", "switch"]
 
 SIOCETHTOOL = 0x8946
-GSTRINGS, GSSET_INFO, GFEATURES, SFEATURES = 0x1B, 0x37, 0x3A, 0x3B
+GDRVINFO, GSTRINGS, GSSET_INFO, GFEATURES, SFEATURES = 0x03, 0x1B, 0x37, 0x3A, 0x3B
 ETH_SS_FEATURES = 4
 ETH_GSTRING_LEN = 32
 WORD = 32  # features in each word of bits
@@ -61,6 +61,15 @@ def features(interface: str) -> dict[str, Feature]:
         bit = 1 << i % WORD
         found[name] = Feature(bool(active & bit), bool(available & bit & ~never))
     return found
+
+
+def driver(interface: str) -> str:
+    """The name of an interface's driver; empty where it cannot be asked."""
+    try:
+        answer = _ask(interface, struct.pack("=I192x", GDRVINFO))  # struct ethtool_drvinfo
+    except OSError:
+        return ""
+    return answer[4:36].partition(b"\0")[0].decode(errors="replace")
 
 
 def switch(interface: str, feature: str, *, on: bool) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from types import MappingProxyType
@@ -32,7 +32,7 @@ from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
 from crablb.seldom import Seldom
 
-__all__ = ["HopState", "Link", "NextHop", "NextHops", "release_managed"]
+__all__ = ["HopState", "Link", "NextHop", "NextHops", "next_hops", "release_managed"]
 
 # include/uapi/linux/rtnetlink.h, neighbour.h
 #: RTNLGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE, NEXTHOP
@@ -287,6 +287,25 @@ def release_managed(backends: Iterable[tuple[Address, bytes]]) -> None:
                     if address in addresses or mac in macs:
                         with suppress(OSError):  # it has gone meanwhile
                             rtnetlink.delete_neighbour(netlink, index, address)
+
+
+def next_hops(addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    """The next hops of these as the kernel knows them now: nobody is asked, and nothing is followed.
+
+    Of those that are not resolved the interface is told as well, and what it could take.  In this thread's network
+    namespace.  Raises OSError.
+    """
+    now = NextHops(lambda *_: None)
+    now._wanted = frozenset(addresses)
+    now._tables = now._ask()
+    for key, (nud, _) in now._tables.neighbours.items():
+        now._note_failure(key, nud)
+    found = {address: now._hop(address) for address in now._wanted}
+    for address, hop in found.items():
+        if hop.state is HopState.UNRESOLVED:
+            link, way = now.links[hop.ifindex], now._tables.routes[address].ways[0]
+            found[address] = replace(hop, mtu=way.mtu, redirect=link.redirect, frags=link.frags)
+    return found
 
 
 class NextHops:

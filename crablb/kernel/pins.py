@@ -13,13 +13,14 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 from crablb.errors import KernelError
 from crablb.kernel import capabilities, netns
-from crablb.kernel.bpf import BpfError, Link, ensure_bpffs
+from crablb.kernel.bpf import BpfError, Link, ensure_bpffs, find_bpffs
 from crablb.kernel.bpf.descriptor import Descriptor
 
 RUN = Path("/run/crablb")
@@ -130,7 +131,7 @@ def owner(role: str) -> int | None:
 
 def _locked_by(path: Path) -> int | None:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
@@ -147,9 +148,43 @@ def owners(*roles: str) -> set[int]:
 
     Asked of the kernel (proc_locks(5)): who tried the locks would be in the way of those who take them.
     """
-    locks = {f"{os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}:{s.st_ino}" for s in _locks(roles)}
-    held = (line.split() for line in Path("/proc/locks").read_text().splitlines())
-    return {int(fields[4]) for fields in held if fields[1] == "FLOCK" and fields[5] in locks}
+    return _holding(_locks(roles))
+
+
+def _holding(files: Iterable[os.stat_result]) -> set[int]:
+    locks = {f"{os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}:{s.st_ino}" for s in files}
+    lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())
+    return {int(fields[4]) for fields in lines if fields[1] == "FLOCK" and fields[5] in locks}
+
+
+def held() -> dict[str, int | None]:
+    """Who has each role of this network namespace that has a lock file; None: nobody lives that has it.
+
+    Those that the kernel lists are not tried: see :func:`owners`.  Raises OSError.
+    """
+    prefix = f"{PREFIX}{cookie()}-"
+    found: dict[str, int | None] = {}
+    for path in sorted(RUN.glob(f"{prefix}*.lock")):
+        with suppress(FileNotFoundError):  # it has gone meanwhile
+            lock, listed = path.stat(), set[int]()
+            with suppress(OSError):  # the list is masked, as in some containers
+                listed = _holding([lock])
+            found[path.name.removeprefix(prefix).removesuffix(".lock")] = next(iter(listed), None) or _locked_by(path)
+    return found
+
+
+def folders() -> dict[str, Path]:
+    """The folders of pins of this network namespace by role, those of :func:`folder`; nothing is made or renamed.
+
+    Raises OSError if they may not be looked at.
+    """
+    where, found = find_bpffs(), dict[str, Path]()
+    before = str(os.stat("/proc/thread-self/ns/net").st_ino)  # in versions of before
+    for path in [where / "crablb" / name for name in (f"{PREFIX}{cookie()}", before)] if where else ():
+        with suppress(FileNotFoundError):
+            for pinned in path.iterdir():
+                found.setdefault(unquote(pinned.name), pinned)
+    return found
 
 
 def _locks(roles: Collection[str]) -> Iterator[os.stat_result]:

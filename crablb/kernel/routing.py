@@ -30,6 +30,7 @@ __all__ = [
     "lookup",
     "routes",
     "rules",
+    "table_of",
 ]
 
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
@@ -38,7 +39,7 @@ RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RTM_GETNEXTHOP = 106
 RTN_UNICAST, RTN_LOCAL = 1, 2
 RTNH_F_DEAD, RTNH_F_ONLINK = 1, 4
-RTM_F_CLONED, RTM_F_FIB_MATCH = 0x200, 0x2000
+RTM_F_CLONED, RTM_F_LOOKUP_TABLE, RTM_F_FIB_MATCH = 0x200, 0x1000, 0x2000
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_MULTIPATH = 1, 4, 5, 6, 7, 8, 9
 RTA_FLOW, RTA_TABLE, RTA_VIA, RTA_PREF, RTA_ENCAP_TYPE, RTA_ENCAP, RTA_NH_ID = 11, 15, 18, 20, 21, 22, 30
 NHA_ID, NHA_GROUP, NHA_OIF, NHA_GATEWAY, NHA_ENCAP_TYPE = 1, 2, 5, 6, 7
@@ -237,6 +238,12 @@ def _parse(netlink: Netlink, message: Message) -> Route | None:
 def lookup(netlink: Netlink, to: Address) -> Route | None:
     """The route to an address as it stands in the tables, with all its next hops.  Raises OSError: there is none."""
     return _parse(netlink, rtnetlink.route(netlink, to, flags=RTM_F_FIB_MATCH))
+
+
+def table_of(netlink: Netlink, to: Address) -> int:
+    """The number of the table that holds the route to an address.  Raises OSError: there is none."""
+    message = rtnetlink.route(netlink, to, flags=RTM_F_LOOKUP_TABLE)
+    return rtnetlink.number(message.attributes(ROUTE).get(RTA_TABLE)) or message.fields(ROUTE)[4]
 
 
 def is_local(netlink: Netlink, address: Address) -> bool:

@@ -40,6 +40,7 @@ IFF_LOOPBACK = 0x8
 #: Addresses that only a default route leads to (RFC 5737, RFC 3849).
 FAR = (ipaddress.IPv4Address("192.0.2.1"), ipaddress.IPv6Address("2001:db8::1"))
 NDA_DST, NDA_LLADDR, NDA_FLAGS_EXT = 1, 2, 15
+RTM_GETTFILTER, TCA_KIND, TC_INGRESS = 46, 1, 0xFFFFFFF2
 NUD_PROBE = 0x10
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
 CTRL_ATTR_MCAST_GROUPS, CTRL_ATTR_MCAST_GRP_NAME, CTRL_ATTR_MCAST_GRP_ID = 7, 1, 2
@@ -56,6 +57,7 @@ LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags,
 ROUTE = struct.Struct("=8BI")  # struct rtmsg: family, destination's length, ..., flags
 ADDRESS = struct.Struct("=4BI")  # struct ifaddrmsg: family, prefix length, flags, scope, ifindex
 NEIGHBOUR = struct.Struct("=B3xiHBB")  # struct ndmsg: family, ifindex, state, flags, type
+TC = struct.Struct("=B3xi3I")  # struct tcmsg: family, ifindex, handle, parent, info
 GENERIC = struct.Struct("=BBxx")  # struct genlmsghdr: command, version
 #: struct inet_diag_req_v2: family, protocol, states; no particular socket.
 DIAG_REQUEST = struct.Struct("=BBxxI48x")
@@ -238,6 +240,17 @@ def addresses(netlink: Netlink) -> dict[str, int]:
     return found
 
 
+def own(netlink: Netlink, index: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """The addresses that an interface has, in the kernel's order."""
+    found = []
+    for message in netlink.dump(RTM_GETADDR, ADDRESS.pack(0, 0, 0, 0, 0)):
+        more = message.attributes(ADDRESS)
+        packed = more.get(IFA_LOCAL) or more.get(IFA_ADDRESS)
+        if message.fields(ADDRESS)[4] == index and packed:
+            found.append(ipaddress.ip_address(packed))
+    return found
+
+
 def reached_by(netlink: Netlink) -> set[str]:
     """Of this network namespace's own addresses those that it is reached by.
 
@@ -264,6 +277,13 @@ def reached_by(netlink: Netlink) -> set[str]:
 def neighbours(netlink: Netlink, family: int) -> Iterable[Message]:
     """Every neighbour of a family, with :data:`NEIGHBOUR` and NDA_* attributes."""
     return netlink.dump(RTM_GETNEIGH, NEIGHBOUR.pack(family, 0, 0, 0, 0))
+
+
+def filters(netlink: Netlink, index: int) -> list[str]:
+    """The kinds ("bpf", "flower", ...) of the tc filters on what comes in by an interface (clsact, ingress), each
+    once."""
+    found = netlink.dump(RTM_GETTFILTER, TC.pack(0, index, 0, TC_INGRESS, 0))
+    return sorted({text(message.attributes(TC).get(TCA_KIND)) for message in found})
 
 
 def set_neighbour(netlink: Netlink, index: int, at: str, state: int, flags_ext: int) -> None:

@@ -11,7 +11,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from crablb.kernel import rtnetlink
+from crablb.kernel import ethtool, netlink, routing, rtnetlink
+from crablb.kernel.netlink import HopState
 from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Netlink, attributes
 
 #: RTM_NEWNEIGH of 10.0.0.11 at 02:00:00:00:01:00 on interface 3, reachable, as the kernel sends it.
@@ -84,3 +85,31 @@ def test_tcp_sockets(namespace):
         listening = 10  # include/net/tcp_states.h
         assert rtnetlink.tcp_sockets(socket.AF_INET, 1 << listening) == [(listening, address[1], 3)]
         assert rtnetlink.tcp_sockets(socket.AF_INET6, 1 << listening) == []
+
+
+def test_looks_that_change_nothing(namespace):
+    """Next hops, tables, addresses, filters, drivers: as ip(8) and tc(8) have them, and nobody is asked."""
+    namespace.ip("addr", "add", "10.0.0.2/24", "dev", "veth0")
+    namespace.ip("addr", "add", "10.0.0.3/24", "dev", "veth0")
+    namespace.ip("neigh", "add", "10.0.0.11", "lladdr", "02:00:00:00:01:00", "dev", "veth0")
+    namespace.ip("rule", "add", "from", "all", "lookup", "100")
+    namespace.ip("route", "add", "192.0.2.0/24", "via", "10.0.0.9", "mtu", "1400", "table", "100")
+    near, far, none, own = map(ip_address, ("10.0.0.11", "192.0.2.1", "198.51.100.1", "10.0.0.2"))
+    index = socket.if_nametoindex("veth0")
+    before = namespace.ip("neigh")
+    hops = netlink.next_hops([near, far, none, own])
+    assert (hops[near].state, hops[near].dst_mac.hex(":")) == (HopState.RESOLVED, "02:00:00:00:01:00")
+    assert (hops[far].state, hops[far].gateway) == (HopState.UNRESOLVED, ip_address("10.0.0.9"))
+    assert (hops[far].mtu, hops[far].ifindex, hops[far].asking) == (1400, index, True)
+    assert (hops[none].state, hops[own].state) == (HopState.NO_ROUTE, HopState.NOT_A_HOST)
+    assert namespace.ip("neigh") == before
+    with Netlink() as asked:
+        assert [routing.table_of(asked, address) for address in (near, far)] == [254, 100]
+        assert rtnetlink.own(asked, index) == [own, ip_address("10.0.0.3")]
+        assert rtnetlink.filters(asked, index) == []
+        subprocess.run(["tc", "qdisc", "add", "dev", "veth0", "clsact"], check=True)
+        match = ["u32", "match", "u32", "0", "0", "classid", "1:1"]
+        subprocess.run(["tc", "filter", "add", "dev", "veth0", "ingress", "protocol", "ip", *match], check=True)
+        assert rtnetlink.filters(asked, index) == ["u32"]
+        assert rtnetlink.filters(asked, socket.if_nametoindex("veth1")) == []
+    assert (ethtool.driver("veth0"), ethtool.driver("nowhere")) == ("veth", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -50,6 +51,37 @@ def test_a_name_is_of_one_namespace(netns: Callable[[], str]):
             names.add(pins.namespace())
         subprocess.run(["ip", "netns", "del", name], check=True)
     assert len(names) == 20
+
+
+def test_looks_that_change_nothing(netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
+    """Who has which role, and what is pinned: nothing is made, renamed, or locked where the kernel says who has it."""
+    with inside(netns()):
+        assert (pins.held(), pins.folders()) == ({}, {})
+        assert not (pins.root() / pins.namespace()).exists()
+        with pins.own("lb-eth0.100", "it"):
+            folder = pins.folder("lb-eth0.100")
+            folder.mkdir(parents=True)
+            assert pins.folders() == {"lb-eth0.100": folder}
+            assert pins.held() == {"lb-eth0.100": os.getpid()}
+            tried = []
+            monkeypatch.setattr(pins, "_locked_by", tried.append)
+            assert pins.held() == {"lb-eth0.100": os.getpid()}
+            assert not tried
+            monkeypatch.undo()
+            # As where the list of locks is masked, or leaves others' processes out.
+            monkeypatch.setattr(pins, "_holding", lambda files: set())
+            assert pins.held() == {"lb-eth0.100": os.getpid()}
+            monkeypatch.undo()
+            # A version of before named the folder by the namespace's inode number.
+            before = pins.root() / str(os.stat("/proc/thread-self/ns/net").st_ino)
+            before.unlink(missing_ok=True)
+            folder.parent.rename(before)
+            assert pins.folders() == {"lb-eth0.100": before / folder.name}
+            pins.remove(before / folder.name)
+        stale = pins.RUN / f"{pins.namespace()}-lb-eth1.lock"
+        stale.touch()
+        assert pins.held() == {"lb-eth1": None}
+        stale.unlink()
 
 
 def test_what_a_dead_namespace_left_is_collected(netns: Callable[[], str]):

@@ -40,6 +40,23 @@ def test_arp_against_scapy():
     assert parse(bytes(told)) == Question(VIP4, False, MAC_BYTES, VIP4)
 
 
+def test_an_ordinary_question_against_scapy():
+    """From this host's own address, so that nobody takes it for a rival's."""
+    asked = Ether(src=OTHER, dst="ff:ff:ff:ff:ff:ff") / ARP(
+        op=1, hwsrc=OTHER, psrc=str(CLIENT4), hwdst="00:00:00:00:00:00", pdst=str(VIP4)
+    )
+    assert probe(VIP4, OTHER_BYTES, CLIENT4) == bytes(asked)
+    assert parse(bytes(asked)) == Question(VIP4, True, OTHER_BYTES, CLIENT4)
+    solicited = (
+        Ether(src=OTHER, dst="33:33:ff:00:01:00")
+        / IPv6(src=str(CLIENT6), dst="ff02::1:ff00:100", hlim=255)
+        / ICMPv6ND_NS(tgt=str(VIP6))
+        / ICMPv6NDOptSrcLLAddr(lladdr=OTHER)
+    )
+    assert probe(VIP6, OTHER_BYTES, CLIENT6) == bytes(solicited)
+    assert parse(bytes(solicited)) == Question(VIP6, True, OTHER_BYTES, CLIENT6)
+
+
 def test_neighbour_discovery_against_scapy():
     ns = (
         Ether(src=OTHER, dst="33:33:ff:00:01:00")

@@ -1,6 +1,7 @@
 """The house, by its imports: who may use whom.
 
     doors      cli  lab  balancer           what people and programs come in by
+               doctor < cli                 what keeps packets from their way
     control  agent                          the daemon's tasks; the endpoints
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
@@ -52,8 +53,9 @@ MAY = {
     "control": BELOW_CONTROL | {"api"},
     "agent": GROUND | {"_native", "kernel", "selection"},
     "balancer": BELOW_CONTROL | {"control", "api"},
+    "doctor": BELOW_CONTROL | {"api", "control", "agent"},
     "lab": GROUND | {"kernel", "agent"},
-    "cli": BELOW_CONTROL | {"api", "control", "agent", "lab", "balancer"},
+    "cli": BELOW_CONTROL | {"api", "control", "agent", "lab", "balancer", "doctor"},
     "__main__": {"cli"},
     # The public API: names alone, imported when they are used.
     "__init__": BELOW_CONTROL | {"balancer"},

@@ -16,12 +16,13 @@ from crablb.kernel.bpf.errors import (
     BpfPermissionError,
 )
 from crablb.kernel.bpf.maps import Map
-from crablb.kernel.bpf.objects import Object, ensure_bpffs, object_path, pins_last
+from crablb.kernel.bpf.objects import BPFFS, Object, ensure_bpffs, find_bpffs, object_path, pins_last
 from crablb.kernel.bpf.programs import Link, Program, TestRun, program_name, programs, tcx_programs, xdp_program
 from crablb.kernel.bpf.ring import Ring
 from crablb.kernel.bpf.tc import TcFilter, attach_tc
 
 __all__ = [
+    "BPFFS",
     "BpfBusyError",
     "BpfError",
     "BpfLayoutError",
@@ -37,6 +38,7 @@ __all__ = [
     "TestRun",
     "attach_tc",
     "ensure_bpffs",
+    "find_bpffs",
     "object_path",
     "pins_last",
     "program_name",

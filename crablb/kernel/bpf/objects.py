@@ -16,27 +16,32 @@ from crablb.kernel.bpf.errors import BpfLayoutError, BpfLoadError, BpfNotFoundEr
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.programs import Program
 
-__all__ = ["Object", "ensure_bpffs", "object_path", "pins_last"]
+__all__ = ["BPFFS", "Object", "ensure_bpffs", "find_bpffs", "object_path", "pins_last"]
+
+BPFFS = Path("/sys/fs/bpf")
 
 
-def ensure_bpffs() -> Path:
-    """The mount point of the BPF file system, mounted there if nothing is.
+def find_bpffs() -> Path | None:
+    """The mount point of the BPF file system; None if it is not mounted.
 
     In a mount namespace with a /sys of its own, as ``ip netns exec`` makes one for its command, it is that of the world
     outside: what is pinned in the other one would go with the command.
-
-    Raises :class:`BpfPermissionError` without the right to mount.
     """
-    path = Path("/sys/fs/bpf")
     own = _is_bpffs("self")
     outside = _outside()
-    if outside and not (own and os.stat(path).st_dev == os.stat(outside).st_dev):
+    if outside and not (own and os.stat(BPFFS).st_dev == os.stat(outside).st_dev):
         return outside
-    if not own:
-        c = ctypes.CDLL(None, use_errno=True)
-        if c.mount(b"bpf", str(path).encode(), b"bpf", 0, b"mode=0700"):
-            raise error(f"cannot mount the BPF file system on {path}", ctypes.get_errno())
-    return path
+    return BPFFS if own else None
+
+
+def ensure_bpffs() -> Path:
+    """The same, mounted there if nothing is.  Raises :class:`BpfPermissionError` without the right to mount."""
+    if found := find_bpffs():
+        return found
+    c = ctypes.CDLL(None, use_errno=True)
+    if c.mount(b"bpf", str(BPFFS).encode(), b"bpf", 0, b"mode=0700"):
+        raise error(f"cannot mount the BPF file system on {BPFFS}", ctypes.get_errno())
+    return BPFFS
 
 
 def pins_last() -> bool:
@@ -45,7 +50,7 @@ def pins_last() -> bool:
     if path == _outside() or not outermost:
         return True
     try:
-        return os.stat(path).st_dev == os.stat(f"/proc/{outermost}/root{path}").st_dev
+        return os.stat(path).st_dev == os.stat(f"/proc/{outermost}/root{BPFFS}").st_dev
     except OSError:  # that process has ended
         return True
 
