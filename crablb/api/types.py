@@ -120,7 +120,7 @@ class Backend(Answer, frozen=True, kw_only=True):
     reached: str  # "eth0 02:00:00:00:00:0b", "eth0 via 10.0.0.1", or why it is not
     connections: int | None  # that its server reports; None: it does not
     load: float | None  # that its server reports
-    assigned: int  # connections redirected to it
+    assigned: int | None  # connections redirected to it; None: its service's policy, a hash, does not count them
     flows: int  # fallback flows
     share: float  # of the service's table, 0 to 1
     checks: list[CheckResult]

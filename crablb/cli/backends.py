@@ -51,7 +51,7 @@ def _row(backend: types.Backend) -> list[str]:
         weight,
         f"{backend.share:.0%}",
         "-" if backend.connections is None else f"{backend.connections:,}",
-        f"{backend.assigned:,}",
+        "-" if backend.assigned is None else f"{backend.assigned:,}",
         f"{backend.flows:,}",
         "-" if backend.load is None else f"{backend.load:.2f}",
         "; ".join(remarks),

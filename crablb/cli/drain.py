@@ -79,5 +79,5 @@ def _left(client: Client, args: argparse.Namespace) -> tuple[int, bool]:
     mine = [b for b in client.get("/v1/backends", list[types.Backend], vip=vip) if b.address == address]
     return (
         sum(max(b.flows, b.connections or 0) for b in mine),
-        any(b.connections is None and b.assigned for b in mine),
+        any(b.connections is None and b.cr and b.assigned != 0 for b in mine),
     )

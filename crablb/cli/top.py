@@ -76,7 +76,9 @@ class View:
         if not self.seen or not self.before or self.seen.at <= self.before.at:
             return 0.0
         for old in self.before.backends:
-            if (old.service, old.address) == (backend.service, backend.address):
+            if (old.service, old.address) != (backend.service, backend.address):
+                continue
+            if backend.assigned is not None and old.assigned is not None:
                 return ((backend.assigned - old.assigned) % 2**32) / (self.seen.at - self.before.at)
         return 0.0
 
@@ -241,7 +243,7 @@ def _cells(view: View, backend: Backend) -> list[str]:
         f"{backend.weight_now}" if backend.weight_now == backend.weight else f"{backend.weight_now}/{backend.weight}",
         "cr" if backend.cr else "",
         connections,
-        f"{view.rate(backend):,.0f}",
+        "" if backend.assigned is None else f"{view.rate(backend):,.0f}",
         f"{backend.flows:,}",
         backend.reason or backend.cr_reason,
     ]

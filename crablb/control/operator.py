@@ -34,7 +34,7 @@ from crablb.dataplane.census import Census
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started
 from crablb.errors import ConfigError
 from crablb.kernel.netlink import HopState
-from crablb.model import Address, Backend, CheckKind, Config, Mode, Service, State, Vip
+from crablb.model import CONSISTENT, Address, Backend, CheckKind, Config, Mode, Service, State, Vip
 from crablb.options import table
 from crablb.selection.standing import Pair, Standing, Verdict
 from crablb.values import near, parse_address, parse_backend, parse_vip, parse_weight
@@ -333,7 +333,7 @@ class Operator:
             reached=self._reached(backend.address),
             connections=load.open if reports else None,
             load=load.figure if reports else None,
-            assigned=load.assigned,
+            assigned=None if service.policy in CONSISTENT else load.assigned,
             flows=census.flows.get(pair, 0),
             share=census.shares.get(pair, 0.0),
             checks=health.checks,

@@ -17,7 +17,6 @@ from crablb._native import lib
 from crablb.api import types
 from crablb.control.metrics.facts import Facts
 from crablb.dataplane.statistics import WORKER_COUNTERS, Rounds
-from crablb.model import CONSISTENT
 
 __all__ = ["CONTENT_TYPE", "METRICS", "Metric", "render"]
 
@@ -68,11 +67,6 @@ def _by_backend(of: Callable[[types.Backend], float | None]) -> Callable[[Facts]
     return lambda facts: (
         ((backend.service, backend.address), value) for backend in facts.backends if (value := of(backend)) is not None
     )
-
-
-def _counted(facts: Facts) -> Iterable[tuple[Labels, float]]:
-    by_hash = {service.vip for service in facts.services if service.policy in CONSISTENT}
-    return (((b.service, b.address), b.assigned) for b in facts.backends if b.service not in by_hash)
 
 
 def _by_check(of: Callable[[types.CheckResult], float | None]) -> Callable[[Facts], Iterable[tuple[Labels, float]]]:
@@ -208,7 +202,7 @@ METRICS: tuple[Metric, ...] = (
            _by_backend(lambda b: b.cr)),
     Metric("backend_redirects", "counter", BACKEND,
            "Connections redirected to it.  None by policies that decide by a hash alone, which do not count.",
-           _counted),
+           _by_backend(lambda b: b.assigned)),
     Metric("backend_flows", "gauge", BACKEND, "Its fallback flows.", _by_backend(lambda b: b.flows)),
     Metric("backend_connections", "gauge", BACKEND, "Connections that its server reports.  None if it does not.",
            _by_backend(lambda b: b.connections)),
