@@ -37,18 +37,21 @@ def run(args: argparse.Namespace) -> int:
     problems.finish()
     if os.geteuid() != 0:
         raise KernelError("crablb remove works with BPF programs; run it as root")
-    attachment.reunite()
+    renamed = attachment.reunite()
+    there = set(renamed.values())  # one that has another's old name is meant itself
+    asked, names = names, [name if name in there else renamed.get(name, name) for name in names]
+    known = {name: was if was == name else f"{was} (it is {name} now)" for was, name in zip(asked, names, strict=True)}
     left = {name: attachment.left(name) for name in names}
     if after:
-        print(f"{', '.join(names)}: in {after} s, unless it is taken over", flush=True)
+        print(f"{', '.join(known.values())}: in {after} s, unless it is taken over", flush=True)
         end = time.monotonic() + after
         while (still := end - time.monotonic()) > 0 and any(attachment.left(name) == left[name] for name in names):
             time.sleep(min(still, 1.0))
     for name, program in left.items():
         if after and attachment.left(name) != program:
-            print(f"{name}: has been taken over")
+            print(f"{known[name]}: has been taken over")
         else:
-            print(f"{name}: {'removed' if attachment.remove(name) else 'there was none'}")
+            print(f"{known[name]}: {'removed' if attachment.remove(name) else 'there was none'}")
     return 0
 
 

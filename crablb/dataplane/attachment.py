@@ -325,8 +325,11 @@ class Attachment:
         self.mode, self._pinned = "", False
 
 
-def reunite() -> None:
-    """What dead load balancers left of interfaces that have been renamed since has the names of now."""
+def reunite() -> dict[str, str]:
+    """What dead load balancers left of interfaces that have been renamed since has the names of now.
+
+    Returns those, by the names of before.
+    """
     moved = []
     for folder in (pins.root() / pins.namespace()).glob("lb-*"):
         try:
@@ -350,6 +353,7 @@ def reunite() -> None:
         aside.rename(folder)
         if name in noted:
             _offloads(name).write_text(noted[name])
+    return {was: name for _, was, name in moved}
 
 
 def left(name: str) -> int | None:

@@ -160,7 +160,7 @@ def test_servers_that_fail(make_world):
         agents[0].wait()
         await w.becomes("ABC/BC")
         assert "redirect" in w.health.of((VIP, A)).cr_reason
-        assert [e.kind for e in w.events if e.kind.startswith("redirects")][-1] == "redirects-stopped"
+        await w.until(lambda: [e.kind for e in w.events if "redirects" in e.kind][-1:] == ["redirects-stopped"])
         start_agent(first, "server")
         await w.becomes("ABC/ABC")
 
