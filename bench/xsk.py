@@ -124,6 +124,7 @@ class World:
             Path(f"/proc/sys/net/ipv4/conf/{name}/send_redirects").write_text("0")
         wide = ["numrxqueues", str(self.queues), "numtxqueues", str(self.queues)]
         self.ip("link", "add", NEAR, *wide, "type", "veth", "peer", "name", FAR, *wide)
+        self.ip("link", "set", "lo", "up")
         self.ip("link", "set", NEAR, "up")
         self.ip("link", "set", FAR, "up")
         # For those without an XDP program in the driver: what XDP sends wakes only an end that polls (NAPI).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import select
 import signal
 import sys
@@ -285,17 +286,24 @@ def _row(cells: Sequence[str], last: int) -> str:
 # ---- the terminal ----
 
 
+def keys(text: str) -> list[str]:
+    """What a terminal sends, key by key; of several at once, as of what is pasted, none is lost."""
+    return [ARROWS.get(key, key) for key in re.findall(r"\x1b[\[O][0-9;]*.|.", text, re.DOTALL)]
+
+
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
     """Keys as they are pressed, without an echo: a function that waits at most so many seconds for one."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
+    pressed: list[str] = []  # and not taken yet
 
     def key(timeout: float) -> str:
-        if not select.select([fd], [], [], timeout)[0]:
-            return ""
-        pressed = os.read(fd, 16).decode(errors="replace")
-        return ARROWS.get(pressed, pressed if pressed.startswith("\x1b") else pressed[:1]) or "\x04"
+        if not pressed:
+            if not select.select([fd], [], [], timeout)[0]:
+                return ""
+            pressed.extend(keys(os.read(fd, 256).decode(errors="replace")) or ["\x04"])
+        return pressed.pop(0)
 
     try:
         tty.setcbreak(fd)

@@ -12,7 +12,7 @@ from crablb.dataplane.rehearsal import Memory, Rehearsal
 from crablb.errors import ConfigError, Problems
 from crablb.kernel.interface import interface_name
 from crablb.kernel.netlink import HopState, NextHop
-from crablb.model import Address, Backend, Config, Service, State, Vip, host_port
+from crablb.model import Address, Backend, Config, Mode, Service, State, Vip, host_port
 from crablb.values import parse_address, parse_vip, shown
 
 __all__ = ["explain", "parse_connection"]
@@ -45,6 +45,8 @@ OUTCOMES = {
 }
 SERVED = ("redirected", "fallback")  # what those counters begin with that send the SYN on
 STATES = {"new": "its SYN is not acknowledged yet", "open": "open", "ending": "a side has closed it"}
+#: Policies of which the next connection may see another choice.
+BY_CHANCE = ("random", "power-of-two", "least-loaded")
 #: Backends that are named one by one.
 MANY = 12
 
@@ -129,6 +131,8 @@ def _steps(found: Rehearsal, client: Address, port: int, vip: Vip, size: int) ->
     yield Step(what="slot", outcome=f"{found.slot} of {size}: {seat}", why="its place in the service's Maglev table")
     yield from _policy_step(found, service)
     outcome, why = OUTCOMES.get(found.done.outcome, (found.done.outcome, ""))
+    if found.done.outcome == "redirected" and service.mode is Mode.ALWAYS:
+        why = "the service's mode is always, and the backend takes part"
     if found.backend and found.backend in found.assumed:
         why += "; the way to it is not known yet, and taken to be there"
     yield Step(what="redirect", outcome=outcome, why=why)
@@ -189,7 +193,9 @@ def _policy_step(found: Rehearsal, service: Service) -> Iterator[Step]:
     ]
     more = f", and {len(found.asked) - MANY} more" if len(found.asked) > MANY else ""
     if found.done.outcome == "redirected":
-        yield Step(what="policy", outcome=f"{name} chose {found.backend}", why=f"from {', '.join(inputs)}{more}")
+        chance = " this time, by chance" if name in BY_CHANCE else ""
+        outcome = f"{name} chose {found.backend}{chance}"
+        yield Step(what="policy", outcome=outcome, why=f"from {', '.join(inputs)}{more}")
     else:
         why = "it chooses for clients that are redirected; by the fallback the slot decides"
         yield Step(what="policy", outcome="not asked", why=f"policy {name}: {why}")

@@ -31,7 +31,7 @@ from crablb.control.supervisor import Supervisor
 from crablb.control.trace import trace
 from crablb.control.wanted import Wanted
 from crablb.dataplane.census import Census
-from crablb.dataplane.events import Event, HopsChanged, Notice, Started
+from crablb.dataplane.events import Event, HopsChanged, Judged, Notice, Started
 from crablb.errors import ConfigError
 from crablb.kernel.netlink import HopState
 from crablb.model import CONSISTENT, Address, Backend, CheckKind, Config, Mode, Service, State, Vip
@@ -357,15 +357,15 @@ class Operator:
             return False, "weight 0"
         if hop is None or hop.state is not HopState.RESOLVED:
             return False, (hop.reason if hop else "") or "the way to it is not known yet"
-        if verdict.panic:
-            return not backend.backup or verdict.backups, "" if standing.healthy else "panic: health is disregarded"
+        spare = backend.backup and not verdict.backups and any(b.share and not b.backup for b in service.backends)
+        if verdict.panic and standing.percent and not spare:
+            why = (found.reason if found else "") or "not checked yet"
+            return True, "" if standing.healthy else f"panic: health is disregarded, {why}"
         if not standing.healthy:
             return False, (found.reason if found else "") or "not checked yet"
         if not standing.percent:
             return False, (found.reason if found else "") or "its agent-check wants no new connections"
-        if backend.backup and not verdict.backups and any(b.share and not b.backup for b in service.backends):
-            return False, BACKUP
-        return True, ""
+        return (False, BACKUP) if spare else (True, "")
 
     def _redirected(self, service: Service, backend: Backend, served: Backend) -> tuple[bool, str]:
         """Whether clients are redirected to a backend, and why not."""
@@ -627,7 +627,7 @@ class Operator:
     # ---- what happens ----
 
     def _hear(self, notice: Notice) -> None:
-        if not isinstance(notice, Event | HopsChanged | Started):
+        if not isinstance(notice, Event | HopsChanged | Judged | Started):
             return
         self._counted = None  # tables may be others
         if self._looking is None:

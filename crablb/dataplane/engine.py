@@ -25,7 +25,7 @@ from crablb import lasting
 from crablb._native import lib
 from crablb.dataplane.attachment import Attachment, inherited, rename, reunite, ways
 from crablb.dataplane.census import Census, FoundFlow, count, find
-from crablb.dataplane.events import Event, HopsChanged, LinksChanged, Notice, Started, Swept
+from crablb.dataplane.events import Event, HopsChanged, Judged, LinksChanged, Notice, Started, Swept
 from crablb.dataplane.flows import flow_hash
 from crablb.dataplane.handlers import Handle, Handlers, Match
 from crablb.dataplane.paths import Ways
@@ -365,6 +365,7 @@ class Engine:
             raise
         finally:
             self._warm = ()
+        self._tell(Judged())
 
     def _learn(self, standings: Mapping[Pair, Standing]) -> None:
         changed = {pair: s for pair, s in standings.items() if self._standings.get(pair, Standing()) != s}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from crablb.kernel.netlink import Link, NextHop
 from crablb.model import Address, Vip
 
-__all__ = ["Event", "HopsChanged", "LinksChanged", "Notice", "Started", "Swept"]
+__all__ = ["Event", "HopsChanged", "Judged", "LinksChanged", "Notice", "Started", "Swept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,11 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class Started:
     """It serves from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What is thought of some backends has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +64,4 @@ class Swept:
 
 
 #: An :class:`Event` is for everybody; the others are for :mod:`crablb.control`.
-Notice = Event | Started | HopsChanged | LinksChanged | Swept
+Notice = Event | Started | Judged | HopsChanged | LinksChanged | Swept

@@ -52,12 +52,13 @@ def judge(service: Service, standings: Mapping[Pair, Standing]) -> Verdict:
     def of(backend: Backend) -> Standing:
         return found[id(backend)]
 
-    up = [b for b in service.backends if b.share]
+    # What its agent drains is out by somebody's word, as what the operator does.
+    up = [b for b in service.backends if b.share and of(b).percent]
     primaries = [b for b in up if not b.backup] or up
     weight = sum(b.share for b in primaries)
     healthy = sum(b.share for b in primaries if of(b).healthy)
     spare = [b for b in up if b.backup and of(b).healthy]
-    backups = not healthy and bool(spare) and any(not b.backup for b in up)
+    backups = not healthy and bool(spare) and any(not b.backup for b in service.backends)
     perhaps = healthy + sum(b.share for b in primaries if not of(b).healthy and not of(b).known)
     panic = not backups and perhaps * 100 < service.panic * weight
     serving = {b.address for b in (spare if backups else primaries) if panic or of(b).healthy}
@@ -72,4 +73,5 @@ def judge(service: Service, standings: Mapping[Pair, Standing]) -> Verdict:
 
     backends = tuple(map(served, service.backends))
     same = all(new is old for new, old in zip(backends, service.backends, strict=True))
-    return Verdict(service if same else replace(service, backends=backends), panic, healthy, weight, backups)
+    relied = any(b.backup and b.address in serving for b in up) and any(not b.backup for b in service.backends)
+    return Verdict(service if same else replace(service, backends=backends), panic, healthy, weight, relied)

@@ -69,7 +69,8 @@ def left(lab: Lab) -> list[str]:
     """What agents keep in any of a lab's nodes."""
     names = [node.pins.name for node in lab.nodes.values()]
     kept = [path for name in names for path in (*pins.RUN.glob(f"{name}-*"), *pins.root().glob(f"{name}/*"))]
-    return [str(path) for path in kept if "lb-eth0" not in path.name]
+    of_load_balancers = [path for path in kept if "lb-eth0" in path.name or path.suffix in (".sock", ".api")]
+    return [str(path) for path in kept if path not in of_load_balancers]
 
 
 def test_one_process_for_several(world: World) -> None:

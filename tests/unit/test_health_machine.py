@@ -122,7 +122,7 @@ def test_what_always_holds(weights, panic, healthy, backup):
     assert bool(served) or not able, "somebody is healthy, and nobody serves"
     assert verdict.panic or all(standings[VIP, b.address].healthy for b in served)
     assert 0 <= verdict.healthy <= verdict.weight
-    assert not (verdict.panic and verdict.backups)
+    assert not (verdict.panic and verdict.backups) or all(b.backup for b in backends if b.share)
     kinds = {next(b.backup for b in backends if b.address == s.address) for s in served}
     assert len(kinds) <= 1, "primaries and backups serve together"
 
@@ -156,3 +156,14 @@ def test_who_is_warm_does_not_begin_slowly():
     balance.follow([], (), 0.0)
     balance.follow([service], (A, B), 1.0, {(VIP, A)})
     assert balance.weights(service, service.backends, 2.0) == {A: 10, B: 1}
+
+
+def test_backups_serve_for_those_that_their_agents_drain():
+    service = Service(VIP, (Backend(A), Backend(B), Backend(C, backup=True)))
+    drained = {(VIP, A): Standing(percent=0), (VIP, B): Standing(percent=0)}
+    verdict = judge(service, drained)
+    assert [b.address for b in verdict.service.backends if b.share] == [C]
+    assert (verdict.backups, verdict.panic) == (True, False)
+    verdict = judge(service, drained | {(VIP, B): Standing()})
+    assert [b.address for b in verdict.service.backends if b.share] == [B]
+    assert (verdict.healthy, verdict.weight, verdict.backups) == (1, 1, False)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from crablb.api.types import Backend, Interface, Patch, Service, Status, Version
-from crablb.cli.top import SORTS, Seen, View, render
+from crablb.cli.top import SORTS, Seen, View, keys, render
 
 VIPS = ("tcp://10.0.0.100:80", "tcp://[fd00::100]:443")
 
@@ -86,6 +86,10 @@ def test_it_fits(width, height, count):
             assert view.current
             assert any(line[2:].startswith(view.current.address) for line in shown)
         view.move(count)
+
+
+def test_keys_that_come_together():
+    assert keys("/13\r\x1b[A\x1bOBq\x1b") == ["/", "1", "3", "\r", "k", "j", "q", "\x1b"]
 
 
 def test_keys_move_sort_and_filter():
