@@ -297,7 +297,7 @@ def test_a_token(browser):
     shown = Shown(api.application)
     try:
         page = browser.open(shown.url + "/")
-        page.until("!document.getElementById('unlock').hidden")
+        page.until("document.getElementById('unlock')?.hidden === false")
         assert page.run(ROWS) == 0
         page.run("document.getElementById('token').value = 'secret'; document.querySelector('#unlock button').click()")
         page.until(ROWS, lambda n: n == 4)
