@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from crablb import config, lint
 from crablb.cli import streams
+from crablb.cli.arguments import add_interfaces
 from crablb.errors import ConfigError
 from crablb.model import Config, Fallback
 
@@ -21,15 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.toml", help="as for crablb serve --config")
-    parser.add_argument(
-        "--iface",
-        "--interface",
-        dest="interfaces",
-        action="append",
-        default=[],
-        metavar="IF",
-        help="as for crablb serve; repeatable",
-    )
+    add_interfaces(parser, "as for crablb serve")
     parser.add_argument(
         "--here", action="store_true", help="for this machine: also what its interfaces and routes say of it"
     )

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 
 from crablb import config
+from crablb.cli.arguments import add_interfaces
 from crablb.doctor import shown
 from crablb.doctor.examine import examine
 from crablb.doctor.finding import Finding, Severity, fault
@@ -17,15 +18,7 @@ from crablb.values import parse_interfaces
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("doctor", help="look for what is wrong, or will be, and say what mends it")
-    parser.add_argument(
-        "--iface",
-        "--interface",
-        dest="interfaces",
-        action="append",
-        default=[],
-        metavar="IF",
-        help="one that is or is to be served; repeatable (default: the configuration's, or all that are served)",
-    )
+    add_interfaces(parser, "one that is or is to be served (default: the configuration's, or all that are served)")
     parser.add_argument(
         "--config", metavar="FILE.toml", help="of the load balancer (default: what a running one has in the kernel)"
     )

@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 
+from crablb.cli.arguments import add_interfaces
 from crablb.dataplane import attachment
 from crablb.errors import KernelError, Problems
 from crablb.values import parse_interface, whole
@@ -15,15 +16,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "remove", help="take out of the kernel what a load balancer has left there that was killed, or had --keep"
     )
-    parser.add_argument(
-        "--iface",
-        "--interface",
-        dest="interfaces",
-        action="append",
-        required=True,
-        metavar="IF",
-        help="one that was served, be it there or gone; repeatable",
-    )
+    add_interfaces(parser, "one that was served, be it there or gone", required=True)
     parser.add_argument(
         "--after", metavar="SECONDS", default="0", help="wait so long first, and leave alone what has been taken over"
     )
