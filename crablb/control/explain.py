@@ -11,7 +11,6 @@ from crablb.dataplane.engine import Engine
 from crablb.dataplane.rehearsal import Memory, Rehearsal
 from crablb.errors import ConfigError, Problems
 from crablb.kernel.interface import interface_name
-from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Address, Backend, Config, Mode, Service, State, Vip, host_port
 from crablb.values import parse_address, parse_vip, shown
 
@@ -202,16 +201,10 @@ def _policy_step(found: Rehearsal, service: Service) -> Iterator[Step]:
 
 
 def _way(found: Rehearsal) -> str:
-    assert found.hop and found.verdict
-    if found.backend in found.assumed:
+    """How the backend is reached; nothing is sent to one whose way is not resolved."""
+    hop = found.hop
+    if not hop or found.backend in found.assumed:
         return "not known yet"
-    return way(found.hop)
-
-
-def way(hop: NextHop) -> str:
-    """How a backend is reached, in words."""
-    if hop.state is not HopState.RESOLVED:
-        return hop.reason or "not resolved yet"
     via = f" via {hop.gateway}" if hop.gateway else ""
     return f"{interface_name(hop.ifindex)}{via}, MAC {hop.dst_mac.hex(':')}, MTU {hop.mtu}"
 

@@ -342,8 +342,8 @@ class Operator:
         )
 
     def _weight_now(self, service: Service, served: Backend) -> int:
-        warmth = self._engine.warmth(service, served.address)
-        return max(1, round(served.weight * warmth)) if served.weight else 0
+        part = self._engine.part(service, served.address)
+        return max(1, round(served.weight * part)) if served.weight else 0
 
     def _serves(self, service: Service, backend: Backend) -> tuple[bool, str]:
         """Whether a backend gets new connections; why not, or why although."""

@@ -198,10 +198,6 @@ class Engine:
         """Whether its server reports its load."""
         return self._balance.reports(backend)
 
-    def warmth(self, service: Service, backend: Address) -> float:
-        """The share of its weight that a backend has by slow start, 0 to 1."""
-        return self._balance.warmth(service, backend, time.monotonic())
-
     async def census(self, *, shares: bool = True) -> Census:
         """Count, in a thread of its own: the flows and, if ``shares``, the places in the tables of each backend of each
         service."""
@@ -277,17 +273,8 @@ class Engine:
         attachment = next((a for a in self._attachments if a.mode), self._attachments[0])
         frame = syn(client, port, vip, attachment.info.mac, config.option if offer else None)
         action = ACTIONS[self._running.ask(frame, attachment.info.index)] if attachment.mode else "none"
-        sight = Sight(
-            self.seed,
-            self._registry.backends,
-            self._registry.services,
-            self.hops,
-            self._balance,
-            time.monotonic(),
-            self.reached,
-            self._completions.stopped(),
-        )
         asked = Asked(client, port, vip, attachment.info, frame, action, frozenset(down))
+        sight = self._sight(time.monotonic())
         return rehearse(asked, config, sight, self._standings, self._custom, self._remembered)
 
     def _remembered(self, connection: int) -> list[Memory]:
@@ -755,11 +742,19 @@ class Engine:
         if self._usable[0] is not hops:
             self._usable = hops, frozenset(a for a, hop in hops.items() if hop.state is HopState.RESOLVED)
         self._balance.follow(self._served.services, self._usable[1], at if self._attached else None, self._warm)
-        sight = Sight(
+        snapshot = build(self._served, self._sight(at), self._queues.snapshot)
+        self._custom.publish(snapshot.custom)
+        self._queues.publish(snapshot)
+        if len(self._usable[1]) == len(hops):
+            self._resolved.set()
+
+    def _sight(self, at: float) -> Sight:
+        """What there is to be seen now, for a snapshot."""
+        return Sight(
             self.seed,
             self._registry.backends,
             self._registry.services,
-            hops,
+            self._nexthops.current if self._nexthops else {},
             self._balance,
             at,
             self.reached,
@@ -769,11 +764,6 @@ class Engine:
             self._registry.version,
             self._taps.filled(),
         )
-        snapshot = build(self._served, sight, self._queues.snapshot)
-        self._custom.publish(snapshot.custom)
-        self._queues.publish(snapshot)
-        if len(self._usable[1]) == len(hops):
-            self._resolved.set()
 
     def _ways_known(self) -> list[object]:
         """What :meth:`_ways` goes by, beside a hop."""

@@ -147,7 +147,7 @@ def rehearse(
         ids.setdefault(address, max(ids.values(), default=-1) + 1)
         hops[address] = NextHop(HopState.RESOLVED, dst_mac=bytes(6), src_mac=bytes(6), source=address, mtu=1500)
     balance = sight.balance.copy(asked.vip)
-    apart = replace(sight, backends=ids, services={asked.vip: 0}, hops=hops, balance=balance)
+    apart = replace(sight, backends=ids, services={asked.vip: 0}, hops=hops, balance=balance, version=None, taps=None)
     connection = flow_hash(sight.seed, asked.client, asked.port, asked.vip.address, asked.vip.port)
     choice = choice_hash(sight.seed, service, asked.client, asked.port)
     known = tuple(remembered(connection))

@@ -132,8 +132,7 @@ class Balance:
             made._blocks[vip] = self._blocks[vip].copy()
         made.turn(vip).next = self.turn(vip).next
         made._since = {pair: began for pair, began in self._since.items() if pair[0] == vip}
-        made._serving, made._percents = dict(self._serving), dict(self._percents)
-        made._heard = dict(self._heard)
+        made._percents = {pair: percent for pair, percent in self._percents.items() if pair[0] == vip}
         return made
 
     def _block(self, vip: Vip) -> _Block:
@@ -175,13 +174,6 @@ class Balance:
     def reports(self, backend: Address) -> bool:
         """Whether the load of this server is known."""
         return backend in self._heard
-
-    def warmth(self, service: Service, backend: Address, at: float) -> float:
-        """The share of its weight that a backend has at this moment, 0 to 1."""
-        began = self._since.get((service.vip, backend))
-        if began is None or at - began >= service.slow_start:
-            return 1.0
-        return max(1, int((at - began) / service.slow_start * STEPS)) / STEPS
 
     def silent(self, at: float) -> set[Address]:
         """The servers that have fallen silent since the last call: their loads are not known any more."""
@@ -236,6 +228,8 @@ class Balance:
         """The weights that these backends have at this moment; those of weight 0 are left out."""
         shares = {b.address: b.share for b in backends if b.share}
         steps = {address: self._step(service, address, at) for address in shares}
+        for address in (address for address, step in steps.items() if step == STEPS):
+            self._since.pop((service.vip, address), None)  # it has risen
         if any(step != STEPS for step in steps.values()):
             shares = {address: max(1, share * steps[address]) for address, share in shares.items()}
         percents = {address: self._percents.get((service.vip, address), WHOLE) for address in shares}
@@ -251,14 +245,13 @@ class Balance:
         return rising * (WHOLE if any(pair in self._percents for pair in pairs) else 1)
 
     def part(self, service: Service, backend: Address, at: float) -> float:
-        """Of a backend's weight, what counts at this moment."""
+        """Of a backend's weight, what counts at this moment.  To ask changes nothing."""
         percent = self._percents.get((service.vip, backend), WHOLE)
         return self._step(service, backend, at) / STEPS * percent / WHOLE
 
     def _step(self, service: Service, backend: Address, at: float) -> int:
         began = self._since.get((service.vip, backend))
         if began is None or at - began >= service.slow_start:
-            self._since.pop((service.vip, backend), None)
             return STEPS
         return max(1, int((at - began) / service.slow_start * STEPS))
 

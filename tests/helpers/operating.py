@@ -88,7 +88,7 @@ class StillEngine:
     def reports(self, backend: Address) -> bool:
         return backend in self.reporting
 
-    def warmth(self, service: Service, backend: Address) -> float:
+    def part(self, service: Service, backend: Address) -> float:
         return 1.0
 
     def service_counters(self, vips: Iterable[Vip] | None = None) -> dict[Vip, tuple[int, int]]:
