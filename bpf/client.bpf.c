@@ -204,11 +204,14 @@ static __always_inline int ingress_tcp(struct __sk_buff *skb, struct packet *p)
             count(CRAB_CLIENT_RESET_LATE);
             return answer_by_reset(skb, p);
         }
-        if (p->tcp.syn && !answers) { /* of another connection, by a program outside of the cgroup */
-            forget(flow, state);
-            return TC_ACT_UNSPEC;
-        }
-        if (p->tcp.syn) {
+        if (p->tcp.syn && !answers) {
+            /* Of another connection, by a program outside of the cgroup?  While this one lives anybody may have sent it, and
+             * the socket knows what to do (RFC 5961, 4). */
+            if (flow->ends_ns || collides(skb, p)) {
+                forget(flow, state);
+                return TC_ACT_UNSPEC;
+            }
+        } else if (p->tcp.syn) {
             mute(flow, p->key.rport); /* our ACK did not get there */
         } else if (flow->said != CRAB_CLIENT_SPOKE && !p->tcp.rst) {
             flow->said = CRAB_CLIENT_SPOKE;

@@ -6,7 +6,7 @@
 
 #define SHOW_COUNTED(what) show_counted(what)
 #define SHOW_BACKEND(backend, ifindex) show_backend(backend, ifindex)
-static void show_counted(__u32 what);
+static int show_counted(__u32 what);
 static void show_backend(__u32 backend, __u32 ifindex);
 
 #define crab_lb crab_decide
@@ -48,12 +48,14 @@ struct {
     __type(value, __u64);
 } untapped SEC(".maps");
 
-static __always_inline void show_counted(__u32 what)
+/* Not inline: Linux 6.1 has no byte left on the stack for what it needs, where the packet is passed to the kernel. */
+static __noinline int show_counted(__u32 what)
 {
     __u32 zero = 0;
     struct tapped *t = bpf_map_lookup_elem(&tapping, &zero);
     if (t)
         t->head.counters |= 1ull << what;
+    return 0;
 }
 
 static __always_inline void show_backend(__u32 backend, __u32 ifindex)

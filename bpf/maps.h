@@ -277,6 +277,7 @@ enum crab_daemon_counter {
     CRAB_DAEMON_QUORUMS_LOST,   /* times that a VIP was withdrawn for want of healthy backends */
     CRAB_DAEMON_CHANGES,        /* changes at run time, by the API */
     CRAB_DAEMON_STATE_UNSAVED,  /* times that such changes could not be written down */
+    CRAB_DAEMON_TAKEOVERS_FAILED, /* times that another process was to take over, and this one served on */
     CRAB_DAEMON_COUNTERS
 };
 

@@ -25,6 +25,7 @@ from crablb.control import seed as seeds
 from crablb.control.doors import Doors
 from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
+from crablb.control.wanted import Wanted
 from crablb.dataplane.events import Event
 from crablb.dataplane.handlers import Handle, Match, check
 from crablb.errors import ConfigError, KernelError, starved
@@ -89,6 +90,7 @@ class LoadBalancer:
         self._handlers: dict[Match, Handle] = {}
         self._supervisor: Supervisor | None = None  # from the beginning of the start to the end of the close
         self._doors: Doors | None = None
+        self._wanted: Wanted | None = None  # of those who ask by them
         self._serving = False  # what is told to the supervisor is done at once; else it is done after the start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -114,9 +116,10 @@ class LoadBalancer:
             config = self._config
             supervisor = Supervisor(config, config.seed or seeds.load(), threads=self._threads)
             supervisor.listeners.append(self._hear)
-            doors = (
-                Doors(Operator(supervisor), supervisor) if config.admin is Switch.ON or config.metrics_listen else None
-            )
+            doors = None
+            if config.admin is Switch.ON or config.metrics_listen:
+                operator = Operator(supervisor)
+                doors, self._wanted = Doors(operator, supervisor), operator.wanted
             self._loop, self._process = asyncio.get_running_loop(), os.getpid()
             self._loop_thread = threading.get_ident()
             self._changing = asyncio.Lock()
@@ -130,9 +133,12 @@ class LoadBalancer:
                     supervisor.engine.handle(match, function)
                 if self._config is not config:
                     supervisor.apply(self._config)
+                    if self._wanted:
+                        self._wanted.follow(config, self._config)
                 self._serving = True
                 if doors:
                     doors.start()
+                supervisor.engine.begun()
                 self._guard = asyncio.create_task(self._until_ended(self._ended))
                 await asyncio.sleep(0)  # it has begun: one that has not is cancelled without a trace
             except BaseException:
@@ -182,7 +188,7 @@ class LoadBalancer:
             events._put(None)
 
     def _let_go(self) -> None:
-        self._serving, self._supervisor, self._doors = False, None, None
+        self._serving, self._supervisor, self._doors, self._wanted = False, None, None, None
         _open.discard(self)
 
     def _close_at_last(self) -> None:
@@ -361,7 +367,7 @@ class LoadBalancer:
         Raises :class:`ConfigError` with every fault, and changes nothing then.
         """
         wanted = services if isinstance(services, str | Service) or not isinstance(services, Iterable) else [*services]
-        self._change(lambda config: wanted)
+        self._change(lambda config: wanted, whole=True)
 
     def add_service(self, service: Service | str) -> None:
         """Serve this as well.  Raises :class:`ConfigError`, and changes nothing, if its VIP is served already."""
@@ -426,13 +432,19 @@ class LoadBalancer:
 
         self._change(with_them)
 
-    def _change(self, services: Callable[[Config], Iterable[Service | str]]) -> None:
-        """From what is served to what is to be; in the event loop, so that of changes at once none is lost."""
+    def _change(self, services: Callable[[Config], Iterable[Service | str]], *, whole: bool = False) -> None:
+        """From what is served to what is to be; in the event loop, so that of changes at once none is lost.
+
+        ``whole``: whatever it was.
+        """
 
         def change() -> None:
-            config = self._checked(services(self._config))
+            before = self._config
+            config = self._checked(services(before))
             if self._supervisor and self._serving:
                 self._supervisor.apply(config)
+                if self._wanted:
+                    self._wanted.follow(None if whole else before, config)
             self._config = config
 
         self._in_loop(change)

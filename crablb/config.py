@@ -6,21 +6,25 @@ Every fault of a configuration is found and told at once, each with its place an
 
 from __future__ import annotations
 
+import os
 import re
-import sys
+import shlex
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from crablb import trust
 from crablb.errors import ConfigError, Problems
 from crablb.model import Address, Backend, Check, CheckKind, Config, Fallback, Service, Switch, Vip, host_port
 from crablb.options import OPTIONS, Option, Scope, of
 from crablb.values import (
     listed,
     near,
+    parse_address,
     parse_backend,
     parse_endpoint,
     parse_interfaces,
@@ -29,6 +33,7 @@ from crablb.values import (
     parse_vip,
     read_text,
     shown,
+    without_imports,
 )
 
 __all__ = [
@@ -194,15 +199,45 @@ def _check_quorum(problems: Problems, fields: Mapping[str, Any], where: str, quo
         problems.add(where, f"is of use with {quorum} only")
 
 
+def read_file(path: Path | str) -> str:
+    """A configuration as it is written.  Raises :class:`ConfigError`."""
+    try:
+        return read_text(path)
+    except ConfigError as error:
+        if not str(path) or "\0" in str(path):
+            raise
+        if os.path.isdir(path):
+            raise ConfigError(f"{error}; name a file in it") from None
+        if os.path.lexists(path):
+            raise
+        raise ConfigError(f"{error}; make one: crablb quickstart --output {shlex.quote(str(path))}") from None
+
+
 def load_config(path: Path | str, interfaces: Sequence[str] = ()) -> Config:
     """Read a TOML file; ``interfaces``, if any, override the file's.  Raises :class:`ConfigError` with every fault."""
     if Path(path).is_fifo():
         raise ConfigError(f"{path}: is a pipe; it is read again by a reload, which could wait for ever: use a file")
-    text = read_text(path)
-    # A policy of one's own may lie beside the file.
-    if (folder := str(Path(path).resolve().parent)) not in sys.path:
-        sys.path.append(folder)
-    return parse_config(text, interfaces, str(path))
+    why = trust.writer(path)  # before it is read: whom it says there are none of cannot change it meanwhile
+    text = read_file(path)
+    if not why:  # a policy of one's own may lie beside the file
+        trust.beside(Path(path).resolve().parent)
+    refusal = f"{why}, and what a configuration names is run as user {os.geteuid()}; {trust.remedy(why)}"
+    with without_imports(because=refusal) if why else nullcontext():
+        config = parse_config(text, interfaces, str(path))
+    problems = [f"{path}: {service.vip}: check: {told}" for service, told in _programs(config, refusal if why else "")]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _programs(config: Config, refusal: str) -> Iterator[tuple[Service, str]]:
+    """Programs that checks are not to run, with the reason.  ``refusal``: why none is to be."""
+    for service in config.services:
+        for program in dict.fromkeys(c.command[0] for c in service.checks or () if c.kind is CheckKind.EXEC):
+            if refusal:
+                yield service, refusal
+            elif os.path.lexists(program) and (why := trust.writer(program)):
+                yield service, f"{why}, and it would be run as user {os.geteuid()}; {trust.remedy(why)}"
 
 
 def parse_config(text: str, interfaces: Sequence[str] = (), where: str = "") -> Config:
@@ -238,8 +273,12 @@ def config_from_table(table: Mapping[str, object], place: Callable[[int], str] =
     problems = Problems()
     fields = _read(problems, Config, table, place)
     _check_together(problems, fields, lambda option: option.name)
-    services = [(place(i), service) for i, service in enumerate(fields.get("services", ())) if service]
-    problems.found += check_services(services, fields.get("table_size") or DEFAULT_TABLE_SIZE)
+    entries = table.get("service")
+    services = [
+        (place(i), _names(service) if service else _names_of_entry(entries[i]), service)  # type: ignore[index]
+        for i, service in enumerate(fields.get("services") or ())
+    ]
+    problems.found += _check_services(services, fields.get("table_size") or DEFAULT_TABLE_SIZE)
     problems.finish()
     return Config(**fields)
 
@@ -276,7 +315,11 @@ def config_from_args(interfaces: str | Sequence[str], services: Sequence[str], *
     else:
         problems.add("", "say which interface to serve: --iface eth0")
     if not services:
-        problems.add("", "say what to serve: --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12, or --config FILE.toml")
+        problems.add(
+            "",
+            "say what to serve: --service tcp://10.0.0.100:80=10.0.0.11,10.0.0.12, or --config FILE.toml (made by"
+            " crablb quickstart)",
+        )
     fields: dict[Scope, dict[str, Any]] = {Config: {}, Service: {}}
     for name, value in given.items():
         option = _option(name)
@@ -287,12 +330,14 @@ def config_from_args(interfaces: str | Sequence[str], services: Sequence[str], *
     placed = []
     for text in services:
         where = f"--service {text}"
-        if service := problems.attempt(where, parse_service, text):
-            placed.append((where, _with(problems, where, service, fields[Service])))
-    problems.found += check_services(placed, fields[Config].get("table_size") or DEFAULT_TABLE_SIZE)
+        service = problems.attempt(where, parse_service, text)
+        if service:
+            service = _with(problems, where, service, fields[Service])
+        placed.append((where, _names(service) if service else _names_of_text(text), service))
+    problems.found += _check_services(placed, fields[Config].get("table_size") or DEFAULT_TABLE_SIZE)
     problems.finish()
     assert names is not None
-    return Config(names, tuple(service for _, service in placed), **fields[Config])
+    return Config(names, tuple(service for *_, service in placed if service), **fields[Config])
 
 
 def _given(problems: Problems, option: Option, value: object) -> Any:
@@ -347,48 +392,89 @@ def check_check(check: Check, given: Collection[str]) -> list[str]:
 
 def check_services(services: Sequence[tuple[str, Service]], table_size: int) -> list[str]:
     """What is wrong with services taken together; each comes with the place it was read from."""
+    return _check_services([(where, _names(service), service) for where, service in services], table_size)
+
+
+#: The VIP and the backends of a service, as far as they can be read.
+_Names = tuple[Vip | None, Sequence[Address]]
+
+
+def _names(service: Service) -> _Names:
+    return service.vip, [backend.address for backend in service.backends]
+
+
+def _names_of_entry(entry: object) -> _Names:
+    """Of a ``[[service]]`` that has faults."""
+    if not isinstance(entry, Mapping):
+        return None, ()
+    backends = entry.get("backends")
+    return _vip_of(entry.get("address")), _addresses_of(backends if isinstance(backends, list) else ())
+
+
+def _names_of_text(text: str) -> _Names:
+    """Of a ``--service`` that has faults."""
+    vip, _, backends = text.partition("=")
+    return _vip_of(vip.strip()), _addresses_of(backends.split(","))
+
+
+def _vip_of(value: object) -> Vip | None:
+    return Problems().attempt("", parse_vip, value)
+
+
+def _addresses_of(backends: Iterable[object]) -> list[Address]:
+    values = (each.get("address") if isinstance(each, Mapping) else each for each in backends)
+    bare = (each.partition("*")[0].strip() if isinstance(each, str) else each for each in values)
+    found = (Problems().attempt("", parse_address, each) for each in bare)
+    return [address for address in found if address]
+
+
+def _check_services(services: Sequence[tuple[str, _Names, Service | None]], table_size: int) -> list[str]:
+    """Of a service that has faults of its own (None) what is named twice is told nevertheless."""
     problems = Problems()
     seen: dict[Vip, str] = {}
-    vips = {service.vip.address: where for where, service in services}
+    vips = {vip.address: where for where, (vip, _), _ in services if vip}
     addresses: set[Address] = set()
-    for where, service in services:
-        vip = service.vip
-        if vip in seen:
+    for where, (vip, backends), service in services:
+        if vip and vip in seen:
             problems.add(where, f"{vip} is served already by {seen[vip]}; put all its backends there")
-        seen.setdefault(vip, where)
-        if not service.backends:
+        if vip:
+            seen.setdefault(vip, where)
+        if service and not backends:
             problems.add(where, f"{vip} has no backends; name at least one")
         own: set[Address] = set()
-        for backend in service.backends:
-            if backend.address in own:
-                problems.add(where, f"backend {backend.address} is named twice; use a weight instead")
-            own.add(backend.address)
-            if backend.address.version != vip.address.version and service.fallback is not Fallback.DSR_IPIP:
+        for address in backends:
+            if address in own:
+                problems.add(where, f"backend {address} is named twice; use a weight instead")
+            own.add(address)
+            if service and vip and address.version != vip.address.version and service.fallback is not Fallback.DSR_IPIP:
                 problems.add(
                     where,
-                    f"backend {backend.address} is IPv{backend.address.version} and {host_port(vip.address, vip.port)}"
+                    f"backend {address} is IPv{address.version} and {host_port(vip.address, vip.port)}"
                     f" is IPv{vip.address.version}; only a tunnel leads from one to the other: fallback = 'dsr-ipip'",
                 )
-            if backend.address in vips:
-                problems.add(
-                    where,
-                    f"backend {backend.address} is also a VIP ({vips[backend.address]}); give it an own address",
-                )
-        if service.backends and not any(b.weight for b in service.backends):
-            problems.add(where, f"every backend of {vip} has weight 0; give one a weight")
-        for prefix in service.redirect_clients:
-            if prefix.version != vip.address.version:
-                problems.add(where, f"redirect_clients: {prefix} can hold no client of {vip}")
-        if len(service.backends) > table_size:
-            problems.add(
-                where,
-                f"{len(service.backends)} backends do not fit a table of {table_size} slots;"
-                f" set table_size to a prime above {100 * len(service.backends)}",
-            )
+            if address in vips:
+                problems.add(where, f"backend {address} is also a VIP ({vips[address]}); give it an own address")
+        if service:
+            _check_service(problems, where, service, table_size)
         addresses |= own
     if len(addresses) > MAX_BACKENDS:
         problems.add("services", f"{len(addresses)} backends in all; the limit is {MAX_BACKENDS}")
     return problems.found
+
+
+def _check_service(problems: Problems, where: str, service: Service, table_size: int) -> None:
+    vip = service.vip
+    if service.backends and not any(b.weight for b in service.backends):
+        problems.add(where, f"every backend of {vip} has weight 0; give one a weight")
+    for prefix in service.redirect_clients:
+        if prefix.version != vip.address.version:
+            problems.add(where, f"redirect_clients: {prefix} can hold no client of {vip}")
+    if len(service.backends) > table_size:
+        problems.add(
+            where,
+            f"{len(service.backends)} backends do not fit a table of {table_size} slots;"
+            f" set table_size to a prime above {100 * len(service.backends)}",
+        )
 
 
 def checked(value: M) -> M:

@@ -31,6 +31,18 @@ class KernelError(CrablbError):
     """The kernel refused something."""
 
 
+def why(error: BaseException) -> dict[str, Any]:
+    """For the log: what the machine refuses is a reason; anything else is our fault, and whoever mends it wants to see
+    where."""
+    refused = isinstance(error, OSError | MemoryError | CrablbError) or starved(error)
+    return {"reason": str(error) or type(error).__name__} if refused else {"exc_info": error}
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey, but for ends of lines: peers, programs and files name themselves."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
 def starved(error: BaseException) -> KernelError | None:
     """What it means that there is no memory, or that Python could start no thread; None of another error."""
     unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)  # of a library: dlopen(3)
@@ -41,6 +53,17 @@ def starved(error: BaseException) -> KernelError | None:
     else:
         return None
     return KernelError(f"{what}; raise the limits: ulimit -v, ulimit -u, TasksMax= in a systemd unit, or a container's")
+
+
+def unbound(error: OSError, port: int) -> str:
+    """Why a socket cannot have an address, in words, and what mends it."""
+    remedies = {
+        errno.EADDRINUSE: f"see who has it: ss -lntup sport = :{port}",
+        errno.EADDRNOTAVAIL: "take an address that this machine has: ip addr",
+        errno.EACCES: "a port below 1024 is root's: take another, or run it as root",
+    }
+    told = error.strerror or str(error)
+    return f"{told}; {remedies[error.errno]}" if error.errno in remedies else told
 
 
 class Problems:

@@ -7,17 +7,19 @@ done then, so whoever fails says so, is counted, and is not given up at once.
 from __future__ import annotations
 
 import asyncio
+import math
 import select
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 
 import structlog
 
-from crablb.errors import CrablbError
+from crablb.errors import why
 
-__all__ = ["Pauses", "keep", "keep_in_thread", "task"]
+__all__ = ["Pauses", "keep", "keep_in_thread", "late", "show_name", "task", "wait"]
 
 #: Seconds before what failed is begun anew: the first time, doubled each time, at most.
 FIRST, LONGEST = 1.0, 10.0
@@ -26,7 +28,47 @@ CALM = 60.0
 #: Failures in a row before it is given up.
 TRIES = 30
 
+#: Seconds of sleep after which a thread shows that it lives.
+BEAT = 0.5
+
 log = structlog.get_logger()
+
+
+class _Pulse:
+    """Of a thread of :func:`keep_in_thread`."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.beats, self.marked = name, 0, -1
+
+
+_pulses: dict[int, _Pulse] = {}  # by thread
+
+
+def show_name() -> None:
+    """Have the kernel know this thread's name, as ``ps -L`` and ``top -H`` show it: 15 bytes of it."""
+    with suppress(OSError):
+        Path("/proc/thread-self/comm").write_text(threading.current_thread().name)
+
+
+def wait(poll: select.poll, seconds: float = math.inf) -> list[tuple[int, int]]:
+    """Wait as ``poll`` does; a thread of :func:`keep_in_thread` shows meanwhile that it lives."""
+    end = time.monotonic() + seconds
+    while True:
+        if pulse := _pulses.get(threading.get_ident()):
+            pulse.beats += 1
+        left = max(end - time.monotonic(), 0)
+        if (ready := poll.poll(min(left, BEAT) * 1000)) or left <= BEAT:
+            return ready
+
+
+def late() -> list[str]:
+    """The threads of :func:`keep_in_thread` that have not shown life since the last time that all had."""
+    pulses = list(_pulses.copy().values())
+    found = [pulse.name for pulse in pulses if pulse.beats == pulse.marked]
+    if not found:
+        for pulse in pulses:
+            pulse.marked = pulse.beats
+    return found
 
 
 class Pauses:
@@ -41,18 +83,12 @@ class Pauses:
         return min(FIRST * (1 << min(self.failures - 1, 10)), LONGEST)
 
 
-def _why(error: BaseException) -> dict[str, object]:
-    """What the machine refuses is a reason; anything else is our fault, and whoever mends it wants to see where."""
-    refused = isinstance(error, OSError | MemoryError | CrablbError)
-    return {"reason": str(error) or type(error).__name__} if refused else {"exc_info": error}
-
-
 def _say(name: str, error: Exception, pause: float, failed: Callable[[], None]) -> None:
     if not threading.main_thread().is_alive():  # the program ends: there are no new threads, and nobody is to mend it
         return
     with suppress(Exception):  # there may not even be the memory to say it
         failed()
-        log.error("a background task failed; it is begun anew", task=name, seconds=pause, **_why(error))
+        log.error("a background task failed; it is begun anew", task=name, seconds=pause, **why(error))
 
 
 async def keep(name: str, work: Callable[[], Awaitable[None]], failed: Callable[[], None] = lambda: None) -> None:
@@ -84,7 +120,7 @@ def task(
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
-            log.error("a background task is given up", task=name, **_why(error))
+            log.error("a background task is given up", task=name, **why(error))
             given_up(f"task {name} failed: {error!r}")
 
     made = asyncio.create_task(keep(name, work, failed))
@@ -93,16 +129,26 @@ def task(
 
 
 def keep_in_thread(name: str, work: Callable[[], None], stop: int) -> None:
-    """Run ``work`` until it returns, or until there is something to read, or nobody at the other end, at ``stop``."""
-    pauses = Pauses()
+    """Run ``work`` until it returns, or until there is something to read, or nobody at the other end, at ``stop``.
+
+    It waits by :func:`wait`; :func:`late` tells if it does not any more, or the thread has ended otherwise.
+    """
+    this, pauses = threading.get_ident(), Pauses()
+    _pulses[this] = _Pulse(name)
+    show_name()
+    poll = select.poll()
+    poll.register(stop, select.POLLIN | select.POLLHUP)
     while True:
         began = time.monotonic()
         try:
-            return work()
+            work()
+            break
         except Exception as error:
             pause = pauses.after(time.monotonic() - began)
             _say(name, error, pause, lambda: None)
-        poll = select.poll()
-        poll.register(stop, select.POLLIN | select.POLLHUP)
-        if poll.poll(pause * 1000):
-            return
+        try:
+            if wait(poll, pause):
+                break
+        except OSError:  # poll(2) has no memory either
+            time.sleep(FIRST)
+    del _pulses[this]

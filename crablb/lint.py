@@ -110,7 +110,8 @@ def _of_check(service: Service, check: Check) -> Iterator[str]:
         elif not any(backend.cr for backend in service.backends):
             yield "no backend is redirected to (cr = false)"
     if check.verify and not (check.sni or check.host):
-        yield f"verify: a certificate seldom names {service.vip.address}; say sni, or host"
+        name = "sni" if check.kind is CheckKind.TLS else "sni, or host"
+        yield f"verify: a certificate seldom names {service.vip.address}; say {name}"
 
 
 def _of_clients(service: Service) -> Iterator[str]:

@@ -18,6 +18,8 @@ from contextlib import suppress
 
 import structlog
 
+from crablb.errors import printable
+
 _always: dict[str, object] = {}
 
 STDERR = 2
@@ -131,6 +133,18 @@ def flush() -> None:
     _writer.wait(FLUSH)
 
 
+def pass_on(line: str) -> None:
+    """What another process wants logged, as it is."""
+    _writer.write(line)
+
+
+def adopt(fd: int) -> None:
+    """Go on in another process' log, by its descriptor, which stays the caller's."""
+    flush()
+    os.dup2(fd, STDERR)
+    _writer.path = _file()
+
+
 def _file() -> str:
     """The regular file that standard error is, by name; empty if it is something else."""
     with suppress(OSError):
@@ -176,13 +190,24 @@ def _filter(_: object, method: str, event: structlog.typing.EventDict) -> struct
     return event
 
 
+def _tame(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """For a terminal, which shows strings as they are.  JSON has an escape for whatever it would obey."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            text = printable(value)
+            event[key] = text if key in ("exception", "stack") else " ".join(text.splitlines())
+    return event
+
+
 def set_up(level: str = "info") -> None:
     """``level``: debug, info, warning or error."""
     set_level(level)
     _writer.path = _file()
     atexit.register(flush)
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(default=str)
+    renderers: list[structlog.typing.Processor] = (
+        [_tame, structlog.dev.ConsoleRenderer()]
+        if sys.stderr.isatty()
+        else [structlog.processors.JSONRenderer(default=str)]
     )
     structlog.configure(
         processors=[
@@ -192,7 +217,7 @@ def set_up(level: str = "info") -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
-            renderer,
+            *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(_writer),  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ who writes a configuration, in :mod:`crablb.options`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, Self
@@ -191,13 +191,17 @@ class Vip:
     address: Address
     port: int
     protocol: str = "tcp"
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.address, self.port)))
 
     def __str__(self) -> str:
         return f"{self.protocol}://{host_port(self.address, self.port)}"
 
     def __hash__(self) -> int:
-        """In place of the fields' own: addresses hash their number in hexadecimal."""
-        return hash((int(self.address), self.port))
+        """Made once: addresses hash their number in hexadecimal, each time."""
+        return self._hash
 
     def key(self) -> bytes:
         """``struct crab_vip`` of bpf/maps.h: 20 bytes."""
@@ -223,6 +227,7 @@ class Service:
     policy: str | Callable[..., Any] = "maglev"
     source_prefix: tuple[int, int] = (32, 128)  # for source-hash: bits of an IPv4, an IPv6 client that count
     slow_start: float = 0.0  # seconds in which the weight of a new backend rises to its own
+    syn_rate: int = 0  # SYNs a second that it takes, others are dropped.  0: all
     checks: tuple[Check, ...] | None = None  # None: as the mode needs; empty: none
     initially: Initially = Initially.UP
     panic: int = 50  # percent of the weight: with less of it healthy, health is disregarded.  0: never

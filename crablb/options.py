@@ -9,6 +9,7 @@ A new option is a field there and a row here.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -130,9 +131,11 @@ def _plain(value: object) -> str:
 def toml(value: object) -> str:
     """A value as a TOML file has it."""
     if isinstance(value, str):
-        return f'"{value}"'
+        return json.dumps(value, ensure_ascii=False)  # a basic string of TOML has the same escapes
     if isinstance(value, list):
         return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {toml(each)}' for key, each in value.items())} }}"
     return _plain(value)
 
 
@@ -382,7 +385,8 @@ OPTIONS: tuple[Option, ...] = (
         name="allow_own_address",
         kind=_BOOLEAN,
         help="a VIP may be an address that the machine itself is reached by: its port is the service's then, and no"
-        " program's here any more. What keepalived adds (/32, /128), and what is on the loopback, needs no leave",
+        " program's here any more. What is added beside it needs no leave: for one host (/32, /128), as by keepalived,"
+        " secondary (IPv4, a second one of a prefix), deprecated (IPv6), or on the loopback",
         example=False,
         reload=True,
     ),
@@ -639,6 +643,15 @@ OPTIONS: tuple[Option, ...] = (
         kind=_seconds(0, 86400),
         help="seconds in which the weight of a new backend rises to its own",
         example=30,
+        reload=True,
+    ),
+    Option(
+        scope=Service,
+        name="syn_rate",
+        kind=_whole(0, 100_000_000),
+        help="SYNs a second that the service takes, so that a flood to it leaves time for others; those above are"
+        " dropped, and clients send them again. 0: all",
+        example=50_000,
         reload=True,
     ),
     Option(
@@ -919,7 +932,7 @@ OPTIONS: tuple[Option, ...] = (
         name="verify",
         no_flag=_OF_CHECK,
         kind=_BOOLEAN,
-        help="of https and tls: the certificate must be valid, and for sni or host",
+        help="of https and tls: the certificate must be valid, and for sni, or host (https)",
         example=True,
         reload=True,
     ),
@@ -930,7 +943,7 @@ OPTIONS: tuple[Option, ...] = (
         kind=Kind(
             says="a name",
             metavar="NAME",
-            parse=values.parse_header,
+            parse=values.parse_sni,
             json={"type": "string", "pattern": "^[!-~]{0,255}$"},
         ),
         help="of https and tls: the name that is asked for",
@@ -991,3 +1004,9 @@ def of(scope: type) -> tuple[Option, ...]:
 def fixed_fields() -> tuple[str, ...]:
     """The fields of :class:`crablb.model.Config` that cannot be changed while serving."""
     return tuple(option.field for option in of(Config) if not option.reload)
+
+
+def remedy(field: str) -> str:
+    """What has one of them another way."""
+    # What a process has to have like the one that it takes over from: docs/takeover.md.
+    return "restart crablb serve" if field in ("interfaces", "seed", "xdp_mode") else "crablb takeover does it"

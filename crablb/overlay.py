@@ -302,7 +302,7 @@ def diff(changes: Changes) -> list[str]:
 
 
 def save(text: str, changes: Changes) -> str:
-    """The text of a file with the changes worked in; its comments, order and notation stay.
+    """The text of a file with the changes worked in; its comments, order, notation and line ends stay.
 
     Raises :class:`ConfigError` if the text is no configuration, or they cannot be.
     """
@@ -314,6 +314,8 @@ def save(text: str, changes: Changes) -> str:
     left = between(config, wanted)
     if not left:
         return text
+    if "\n" in text and text.count("\r\n") == text.count("\n"):  # tomlkit writes new lines without the \r
+        return save(text.replace("\r\n", "\n"), changes).replace("\n", "\r\n")
     try:
         document = tomlkit.parse(text if text.endswith("\n") else f"{text}\n")
         for vip, edit in left.services.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 
 from crablb.model import Backend, Check, Config, Service
-from crablb.options import Option, Scope, of, toml
+from crablb.options import Option, Scope, of, table, toml
 
-__all__ = ["example", "reference"]
+__all__ = ["described", "example", "reference"]
 
 _HEADINGS: dict[Scope, tuple[str, str]] = {
     Config: ("The load balancer", "In front of the first `[[service]]`; as arguments, beside `--service`."),
@@ -90,6 +91,41 @@ def example() -> str:
     for option in of(Check):
         lines += [*_explained(option), f"# {option.name} = {toml(option.example)}"]
     return "\n".join(lines) + "\n"
+
+
+#: What whoever begins may want next, beside what is said: shown with a # in front.
+_NEXT: dict[Scope, tuple[str, ...]] = {Config: ("keep", "metrics_listen"), Service: ("policy", "check")}
+
+
+def described(config: Config, made: str) -> str:
+    """A configuration file that says this and no more, each key explained once; ``made``: by whom, or what for."""
+    lines = [
+        f"# {made}",
+        "# Every option there is: crablb config example.  After a change: crablb check FILE, crablb plan FILE,",
+        "# crablb reload.",
+        "",
+        *_said(config),
+    ]
+    for i, service in enumerate(config.services):
+        lines += ["[[service]]", *_said(service, explained=not i), *([""] if i else [])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _said(value: Config | Service, explained: bool = True) -> Iterator[str]:
+    given = table(value)
+    for option in of(type(value)):
+        if option.name in given and option.kind.nested is not Service:
+            held = given[option.name]
+            if option.name == "interface" and isinstance(held, list) and len(held) == 1:
+                (held,) = held
+            yield from _explained(option) if explained else ()
+            if option.kind.nested is Backend and isinstance(held, list):
+                yield from [f"{option.name} = [", *(f"    {toml(each)}," for each in held), "]"]
+            else:
+                yield f"{option.name} = {toml(held)}"
+            yield from [""] if explained else []
+        elif explained and option.name in _NEXT[type(value)]:
+            yield from [*_explained(option), f"#{option.name} = {toml(option.example)}", ""]
 
 
 def _backends() -> list[str]:

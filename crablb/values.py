@@ -15,7 +15,7 @@ import re
 import select
 import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
     "parse_endpoint",
     "parse_policy",
     "parse_prefix",
+    "parse_short_vip",
     "parse_vip",
     "read_backend_key",
     "read_master_key",
@@ -110,10 +111,19 @@ def near(wrong: str, known: tuple[str, ...], otherwise: str) -> str:
     return f"did you mean {close[0]}?" if close else otherwise
 
 
+def counted(count: int, what: str) -> str:
+    """``1 flow``, ``2,000 flows``."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
 # ---- addresses ----
 
 
-def _address(text: str, what: str) -> Address:
+#: Kinds of addresses that no server has for others.
+NEVER = ("unspecified", "loopback", "multicast", "link_local")
+
+
+def _address(text: str, what: str, never: tuple[str, ...] = NEVER) -> Address:
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     try:
         address = ipaddress.ip_address(bare)
@@ -124,7 +134,7 @@ def _address(text: str, what: str) -> Address:
             raise ConfigError(f"{text} has a zone; give an address that is unique without one")
         if address.ipv4_mapped:
             raise ConfigError(f"{text} is an IPv4-mapped address; write {address.ipv4_mapped}")
-    for name in ("unspecified", "loopback", "multicast", "link_local"):
+    for name in never:
         if getattr(address, f"is_{name}"):
             article = "an" if name == "unspecified" else "a"
             raise ConfigError(f"{text} is {article} {name.replace('_', '-')} address and cannot be {what}")
@@ -138,17 +148,26 @@ def parse_vip(value: object) -> Vip:
     text = str(value) if isinstance(value, Vip) else string(value)
     protocol, separator, rest = text.partition("://")
     if not separator:
-        raise ConfigError(f"{shown(text)} has no protocol; write tcp://{text or '10.0.0.100:80'}")
+        with suppress(ValueError):  # the port is missing as well
+            text = host_port(ipaddress.ip_address(text), 80)
+        raise ConfigError(f"{shown(value)} has no protocol; write tcp://{text or '10.0.0.100:80'}")
     if protocol != "tcp":
         raise ConfigError(f"protocol {protocol!r} is not supported; connection redirection is made for tcp")
     match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*):([^:]*)", rest)
     if not match:
+        if re.fullmatch(r"[^:\[\]]+|\[[^\]]*\]", rest):
+            raise ConfigError(f"{shown(text)} has no port; write tcp://{rest}:80, or whatever port clients connect to")
         hint = " (an IPv6 address stands in brackets: tcp://[fd00::100]:80)" if rest.count(":") > 1 else ""
         raise ConfigError(f"{shown(text)} is not tcp://ADDRESS:PORT{hint}")
     port = match[2]
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ConfigError(f"{port!r} is not a port (1 to 65535)")
     return Vip(_address(match[1], "a VIP"), int(port))
+
+
+def parse_short_vip(text: str) -> Vip:
+    """A VIP as people ask for one: also ``10.0.0.100:80`` and ``tcp:10.0.0.100:80``.  Raises :class:`ConfigError`."""
+    return parse_vip(text if "://" in text else f"tcp://{text.removeprefix('tcp:')}")
 
 
 def parse_backend(value: object) -> Backend:
@@ -168,6 +187,11 @@ def parse_backend(value: object) -> Backend:
 def parse_address(value: object) -> Address:
     """A backend's address.  Raises :class:`ConfigError`."""
     return value if isinstance(value, Address) else parse_backend(value).address
+
+
+def parse_client(text: str) -> Address:
+    """An address that a client's packets may come from.  Raises :class:`ConfigError`."""
+    return _address(text, "a client", NEVER[:3])
 
 
 def parse_macs(value: object) -> tuple[str, ...]:
@@ -268,6 +292,20 @@ def parse_header(value: object) -> str:
     return text
 
 
+def parse_sni(value: object) -> str:
+    """A name as TLS has it (RFC 6066, 3: no port, no trailing dot), or an address, for whom a certificate is to be.
+
+    Raises :class:`ConfigError`.
+    """
+    text = parse_header(value)
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(text))
+    if ":" in text or text.endswith("."):
+        wrong, name = "a port" if ":" in text else "a trailing dot", text.partition(":")[0].rstrip(".")
+        raise ConfigError(f"{shown(text)} has {wrong}, which no certificate has; write {name}")
+    return text
+
+
 def parse_command(value: object) -> tuple[str, ...]:
     """A program's path and its arguments.  Raises :class:`ConfigError`."""
     command = tuple(map(string, listed(value)))
@@ -289,6 +327,8 @@ def parse_endpoint(value: object, port: int = PORT) -> tuple[Address, int]:
         return ipaddress.ip_address(bare), int(match[2] or port)
     if bare in ("127.0.0.1", "::1"):
         return ipaddress.ip_address(bare), int(match[2] or port)
+    if bare.startswith("127."):
+        raise ConfigError(f"{bare} is a loopback address; of these an endpoint has 127.0.0.1 or ::1")
     return _address(bare, "an endpoint"), int(match[2] or port)
 
 
@@ -298,7 +338,7 @@ def parse_endpoint(value: object, port: int = PORT) -> tuple[Address, int]:
 def parse_interface(value: object) -> str:
     """The name of an interface; whether there is one, the kernel says later.  Raises :class:`ConfigError`."""
     name = string(value)
-    if not re.fullmatch(r"[^\s/\x00-\x1f\x7f]+", name):
+    if not re.fullmatch(r"[^\s/\x00-\x1f\x7f\ud800-\udfff]+", name):  # the last: bytes that are no UTF-8
         raise ConfigError(f"{shown(name)} is not the name of an interface (see ip link)")
     return name
 
@@ -331,25 +371,26 @@ def parse_policy(value: object) -> str | Callable[..., Any]:
     if name in POLICIES:
         return name
     if re.fullmatch(r"[\w.]+:[\w.]+", name):
-        known = _importable.get()
+        known, because = _importable.get()
         if known is not None and name not in known:
-            raise ConfigError(f"{shown(name)}: a policy in Python comes from the load balancer's own file alone")
+            raise ConfigError(f"{shown(name)}: {because}")
         resolve(name)
         return name
     hint = near(name, POLICIES, f"there are {', '.join(POLICIES)}, or module:function")
     raise ConfigError(f"{shown(name)} is no policy; {hint}")
 
 
-_importable: ContextVar[Collection[object] | None] = ContextVar("importable", default=None)
+_importable: ContextVar[tuple[Collection[object] | None, str]] = ContextVar("importable", default=(None, ""))
+OWN_FILE = "a policy in Python comes from the load balancer's own file alone"
 
 
 @contextmanager
-def without_imports(but: Collection[object] = ()) -> Iterator[None]:
+def without_imports(but: Collection[object] = (), because: str = OWN_FILE) -> Iterator[None]:
     """What is parsed comes from somebody who need not be allowed to run programs here: no module is imported for it.
 
-    ``but``: policies that run already.
+    ``but``: policies that run already; ``because``: what is said of others.
     """
-    token = _importable.set(but)
+    token = _importable.set((but, because))
     try:
         yield
     finally:
@@ -363,6 +404,8 @@ def resolve(name: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part, None)
+    except ConfigError:  # who could have written it: see crablb.trust
+        raise
     except BaseException as error:  # whatever a module does while it is imported, and asked
         raise ConfigError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(found):

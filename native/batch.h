@@ -11,6 +11,7 @@
 #include <stdatomic.h>
 
 #include "flows.h"
+#include "joins.h"
 #include "option.h"
 #include "packet.h"
 #include "select.h"
@@ -22,16 +23,24 @@ struct crab_core {
     _Atomic(struct crab_snapshot *) hazard;
     uint64_t *counters;
     struct crab_table *table;
+    struct crab_joins *joins;
     void (*choose)(void *context, struct crab_choice *choices, uint32_t n);
     void *context;
     void (*handle)(void *context, struct crab_handled *frames, uint32_t n);
     void *handle_context;
     uint64_t random; /* state of the policies' random numbers */
     uint32_t unknown_second, unknown_count; /* unknown flows learned in this second */
+    uint32_t token_second, token_count; /* and MPTCP connections' tokens */
     uint32_t answered_second, answered_count; /* packets answered in this second: see answer.h */
     struct crab_flows flows;
+    _Atomic(uint64_t *) touched; /* NULL: nobody wants to know */
     struct crab_seen_lists seen; /* of TCP options */
     struct crab_shown *shown; /* NULL: nothing is (see tap.c) */
+    bool put_off; /* flows are written by crab_core_settle: these, if the snapshot that has decided them is published still */
+    uint32_t learned_count, learned_at;
+    const struct crab_snapshot *learned_by;
+    _Atomic(uint32_t) publications; /* a snapshot may come where one was before */
+    struct crab_flow learned[CRAB_BATCH];
 };
 
 /* What the second pass has to do with a frame.  Those that there are most of have code of their own. */
@@ -47,6 +56,7 @@ struct crab_item {
     bool straight;      /* of a SYN with room: the redirect takes the place of its offer's word */
     uint16_t chosen;    /* backend, by the service's policy; then slot leads here */
     uint16_t member;    /* the same as a member of the service's pool */
+    uint16_t joined;    /* backend of the MPTCP connection that a SYN joins; then slot leads here */
     uint64_t hash;      /* of the connection */
     struct crab_entry *bucket; /* of the flow cache */
     const struct crab_redirect *redirect; /* of a SYN: its service's */
@@ -82,6 +92,14 @@ void crab_batch_ask(const struct crab_batch *b);
 void crab_batch_forward(struct crab_batch *b);
 /* After the passes: have the handlers' frames handled, all at once. */
 void crab_batch_handle(struct crab_batch *b);
+void crab_batch_mark(const struct crab_batch *b, uint64_t *touched);
+/* After the passes: say which parts of the flow cache they may have changed, if somebody wants to know (crab_core_note). */
+static inline void crab_batch_note(const struct crab_batch *b)
+{
+    uint64_t *touched = atomic_load_explicit(&b->core->touched, memory_order_acquire);
+    if (crab_unlikely(touched != NULL))
+        crab_batch_mark(b, touched);
+}
 /* Keep a frame that no service wants for a handler.  Returns whether one wants it. */
 bool crab_batch_hand(struct crab_batch *b, uint32_t place, enum crab_counter why);
 

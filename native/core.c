@@ -35,8 +35,31 @@ void crab_core_free(struct crab_core *core)
     free(core);
 }
 
+uint8_t *crab_core_flows(struct crab_core *core, uint64_t *bytes)
+{
+    *bytes = (core->flows.mask + 1) * CRAB_BUCKET * sizeof *core->flows.entries;
+    return (uint8_t *)core->flows.entries;
+}
+
+void crab_core_note(struct crab_core *core, uint64_t *touched)
+{
+    atomic_store(&core->touched, touched);
+}
+
+_Static_assert(CRAB_PART == CRAB_BUCKET * sizeof(struct crab_entry), "a part is a bucket");
+
+void crab_flows_renew(uint8_t *to, const uint8_t *from, const uint64_t *touched, uint64_t bytes)
+{
+    for (uint64_t word = 0; word * 64 * CRAB_PART < bytes; word++)
+        for (uint64_t left = touched[word]; left; left &= left - 1) {
+            uint64_t at = (word * 64 + (uint64_t)__builtin_ctzll(left)) * CRAB_PART;
+            memcpy(to + at, from + at, CRAB_PART);
+        }
+}
+
 void crab_core_publish(struct crab_core *core, struct crab_snapshot *snapshot)
 {
+    atomic_fetch_add(&core->publications, 1);
     atomic_store(&core->published, snapshot);
 }
 
@@ -45,9 +68,19 @@ bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *sn
     return atomic_load(&core->published) == snapshot || atomic_load(&core->hazard) == snapshot;
 }
 
+void crab_core_put_off(struct crab_core *core)
+{
+    core->put_off = true;
+}
+
 void crab_core_learn(struct crab_core *core, struct crab_table *table)
 {
     core->table = table;
+}
+
+void crab_core_join(struct crab_core *core, struct crab_joins *joins)
+{
+    core->joins = joins;
 }
 
 void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now)
@@ -77,11 +110,11 @@ static struct crab_entry peek(const struct crab_entry *entry)
     return e;
 }
 
-void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now)
+void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now, bool open)
 {
     for (uint64_t i = 0; i < (core->flows.mask + 1) * CRAB_BUCKET; i++) {
         struct crab_entry e = peek(&core->flows.entries[i]);
-        if (!crab_entry_dead(&e, now) && e.backend < n)
+        if (!crab_entry_dead(&e, now) && e.backend < n && (!open || e.state == CRAB_ENTRY_ESTABLISHED))
             counts[e.backend]++;
     }
 }
@@ -118,6 +151,15 @@ static void release(struct crab_core *core)
     atomic_store_explicit(&core->hazard, NULL, memory_order_release);
 }
 
+void crab_batch_mark(const struct crab_batch *b, uint64_t *touched)
+{
+    for (uint32_t i = 0; i < b->count; i++)
+        if (b->items[i].kind != CRAB_KIND_NONE) {
+            uint64_t bucket = (uint64_t)(b->items[i].bucket - b->core->flows.entries) / CRAB_BUCKET;
+            touched[bucket / 64] |= 1ull << bucket % 64;
+        }
+}
+
 void crab_batch_pass(struct crab_batch *b)
 {
     crab_batch_examine(b);
@@ -126,6 +168,7 @@ void crab_batch_pass(struct crab_batch *b)
     crab_batch_forward(b);
     if (crab_unlikely(b->handed.count))
         crab_batch_handle(b);
+    crab_batch_note(b);
 }
 
 uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint32_t count, uint32_t now)
@@ -154,4 +197,15 @@ uint32_t crab_core_batch(struct crab_core *core, struct crab_frame *frames, uint
     }
     release(core);
     return b.kept;
+}
+
+void crab_core_settle(struct crab_core *core)
+{
+    if (crab_likely(!core->learned_count))
+        return;
+    if (acquire(core) == core->learned_by && atomic_load(&core->publications) == core->learned_at)
+        for (uint32_t i = 0; i < core->learned_count; i++)
+            core->counters[CRAB_C_LEARNED] += crab_table_put(core->table, core->learned[i]);
+    core->learned_count = 0;
+    release(core);
 }

@@ -43,6 +43,7 @@ uint16_t crab_csum(const uint8_t *data, size_t len);
 #define CRAB_OPTION_UNSAFE 8 /* a Fast Open option, a signature or MP_JOIN: never to be redirected */
 #define CRAB_OPTION_SIGNED 16 /* a signature (TCP-MD5, TCP-AO) is among the unsafe ones */
 #define CRAB_OPTION_MPTCP 32 /* MP_CAPABLE */
+#define CRAB_OPTION_JOIN 64  /* MP_JOIN, which is one of the unsafe ones */
 #define CRAB_MAX_OPTIONS 40
 
 /* Flags (CRAB_OPTION_*) of len bytes of TCP options, at most 40.  The search ends at EOL, at a length under 2 and at a length
@@ -67,6 +68,11 @@ void crab_option_blank(uint8_t *options, size_t len);
 
 /* Bytes of options in Linux' answer to a SYN, without a redirect. */
 size_t crab_option_answer(const uint8_t *options, size_t len);
+
+/* Of MPTCP (RFC 8684, figures 4 and 5), or NULL.  The key of the server, 8 bytes, in the MP_CAPABLE of its client's ACK. */
+const uint8_t *crab_option_key(const uint8_t *options, size_t len);
+/* The token of the connection, 4 bytes, in a SYN's MP_JOIN. */
+const uint8_t *crab_option_token(const uint8_t *options, size_t len);
 
 /* ---- packet ---- */
 
@@ -190,6 +196,17 @@ struct crab_exception {
     uint16_t flags; /* CRAB_BACKEND_CR, CRAB_BACKEND_DEAD: count for the service in place of these two of its own */
 };
 
+/* What new connections a service takes: a bucket of tokens, as the time at which it will be full (the virtual scheduling of
+ * ITU-T I.371).  Shared by all cores; nanoseconds of CLOCK_MONOTONIC. */
+struct crab_limit {
+    uint64_t full_ns;
+    uint64_t token_ns; /* in which there is another token */
+    uint64_t size_ns;  /* in which an empty bucket is full, less one token's */
+};
+
+/* Take a token.  Returns whether there is one.  From any thread. */
+bool crab_limit_take(struct crab_limit *limit, uint64_t now_ns);
+
 struct crab_service {
     uint8_t addr[16];
     uint16_t port_be;
@@ -208,7 +225,8 @@ struct crab_service {
     uint32_t index; /* into map `service_counters` */
     uint8_t custom; /* 1: crab_core_ask's function chooses whom to redirect to */
     uint8_t refuses; /* 1: a SYN that no backend can take is answered by a RST */
-    uint8_t pad[2];
+    uint8_t particular; /* the snapshot's own: it redirects nobody or not all, or has a limit */
+    uint8_t pad;
 };
 
 struct crab_snapshot;
@@ -231,6 +249,9 @@ void crab_snapshot_match(struct crab_snapshot *snapshot, const struct crab_match
  * without memory. */
 int crab_snapshot_answer(struct crab_snapshot *snapshot, const struct crab_address *vips, uint32_t count, bool ping,
                          bool reset);
+/* How many SYNs a service takes, by its place among the snapshot's; the limit must outlive the snapshot, and may be another's
+ * too.  Before the snapshot is published.  Returns 0, or -1 without memory. */
+int crab_snapshot_limit(struct crab_snapshot *snapshot, uint32_t service, struct crab_limit *limit);
 /* Which packets are shown (see "tap").  Copied; before the snapshot is published. */
 void crab_snapshot_tap(struct crab_snapshot *snapshot, const struct crab_taps *taps);
 /* When crab_core_uses says no of every core that it was published to. */
@@ -249,7 +270,26 @@ void crab_table_free(struct crab_table *table);
  * same time as cores that learn, and as the XDP program. */
 bool crab_table_write(struct crab_table *table, const struct crab_flow *flow);
 
+/* ---- joins: MPTCP connections by their tokens, so that the subflows that join them get to their backends ---- */
+
+struct crab_joins;
+
+/* Room for so many tokens (8 bytes each), rounded up; when it is used up, older ones give way.  NULL without memory. */
+struct crab_joins *crab_joins_new(uint32_t tokens);
+/* When every core that has it was freed. */
+void crab_joins_free(struct crab_joins *joins);
+/* Forget the connections of all backends and services but these; both: 65536, by id and by index.  Any thread. */
+void crab_joins_keep(struct crab_joins *joins, const bool *backends, const bool *services);
+
+/* What the table remembers, crab_joins_size bytes; to have it remember that instead.  While no core uses it. */
+uint64_t crab_joins_size(const struct crab_joins *joins);
+void crab_joins_give(const struct crab_joins *joins, uint8_t *out);
+void crab_joins_take(struct crab_joins *joins, const uint8_t *given);
+
 /* ---- core: one worker's state, and its work on a batch ---- */
+
+/* Another number when what cores and joins remember has another form, or another meaning. */
+#define CRAB_MEMORY_FORM 1
 
 /* A core has a thread: the one that is in crab_core_batch.  Others may meanwhile call what is marked "any thread"; what is
  * marked "before batches" is for the time before its first. */
@@ -286,7 +326,7 @@ enum crab_counter {
     CRAB_C_DROP_CHECKSUM, /* wrong IPv4 header or TCP checksum */
     CRAB_C_DROP_MAPPED,   /* IPv6 with an IPv4-mapped address, which there is none of on the wire */
     CRAB_C_DROP_CLOSED,   /* to a VIP, but no service's; of a kind that is not answered */
-    CRAB_C_DROP_RATE,     /* it would have been answered, but enough others were in this second */
+    CRAB_C_DROP_RATE,     /* it would have been answered, but enough others were in this second; a SYN above its service's limit */
     CRAB_C_DROP_NO_BACKEND,
     CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
     CRAB_C_DROP_TOO_BIG,  /* does not fit on the way, and may be fragmented: that is for the sender to do */
@@ -300,6 +340,9 @@ enum crab_counter {
     CRAB_C_ENCAPSULATED, /* fallback packets sent as IP in IP */
     CRAB_C_RETRANSMITTED_SYN,
     CRAB_C_FORGED_OPTION, /* a client sent a redirect; it was removed or overwritten */
+    CRAB_C_MPTCP,         /* SYNs of clients that speak MPTCP (MP_CAPABLE) */
+    CRAB_C_MPTCP_JOIN,    /* SYNs that join an MPTCP connection (MP_JOIN) */
+    CRAB_C_MPTCP_JOIN_KNOWN, /* those of them whose connection's backend is known by the token */
     CRAB_C_FLOWS_FULL,    /* no room to remember a SYN */
     /* the kernel's own, of the worker's socket: as struct crab_xsk_stats, once a second */
     CRAB_C_XSK_RX_DROPPED,
@@ -334,15 +377,35 @@ void crab_core_publish(struct crab_core *core, struct crab_snapshot *snapshot);
 /* Whether it is published, or a batch under way works with it.  Any thread. */
 bool crab_core_uses(const struct crab_core *core, const struct crab_snapshot *snapshot);
 
+/* Its flow cache: an array, and how many bytes.  While no thread uses the core they may be another core's of the same size,
+ * and of the same CRAB_MEMORY_FORM. */
+uint8_t *crab_core_flows(struct crab_core *core, uint64_t *bytes);
+
+/* Which of its parts, of CRAB_PART bytes, a core may have changed: from its next batch on it sets bits in `touched`, in their
+ * order (NULL: no more).  Any thread, which has to wait for the batch that is under way. */
+#define CRAB_PART 64
+void crab_core_note(struct crab_core *core, uint64_t *touched);
+/* Copy the touched parts of a cache of so many bytes. */
+void crab_flows_renew(uint8_t *to, const uint8_t *from, const uint64_t *touched, uint64_t bytes);
+
 /* Write the flows that this core decides into a table (or NULL: nowhere), which must outlive the core.  Before batches. */
 void crab_core_learn(struct crab_core *core, struct crab_table *table);
+/* From now on new flows are written when crab_core_settle is called, by the core's thread: after their packets, which the core
+ * was given, have been sent.  Otherwise the XDP program sends the packets that follow before them, and a server that sees data
+ * before the ACK that ends the handshake takes an MPTCP connection for TCP.  Before batches. */
+void crab_core_put_off(struct crab_core *core);
+void crab_core_settle(struct crab_core *core);
+
+/* Learn MPTCP connections' tokens, and send joins by them (NULL: not); the table must outlive the core, and may be several
+ * cores'.  Before batches. */
+void crab_core_join(struct crab_core *core, struct crab_joins *joins);
 
 /* Remember n flows of map `flows`, so that a SYN of the same four-tuple does not move them.  Before batches. */
 void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now);
 
-/* Add to counts[backend] how many flows each backend below n has in the core's cache.  Any
- * thread; what the core writes meanwhile may be counted or not. */
-void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now);
+/* Add to counts[backend] how many flows each backend below n has in the core's cache; open: those in CRAB_MEMORY_OPEN alone.
+ * Any thread; what the core writes meanwhile may be counted or not. */
+void crab_core_count(const struct crab_core *core, uint32_t *counts, uint32_t n, uint32_t now, bool open);
 
 /* What a core remembers of a connection. */
 struct crab_memory {
@@ -357,7 +420,7 @@ struct crab_memory {
 #define CRAB_MEMORY_OPEN 2
 #define CRAB_MEMORY_ENDING 3
 
-/* Fill in what the core remembers of a connection, by its hash: at most two, of which one is pending.  Returns how many.  Any
+/* Fill in what the core remembers of a connection, by its hash: at most two, of which one at least is pending.  Returns how many.  Any
  * thread; what the core writes meanwhile may be missed. */
 uint32_t crab_core_recall(const struct crab_core *core, uint64_t hash, uint32_t now, struct crab_memory found[2]);
 
@@ -464,8 +527,10 @@ struct crab_xsk_places {
 struct crab_umem;
 struct crab_xsk;
 
-/* frame_count is a power of two; frame_size is 2048 or 4096.  NULL: no memory. */
-struct crab_umem *crab_umem_new(uint32_t frame_count, uint32_t frame_size);
+/* frame_count is a power of two; frame_size is 2048 or 4096.  fd: -1, or a file (memfd_create) of crab_umem_size bytes for the
+ * memory, so that another process can have it too.  NULL: no memory. */
+struct crab_umem *crab_umem_new(uint32_t frame_count, uint32_t frame_size, int fd);
+size_t crab_umem_size(uint32_t frame_count, uint32_t frame_size);
 /* Unmaps it: when none of its sockets is left. */
 void crab_umem_free(struct crab_umem *umem);
 /* frame_count * frame_size bytes, and CRAB_WHOLE behind them; a crab_desc's addr is an offset into them. */
@@ -485,6 +550,30 @@ void crab_umem_add(struct crab_umem *umem, const uint64_t *addresses, uint32_t n
  * with neither COPY nor ZEROCOPY, zero-copy is tried first.  On failure: NULL, *error an errno, *stage what was being done (a constant). */
 struct crab_xsk *crab_xsk_new(struct crab_umem *umem, const struct crab_xsk *share, uint32_t ifindex, uint32_t queue,
                               uint32_t ring_size, uint32_t bind_flags, int *error, const char **stage);
+/* ---- a socket that goes from one process to the next, which has the UMEM's file too ----
+ *
+ * The one that gives it has stopped using it; rings are the kernel's, so packets that come meanwhile wait in them. */
+
+struct crab_xsk_bound {
+    uint32_t ifindex, queue, ring_size, bind_flags;
+};
+struct crab_xsk_given {
+    uint32_t in_fill, in_tx, free_count;
+    uint64_t dropped;
+};
+
+/* How a socket is bound. */
+void crab_xsk_is_bound(const struct crab_xsk *xsk, struct crab_xsk_bound *out);
+/* In the next process: get ready for a socket, which is in use still.  fd is its own if that goes well, else see crab_xsk_new. */
+struct crab_xsk *crab_xsk_adopt(struct crab_umem *umem, int fd, const struct crab_xsk_bound *bound, int *error,
+                                const char **stage);
+/* What there is to know of a UMEM's only socket beside its rings; free_frames: room for all frames' addresses. */
+void crab_xsk_give(const struct crab_xsk *xsk, struct crab_xsk_given *out, uint64_t *free_frames);
+/* From now on it is used here. */
+void crab_xsk_take_over(struct crab_xsk *xsk, const struct crab_xsk_given *given, const uint64_t *free_frames);
+/* Whether it has been used elsewhere since it was given; if not, it can be used on here. */
+bool crab_xsk_moved(const struct crab_xsk *xsk);
+
 /* Closes the socket.  What it had in its rings is not free by that: the kernel may still write to it, and send it. */
 void crab_xsk_close(struct crab_xsk *xsk);
 /* The same in a child of fork(2), where the socket stays its parent's, the rings are not mapped, and the UMEM is zeros. */
@@ -559,6 +648,9 @@ struct crab_worker;
  * packet socket. */
 struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core, uint64_t *counters);
 void crab_worker_free(struct crab_worker *worker);
+/* Before the socket is closed that another one is to follow, when the worker runs no more: what is in its rings and was
+ * neither taken nor sent is lost, and counted so. */
+void crab_worker_lose(struct crab_worker *worker);
 
 /* Before it runs: turn for so long before a sleep, when frames came soon after the last one.  At first: 0, never. */
 void crab_worker_spin(struct crab_worker *worker, uint32_t microseconds);
@@ -589,5 +681,9 @@ int crab_worker_run(struct crab_worker *worker);
 int crab_worker_once(struct crab_worker *worker, int timeout_ms);
 /* From any thread: make crab_worker_run return, now or when it is called. */
 void crab_worker_stop(struct crab_worker *worker);
+/* From any thread: how often crab_worker_run has turned.  A thread that lives does so once a second at the least, and soon
+ * after it is woken; one that is in a policy or a handler does not. */
+uint64_t crab_worker_turns(const struct crab_worker *worker);
+void crab_worker_wake(struct crab_worker *worker);
 
 #endif

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* First pass: what are the frames, and whose? */
+#include <time.h>
+
 #include "answer.h"
 #include "batch.h"
 
@@ -84,21 +86,43 @@ CRAB_APART bool may_be_redirected(const struct crab_snapshot *s, const struct cr
     return false;
 }
 
-/* Why this SYN goes by fallback, whichever its backend, or CRAB_C_REDIRECTED. */
-static inline enum crab_counter decide(const struct crab_snapshot *s, const struct crab_item *it, const uint8_t *ip,
-                                       bool data)
+/* Why this SYN goes by fallback, whichever its backend, or CRAB_C_REDIRECTED: what all services have in common. */
+static inline enum crab_counter decide(const struct crab_item *it, bool data)
 {
     const struct crab_service *service = it->service;
-    if (crab_unlikely(service->mode == CRAB_MODE_NEVER))
-        return CRAB_C_FALLBACK_MODE;
     /* A server may act on data at once; what a signature signs, and what a cookie or a token is good for, is the VIP. */
     if (crab_unlikely(data || it->found & CRAB_OPTION_UNSAFE))
         return CRAB_C_FALLBACK_UNSAFE;
     if (service->mode == CRAB_MODE_NEGOTIATED && !(it->found & CRAB_OPTION_OFFER))
         return CRAB_C_FALLBACK_NO_OFFER;
-    if (crab_unlikely(service->prefix_count) && !may_be_redirected(s, service, ip, it->packet.family))
-        return CRAB_C_FALLBACK_PREFIX;
     return CRAB_C_REDIRECTED;
+}
+
+/* Whether a service takes no SYN now: it has had as many as it is to have. */
+static bool has_enough(const struct crab_snapshot *s, const struct crab_service *service)
+{
+    struct crab_limit *limit = s->limits ? s->limits[service - s->services] : NULL;
+    struct timespec now;
+    if (!limit)
+        return false;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return !crab_limit_take(limit, (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
+}
+
+/* The same of a service that is particular; or why it is dropped. */
+CRAB_APART enum crab_counter decide_particular(const struct crab_snapshot *s, const struct crab_item *it,
+                                               const uint8_t *ip, bool data)
+{
+    const struct crab_service *service = it->service;
+    if (has_enough(s, service))
+        return CRAB_C_DROP_RATE;
+    if (service->mode == CRAB_MODE_NEVER)
+        return CRAB_C_FALLBACK_MODE;
+    enum crab_counter outcome = decide(it, data);
+    if (outcome == CRAB_C_REDIRECTED && service->prefix_count &&
+        !may_be_redirected(s, service, ip, it->packet.family))
+        return CRAB_C_FALLBACK_PREFIX;
+    return outcome;
 }
 
 /* Can the redirect be written into the TCP header, and be echoed in the SYN-ACK's?  There only an MPTCP server's options are
@@ -111,6 +135,24 @@ CRAB_APART bool fits(const struct crab_snapshot *s, const struct crab_item *it, 
     if (it->found & CRAB_OPTION_MPTCP && crab_option_answer(options, len) + it->redirect->len > CRAB_MAX_OPTIONS)
         return false;
     return crab_option_rewrite(options, len, s->form, it->service->addr, list) >= 0;
+}
+
+/* What few SYNs have among their options: counted, and a join's way found. */
+CRAB_APART void take_note(struct crab_core *core, const struct crab_snapshot *s, struct crab_item *it, const uint8_t *tcp)
+{
+    core->counters[CRAB_C_FORGED_OPTION] += !!(it->found & CRAB_OPTION_FORGED);
+    core->counters[CRAB_C_MPTCP] += !!(it->found & CRAB_OPTION_MPTCP);
+    if (!(it->found & CRAB_OPTION_JOIN))
+        return;
+    core->counters[CRAB_C_MPTCP_JOIN]++;
+    const uint8_t *token = crab_option_token(tcp + CRAB_TCP_MIN, it->packet.tcp_header - CRAB_TCP_MIN);
+    if (!token || !core->joins)
+        return;
+    it->joined = crab_joins_find(core->joins, load32(token), (uint16_t)it->service->index);
+    if (crab_usable(s, it->service, it->joined)) {
+        core->counters[CRAB_C_MPTCP_JOIN_KNOWN]++;
+        it->slot = &it->joined;
+    }
 }
 
 /* An IP packet of a family at l3. */
@@ -163,16 +205,20 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
         it->redirect = &s->redirects[it->service - s->services];
         bool data = p->end - p->l4 != p->tcp_header;
         bool in_place = word >= 0 && p->tcp_header + it->redirect->len <= CRAB_TCP_MIN + CRAB_MAX_OPTIONS + 4;
-        if (crab_likely(in_place && !data && it->service->mode != CRAB_MODE_NEVER && !it->service->prefix_count)) {
+        if (crab_likely(in_place && !data && !it->service->particular)) {
             it->outcome = CRAB_C_REDIRECTED;
             it->straight = it->room = true;
         } else {
-            it->outcome = (uint8_t)decide(s, it, ip, data);
-            it->straight = it->outcome == CRAB_C_REDIRECTED && in_place;
-            it->room = it->straight || (it->outcome == CRAB_C_REDIRECTED && fits(s, it, tcp));
+            enum crab_counter outcome =
+                crab_likely(!it->service->particular) ? decide(it, data) : decide_particular(s, it, ip, data);
+            if (crab_unlikely(outcome == CRAB_C_DROP_RATE))
+                return outcome;
+            it->outcome = (uint8_t)outcome;
+            it->straight = outcome == CRAB_C_REDIRECTED && in_place;
+            it->room = it->straight || (outcome == CRAB_C_REDIRECTED && fits(s, it, tcp));
         }
-        if (crab_unlikely(it->found & CRAB_OPTION_FORGED))
-            core->counters[CRAB_C_FORGED_OPTION]++;
+        if (crab_unlikely(it->found & (CRAB_OPTION_FORGED | CRAB_OPTION_MPTCP | CRAB_OPTION_JOIN)))
+            take_note(core, s, it, tcp);
     }
     return CRAB_COUNTERS;
 }

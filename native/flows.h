@@ -8,12 +8,13 @@
  * bits that chose its bucket; who does not know the key cannot make two connections meet.
  *
  * Bounded without a sweep: a new entry comes in at the front of its bucket, and the last one goes; if that is an
- * established connection's, a dead or yielding one goes instead, else the oldest that is still a SYN's, never one of an
- * established connection that lives.  So a flood of SYNs pushes out SYNs only.
+ * established connection's, a dead or yielding one goes instead, else of those that have ended the one that has been
+ * silent for longest, else the oldest that is still a SYN's, never one of an established connection that lives.  So a
+ * flood of SYNs pushes out SYNs and what has ended only.
  *
- * A connection has at most two entries.  A SYN does not end the flow of its four-tuple, for anybody may send one: it stands
- * beside it, pending, until its client has acknowledged the answer; then the other goes.  Nor does a FIN or a RST: the flow
- * goes on to decide, and only makes room for others sooner. */
+ * A connection has at most two entries.  A SYN does not end the flow of its four-tuple, nor another SYN that is not
+ * acknowledged yet, for anybody may send one: it stands beside it, pending, until its client has acknowledged the answer;
+ * then the other goes.  Nor does a FIN or a RST: the flow goes on to decide, and only makes room for others sooner. */
 #ifndef CRAB_FLOWS_H
 #define CRAB_FLOWS_H
 
@@ -133,7 +134,8 @@ static inline struct crab_entry *crab_flows_find(struct crab_entry *bucket, uint
     return NULL;
 }
 
-/* The entries of a connection.  pending: of a SYN that was not acknowledged yet; settled: of what was before. */
+/* The entries of a connection.  pending: of a SYN that was not acknowledged yet; settled: of what was before, another such
+ * SYN it may be. */
 struct crab_entries {
     struct crab_entry *pending, *settled;
 };
@@ -144,12 +146,19 @@ CRAB_APART struct crab_entries crab_flows_both(struct crab_entry *bucket, uint64
     for (struct crab_entry *e = bucket; e < bucket + CRAB_BUCKET; e++) {
         if (crab_likely(!crab_entry_has(e, hash)) || crab_entry_dead(e, now))
             continue;
-        if (e->state == CRAB_ENTRY_SYN)
+        if (e->state == CRAB_ENTRY_SYN && !found.pending)
             found.pending = e;
-        else
+        else if (e->state != CRAB_ENTRY_SYN || !found.settled)
             found.settled = e;
     }
     return found;
+}
+
+/* Of a connection that has one entry, or none: NULL. */
+static inline struct crab_entries crab_flows_one(struct crab_entry *e)
+{
+    bool pending = e && e->state == CRAB_ENTRY_SYN;
+    return (struct crab_entries){.pending = pending ? e : NULL, .settled = pending ? NULL : e};
 }
 
 static inline struct crab_entries crab_flows_entries(struct crab_entry *bucket, uint64_t hash, uint32_t now)
@@ -157,8 +166,38 @@ static inline struct crab_entries crab_flows_entries(struct crab_entry *bucket, 
     struct crab_entry *e = crab_flows_find(bucket, hash, now);
     if (crab_unlikely(e && e->twin))
         return crab_flows_both(bucket, hash, now);
-    bool pending = e && e->state == CRAB_ENTRY_SYN;
-    return (struct crab_entries){.pending = pending ? e : NULL, .settled = pending ? NULL : e};
+    return crab_flows_one(e);
+}
+
+/* What a client may send before it has an acknowledgement of more than its SYN: a SYN-ACK's window is not scaled (RFC 7323,
+ * 2.2). */
+#define CRAB_FIRST_WINDOW 65536
+
+/* May a packet with this sequence number follow that SYN? */
+static inline bool crab_entry_may_precede(const struct crab_entry *syn, uint32_t seq)
+{
+    return ntohl(seq) - ntohl(syn->isn) - 1 < CRAB_FIRST_WINDOW;
+}
+
+/* See below: of two entries. */
+CRAB_APART struct crab_entries crab_flows_both_of(struct crab_entry *bucket, uint64_t hash, uint32_t now, uint32_t seq)
+{
+    struct crab_entries found = crab_flows_both(bucket, hash, now);
+    if (found.settled && found.settled->state == CRAB_ENTRY_SYN) { /* two SYNs: only one is the client's */
+        if (crab_entry_may_precede(found.settled, seq) && !crab_entry_may_precede(found.pending, seq))
+            found.pending = found.settled;
+        found.settled = NULL;
+    }
+    return found;
+}
+
+/* The entries of a connection that a packet with this sequence number may belong to: of two SYNs, that which it may follow. */
+static inline struct crab_entries crab_flows_entries_of(struct crab_entry *bucket, uint64_t hash, uint32_t now, uint32_t seq)
+{
+    struct crab_entry *e = crab_flows_find(bucket, hash, now);
+    if (crab_unlikely(e && e->twin))
+        return crab_flows_both_of(bucket, hash, now, seq);
+    return crab_flows_one(e);
 }
 
 /* The entry that knows a SYN by its initial sequence number, or NULL. */
@@ -169,33 +208,50 @@ static inline struct crab_entry *crab_flows_of_syn(struct crab_entries of, uint3
     return of.settled && of.settled->isn == isn ? of.settled : NULL;
 }
 
+/* Seconds of silence after which an ended connection makes room where there is no other.  Clients that are done close and
+ * come again by the thousand a second: what they leave for CRAB_AGE_ENDING would be more than there is room for. */
+#define CRAB_AGE_CROWDED 10
+
 /* The place in a bucket for a new entry, by age, or NULL: four live established connections fill it. */
 CRAB_APART struct crab_entry *crab_flows_oldest(struct crab_entry *bucket, uint32_t now)
 {
-    struct crab_entry *oldest = NULL;
-    uint16_t most = 0;
+    struct crab_entry *ended = NULL, *syn = NULL;
+    uint16_t ended_most = CRAB_AGE_CROWDED - 1, syn_most = 0;
     for (struct crab_entry *e = bucket; e < bucket + CRAB_BUCKET; e++) {
         if (crab_entry_yields(e, now))
             return e;
         uint16_t age = (uint16_t)((uint16_t)now - e->seen);
-        if (e->state == CRAB_ENTRY_SYN && (!oldest || age > most)) {
-            oldest = e;
-            most = age;
+        if (e->state == CRAB_ENTRY_CLOSING && age > ended_most) {
+            ended = e;
+            ended_most = age;
+        } else if (e->state == CRAB_ENTRY_SYN && age >= syn_most) {
+            syn = e;
+            syn_most = age;
         }
     }
-    return oldest;
+    return ended ? ended : syn;
 }
 
-/* A place in a bucket for a new entry, or NULL: see crab_flows_oldest. */
-static inline struct crab_entry *crab_flows_place(struct crab_entry *bucket, uint32_t now)
+/* Whether the last place of a bucket is an established connection's. */
+static inline bool crab_flows_crowded(const struct crab_entry *bucket)
 {
-    if (crab_unlikely(bucket[CRAB_BUCKET - 1].state > CRAB_ENTRY_SYN))
-        return crab_flows_oldest(bucket, now);
+    return bucket[CRAB_BUCKET - 1].state > CRAB_ENTRY_SYN;
+}
+
+/* The first place of a bucket that is not crowded, made free. */
+static inline struct crab_entry *crab_flows_front(struct crab_entry *bucket)
+{
     struct crab_entry first = bucket[0], second = bucket[1], third = bucket[2];
     bucket[1] = first;
     bucket[2] = second;
     bucket[3] = third;
     return bucket;
+}
+
+/* A place in a bucket for a new entry, or NULL: see crab_flows_oldest. */
+static inline struct crab_entry *crab_flows_place(struct crab_entry *bucket, uint32_t now)
+{
+    return crab_unlikely(crab_flows_crowded(bucket)) ? crab_flows_oldest(bucket, now) : crab_flows_front(bucket);
 }
 
 #endif

@@ -11,6 +11,12 @@
  * A flood of other packets pushes no more than so many flows out of the map; what is beyond goes by the hash alone. */
 #define UNKNOWN_A_SECOND 10000
 
+/* MPTCP connections learned in a second: a token takes as long as two SYNs, and whoever makes up keys pays nothing. */
+#define TOKENS_A_SECOND 50000
+
+/* Bytes of MP_CAPABLE with both keys. */
+#define KEYS 20
+
 /* Where an item's slot leads.  By the table it is the same for any worker, daemon and load balancer of one configuration; by
  * a policy: see ask.c. */
 static inline uint16_t backend_of(const struct crab_snapshot *s, const struct crab_item *it)
@@ -19,20 +25,61 @@ static inline uint16_t backend_of(const struct crab_snapshot *s, const struct cr
     return crab_usable(s, it->service, backend) ? backend : CRAB_NO_BACKEND;
 }
 
-/* Remember a SYN.  f: the place for it, or NULL; twin: the connection has another entry, that stays. */
-static inline void remember(struct crab_core *core, const struct crab_item *it, struct crab_entry *f, uint16_t backend,
-                            uint32_t isn, uint32_t now, bool twin)
+/* What the XDP program knows of a connection.  Returns whether it knows it. */
+static inline bool is_written(const struct crab_core *core, const struct crab_item *it, uint32_t now, struct crab_flow *flow)
 {
-    if (crab_likely(f != NULL))
-        *f = (struct crab_entry){.tag = it->hash >> 16, .state = CRAB_ENTRY_SYN, .copies = 1, .twin = twin,
-                                .isn = isn, .backend = backend, .seen = (uint16_t)now};
-    else
-        core->counters[CRAB_C_FLOWS_FULL]++;
+    return core->table && crab_table_get(core->table, it->hash, now, flow);
+}
+
+/* Remember a SYN.  twin: the connection has another entry, that stays. */
+static inline void remember(const struct crab_item *it, struct crab_entry *place, uint16_t backend, uint32_t isn,
+                            uint32_t now, bool twin)
+{
+    *place = (struct crab_entry){.tag = it->hash >> 16, .state = CRAB_ENTRY_SYN, .copies = 1, .twin = twin,
+                                 .isn = isn, .backend = backend, .seen = (uint16_t)now};
+}
+
+/* What was decided for a SYN is another's: take back what its service's policy counts for it. */
+static inline void unassign(const struct crab_item *it)
+{
+    if (it->slot == &it->chosen && it->service->pool)
+        crab_unassign(it->service->pool, it->member);
+}
+
+/* The backend of a SYN that cannot be remembered: its client's next packet would be taken for the flow's that its four-tuple
+ * has had, so it goes where that goes.  Nor is known how often it came before: it counts as if it had in every other second,
+ * so that who cannot be redirected is not redirected for ever; copies come 1, 3, 7, ... seconds after the first. */
+CRAB_APART uint16_t assign_without_room(struct crab_core *core, const struct crab_snapshot *s, struct crab_item *it,
+                                        const struct crab_entry *settled, uint32_t now)
+{
+    struct crab_flow flow;
+    if (now & 1 && it->outcome == CRAB_C_REDIRECTED) {
+        it->outcome = CRAB_C_FALLBACK_RETRANSMIT;
+        it->straight = false;
+    }
+    uint16_t known = settled ? settled->backend : is_written(core, it, now, &flow) ? flow.backend : CRAB_NO_BACKEND;
+    core->counters[CRAB_C_FLOWS_FULL]++;
+    if (!crab_usable(s, it->service, known))
+        return backend_of(s, it);
+    unassign(it);
+    return known;
+}
+
+/* The first place of a bucket, or NULL: made free by that which crab_flows_oldest finds, so that a connection whose port is
+ * used again and again, and whose entries come and go, pushes no other one's out. */
+CRAB_APART struct crab_entry *squeeze(struct crab_entry *bucket, uint32_t now)
+{
+    struct crab_entry *last = crab_flows_oldest(bucket, now);
+    if (!last)
+        return NULL;
+    for (; last > bucket; last--)
+        *last = last[-1];
+    return bucket;
 }
 
 /* See assign: a SYN of a connection that is known.  One with another initial sequence number may be a new connection's, or
  * forged: it is decided like any other, and what its client says next is watched for (see take). */
-CRAB_APART uint16_t assign_known(struct crab_core *core, const struct crab_snapshot *s, const struct crab_item *it,
+CRAB_APART uint16_t assign_known(struct crab_core *core, const struct crab_snapshot *s, struct crab_item *it,
                                  uint32_t isn, uint32_t now, unsigned *copies)
 {
     struct crab_entries known = crab_flows_entries(it->bucket, it->hash, now);
@@ -42,39 +89,57 @@ CRAB_APART uint16_t assign_known(struct crab_core *core, const struct crab_snaps
         f->copies += f->copies < CRAB_MANY;
         core->counters[CRAB_C_RETRANSMITTED_SYN]++;
         f->seen = (uint16_t)now;
-        if (it->slot == &it->chosen && it->service->pool) /* both copies are in this batch */
-            crab_unassign(it->service->pool, it->member);
+        unassign(it); /* both copies are in this batch */
         return f->backend;
     }
     uint16_t backend = backend_of(s, it);
     if (backend == CRAB_NO_BACKEND)
         return backend;
-    if (known.settled)
-        known.settled->twin = true; /* before it is moved */
-    struct crab_entry *place = known.pending ? known.pending : crab_flows_place(it->bucket, now);
-    bool beside = known.settled != NULL;
-    if (!place && known.settled->state == CRAB_ENTRY_CLOSING) {
-        place = known.settled;
-        beside = false;
-    }
-    remember(core, it, place, backend, isn, now, beside);
+    /* One SYN more than two entries hold takes the place of the newer one. */
+    struct crab_entry *other = known.settled ? known.settled : known.pending;
+    other->twin = true; /* before it is moved */
+    struct crab_entry *place = known.settled && known.pending ? known.pending : squeeze(it->bucket, now);
+    bool beside = place != NULL;
+    if (!place && other->state != CRAB_ENTRY_ESTABLISHED)
+        place = other;
+    if (!place)
+        return assign_without_room(core, s, it, known.settled, now);
+    remember(it, place, backend, isn, now, beside);
     /* The XDP program saw the SYN too, but perhaps before we wrote down what came in front of it. */
-    if (core->table && known.settled)
+    if (core->table && known.settled) {
         crab_table_ask(core->table, it->hash);
+        for (uint32_t i = 0; i < core->learned_count; i++)
+            if (core->learned[i].hash == it->hash)
+                core->learned[i].hash = 0;
+    }
+    return backend;
+}
+
+/* See assign: a SYN whose bucket may have no place for it. */
+CRAB_APART uint16_t assign_crowded(struct crab_core *core, const struct crab_snapshot *s, struct crab_item *it,
+                                   uint16_t backend, uint32_t isn, uint32_t now)
+{
+    struct crab_entry *place = crab_flows_oldest(it->bucket, now);
+    if (!place)
+        return assign_without_room(core, s, it, NULL, now);
+    remember(it, place, backend, isn, now, false);
     return backend;
 }
 
 /* The backend of a SYN, and in *copies how often this SYN came before.  A retransmission (same initial sequence number)
  * goes where its first copy went. */
-static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, const struct crab_item *it,
+static inline uint16_t assign(struct crab_core *core, const struct crab_snapshot *s, struct crab_item *it,
                               uint32_t isn, uint32_t now, unsigned *copies)
 {
     *copies = 0;
     if (crab_unlikely(crab_flows_find(it->bucket, it->hash, now) != NULL))
         return assign_known(core, s, it, isn, now, copies);
     uint16_t backend = backend_of(s, it);
-    if (crab_likely(backend != CRAB_NO_BACKEND))
-        remember(core, it, crab_flows_place(it->bucket, now), backend, isn, now, false);
+    if (crab_unlikely(backend == CRAB_NO_BACKEND))
+        return backend;
+    if (crab_unlikely(crab_flows_crowded(it->bucket)))
+        return assign_crowded(core, s, it, backend, isn, now);
+    remember(it, crab_flows_front(it->bucket), backend, isn, now, false);
     return backend;
 }
 
@@ -336,16 +401,6 @@ static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
     return core->unknown_count < UNKNOWN_A_SECOND && ++core->unknown_count;
 }
 
-/* What a client may send before it has an acknowledgement of more than its SYN: a SYN-ACK's window is not scaled (RFC 7323,
- * 2.2). */
-#define FIRST_WINDOW 65536
-
-/* What the XDP program knows of a connection.  Returns whether it knows it. */
-static inline bool is_written(const struct crab_core *core, const struct crab_item *it, uint32_t now, struct crab_flow *flow)
-{
-    return core->table && crab_table_get(core->table, it->hash, now, flow);
-}
-
 static inline struct crab_entry recall(const struct crab_flow *flow)
 {
     return (struct crab_entry){
@@ -355,11 +410,6 @@ static inline struct crab_entry recall(const struct crab_flow *flow)
     };
 }
 
-static inline bool may_follow(const struct crab_entry *syn, uint32_t seq)
-{
-    return ntohl(seq) - ntohl(syn->isn) - 1 < FIRST_WINDOW;
-}
-
 /* The flow that a packet with these TCP flags and this sequence number belongs to, or NULL: one that may follow a pending SYN
  * belongs to that; any other to what was there before; that may be known from the XDP program alone, for what it forwards is
  * not seen here, and forgotten in time. */
@@ -367,7 +417,7 @@ static inline struct crab_entry *take(struct crab_entries *known, struct crab_en
                                       uint32_t seq)
 {
     struct crab_entry *pending = known->pending, *before = known->settled ? known->settled : recalled;
-    if (!pending || (before && !may_follow(pending, seq)))
+    if (!pending || (before && !crab_entry_may_precede(pending, seq)))
         return before;
     if ((tcp_flags & (CRAB_ACK | CRAB_RST)) == CRAB_ACK) {
         /* The client was answered: the connection has begun, and the one before it is over. */
@@ -378,6 +428,39 @@ static inline struct crab_entry *take(struct crab_entries *known, struct crab_en
         known->pending = NULL;
     }
     return pending;
+}
+
+/* A packet whose options have room for MPTCP's keys, to a backend: where it has them, subflows that join its connection are to
+ * go there, too. */
+CRAB_APART void learn_token(struct crab_core *core, const struct crab_item *it, const uint8_t *tcp, uint16_t backend,
+                            uint32_t now)
+{
+    const uint8_t *key = crab_option_key(tcp + CRAB_TCP_MIN, it->packet.tcp_header - CRAB_TCP_MIN);
+    if (!key)
+        return;
+    if (core->token_second != now) {
+        core->token_second = now;
+        core->token_count = 0;
+    }
+    if (core->token_count < TOKENS_A_SECOND && ++core->token_count)
+        crab_joins_learn(core->joins, crab_token(key), (uint16_t)it->service->index, backend);
+}
+
+/* Have the XDP program send a flow's packets by itself.  One that is written already is kept right at once. */
+CRAB_APART void write_down(struct crab_core *core, const struct crab_flow *flow, bool written)
+{
+    if (!core->put_off || written) {
+        core->counters[CRAB_C_LEARNED] += crab_table_put(core->table, *flow);
+        return;
+    }
+    const struct crab_snapshot *by = atomic_load(&core->hazard);
+    uint32_t at = atomic_load(&core->publications);
+    if (core->learned_by != by || core->learned_at != at) /* what was decided by another is learned from its next packet */
+        core->learned_count = 0;
+    core->learned_by = by;
+    core->learned_at = at;
+    if (core->learned_count < CRAB_BATCH) /* likewise */
+        core->learned[core->learned_count++] = *flow;
 }
 
 /* Any other packet of a VIP: it belongs to a connection that goes by fallback. */
@@ -392,8 +475,9 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
         recalled = recall(&flow);
         before = &recalled;
     }
-    struct crab_entries known = crab_flows_entries(it->bucket, it->hash, now);
-    struct crab_entry *f = take(&known, before, p->tcp_flags, load32(frame->data + p->l4 + CRAB_TCP_SEQ));
+    uint32_t seq = load32(frame->data + p->l4 + CRAB_TCP_SEQ);
+    struct crab_entries known = crab_flows_entries_of(it->bucket, it->hash, now, seq);
+    struct crab_entry *f = take(&known, before, p->tcp_flags, seq);
     uint16_t id;
     if (f) {
         id = f->backend;
@@ -422,6 +506,8 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
             return CRAB_C_DROP_NO_BACKEND;
     }
     const struct crab_backend *backend = &s->backends[id];
+    if (core->joins && crab_unlikely(p->tcp_header >= CRAB_TCP_MIN + KEYS))
+        learn_token(core, it, frame->data + p->l4, id, now);
     /* The XDP program leaves frames with VLAN tags, and backends out of its reach, to us: they are not worth a flow.  But one
      * that is written is kept right, or it would lead back to an earlier backend, or be swept.  While a SYN is pending only we
      * can tell whose packets are whose. */
@@ -437,7 +523,7 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
             .hash = it->hash, .backend = id, .service = (uint16_t)it->service->index, .seen = (uint16_t)now,
             .state = ending ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN,
             .flags = core->counters[CRAB_C_ENCAPSULATED] != tunnelled ? CRAB_FLOW_TUNNEL : 0};
-        core->counters[CRAB_C_LEARNED] += crab_table_put(core->table, flow);
+        write_down(core, &flow, written);
     }
     return outcome;
 }

@@ -14,7 +14,8 @@
 #define MD5 19 /* RFC 2385 */
 #define AUTHENTICATION 29 /* TCP-AO, RFC 5925 */
 #define MULTIPATH 30 /* RFC 8684; the subtype is in the upper half of the third byte */
-#define MP_JOIN 1 /* 0 is MP_CAPABLE */
+#define MP_CAPABLE 0
+#define MP_JOIN 1
 #define FAST_OPEN 34 /* RFC 7413 */
 #define EXPERIMENT_2 254 /* RFC 6994: an ExID follows */
 #define FAST_OPEN_EXID 0xf989
@@ -50,7 +51,7 @@ static int flags_of(const uint8_t *o, size_t len, int form)
     case MULTIPATH:
         if (len < 3 || o[2] >> 4 > MP_JOIN)
             return 0;
-        return o[2] >> 4 == MP_JOIN ? CRAB_OPTION_UNSAFE : CRAB_OPTION_MPTCP;
+        return o[2] >> 4 == MP_JOIN ? CRAB_OPTION_UNSAFE | CRAB_OPTION_JOIN : CRAB_OPTION_MPTCP;
     default:
         return 0;
     }
@@ -209,4 +210,21 @@ size_t crab_option_answer(const uint8_t *options, size_t len)
     }
     /* MSS; SACK-permitted takes two of the bytes that align timestamps; MP_CAPABLE with the server's key. */
     return 4u + (timestamps ? 12u : sack ? 4u : 0u) + (scale ? 4u : 0u) + (multipath ? 12u : 0u);
+}
+
+const uint8_t *crab_option_key(const uint8_t *options, size_t len)
+{
+    /* By itself, or with the length of the data that it came with, and a checksum. */
+    for (size_t i = 0, n; i < len && (n = option_len(options + i, len - i)); i += n)
+        if (options[i] == MULTIPATH && (n == 20 || n == 22 || n == 24) && options[i + 2] == (MP_CAPABLE << 4 | 1))
+            return options + i + 12;
+    return NULL;
+}
+
+const uint8_t *crab_option_token(const uint8_t *options, size_t len)
+{
+    for (size_t i = 0, n; i < len && (n = option_len(options + i, len - i)); i += n)
+        if (options[i] == MULTIPATH && n == 12 && options[i + 2] >> 4 == MP_JOIN)
+            return options + i + 4;
+    return NULL;
 }

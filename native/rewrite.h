@@ -272,10 +272,15 @@ static inline uint8_t *crab_answer_unreachable(uint8_t *frame, uint32_t *len, co
 static inline uint8_t *crab_answer_echo(uint8_t *frame, uint32_t *len, const struct crab_packet *p)
 {
     uint8_t *ip = frame + p->l3, *icmp = frame + p->l4;
+    uint32_t length = (uint32_t)(p->end - p->l4);
     crab_turn_round(frame, p);
-    uint16_t before = load16(icmp);
     icmp[0] = p->family == 4 ? 0 : 129;
-    store16(icmp + 2, (uint16_t)~crab_fold((uint64_t)(uint16_t)~load16(icmp + 2) + (uint16_t)~before + load16(icmp)));
+    /* Whole: of nothing but zeros RFC 1624 makes a sum that is no zero's. */
+    store16(icmp + 2, 0);
+    uint64_t sum = crab_sum(icmp, length);
+    if (p->family == 6)
+        sum += crab_sum(ip + CRAB_IP6_SRC, 32) + htons((uint16_t)length) + htons(58);
+    store16(icmp + 2, (uint16_t)~crab_fold(sum));
     ip[p->family == 4 ? 8 : 7] = 64;
     if (p->family == 4) {
         store16(ip + CRAB_IP4_CSUM, 0);

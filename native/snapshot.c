@@ -91,10 +91,12 @@ struct crab_snapshot *crab_snapshot_new(const struct crab_service *services, uin
     s->hash_init = crab_sip_init(key16);
     s->form = (uint8_t)form;
     s->table_size = table_size;
+    s->service_count = service_count;
     s->backend_count = backend_count;
     s->mask = places - 1;
     for (uint32_t n = 0; n < service_count; n++) {
         s->asks |= services[n].custom || services[n].pool;
+        s->services[n].particular = services[n].mode == CRAB_MODE_NEVER || services[n].prefix_count;
         for (uint32_t i = 0; i < services[n].exception_count; i++)
             s->backends[exceptions[services[n].first_exception + i].backend].flags |= CRAB_BACKEND_EXCEPTED;
         crab_redirect_init(&s->redirects[n], form, services[n].addr);
@@ -128,6 +130,17 @@ uint32_t crab_backend_flags_excepted(const struct crab_snapshot *s, const struct
 void crab_snapshot_match(struct crab_snapshot *s, const struct crab_matches *matches)
 {
     s->matches = *matches;
+}
+
+int crab_snapshot_limit(struct crab_snapshot *s, uint32_t service, struct crab_limit *limit)
+{
+    if (!s->limits)
+        s->limits = copy(NULL, s->service_count, sizeof *s->limits);
+    if (!s->limits)
+        return -1;
+    s->limits[service] = limit;
+    s->services[service].particular = 1;
+    return 0;
 }
 
 void crab_snapshot_tap(struct crab_snapshot *s, const struct crab_taps *taps)
@@ -166,5 +179,6 @@ void crab_snapshot_free(struct crab_snapshot *s)
     free(s->prefixes);
     free(s->exceptions);
     free(s->redirects);
+    free(s->limits);
     free(s);
 }

@@ -37,7 +37,7 @@ struct crab_snapshot {
     uint8_t form;
     bool asks; /* some service has a policy beside its table */
     uint32_t table_size;
-    uint32_t backend_count;
+    uint32_t service_count, backend_count;
     uint32_t mask; /* places - 1 */
     struct crab_place *places;
     struct crab_service *services;
@@ -45,6 +45,7 @@ struct crab_snapshot {
     struct crab_prefix *prefixes;
     struct crab_exception *exceptions;
     struct crab_redirect *redirects; /* one a service */
+    struct crab_limit **limits;      /* likewise; NULL: none has one */
     struct crab_matches matches;     /* of frames that are no service's */
     struct crab_answers answers;     /* to those of which no match holds */
     struct crab_taps taps;

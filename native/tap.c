@@ -165,6 +165,7 @@ static void pass_one(struct crab_batch *b, struct record *r)
     crab_batch_forward(b);
     if (b->handed.count)
         crab_batch_handle(b);
+    crab_batch_note(b);
     for (uint32_t i = 0; i < CRAB_COUNTERS; i++)
         if (core->counters[i] != before[i])
             r->head.counters |= 1ull << i;

@@ -33,6 +33,7 @@ struct crab_worker {
     uint64_t spin; /* nanoseconds: turn so long before a sleep, if that seems worth it */
     bool worth_it;
     _Atomic(bool) stop;
+    _Atomic(uint64_t) turns; /* of crab_worker_run; this thread's */
 };
 
 /* Frames of a round: a kick's fixed costs are shared, and the socket's cache lines change hands less often. */
@@ -48,6 +49,7 @@ struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core
     if (!w)
         return NULL;
     *w = (struct crab_worker){.xsk = xsk, .core = core, .counters = counters};
+    crab_core_put_off(core);
     w->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     w->packet = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     /* Like the AF_XDP socket: straight to the driver.  A full queue then drops, and is counted. */
@@ -58,6 +60,7 @@ struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core
         errno = error;
         return NULL;
     }
+    crab_xsk_statistics(xsk, &w->told); /* of a socket that was another worker's, which has counted them */
     return w;
 }
 
@@ -75,8 +78,18 @@ void crab_worker_free(struct crab_worker *w)
 void crab_worker_stop(struct crab_worker *w)
 {
     atomic_store(&w->stop, true);
+    crab_worker_wake(w);
+}
+
+void crab_worker_wake(struct crab_worker *w)
+{
     ssize_t n = write(w->wake, &(uint64_t){1}, 8);
     (void)n; /* it fails only when the counter is full, and then the worker is awake */
+}
+
+uint64_t crab_worker_turns(const struct crab_worker *w)
+{
+    return atomic_load_explicit(&w->turns, memory_order_relaxed);
 }
 
 /* Send frames by other interfaces than the AF_XDP socket's, in order.  One that is refused (a link that is down, a frame
@@ -194,6 +207,16 @@ static void count_kernels(struct crab_worker *w)
     *told = s;
 }
 
+void crab_worker_lose(struct crab_worker *w)
+{
+    struct crab_ring *rx = &w->xsk->rx, *tx = &w->xsk->tx;
+    uint32_t unsent = tx->mine - atomic_load_explicit(tx->consumer, memory_order_acquire);
+    count_kernels(w);
+    w->counters[CRAB_C_XSK_RX_DROPPED] += crab_ring_ready(rx, rx->size);
+    w->counters[CRAB_C_DROP_TX] += unsent;
+    w->counters[CRAB_C_SENT] -= unsent;
+}
+
 static uint64_t now_ns(void)
 {
     struct timespec t;
@@ -230,7 +253,7 @@ static int work(struct crab_worker *w)
     struct crab_xsk *x = w->xsk;
     struct crab_desc descs[ROUND];
     uint32_t n = crab_xsk_receive(x, descs, ROUND);
-    uint64_t began = begin_round(w, n);
+    uint64_t began = begin_round(w, n), before = x->dropped;
     struct timespec clock;
     clock_gettime(CLOCK_MONOTONIC_COARSE, &clock);
     uint32_t now = (uint32_t)clock.tv_sec;
@@ -248,12 +271,12 @@ static int work(struct crab_worker *w)
     }
     int rc = 0;
     if (x->in_tx) {
-        uint64_t before = x->dropped;
         rc = crab_xsk_kick(x);
-        w->counters[CRAB_C_DROP_TX] += x->dropped - before;
-        w->counters[CRAB_C_SENT] -= x->dropped - before;
         crab_xsk_reap(x);
     }
+    w->counters[CRAB_C_DROP_TX] += x->dropped - before;
+    w->counters[CRAB_C_SENT] -= x->dropped - before;
+    crab_core_settle(w->core);
     crab_xsk_refill(x);
     if (crab_unlikely(began))
         end_round(w, n, began);
@@ -264,7 +287,7 @@ static int work(struct crab_worker *w)
     return rc && rc != -ENETDOWN ? rc : (int)n;
 }
 
-/* Sleep until frames come, the worker is stopped, or timeout_ms (-1: none) have passed.  0 or -errno.  poll(2) looks at
+/* Sleep until frames come, the worker is woken, or timeout_ms (-1: none) have passed.  0 or -errno.  poll(2) looks at
  * the RX ring after it has put itself on the list of those to be woken, so no frame is overlooked. */
 static int wait_for_frames(struct crab_worker *w, int timeout_ms)
 {
@@ -278,8 +301,13 @@ static int wait_for_frames(struct crab_worker *w, int timeout_ms)
     int ready = poll(fds, 2, timeout_ms);
     if (ready < 0)
         return errno == EINTR ? 0 : -errno;
+    if (fds[1].revents) {
+        uint64_t asked;
+        ssize_t n = read(w->wake, &asked, sizeof asked);
+        (void)n;
+    }
     bool failed = fds[0].revents & (POLLERR | POLLNVAL);
-    int error = ready && !failed ? 0 : crab_xsk_error(w->xsk);
+    int error = (fds[0].revents || atomic_load(&w->stop)) && !failed ? 0 : crab_xsk_error(w->xsk);
     if (error || failed)
         return error ? -error : -ENETDOWN;
     return 0;
@@ -328,9 +356,10 @@ void crab_worker_rounds(struct crab_worker *w, struct crab_rounds *rounds)
     w->rounds = rounds;
 }
 
-int crab_worker_run(struct crab_worker *w)
+static int run(struct crab_worker *w)
 {
     while (!atomic_load_explicit(&w->stop, memory_order_relaxed)) {
+        atomic_store_explicit(&w->turns, crab_worker_turns(w) + 1, memory_order_relaxed);
         int n = work(w);
         if (n < 0)
             return n;
@@ -343,4 +372,11 @@ int crab_worker_run(struct crab_worker *w)
         w->worth_it = now_ns() - asleep < w->spin;
     }
     return 0;
+}
+
+int crab_worker_run(struct crab_worker *w)
+{
+    int rc = run(w);
+    count_kernels(w);
+    return rc;
 }

@@ -16,6 +16,9 @@
 /* Frames that such a kick may send, where the kernel lets us say so; its default is 32. */
 #define TX_BUDGET 256
 #define HUGE_PAGE (2u << 20)
+#ifndef MADV_COLLAPSE /* Linux 6.1 */
+#define MADV_COLLAPSE 25
+#endif
 #define BIND_TRIES 50
 #define BIND_PAUSE_MS 20
 
@@ -58,14 +61,41 @@ static uint8_t *map_umem(size_t len)
     return all + before;
 }
 
-struct crab_umem *crab_umem_new(uint32_t frame_count, uint32_t frame_size)
+/* The same of a file that other processes may map too.  A child of fork(2) has none of it. */
+static uint8_t *map_shared(size_t len, int fd)
+{
+    size_t align = len < HUGE_PAGE ? 0 : HUGE_PAGE;
+    uint8_t *all = mmap(NULL, len + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED)
+        return NULL;
+    size_t before = align ? -(uintptr_t)all % align : 0;
+    if (before)
+        munmap(all, before);
+    if (align - before)
+        munmap(all + before + len, align - before);
+    all += before;
+    if (mmap(all, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd, 0) == MAP_FAILED) {
+        munmap(all, len);
+        return NULL;
+    }
+    madvise(all, len, MADV_DONTFORK);
+    madvise(all, len, MADV_COLLAPSE); /* a wish, of Linux 6.1: MADV_HUGEPAGE is seldom allowed for such memory */
+    return all;
+}
+
+size_t crab_umem_size(uint32_t frame_count, uint32_t frame_size)
+{
+    return (size_t)frame_count * frame_size + CRAB_WHOLE;
+}
+
+struct crab_umem *crab_umem_new(uint32_t frame_count, uint32_t frame_size, int fd)
 {
     struct crab_umem *u = calloc(1, sizeof *u);
     if (!u)
         return NULL;
     *u = (struct crab_umem){.len = (size_t)frame_count * frame_size, .frame_count = frame_count,
                             .frame_size = frame_size};
-    u->memory = map_umem(u->len + CRAB_WHOLE);
+    u->memory = fd < 0 ? map_umem(u->len + CRAB_WHOLE) : map_shared(u->len + CRAB_WHOLE, fd);
     u->free = malloc(frame_count * sizeof *u->free);
     if (!u->memory || !u->free) {
         crab_umem_free(u);
@@ -192,6 +222,22 @@ static int bind_queue(struct crab_xsk *x, const struct crab_xsk *share, uint16_t
     }
 }
 
+static int map_rings(struct crab_xsk *x, uint32_t ring_size)
+{
+    int rc;
+    uint32_t umem_ring = x->pool->frame_count;
+    struct xdp_mmap_offsets off;
+    socklen_t len = sizeof off;
+    if (getsockopt(x->fd, SOL_XDP, XDP_MMAP_OFFSETS, &off, &len))
+        return -errno;
+    if ((rc = map_ring(&x->fill, x->fd, XDP_UMEM_PGOFF_FILL_RING, &off.fr, umem_ring, sizeof(uint64_t))) ||
+        (rc = map_ring(&x->completion, x->fd, XDP_UMEM_PGOFF_COMPLETION_RING, &off.cr, umem_ring, sizeof(uint64_t))) ||
+        (rc = map_ring(&x->rx, x->fd, XDP_PGOFF_RX_RING, &off.rx, ring_size, sizeof(struct xdp_desc))) ||
+        (rc = map_ring(&x->tx, x->fd, XDP_PGOFF_TX_RING, &off.tx, ring_size, sizeof(struct xdp_desc))))
+        return rc;
+    return 0;
+}
+
 static int set_up(struct crab_xsk *x, const struct crab_xsk *share, uint32_t ring_size, uint32_t bind_flags,
                   const char **stage)
 {
@@ -225,14 +271,7 @@ static int set_up(struct crab_xsk *x, const struct crab_xsk *share, uint32_t rin
     /* Fewer kicks a batch.  Only a wish: older kernels do not know it. */
     uint32_t budget = ring_size < TX_BUDGET ? ring_size : TX_BUDGET;
     setsockopt(x->fd, SOL_XDP, XDP_MAX_TX_SKB_BUDGET, &budget, sizeof budget);
-    struct xdp_mmap_offsets off;
-    socklen_t len = sizeof off;
-    if (getsockopt(x->fd, SOL_XDP, XDP_MMAP_OFFSETS, &off, &len))
-        return -errno;
-    if ((rc = map_ring(&x->fill, x->fd, XDP_UMEM_PGOFF_FILL_RING, &off.fr, umem_ring, sizeof(uint64_t))) ||
-        (rc = map_ring(&x->completion, x->fd, XDP_UMEM_PGOFF_COMPLETION_RING, &off.cr, umem_ring, sizeof(uint64_t))) ||
-        (rc = map_ring(&x->rx, x->fd, XDP_PGOFF_RX_RING, &off.rx, ring_size, sizeof(struct xdp_desc))) ||
-        (rc = map_ring(&x->tx, x->fd, XDP_PGOFF_TX_RING, &off.tx, ring_size, sizeof(struct xdp_desc))))
+    if ((rc = map_rings(x, ring_size)))
         return rc;
 
     *stage = "frames";
@@ -279,6 +318,73 @@ struct crab_xsk *crab_xsk_new(struct crab_umem *umem, const struct crab_xsk *sha
     }
     *error = 0;
     return x;
+}
+
+/* ---- from one process to the next ---- */
+
+struct crab_xsk *crab_xsk_adopt(struct crab_umem *umem, int fd, const struct crab_xsk_bound *bound, int *error,
+                                const char **stage)
+{
+    struct crab_xsk *x = calloc(1, sizeof *x);
+    *stage = "memory";
+    *error = ENOMEM;
+    if (!x)
+        return NULL;
+    *x = (struct crab_xsk){.pool = umem, .fd = fd, .ifindex = bound->ifindex, .queue = bound->queue,
+                           .bind_flags = bound->bind_flags, .frame_size = umem->frame_size, .umem = umem->memory,
+                           .umem_len = umem->len};
+    *stage = "rings";
+    *error = -map_rings(x, bound->ring_size);
+    if (*error) {
+        x->fd = -1; /* it stays the caller's */
+        crab_xsk_free(x);
+        return NULL;
+    }
+    join(x);
+    return x;
+}
+
+void crab_xsk_is_bound(const struct crab_xsk *x, struct crab_xsk_bound *out)
+{
+    *out = (struct crab_xsk_bound){.ifindex = x->ifindex, .queue = x->queue, .ring_size = x->rx.size,
+                                   .bind_flags = x->bind_flags};
+}
+
+void crab_xsk_give(const struct crab_xsk *x, struct crab_xsk_given *out, uint64_t *free_frames)
+{
+    const struct crab_umem *u = x->pool;
+    *out = (struct crab_xsk_given){.in_fill = x->in_fill, .in_tx = x->in_tx, .free_count = u->free_count,
+                                   .dropped = x->dropped};
+    memcpy(free_frames, u->free, u->free_count * sizeof *u->free);
+}
+
+/* Our end of a ring is where it was published last. */
+static void look_at(struct crab_ring *r, bool producing)
+{
+    uint32_t producer = atomic_load_explicit(r->producer, memory_order_acquire);
+    uint32_t consumer = atomic_load_explicit(r->consumer, memory_order_acquire);
+    r->mine = producing ? producer : consumer;
+    r->theirs = producing ? consumer : producer;
+}
+
+void crab_xsk_take_over(struct crab_xsk *x, const struct crab_xsk_given *given, const uint64_t *free_frames)
+{
+    struct crab_umem *u = x->pool;
+    u->free_count = given->free_count;
+    memcpy(u->free, free_frames, u->free_count * sizeof *u->free);
+    x->in_fill = given->in_fill;
+    x->in_tx = given->in_tx;
+    x->dropped = given->dropped;
+    look_at(&x->fill, true);
+    look_at(&x->tx, true);
+    look_at(&x->rx, false);
+    look_at(&x->completion, false);
+}
+
+bool crab_xsk_moved(const struct crab_xsk *x)
+{
+    return atomic_load(x->fill.producer) != x->fill.mine || atomic_load(x->tx.producer) != x->tx.mine ||
+           atomic_load(x->rx.consumer) != x->rx.mine || atomic_load(x->completion.consumer) != x->completion.mine;
 }
 
 static void close_socket(struct crab_xsk *x, bool rings_are_mapped)
@@ -495,15 +601,18 @@ int crab_xsk_kick(struct crab_xsk *x)
     if ((x->bind_flags & XDP_USE_NEED_WAKEUP) && !x->busy_poll && !crab_ring_needs_wakeup(&x->tx))
         return 0;
     for (int i = 0; i < MAX_KICKS; i++) {
+        uint32_t completed = atomic_load_explicit(x->completion.producer, memory_order_relaxed);
         if (sendto(x->fd, NULL, 0, MSG_DONTWAIT, NULL, 0) >= 0)
             return 0;
         switch (errno) {
         case EAGAIN: /* the kick's budget is used up, or the completion ring is full */
             crab_xsk_reap(x);
             break;
-        case EBUSY: /* the device's queue refused this frame: dropped, and completed all the same */
-            x->dropped++;
+        case EBUSY: /* the device's queue refused a frame: dropped, and completed all the same; or a driver has no time */
+            x->dropped += atomic_load_explicit(x->completion.producer, memory_order_acquire) != completed;
             break;
+        case ENOMEM: /* none for a packet at the moment: the next kick may find some */
+            return 0;
         case EINTR:
         case ENOBUFS: /* the socket's send buffer is full: completions will free it */
             crab_xsk_reap(x);

@@ -8,12 +8,16 @@
  *     --bytes N           of a request, which comes back as it is (default 8)
  *     --get PATH          instead: HTTP/1.1 with Connection: close, until the server closes
  *     --seconds S         how long (default 1), after --warmup S (default 0.2) which does not count
- *     --samples N         or until there are so many
+ *     --samples N         or until there are so many, or SIGTERM
  *     --seed N
- *   crr serve PORT [--service US]    echo; with a service time: one request after the other, each so many microseconds
+ *     --from ADDRESS      from this address of the machine, or by turns from as many as --addresses N says, this one and the next
+ *     --mptcp             by MPTCP sockets
+ *   crr serve PORT [OPTIONS]    echo
+ *     --service US        one request after the other, each in so many microseconds
+ *     --mptcp             by an MPTCP socket, which serves TCP's clients too
  *   crr percentiles                  of numbers from standard input, as `load` has them: for tests
  *
- * `load` prints JSON: times in microseconds.  In the open loop a request's time begins when it was due, not when its turn came, so
+ * `load` prints JSON: times in microseconds, and of requests that failed how many for what.  In the open loop a request's time begins when it was due, not when its turn came, so
  * none is left out while others wait (Tene: "coordinated omission").  Times are counted in a histogram of 256 steps to each power
  * of two (as Tene's HDR histogram): a percentile is off by 0.4 % at most. */
 #define _GNU_SOURCE
@@ -22,6 +26,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -33,6 +38,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef IPPROTO_MPTCP
+#define IPPROTO_MPTCP 262
+#endif
 #define MAX_BYTES (1 << 20)
 #define MAX_CONNECTIONS 20000
 #define GIVE_UP_NS 10000000000ull /* a request that takes so long has failed */
@@ -115,13 +123,13 @@ static int percentiles(void)
 
 /* ---- server ---- */
 
-static int listener(const char *port)
+static int listener(const char *port, bool mptcp)
 {
     struct addrinfo hints = {.ai_flags = AI_PASSIVE, .ai_family = AF_INET6, .ai_socktype = SOCK_STREAM}, *found;
     int error = getaddrinfo(NULL, port, &hints, &found), on = 1, off = 0;
     if (error)
         die(port, gai_strerror(error));
-    int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, mptcp ? IPPROTO_MPTCP : 0);
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
     if (fd < 0 || bind(fd, found->ai_addr, found->ai_addrlen) || listen(fd, 65535))
@@ -200,18 +208,23 @@ struct connection {
 };
 
 static struct {
-    struct sockaddr_storage to;
+    struct sockaddr_storage to, from;
     socklen_t to_len;
-    bool stays, http;
+    uint32_t addresses;
+    bool stays, http, mptcp;
     uint32_t connections;
     double rate, seconds, warmup;
     uint64_t samples, seed;
     size_t bytes;
     const uint8_t *request;
-} opt = {.connections = 1, .seconds = 1, .warmup = 0.2, .samples = UINT64_MAX, .seed = 1, .bytes = 8};
+} opt = {.connections = 1, .seconds = 1, .warmup = 0.2, .samples = UINT64_MAX, .seed = 1, .bytes = 8, .addresses = 1};
 
 static struct histogram times;
 static uint64_t errors, moved, first_ns, last_ns;
+/* By error number; those that are none: */
+enum { CLOSED = 0, LATE = 134, CROWDED, MOST_ERRORS };
+static uint64_t failures[MOST_ERRORS];
+static volatile sig_atomic_t told;     /* to end */
 static int epoll_fd;
 static struct connection *connections;
 
@@ -231,11 +244,35 @@ static void end(struct connection *c)
     c->fd = -1;
 }
 
-static void fail(struct connection *c)
+static void failed(int why)
+{
+    errors++;
+    failures[why >= 0 && why < MOST_ERRORS ? why : LATE]++;
+}
+
+static void fail(struct connection *c, int why)
 {
     if (c->due >= first_ns)
-        errors++;
+        failed(why);
     end(c);
+}
+
+/* Give the socket its own address, if there is a choice; its port it gets as it connects, as ever. */
+static bool begin(int fd)
+{
+    static uint32_t turn;
+    struct sockaddr_storage from = opt.from;
+    int on = 1;
+    if (!opt.from.ss_family)
+        return true;
+    uint8_t *address = from.ss_family == AF_INET ? (uint8_t *)&((struct sockaddr_in *)&from)->sin_addr
+                                                 : (uint8_t *)&((struct sockaddr_in6 *)&from)->sin6_addr + 12;
+    uint32_t last;
+    memcpy(&last, address, 4);
+    last = htonl(ntohl(last) + turn++ % opt.addresses);
+    memcpy(address, &last, 4);
+    return !setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on) &&
+           !bind(fd, (const void *)&from, opt.to_len);
 }
 
 /* Send as much as goes; false: the connection is lost. */
@@ -256,18 +293,18 @@ static void ask(struct connection *c, uint64_t due)
     c->sent = c->received = 0;
     if (c->fd < 0) {
         int on = 1;
-        c->fd = socket(opt.to.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+        c->fd = socket(opt.to.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, opt.mptcp ? IPPROTO_MPTCP : 0);
         struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.ptr = c};
         if (c->fd < 0)
             die("socket", strerror(errno));
         setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-        if ((connect(c->fd, (const void *)&opt.to, opt.to_len) && errno != EINPROGRESS) ||
+        if (!begin(c->fd) || (connect(c->fd, (const void *)&opt.to, opt.to_len) && errno != EINPROGRESS) ||
             epoll_ctl(epoll_fd, EPOLL_CTL_ADD, c->fd, &event))
-            fail(c);
+            fail(c, errno);
         return; /* it is sent when the connection is there */
     }
     if (!push(c))
-        fail(c);
+        fail(c, errno);
 }
 
 static void answered(struct connection *c)
@@ -286,8 +323,14 @@ static void answered(struct connection *c)
 static bool turn(struct connection *c, uint32_t events)
 {
     static uint8_t data[65536];
-    if (events & EPOLLERR || !push(c)) {
-        fail(c);
+    int error = 0;
+    socklen_t size = sizeof error;
+    if (events & EPOLLERR)
+        getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size);
+    else if (!push(c))
+        error = errno;
+    if (events & EPOLLERR || error) {
+        fail(c, error);
         return true;
     }
     for (;;) {
@@ -299,7 +342,7 @@ static bool turn(struct connection *c, uint32_t events)
         } else if (n < 0 && (errno == EAGAIN || errno == ENOTCONN)) {
             return false;
         } else if (n < 0 || !opt.http || !c->received) {
-            fail(c);
+            fail(c, n < 0 ? errno : CLOSED);
             return true;
         }
         answered(c);
@@ -315,8 +358,14 @@ static double cpu_seconds(void)
            (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
 }
 
+static void tell(int number __attribute__((unused)))
+{
+    told = 1;
+}
+
 static void run(void)
 {
+    sigaction(SIGTERM, &(struct sigaction){.sa_handler = tell}, NULL);
     uint64_t start = now_ns(), due = start, stop;
     struct epoll_event events[256];
     bool open_loop = opt.rate > 0;
@@ -344,12 +393,14 @@ static void run(void)
         uint64_t now = now_ns();
         if (cpu < 0 && now >= first_ns)
             cpu = cpu_seconds();
+        if (told && now < stop)
+            stop = now > first_ns ? now : first_ns;
         bool over = now >= stop || times.count >= opt.samples;
         if (over && (!open_loop || !busy || now >= stop + GIVE_UP_NS))
             break;
         for (; open_loop && !over && due <= now; due += (uint64_t)(-log(uniform()) / opt.rate * 1e9)) {
             if (first_free == places) {
-                errors++; /* as many wait as there is room for: it is overloaded */
+                failed(CROWDED);
                 continue;
             }
             struct connection *c = &connections[first_free];
@@ -379,18 +430,30 @@ static void run(void)
             looked = now = now_ns();
             for (uint32_t i = 0; i < places; i++) {
                 if (connections[i].fd >= 0 && now - connections[i].due > GIVE_UP_NS)
-                    fail(&connections[i]);
+                    fail(&connections[i], LATE);
                 if (connections[i].fd < 0)
                     ask(&connections[i], now);
             }
         }
     }
-    errors += open_loop ? busy : 0;
+    for (; open_loop && busy; busy--)
+        failed(LATE);
     double seconds = (double)((times.count >= opt.samples ? last_ns : stop) - first_ns) / 1e9;
     printf("{");
     print_times(&times);
-    printf(", \"errors\": %lu, \"seconds\": %.6f, \"rate\": %.2f, \"bytes\": %lu, \"cpu\": %.4f}\n", errors, seconds,
+    printf(", \"errors\": %lu, \"seconds\": %.6f, \"rate\": %.2f, \"bytes\": %lu, \"cpu\": %.4f, \"why\": {", errors, seconds,
            seconds > 0 ? (double)times.count / seconds : 0, moved, cpu_seconds() - (cpu < 0 ? 0 : cpu));
+    const char *comma = "";
+    for (int i = 0; i < MOST_ERRORS; i++)
+        if (failures[i]) {
+            const char *why = i == CLOSED    ? "closed without an answer"
+                              : i == LATE    ? "no answer in time"
+                              : i == CROWDED ? "too many at a time"
+                                             : strerror(i);
+            printf("%s\"%s\": %lu", comma, why, failures[i]);
+            comma = ", ";
+        }
+    puts("}}");
 }
 
 /* ---- arguments ---- */
@@ -419,7 +482,10 @@ static int load(int argc, char **argv)
     freeaddrinfo(found);
     for (int i = 2; i < argc; i += 2) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
-        if (!strcmp(name, "--mode") && value && (!strcmp(value, "rr") || !strcmp(value, "crr")))
+        if (!strcmp(name, "--mptcp")) {
+            opt.mptcp = true;
+            i--; /* it has no value */
+        } else if (!strcmp(name, "--mode") && value && (!strcmp(value, "rr") || !strcmp(value, "crr")))
             opt.stays = !strcmp(value, "rr");
         else if (!strcmp(name, "--connections"))
             opt.connections = (uint32_t)number(name, value, 1, MAX_CONNECTIONS);
@@ -433,7 +499,16 @@ static int load(int argc, char **argv)
             opt.warmup = number(name, value, 0, 60);
         else if (!strcmp(name, "--samples"))
             opt.samples = (uint64_t)number(name, value, 1, 1e9);
-        else if (!strcmp(name, "--seed"))
+        else if (!strcmp(name, "--addresses"))
+            opt.addresses = (uint32_t)number(name, value, 1, 65536);
+        else if (!strcmp(name, "--from") && value) {
+            if ((error = getaddrinfo(value, NULL, &hints, &found)))
+                die(value, gai_strerror(error));
+            if (found->ai_family != opt.to.ss_family)
+                die(value, "it is of another family than HOST");
+            memcpy(&opt.from, found->ai_addr, found->ai_addrlen);
+            freeaddrinfo(found);
+        } else if (!strcmp(name, "--seed"))
             opt.seed = (uint64_t)number(name, value, 1, 1e15);
         else if (!strcmp(name, "--get") && value && strlen(value) < 900) {
             opt.http = true;
@@ -456,6 +531,24 @@ static int load(int argc, char **argv)
     return 0;
 }
 
+static void serve(int argc, char **argv)
+{
+    bool mptcp = false;
+    double service_us = 0;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--mptcp"))
+            mptcp = true;
+        else if (!strcmp(argv[i], "--service"))
+            service_us = number(argv[i], i + 1 < argc ? argv[i + 1] : NULL, 1, 1e7), i++;
+        else
+            die(argv[i], "no such option; see the top of crr.c");
+    }
+    int fd = listener(argv[0], mptcp);
+    if (service_us > 0)
+        serve_one_by_one(fd, (uint64_t)(service_us * 1e3));
+    serve_all(fd);
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -463,9 +556,7 @@ int main(int argc, char **argv)
         return load(argc - 2, argv + 2);
     if (!strcmp(what, "percentiles") && argc == 2)
         return percentiles();
-    if (!strcmp(what, "serve") && argc == 3)
-        serve_all(listener(argv[2]));
-    if (!strcmp(what, "serve") && argc == 5 && !strcmp(argv[3], "--service"))
-        serve_one_by_one(listener(argv[2]), (uint64_t)(number(argv[3], argv[4], 1, 1e7) * 1e3));
+    if (!strcmp(what, "serve") && argc > 2)
+        serve(argc - 2, argv + 2);
     die("usage", "load, serve or percentiles; see the top of crr.c");
 }

@@ -89,7 +89,7 @@ int main(int argc, char **argv)
     if (!batch || batch > MAX_BATCH)
         return 2;
     const char *stage;
-    struct crab_umem *umem = crab_umem_new(FRAMES, 2048);
+    struct crab_umem *umem = crab_umem_new(FRAMES, 2048, -1);
     if (!umem)
         die("memory");
     struct crab_xsk *x = crab_xsk_new(umem, NULL, ifindex, queue, RING,

@@ -8,8 +8,8 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
@@ -20,6 +20,7 @@ from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.model import Vip
+from crablb.values import counted
 
 log = structlog.get_logger()
 
@@ -34,7 +35,7 @@ def tool(*args: str) -> str:
     try:
         done = subprocess.run(args, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise KernelError(f"{args[0]} is not installed; install iproute2") from None
+        raise KernelError(f"{args[0]} is not installed; install it: apt-get install iproute2") from None
     if done.returncode:
         raise KernelError(f"{' '.join(args)}: {done.stderr.strip()}")
     return done.stdout
@@ -98,8 +99,9 @@ class Agent(ABC):
     #: What was there works on if an installation in its place fails.
     in_place: ClassVar[bool] = False
 
-    def __init__(self, vips: Sequence[Vip], cgroup: Path | str | None = None) -> None:
-        if not vips:
+    def __init__(self, vips: Sequence[Vip], cgroup: Path | str | None = None, *, needed: bool = True) -> None:
+        """``needed``: without VIPs there is nothing to do."""
+        if needed and not vips:
             raise ConfigError("name at least one VIP: --vip tcp://10.0.0.100:80")
         self.vips = list(vips)
         self.cgroup = find_cgroup(cgroup)
@@ -121,18 +123,27 @@ class Agent(ABC):
         except (FileNotFoundError, json.JSONDecodeError):
             return None
 
+    def summary(self) -> str:
+        """What it is, in a line."""
+        return f"{self.role} endpoint of {counted(len((self.state() or {}).get('vips', self.vips)), 'VIP')}"
+
     @classmethod
     def present(cls) -> bool:
         """Whether there is anything of an agent."""
         return cls.state() is not None or cls.folder().exists()
 
     @classmethod
-    def owned(cls, process: int = 0) -> AbstractContextManager[None]:
+    def left(cls) -> list[str]:
+        """What stayed in the kernel when an agent went, as connections live by it; in words."""
+        return []
+
+    @classmethod
+    def owned(cls, process: int = 0) -> AbstractContextManager[object]:
         return pins.own(cls.role, f"the {cls.role} agent of this network namespace", process)
 
     def install(self) -> None:
         """Put the agent into the kernel, in place of the one that is there."""
-        with self._loaded() as program:
+        with self._loaded() as program, self._starting():
             before = self.state()
             if before is not None:
                 self.succeed(before)
@@ -146,6 +157,26 @@ class Agent(ABC):
                 if before is None or not self.in_place:
                     self.remove()
                 raise
+
+    @classmethod
+    def _starting_path(cls) -> Path:
+        return pins.RUN / f"{pins.namespace()}-{cls.role}.starting"
+
+    @classmethod
+    @contextmanager
+    def _starting(cls) -> Iterator[None]:
+        """While in the context, it is not yet as it is to be."""
+        pins.RUN.mkdir(parents=True, exist_ok=True)
+        cls._starting_path().touch()
+        try:
+            yield
+        finally:
+            cls._starting_path().unlink(missing_ok=True)
+
+    @classmethod
+    def starting(cls) -> bool:
+        """Whether a process is about to put it into the kernel; one that died at that is not."""
+        return cls._starting_path().exists() and pins.owner(cls.role) is not None
 
     def _loaded(self) -> bpf.Object:
         """The programs, with the maps of the agent before: all that last, or none."""
@@ -165,8 +196,9 @@ class Agent(ABC):
         except bpf.BpfLayoutError as error:
             if live := self.live():
                 raise KernelError(
-                    f"the {self.role} agent that is installed is of another version, and {live} connections need it;"
-                    f" let them end: crablb agent remove {self.role} (with --now they break)"
+                    f"the {self.role} agent that is installed is of another version, and has"
+                    f" {counted(live, 'connection')}; wait for the end: crablb agent remove {self.role} (with --now"
+                    " they break)"
                 ) from None
             log.info("the agent of another version goes", reason=str(error))
             self.remove()
@@ -288,7 +320,7 @@ class Agent(ABC):
 
     @classmethod
     def pins_gone(cls) -> KernelError:
-        return KernelError(f"the {cls.role} agent's pins are gone; install it again")
+        return KernelError(f"the {cls.role} agent's pins are gone; install it again: crablb agent {cls.role} --vip ...")
 
     @classmethod
     def counters(cls) -> dict[str, int]:
@@ -298,16 +330,19 @@ class Agent(ABC):
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:
-        """What runs here: what it was told, its counters (none if its pins are gone), its process (None: detached),
-        what is wrong.  None if nothing does."""
+        """What runs here: what it was told, its counters (none if its pins are gone or not there yet), its process
+        (:func:`crablb.kernel.pins.owner`; None: detached), whether it is ``starting``, what is wrong (nothing while it
+        starts).  None if nothing does."""
         state = cls.state()
         if state is None:
             return None
+        starting = cls.starting()
         try:
-            counters = cls.counters()
+            counters = {} if starting else cls.counters()
         except bpf.BpfNotFoundError:  # its pins are gone, which is among the faults
             counters = {}
-        return {**state, "pid": pins.owner(cls.role), "counters": counters, "faults": cls.faults()}
+        found = {**state, "pid": pins.owner(cls.role), "starting": starting, "counters": counters}
+        return {**found, "faults": [] if starting else cls.faults()}
 
     def __enter__(self) -> Self:
         self.install()

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -18,12 +19,13 @@ import structlog
 
 from crablb import lasting
 from crablb._native import lib
-from crablb.agent import offering, routes
+from crablb.agent import joining, offering, routes
 from crablb.agent.base import FILTER, Agent, detach_filters, tool
 from crablb.agent.verify import Verifier
 from crablb.config import parse_prefix, parse_vip
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import bpf, pins, rtnetlink
+from crablb.kernel.interface import interface_name
 from crablb.kernel.routing import Events
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Network, OptionForm, Vip, mapped
@@ -43,7 +45,8 @@ class ClientAgent(Agent):
     ``backends``: the prefixes that backends may have; a redirect from elsewhere is refused.  ``interfaces``: where
     their packets come in; by default those that the routes to the VIPs and the prefixes use.  ``flows``: redirected
     connections that there is room for, by default as many as the agent before had, or :data:`offering.FLOWS`.
-    ``retransmission``: seconds until a SYN that offered is sent again; 0: as the system does.
+    ``retransmission``: seconds until a SYN that offered is sent again; 0: as the system does.  ``mptcp``: let MPTCP
+    connections take up the addresses that servers tell them; without VIPs, that alone, and no program in the kernel.
     """
 
     role: ClassVar[str] = "client"
@@ -60,9 +63,10 @@ class ClientAgent(Agent):
         interfaces: Sequence[str] = (),
         flows: int | None = None,
         retransmission: float = offering.RETRANSMISSION,
+        mptcp: bool = False,
     ) -> None:
-        super().__init__(vips, cgroup)
-        if not backends:
+        super().__init__(vips, cgroup, needed=not mptcp)
+        if vips and not backends:
             raise ConfigError("name the prefixes that backends may have: --backends 10.0.0.0/24")
         self.backends = list(backends)
         self.option = option
@@ -70,11 +74,16 @@ class ClientAgent(Agent):
         self.flows = flows
         self.sizes = {offering.TABLE: flows or offering.FLOWS}
         self.retransmission = retransmission
+        self.mptcp = mptcp
 
     @staticmethod
-    def problems(vips: Sequence[Vip], backends: Sequence[Network], interfaces: Sequence[str]) -> list[str]:
+    def problems(
+        vips: Sequence[Vip], backends: Sequence[Network], interfaces: Sequence[str], *, mptcp: bool = False
+    ) -> list[str]:
         """What is wrong with these here, each fault a line."""
-        found = []
+        found = joining.problems() if mptcp else []
+        if not vips:
+            return found
         families = {prefix.version for prefix in backends}
         for version in sorted({vip.address.version for vip in vips} - families if families else set()):
             names = ", ".join(str(vip) for vip in vips if vip.address.version == version)
@@ -91,11 +100,21 @@ class ClientAgent(Agent):
         return found
 
     def install(self) -> None:
-        problems = self.problems(self.vips, self.backends, self.interfaces)
+        problems = self.problems(self.vips, self.backends, self.interfaces, mptcp=self.mptcp)
         if problems:
             raise ConfigError(problems)
         self._check_left_out()
-        super().install()
+        before = self.state()
+        if before is not None and self.vips and not before["vips"]:
+            self.remove()  # it has none of what this one could take over
+        if self.vips:
+            super().install()
+            return
+        if before is None or before["vips"]:
+            self.remove()
+            pins.RUN.mkdir(parents=True, exist_ok=True)
+            self.remember(backends=[], interfaces=[])
+        self._set_up_mptcp(before or {})
 
     def _check_left_out(self) -> None:
         """A VIP that is not named any more loses its routes, and its redirected connections with them."""
@@ -140,6 +159,7 @@ class ClientAgent(Agent):
             pins.put(program.program(name), self.folder() / name)
         before = self.state() or {}
         old = "routes" in before  # of a version that had its routes among the operator's
+        mptcp = {"mptcp": before["mptcp"]} if self.mptcp and "mptcp" in before else {}
         # Whatever is done is noted first, so that it can be undone by anyone.
         self.remember(
             backends=[str(p) for p in self.backends],
@@ -147,16 +167,21 @@ class ClientAgent(Agent):
             interfaces=self.interfaces,
             retransmission=self.retransmission,
             filters={} if old else before.get("filters", {}),
+            **mptcp,
         )
-        for _ in range(100):  # ENOMEM is a matter of the moment: see client_sweeper
-            if program.program("crab_sweep").test_run().retval == 0:
-                break
-        else:
-            raise KernelError("the kernel has no memory for the agent's timer; try again")
+        start_sweeping(program.program("crab_sweep"))
         self.repair()
         if old:
             _undo_old(before, self.folder())
             self.repair()
+        self._set_up_mptcp(before)
+
+    def _set_up_mptcp(self, before: dict[str, Any]) -> None:
+        if self.mptcp:
+            self.write({**(self.state() or {}), "mptcp": {}})
+            joining.sync(mend=True)
+        elif "mptcp" in before:
+            joining.tear_down()
 
     # ---- what is to be, and what is ----
 
@@ -175,6 +200,11 @@ class ClientAgent(Agent):
         state = cls.state()
         if state is None:
             return []
+        lead = joining.sync(mend=mend) if "mptcp" in state else []
+        return lead + (cls._sync_programs(state, mend=mend, known=known) if state["vips"] else [])
+
+    @classmethod
+    def _sync_programs(cls, state: dict[str, Any], *, mend: bool, known: Collection[str]) -> list[str]:
         addresses = [parse_vip(vip).address for vip in state["vips"]]
         backends = [parse_prefix(prefix) for prefix in state["backends"]]
         with ExitStack() as stack:
@@ -213,7 +243,7 @@ class ClientAgent(Agent):
                     link.update(program)
                 order, ours = bpf.tcx_programs(index), link.program_id
             if order and order[0] != ours:
-                found.append(f"on {_name(index)} the tc program with id {order[0]} comes before the agent's")
+                found.append(f"on {interface_name(index)} the tc program with id {order[0]} comes before the agent's")
                 if found[-1] not in known:
                     behind.add(index)
         if mend and behind:
@@ -315,6 +345,7 @@ class ClientAgent(Agent):
         ``verify``: another one finds out whether a backend hears this client, before its first redirect is taken up.
         """
         wake, woken = os.pipe()
+        verify = verify and bool((cls.state() or {}).get("vips"))
         with Verifier(cls.folder()) if verify else nullcontext() as verifier:
             watch = partial(cls._watch, wake, verifier)
             thread = threading.Thread(
@@ -359,7 +390,7 @@ class ClientAgent(Agent):
                     ready = dict(_wait(stop, LEAST))
                     if stop in ready:
                         return
-                ready = dict(poll.poll(LOOK * 1000))
+                ready = dict(lasting.wait(poll, LOOK))
                 if stop in ready:
                     return
                 with suppress(bpf.BpfNotFoundError):  # its pins are gone, which is told as a fault
@@ -420,6 +451,7 @@ class ClientAgent(Agent):
 
     @classmethod
     def tear_down(cls, state: dict[str, Any]) -> None:
+        joining.tear_down()
         with Netlink() as netlink:
             routes.remove(netlink)
         if cls.folder().exists():
@@ -435,7 +467,10 @@ class ClientAgent(Agent):
     @classmethod
     def status(cls) -> dict[str, Any] | None:
         status = super().status()
-        if status is None or not status["counters"]:
+        if status is None:
+            return status
+        status["mptcp"] = {"asked_for": "mptcp" in status, "hindered": joining.hindered()}
+        if not status["counters"]:
             return status
         status["flows"], status["room"] = len(offering.translated(cls.folder())), offering.room(cls.folder())
         with Netlink() as netlink:
@@ -444,7 +479,7 @@ class ClientAgent(Agent):
         held = {one["vip"] for one in status["redirects"] if one["backend"] is None and one["backing_off"]}
         status["offering"] = {text: not status.get("withdrawn") and text not in held for text in status["vips"]}
         if status.get("withdrawn"):
-            if not status["pid"]:
+            if status["pid"] is None:
                 status["faults"].append(
                     "it offers no more, and nobody waits for its connections: crablb agent remove client takes it out,"
                     " installing it again lets it offer"
@@ -456,17 +491,23 @@ class ClientAgent(Agent):
         return status
 
 
+def start_sweeping(sweep: bpf.Program) -> None:
+    """Start the timer of ``crab_sweep``, which forgets closed connections.
+
+    Raises :class:`KernelError` if there is no memory for it: ``bpf_timer_init`` may answer ENOMEM at any moment, as its
+    allocation gives way to whoever holds the allocator's locks (see ``client_sweeper``), so it is asked again.
+    """
+    for _ in range(100):
+        if sweep.test_run().retval == 0:
+            return
+        time.sleep(0.001)
+    raise KernelError("the kernel has no memory for the agent's timer; try again")
+
+
 def _wait(descriptor: int, seconds: float) -> list[tuple[int, int]]:
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP)
     return poll.poll(seconds * 1000)
-
-
-def _name(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:
-        return f"interface {index}"
 
 
 def _undo_old(state: dict[str, Any], folder: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -109,6 +108,12 @@ def _take(addresses: Iterable[Address], state: dict[str, Any], note: Callable[[d
             tool("ip", "addr", "add", _prefix(address), "dev", "lo", *(["nodad"] if address.version == 6 else []))
 
 
+def _give(prefix: str) -> None:
+    """Have an address on the loopback no more; somebody else may have taken it away."""
+    with suppress(KernelError):
+        tool("ip", "addr", "del", prefix, "dev", "lo")
+
+
 def add(
     addresses: Iterable[Address], state: dict[str, Any], folder: Path, note: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -128,7 +133,7 @@ def remove(
         for address in addresses:
             served.delete(mapped(address))
             if _prefix(address) in state["addresses"]:
-                subprocess.run(["ip", "addr", "del", _prefix(address), "dev", "lo"], capture_output=True, check=False)
+                _give(_prefix(address))
                 state["addresses"].remove(_prefix(address))
                 note(state)
 
@@ -237,6 +242,12 @@ def _mend(
             except bpf.BpfBusyError as error:
                 number = bpf.xdp_program(index)[0]
                 why = f"interface {name} has an XDP program already (id {number})" if number else str(error)
+                if pins.owner(f"lb-{name}") is not None:
+                    refused.append(
+                        f"{why}, that of the load balancer, which runs here: a server is another machine, or name other"
+                        " interfaces: --interface"
+                    )
+                    continue
                 refused.append(
                     f"{why}, and tunnels are decapsulated by one; remove it, or name other interfaces: --interface"
                 )
@@ -282,10 +293,11 @@ def tear_down(state: dict[str, Any], folder: Path) -> None:
         pin.unlink()
     for name in (*MAPS, *BEFORE):
         (folder / name).unlink(missing_ok=True)
-    for host in state.get("addresses", []):
-        subprocess.run(["ip", "addr", "del", host, "dev", "lo"], capture_output=True, check=False)
+    for prefix in state.get("addresses", []):
+        _give(prefix)
     for name, value in state.get("sysctls", {}).items():
-        _sysctl(name).write_text(value)
+        if _sysctl(name).read_text().strip() != value:  # in a container /proc/sys may not be written
+            _sysctl(name).write_text(value)
 
 
 def counters(folder: Path) -> dict[str, int]:

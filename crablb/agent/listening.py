@@ -9,14 +9,15 @@ from crablb.kernel.rtnetlink import Listener
 from crablb.model import Address, Vip
 
 
-def lacking(vips: Collection[Vip]) -> dict[Vip, str]:
+def lacking(vips: Collection[Vip], alone: Collection[Vip] = ()) -> dict[Vip, str]:
     """Why nobody in this network namespace takes redirected connections to these VIPs, of those where it is so.
 
-    They come to an address of the server's own, on the VIP's port.
+    They come to an address of the server's own, on the VIP's port; ``alone``: VIPs to which none are to come, so that
+    who listens at the VIP itself does.
     """
     listeners = list(rtnetlink.tcp_listeners())
     addresses = {vip.address for vip in vips}
-    reasons = ((vip, _reason(vip, listeners, addresses)) for vip in vips)
+    reasons = ((vip, _reason(vip, listeners, addresses - {vip.address} if vip in alone else addresses)) for vip in vips)
     return {vip: reason for vip, reason in reasons if reason}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import math
 import os
+import re
 import select
 import socket
 import threading
@@ -12,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -21,8 +21,9 @@ from prometheus_client.registry import Collector
 
 from crablb import lasting
 from crablb.agent.base import Agent
-from crablb.errors import KernelError
+from crablb.errors import KernelError, unbound
 from crablb.model import Address, host_port
+from crablb.version import VERSION
 
 __all__ = ["METRICS", "Exporter", "render"]
 
@@ -61,7 +62,7 @@ def _client_redirects(name: str, *, backends: bool) -> Callable[[str, Any], Iter
 VIP, PATH = ("vip",), ("vip", "backend")
 METRICS: tuple[Row, ...] = (
     ("build_info", ("role", "version"), "Always 1; what runs.",
-     lambda role, _: iter([((role, version("crablb")), 1)])),
+     lambda role, _: iter([((role, VERSION), 1)])),
     ("faults", ("role",), "Things that are wrong; crablb agent status says which.",
      lambda role, status: iter([((role,), len(status["faults"]))])),
     ("events_total", ("role", "event"), "What the agent's programs counted.",
@@ -70,6 +71,8 @@ METRICS: tuple[Row, ...] = (
     ("connections", VIP, "Server: open connections.", _each("connections")),
     ("server_redirects_begun_total", VIP, "Server: redirected SYNs answered.", _server_redirects("begun")),
     ("server_redirects_completed_total", VIP, "Server: connections that came of them.", _server_redirects("completed")),
+    ("mptcp_connections", ("way",), "Server: open MPTCP connections to VIPs by their way: load_balancer, both, direct.",
+     lambda _, status: (((way,), n) for way, n in status.get("mptcp", {}).get("connections", {}).items())),
     ("offering", VIP, "Client: 1: connections offer redirection; 0: not for now, or no more.", _each("offering")),
     ("offers_total", VIP, "Client: offers that were answered, or given up.",
      _client_redirects("offered", backends=False)),
@@ -124,7 +127,7 @@ class Exporter:
         except OSError as error:
             self._socket.close()
             where = host_port(address, port)
-            raise KernelError(f"cannot serve the agent's metrics at {where}: {error.strerror}") from None
+            raise KernelError(f"cannot serve the agent's metrics at {where}: {unbound(error, port)}") from None
         self._socket.setblocking(False)
 
     @property
@@ -155,7 +158,7 @@ class Exporter:
         poll = select.poll()
         poll.register(stop, select.POLLHUP)
         poll.register(self._socket, select.POLLIN)
-        while stop not in dict(poll.poll()):
+        while stop not in dict(lasting.wait(poll)):
             try:
                 connection, peer = self._socket.accept()
             except (BlockingIOError, ConnectionError):  # whoever it was has gone
@@ -196,7 +199,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server_version, sys_version = "crablb", ""
 
     def do_GET(self) -> None:
-        if self.path.partition("?")[0] != "/metrics":
+        # The whole URL, as a proxy is asked, is to be taken as well (RFC 9112, 3.2.2).
+        if re.sub("^https?://[^/?]*", "", self.path, flags=re.IGNORECASE).partition("?")[0] != "/metrics":
             self.send_error(404, explain="there is /metrics, and nothing else")
             return
         try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import socket
 import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -12,13 +14,18 @@ from typing import Any, ClassVar
 
 import structlog
 
-from crablb.agent import dsr, listening
+from crablb.agent import dsr, listening, mptcp, sockets
 from crablb.agent.base import Agent
+from crablb.agent.moved import Moved
+from crablb.agent.mptcp import Mptcp
+from crablb.agent.paths import PathLeader
 from crablb.config import parse_vip
 from crablb.errors import ConfigError, KernelError, Problems
 from crablb.kernel import bpf, pins
 from crablb.kernel.rtnetlink import tcp_addresses
 from crablb.model import Address, Vip
+from crablb.seldom import Seldom
+from crablb.values import counted
 
 log = structlog.get_logger()
 
@@ -80,12 +87,22 @@ def redirects(counts: bpf.Map) -> dict[Vip, tuple[int, int]]:
     return {Vip.from_key(key): struct.unpack("=QQ", value) for key, value in counts.items()}
 
 
+Leave = Callable[[Sequence[Vip]], None]
+_never = Seldom(math.inf)
+
+
+def _stay(_: Sequence[Vip]) -> None:
+    if _never.due("leave"):
+        log.warning("a load balancer is drained, but its open connections stay, as this agent is without --mptcp")
+
+
 class ServerAgent(Agent):
     """Let the servers of a cgroup, in this network namespace, answer redirected connections to ``vips``.
 
     Listeners that are there already are prepared too.  With ``dsr`` the namespace also serves clients that are not
     redirected: it gets the VIPs, silently, and takes packets for them out of tunnels that come in on ``interfaces`` (by
-    default every Ethernet interface that is up).
+    default every Ethernet interface that is up).  With ``mptcp`` such clients are led past the load balancer, if they
+    use MPTCP; with ``sockets`` programs of the cgroup that make TCP sockets get MPTCP ones.
     """
 
     role: ClassVar[str] = "server"
@@ -98,11 +115,17 @@ class ServerAgent(Agent):
         *,
         dsr: bool = False,
         interfaces: Sequence[str] = (),
+        mptcp: Mptcp | None = None,
+        sockets: bool = False,
     ) -> None:
         super().__init__(vips, cgroup)
+        self.sockets = sockets
         self.dsr = dsr
         self.interfaces = list(interfaces)
+        self.mptcp = mptcp
         self._new = ARMED
+        #: What was noted for each part, by the agent before if this one takes it over.
+        self._parts: dict[str, Any] = {}
 
     def differs(self) -> list[str]:
         """What the installed agent does otherwise, in words; empty if nothing, or if there is none."""
@@ -116,6 +139,11 @@ class ServerAgent(Agent):
             changes.append(f"its cgroup is {state['cgroup']}, not {self.cgroup}")
         if ("dsr" in state) != self.dsr:
             changes.append(f"it was installed with{'' if 'dsr' in state else 'out'} --dsr")
+        asked = mptcp.of(state["mptcp"]) if "mptcp" in state else None
+        if asked != self.mptcp:
+            changes.append(f"it was installed with{f' {asked}' if asked else 'out --mptcp'}")
+        if ("sockets" in state) != self.sockets:
+            changes.append(f"it was installed with{'out' if self.sockets else ''} --mptcp-listeners")
         return changes
 
     def install(self) -> None:
@@ -133,8 +161,22 @@ class ServerAgent(Agent):
         if changes:
             log.warning("replaced the agent that was there", changes=changes)
 
+    def succeed(self, before: dict[str, Any]) -> None:
+        """Connections live by the kernel's MPTCP endpoints: what is the same stays."""
+        if self.mptcp and "mptcp" in before:
+            self._parts["mptcp"] = before["mptcp"]
+            before = {name: value for name, value in before.items() if name != "mptcp"}
+        super().succeed(before)
+
+    def _note(self, part: str) -> Callable[[dict[str, Any]], None]:
+        def note(state: dict[str, Any]) -> None:
+            self._parts[part] = state
+            self.remember(**self._parts)
+
+        return note
+
     def set_up(self, program: bpf.Object) -> None:
-        self.remember()
+        self.remember(**self._parts)
         program.map("server_netns").update(0, pins.cookie())
         for vip in self.vips:
             program.map("server_vips").update(vip.key(), 1)
@@ -143,7 +185,7 @@ class ServerAgent(Agent):
                 if program.map(name).lookup(vip.key()) is None:
                     program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
-            dsr.set_up(self.vips, self.interfaces, self.folder(), lambda state: self.remember(dsr=state))
+            dsr.set_up(self.vips, self.interfaces, self.folder(), self._note("dsr"))
         if _fast_open():
             self._attach_fast_open(program, self.cgroup)
         self.attach(program.program("crab_server"), self.cgroup)
@@ -156,9 +198,25 @@ class ServerAgent(Agent):
         _arm(self.folder(), [vip.port for vip in self.vips], missing)
         for vip in self.vips:  # armed from now on: what is found so is somebody else's doing
             program.map("server_ports").update(vip.port, ARMED)
+        sockets.tear_down(self.folder())
+        if self.sockets:
+            self._note("sockets")({})
+            sockets.set_up(self.cgroup, self.folder())
+        if self.mptcp:  # the last, as it tells clients of this host
+            mptcp.set_up(self.vips, self.mptcp, self._parts.get("mptcp"), self._note("mptcp"))
+
+    @classmethod
+    def present(cls) -> bool:
+        return super().present() or bool(mptcp.left())
+
+    @classmethod
+    def left(cls) -> list[str]:
+        return mptcp.left_in_words() if cls.state() is None else []
 
     @classmethod
     def tear_down(cls, state: dict[str, Any]) -> None:
+        if "mptcp" in state or mptcp.left():
+            mptcp.tear_down(state.get("mptcp", {}))
         if "dsr" in state:
             dsr.tear_down(state["dsr"], cls.folder())
         with suppress(bpf.BpfNotFoundError), bpf.Link.from_pin(cls.folder() / "fast_open") as link:
@@ -181,13 +239,20 @@ class ServerAgent(Agent):
     def faults(cls) -> list[str]:
         found = super().faults()
         try:
-            return found + list(cls._lacking().values())
+            found += cls._lacking().values()
+            if "mptcp" in (state := cls.state() or {}):
+                if state["mptcp"]["mode"] == "leave" and pins.owner(cls.role) is None:
+                    found.append("the process that leads MPTCP clients away has ended; start the agent again")
+                found += mptcp.lacking(map(parse_vip, state["vips"])).values()
+            return found
         except KernelError as error:  # who listens is not known
             return [*found, str(error)]
 
     @classmethod
     def _lacking(cls) -> dict[Vip, str]:
-        return listening.lacking([parse_vip(text) for text in (cls.state() or {}).get("vips", ())])
+        vips = cls.vips_served()
+        port = (cls.state() or {}).get("mptcp", {}).get("port", 0)
+        return listening.lacking(vips, [vip for vip in vips if mptcp.port_of(vip.address, port)])
 
     @classmethod
     def repair(cls) -> list[str]:
@@ -213,6 +278,14 @@ class ServerAgent(Agent):
             addresses = dict.fromkeys(parse_vip(text).address for text in state["vips"])
             sync = partial(dsr.sync, addresses, state["dsr"], cls.folder(), lambda _: cls.write(state), mend=mend)
             found += refused.attempt("", sync) or []
+        if "sockets" in state and not sockets.attached(cls.folder()):
+            found.append("the program that gives programs MPTCP sockets is not attached")
+            if mend:
+                refused.attempt("", sockets.set_up, state["cgroup"], cls.folder())
+        if "mptcp" in state:
+            vips = [parse_vip(text) for text in state["vips"]]
+            lead = partial(mptcp.sync, vips, state["mptcp"], lambda _: cls.write(state), mend=mend)
+            found += refused.attempt("", lead) or []
         if refused.found:
             raise KernelError("\n".join(refused.found))
         return found
@@ -225,7 +298,10 @@ class ServerAgent(Agent):
             try:
                 program = stack.enter_context(bpf.Object(bpf.object_path(cls.role), reuse=maps))
             except (bpf.BpfLayoutError, bpf.BpfNotFoundError) as error:
-                raise KernelError(f"the server agent here is of another crablb ({error}); install it again") from None
+                raise KernelError(
+                    f"the server agent here is of another crablb ({error}); install it again: crablb agent server --vip"
+                    " ..."
+                ) from None
             if not guarded:
                 cls._attach_fast_open(program, state["cgroup"])
             if not attached:
@@ -270,6 +346,8 @@ class ServerAgent(Agent):
         """Let the installed agent serve more VIPs; those that it did not serve yet."""
         with cls._changing() as state:
             new = [vip for vip in dict.fromkeys(vips) if str(vip) not in state["vips"]]
+            if "mptcp" in state:
+                mptcp.check([*map(parse_vip, state["vips"]), *new], state["mptcp"])
             state["vips"] += [str(vip) for vip in new]
             cls.write(state)
             try:
@@ -282,6 +360,9 @@ class ServerAgent(Agent):
                     if "dsr" in state:
                         addresses = dict.fromkeys(vip.address for vip in new)
                         dsr.add(addresses, state["dsr"], cls.folder(), lambda _: cls.write(state))
+                    if "mptcp" in state:
+                        vips = [parse_vip(text) for text in state["vips"]]
+                        mptcp.sync(vips, state["mptcp"], lambda _: cls.write(state), mend=True)
                     for vip in new:
                         for counts in (connections, redirects):
                             if counts.lookup(vip.key()) is None:
@@ -313,7 +394,7 @@ class ServerAgent(Agent):
                 open_ = _connections_to({vip.address for vip in vips} - stay)
                 if open_:
                     raise KernelError(
-                        f"{open_} connections of clients that were not redirected would end;"
+                        f"{counted(open_, 'connection')} of clients that were not redirected would end;"
                         " take the VIP from the load balancer first and wait for them, or end them: --now"
                     )
             cls._drop(vips, state)
@@ -332,27 +413,37 @@ class ServerAgent(Agent):
                     ports.update(vip.port, DISARMED)
         with suppress(bpf.BpfError), bpf.Program.from_pin(cls.folder() / ITERATOR) as iterator:
             iterator.run_iterator()
+        addresses = {vip.address for vip in vips} - {vip.address for vip in left}
+        if "mptcp" in state:
+            mptcp.remove(addresses, state["mptcp"], lambda _: cls.write(state))
         if "dsr" in state:
-            addresses = {vip.address for vip in vips} - {vip.address for vip in left}
             dsr.remove(addresses, state["dsr"], cls.folder(), lambda _: cls.write(state))
         state["vips"] = [str(vip) for vip in left]
         cls.write(state)
 
     @classmethod
     def connections(cls) -> dict[Vip, int]:
-        """Open connections by VIP, those established while an agent was there.
+        """Open connections by VIP, those established while an agent was there; with ``mptcp`` also those that have left
+        the load balancer.
 
         Raises :class:`crablb.kernel.bpf.BpfNotFoundError` if there is no agent.
         """
-        told = (cls.state() or {}).get("vips", ())
+        state = cls.state() or {}
+        told = state.get("vips", ())
         with bpf.Map.from_pin(cls.folder() / "server_connections") as counts:
             # A VIP that was removed is there as long as it has connections.
-            return {vip: n for vip, n in open_connections(counts).items() if n or str(vip) in told}
+            found = open_connections(counts)
+            if "mptcp" in state:
+                found = Moved().added(found)
+            return {vip: n for vip, n in found.items() if n or str(vip) in told}
 
     @classmethod
     def status(cls) -> dict[str, Any] | None:
         status = super().status()
         if status:
+            if "mptcp" in status:
+                with suppress(KernelError):
+                    status["mptcp"] = mptcp.status([parse_vip(text) for text in status["vips"]], status["mptcp"])
             with suppress(KernelError):  # which is among the faults
                 lacking = map(str, cls._lacking())
                 status["listening"] = dict.fromkeys(status["vips"], True) | dict.fromkeys(lacking, False)
@@ -362,6 +453,44 @@ class ServerAgent(Agent):
                     found = redirects(counts).items()
                     status["redirected"] = {str(vip): {"begun": n, "completed": m} for vip, (n, m) in found}
         return status
+
+    @classmethod
+    @contextmanager
+    def leading(cls) -> Iterator[Leave]:
+        """Lead MPTCP clients past the load balancer while in the context, where that takes a process.
+
+        Gives what a load balancer's wish that open connections to VIPs leave it is told to, again and again as long as
+        it lasts.
+        """
+        state = (cls.state() or {}).get("mptcp")
+        if state is None:
+            yield _stay
+        elif state["mode"] == "backup":
+            yield mptcp.Leaving()
+        else:
+            with PathLeader(mptcp.of(state), cls._served()).running() as look:
+                yield lambda _: look()
+
+    @classmethod
+    def _served(cls) -> Callable[[], list[Vip]]:
+        """Gives the VIPs that are served now, which may be asked for with every connection."""
+        path, read, vips = cls.state_path(), (0, 0), list[Vip]()
+
+        def served() -> list[Vip]:
+            nonlocal read, vips
+            with suppress(FileNotFoundError, json.JSONDecodeError):  # the agent goes
+                found = path.stat()
+                if read != (found.st_ino, found.st_mtime_ns):
+                    vips = [parse_vip(text) for text in json.loads(path.read_text())["vips"]]
+                    read = found.st_ino, found.st_mtime_ns
+            return vips
+
+        return served
+
+    @classmethod
+    def vips_served(cls) -> list[Vip]:
+        """Those of the installed agent."""
+        return [parse_vip(text) for text in (cls.state() or {}).get("vips", ())]
 
     @classmethod
     def counters(cls) -> dict[str, int]:

@@ -107,7 +107,7 @@ class Verifier:
         with bpf.Ring(self._asks, self._answer) as ring:
             poll.register(ring, select.POLLIN)
             poll.register(self._stop, select.POLLHUP)
-            while self._stop not in dict(poll.poll(RENEWAL * 1000)):
+            while self._stop not in dict(lasting.wait(poll, RENEWAL)):
                 ring.consume()
                 if self._may:
                     self._renew()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import http.client
 import os
+import select
 import socket
 import ssl
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,7 @@ import msgspec
 from crablb.api import types
 from crablb.errors import ConfigError, CrablbError, KernelError
 
-__all__ = ["API", "RUN", "ApiError", "Client", "NotRunning", "discover", "found"]
+__all__ = ["API", "RUN", "ApiError", "Client", "NotRunning", "UnansweredError", "discover", "forget", "found"]
 
 T = TypeVar("T")
 
@@ -31,6 +34,8 @@ TIMEOUT = 30.0
 #: Bytes of an answer at most: 65,535 backends and their checks have room.
 MOST = 256 << 20
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
+#: What is posted and changes nothing.
+QUESTIONS = ("/v1/explain", "/v1/plan", "/v1/capture", "/v1/trace")
 
 
 class ApiError(CrablbError):
@@ -39,6 +44,12 @@ class ApiError(CrablbError):
     def __init__(self, problems: list[str], code: int = 0) -> None:
         self.problems, self.code = problems, code
         super().__init__("\n".join(problems))
+
+
+class UnansweredError(ApiError):
+    """A change was asked for, and no answer came, or that it failed on the way: it may have been made, or be yet."""
+
+    status = 4
 
 
 class NotRunning(CrablbError):
@@ -99,15 +110,41 @@ def _alive(path: Path) -> bool:
     return True
 
 
+def forget(interface: str) -> bool:
+    """Remove the socket of a load balancer that was killed, by all its names.  Of one that lives it stays.
+
+    Whether there was something.
+    """
+    gone = False
+    named = RUN / f"{_namespace()}-{interface}.sock"
+    left_there = set(RUN.glob(f"{_namespace()}-{glob.escape(interface)}.*.api"))
+    if named.is_symlink():  # it may be named after another of its interfaces
+        left_there.add(named.with_name(os.readlink(named)))
+    for left in left_there:
+        if not _alive(left):
+            names = [path for path in RUN.glob("*.sock") if path.is_symlink() and os.readlink(path) == left.name]
+            for path in (*names, left):
+                gone |= os.path.lexists(path)
+                path.unlink(missing_ok=True)
+    return gone
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path, timeout: float) -> None:
         super().__init__("localhost", timeout=timeout)
-        self._path = path
+        self._path, self._seconds = path, timeout
 
     def connect(self) -> None:
+        """Raises :class:`TimeoutError` if whoever listens takes no more connections."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        # With a timeout of Python's, it would not wait: unix(7) has EAGAIN for a full backlog, and nothing to poll for.
+        whole, part = divmod(int(self._seconds * 1_000_000), 1_000_000)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", whole, part))
+        try:
+            self.sock.connect(str(self._path))
+        except BlockingIOError:
+            raise TimeoutError from None
+        self.sock.settimeout(self._seconds)
 
 
 class Client:
@@ -115,7 +152,8 @@ class Client:
 
     ``where``: the path of a socket, or ``https://address:port``, which needs the ``token``, and ``ca_file`` if the
     machine does not trust the certificate.  Raises :class:`NotRunning` if nobody listens there, :class:`ApiError` with
-    the load balancer's own words for what it refuses, or if what it answers is none of this.
+    the load balancer's own words for what it refuses, or if what it answers is none of this,
+    :class:`UnansweredError` if it is not known what became of a change.
     """
 
     def __init__(
@@ -128,6 +166,7 @@ class Client:
     ) -> None:
         self._where, self._token, self._timeout = str(where), token, timeout
         self._connection = self._make(ca_file)
+        self._kept = False  # whether it was there before what is asked now
 
     def _make(self, ca_file: str | None) -> http.client.HTTPConnection:
         if "://" not in self._where:
@@ -185,7 +224,7 @@ class Client:
             raise ApiError([f"{self._where}: the answer is longer than {MOST} bytes"])
         try:
             return msgspec.json.decode(data, type=answer)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # msgspec's is one, and what is no UTF-8, too
             raise ApiError(
                 [f"{self._where}: what answers is no load balancer of this version: {error} (API {API})"]
             ) from None
@@ -219,42 +258,60 @@ class Client:
             data, headers["content-type"] = body.encode(), "text/plain"
         elif body is not None:
             data, headers["content-type"] = msgspec.json.encode(body), "application/json"
+        changes = method != "GET" and path not in QUESTIONS
+        self._connect()
         try:
-            response = self._begin(method, url, data, headers)
+            response = self._begin(method, url, data, headers, again=not changes)
             if response.status >= 400:
-                self._refuse(response)
+                self._refuse(response, changes)
             yield response
         except (ApiError, NotRunning):
             self.close()
             raise
-        except TimeoutError:
-            self.close()
-            raise ApiError([f"{self._where}: no answer within {self._timeout:g} s"]) from None
         except (http.client.HTTPException, OSError) as error:
             self.close()
-            raise ApiError([f"{self._where}: the answer broke off: {error or type(error).__name__}"]) from None
+            why = (
+                f"no answer within {self._timeout:g} s (it is stopped, or hangs: crablb doctor)"
+                if isinstance(error, TimeoutError)
+                else f"the answer broke off: {error or type(error).__name__}"
+            )
+            if changes:
+                raise UnansweredError(
+                    [f"{self._where}: {why}; it is not known whether the change was made, or will be: look"]
+                ) from None
+            raise ApiError([f"{self._where}: {why}"]) from None
 
-    def _begin(self, method: str, url: str, data: bytes | None, headers: dict[str, str]) -> http.client.HTTPResponse:
-        """One that was ended while it was idle is made anew."""
-        kept = self._connection.sock is not None
+    def _begin(
+        self, method: str, url: str, data: bytes | None, headers: dict[str, str], *, again: bool
+    ) -> http.client.HTTPResponse:
+        """``again``: on a connection that is ended before the answer, ask once more on a new one."""
         try:
-            self._connect()
             self._connection.request(method, url, data, headers)
             return self._connection.getresponse()
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
             self.close()
-            if not kept:
+            if not (again and self._kept):
                 raise
         self._connect()
         self._connection.request(method, url, data, headers)
         return self._connection.getresponse()
 
     def _connect(self) -> None:
-        """Raises :class:`NotRunning`, and says why it is so."""
+        """Raises :class:`NotRunning`, and says why it is so.  One that was ended while it was idle is made anew."""
         if self._connection.sock is not None:
+            idle = select.poll()
+            idle.register(self._connection.sock, select.POLLIN)
+            if idle.poll(0):
+                self.close()
+        self._kept = self._connection.sock is not None
+        if self._kept:
             return
         try:
             self._connection.connect()
+        except TimeoutError:
+            self.close()
+            silent = f"no answer within {self._timeout:g} s, and nothing was asked"
+            raise ApiError([f"{self._where}: {silent} (it is stopped, or hangs: crablb doctor)"]) from None
         except ssl.SSLError as error:
             self.close()
             raise ApiError(
@@ -266,19 +323,21 @@ class Client:
             if number in (errno.ENOENT, errno.ENOTDIR):
                 why = "there is no such socket; is a load balancer running?"
             elif number == errno.ECONNREFUSED:
-                why = "nobody listens there any more: the load balancer has ended; start it again"
+                why = "nobody listens there any more: the load balancer has ended; start it again: crablb serve ..."
             elif number in (errno.EACCES, errno.EPERM):
                 raise KernelError(f"{self._where}: {_forbidden(Path(self._where))}") from None
             else:
                 why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise NotRunning(f"{self._where}: {why}") from None
 
-    def _refuse(self, response: http.client.HTTPResponse) -> None:
+    def _refuse(self, response: http.client.HTTPResponse, changes: bool) -> None:
         data = response.read(1 << 20)
         try:
             problems = msgspec.json.decode(data, type=types.Problems).problems
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError):
             problems = [f"{self._where}: {response.status} {response.reason}"]
+        if changes and response.status == http.HTTPStatus.INTERNAL_SERVER_ERROR:  # it broke in the middle
+            raise UnansweredError([*problems, "it is not known whether the change was made: look"], response.status)
         raise ApiError(problems, response.status)
 
 

@@ -20,6 +20,8 @@ __all__ = [
     "CheckResult",
     "Configuration",
     "Diff",
+    "DrainLb",
+    "Drained",
     "Event",
     "Explain",
     "Explanation",
@@ -27,6 +29,7 @@ __all__ = [
     "FlowCount",
     "Flows",
     "Interface",
+    "Left",
     "LogLevel",
     "Moved",
     "Patch",
@@ -37,7 +40,6 @@ __all__ = [
     "Statistics",
     "Status",
     "Step",
-    "Takeover",
     "Trace",
     "TraceStep",
     "Version",
@@ -46,11 +48,14 @@ __all__ = [
 StateWord = Literal["up", "drain", "maint", "dead"]
 
 
-class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all have in common: immutable, and nothing in them that is not named here."""
+class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """What all have in common: immutable, and nothing in them that is not named here.
+
+    They are trees, so Python's collector need not follow them: of 10,000 backends there are 50,000.
+    """
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The same of what a daemon says; a newer one may say more."""
 
 
@@ -60,8 +65,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 class Version(Answer, frozen=True, kw_only=True):
     version: str  # of crablb
     api: int  # 1
-    pid: int
+    pid: int  # in its own PID namespace: a container's is another one than the host's
     started: float  # at
+    took_over: float | None = None  # at, if it serves in another process's place
+    gap: float | None = None  # seconds in which packets waited then
 
 
 class Interface(Answer, frozen=True, kw_only=True):
@@ -86,6 +93,11 @@ class Status(Answer, frozen=True, kw_only=True):
     flows: int  # fallback flows in the XDP program
     configuration: str  # the file's path; empty: arguments
     changes: int  # at run time that the file does not have
+    standby: int = 0  # VIPs (addresses) that another machine has on a segment, and that are taken when it is gone
+    checks_late: float = 0.0  # seconds that a check waits for its turn, the longest
+    checks_untried: int = 0  # that this host keeps from being made
+    checks_trouble: list[str] = []  # why checks are late, or not made, in words; also of `problems`
+    draining: bool = False  # connections are to leave it (crablb drain-lb)
     counters: dict[str, dict[str, int]]  # "xdp", "workers", "daemon"
 
 
@@ -141,6 +153,7 @@ class Service(Answer, frozen=True, kw_only=True):
     backups: bool  # they serve
     quorum: int
     announced: bool  # false: withdrawn for want of a quorum
+    in_use: dict[str, str] = {}  # interface -> MAC address of who else has the VIP there; it is taken when he is gone
     flows: int
     packets: int  # that the XDP program forwarded by itself
     bytes: int
@@ -191,6 +204,7 @@ class Flow(Answer, frozen=True, kw_only=True):
 
 class Flows(Answer, frozen=True, kw_only=True):
     total: int
+    ending: int = 0  # of them: a FIN or RST of the client was seen
     flows: list[Flow]
     truncated: bool
 
@@ -221,8 +235,8 @@ class Patch(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class AddBackend(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    address: str
-    weight: int = 1
+    address: str  # "10.0.0.11", "10.0.0.11*3"
+    weight: int | None = None  # None: the one in the address, or 1
     cr: bool = True
     state: StateWord = "up"
     backup: bool = False
@@ -232,8 +246,29 @@ class LogLevel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"]
 
 
-class Takeover(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    keep: float | None = None  # seconds that flows are left for the next load balancer; None: as configured, or 60
+class DrainLb(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    cancel: bool = False  # no more
+    withdraw: bool = False  # do not announce the VIPs either
+
+
+class Left(Answer, frozen=True, kw_only=True):
+    """A backend's open fallback flows."""
+
+    service: str  # empty: any, where the XDP program forwards no flows (ack_bypass)
+    backend: str
+    flows: int
+    reason: str  # why they stay
+
+
+class Drained(Answer, frozen=True, kw_only=True):
+    """How far the draining of the load balancer has come."""
+
+    draining: bool
+    withdrawn: bool  # the VIPs are not announced
+    told: bool  # servers report here, so that they can be told
+    first: int  # open fallback flows when it began
+    flows: int  # now
+    left: list[Left]  # whose these are
 
 
 class Problems(Answer, frozen=True, kw_only=True):
@@ -262,12 +297,13 @@ class PlanService(Answer, frozen=True, kw_only=True):
     backends_changed: list[str]  # "10.0.0.11: weight 1 -> 3"
     moved: float  # share of the table that another backend gets, 0 to 1
     flows: Moved
+    serving: list[str] = []  # who begins or ceases to by health: "10.0.0.11 gets new connections again: ..."
 
 
 class Plan(Answer, frozen=True, kw_only=True):
     services: list[PlanService]  # without those that stay the same
     settings: list[str]
-    restart: list[str]  # what needs one, in words
+    restart: list[str]  # what a reload cannot change, in words, and what does: a takeover, or only a restart
     warnings: list[str]
 
 
@@ -286,6 +322,8 @@ class Explain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     client: str  # "10.0.0.1:40000"
     vip: str  # "10.0.0.100:80", "tcp://10.0.0.100:80"
     offer: bool = False
+    mptcp: bool = False  # the client speaks MPTCP
+    join: str = ""  # token of the MPTCP connection that the SYN joins, hexadecimal; empty: of none
     down: list[str] = []  # backends that are taken to be unhealthy
     configuration: str = ""  # TOML; empty: what is served
     frame: bool = False  # with the frame that goes out

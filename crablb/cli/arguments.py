@@ -7,7 +7,7 @@ import argparse
 __all__ = ["add_interfaces"]
 
 
-def add_interfaces(parser: argparse.ArgumentParser, says: str, *, required: bool = False) -> None:
+def add_interfaces(parser: argparse._ActionsContainer, says: str, *, required: bool = False) -> None:
     """``--iface``, again and again."""
     parser.add_argument(
         "--iface",

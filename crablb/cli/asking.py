@@ -6,14 +6,30 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
-from crablb.api.client import Client, discover
+from crablb.api import types
+from crablb.api.client import ApiError, Client, NotRunning, discover
+from crablb.config import read_file
+from crablb.errors import ConfigError
 from crablb.values import parse_interface
 
-__all__ = ["add_arguments", "client", "print_changes", "print_json", "print_table", "since"]
+__all__ = [
+    "TakenOver",
+    "add_arguments",
+    "client",
+    "configuration",
+    "print_changes",
+    "print_json",
+    "print_table",
+    "sent",
+    "since",
+    "stream",
+    "taken_over",
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
@@ -32,6 +48,54 @@ def client(args: argparse.Namespace) -> Client:
     """Raises :class:`crablb.api.client.NotRunning`, :class:`crablb.errors.ConfigError`."""
     name = parse_interface(args.interface) if args.interface is not None else None
     return Client(discover(name))
+
+
+class TakenOver(ApiError):
+    """What was followed has ended with its process: another one serves."""
+
+
+def taken_over(client: Client, before: types.Version) -> bool:
+    """Whether the load balancer is another process than before, one that has taken over."""
+    try:
+        now = client.get("/v1/version", types.Version)
+    except (ApiError, NotRunning):
+        return False
+    return now.took_over is not None and now.started != before.started
+
+
+def stream(client: Client, path: str, body: object, what: str) -> Iterator[bytes]:
+    """What only one process can tell, as it comes.  Raises :class:`TakenOver`, and as :meth:`Client.stream` does."""
+    before = client.get("/v1/version", types.Version)
+    try:
+        yield from client.stream("POST", path, body)
+    except ApiError:
+        if taken_over(client, before):
+            raise TakenOver(
+                [f"another process has taken over, and {what} ended with the one before: start it again"]
+            ) from None
+        raise
+
+
+@contextmanager
+def sent(file: str | None) -> Iterator[None]:
+    """Have what the load balancer finds wrong with the configuration that was sent be the file's."""
+    try:
+        yield
+    except ApiError as error:
+        if not file:
+            raise
+        ours = "configuration: "
+        told = [f"{file}: {each.removeprefix(ours)}" if each.startswith(ours) else each for each in error.problems]
+        raise ApiError(told, error.code) from None
+
+
+def configuration(path: str) -> str:
+    """The text of a file.  Raises :class:`crablb.errors.ConfigError` also if there is none in it, which would stand for
+    the daemon's own."""
+    text = read_file(path)
+    if not text.strip():
+        raise ConfigError(f"{path}: is empty")
+    return text
 
 
 def print_json(value: object) -> None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+from crablb.cli import streams
 from crablb.errors import ConfigError, CrablbError, KernelError
+from crablb.lab.lab import PROGRAMS
+from crablb.lab.programs import missing, remedy
 
 ROOT = Path(__file__).parents[2]
+#: What it measures beside crablb, and with.
+USED = (*PROGRAMS, "make", "nginx", "curl", "nft", "haproxy", "wrk", "mptcpize", "tcpdump", "valgrind")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,17 +36,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         metavar="NAME",
-        help="only this one; repeatable (default: all but health)",
+        help="only this one; repeatable (default: all but health, faults and scale)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the report goes (default: a new one in bench/results)"
     )
     parser.set_defaults(run=run, size="full")
-    more = parser.add_subparsers(title="commands", metavar="compare A B")
+    more = parser.add_subparsers(title="commands", metavar="compare A B, sizing A")
     compare = more.add_parser("compare", help="two runs side by side")
     compare.add_argument("a", type=Path, metavar="A", help="a results.json, or its folder")
     compare.add_argument("b", type=Path, metavar="B", help="another")
     compare.set_defaults(run=run_compare)
+    sizing = more.add_parser("sizing", help="how much a load balancer does with a core, by a run's results")
+    sizing.add_argument("a", type=Path, metavar="A", help="a results.json, or its folder")
+    sizing.set_defaults(run=run_sizing)
 
 
 def find() -> None:
@@ -60,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--suite {unknown[0]}: there is no such suite; name one of {', '.join(SUITES + BY_NAME)}")
     if os.geteuid() != 0:
         raise KernelError("crablb bench makes network namespaces; run it as root")
+    if not find_spec("matplotlib"):
+        raise CrablbError("the report's plots are drawn by matplotlib, which is not installed: make bench brings it")
+    if lacking := missing(USED):
+        what = f"not installed: {', '.join(lacking)}; what needs them is left out. They are brought by"
+        streams.complain(f"{what}: {remedy(lacking)}")
     run(args.size, [name for name in SUITES + BY_NAME if name in (args.suite or SUITES)], args.out)
     return 0
 
@@ -70,4 +84,13 @@ def run_compare(args: argparse.Namespace) -> int:
     from bench.run import load
 
     print(compare(load(args.a), load(args.b)))
+    return 0
+
+
+def run_sizing(args: argparse.Namespace) -> int:
+    find()
+    from bench.run import load
+    from bench.sizing import sizing
+
+    print(sizing(load(args.a)))
     return 0

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from crablb import trust
 from crablb.api import types
 from crablb.api.client import ApiError
 from crablb.cli import asking, streams
@@ -62,12 +63,14 @@ class Summary:
 
 def run(args: argparse.Namespace) -> int:
     wanted = " ".join(args.filter)
+    if args.filter and not wanted.strip():
+        raise ConfigError("the filter is empty; leave it out for all that the load balancer takes")
     parse_filter(wanted)
     asked = types.Capture(
         filter=wanted, seconds=args.seconds, packets=args.packets, bytes=args.bytes, snaplen=args.snaplen
     )
     with asking.client(args) as client:
-        pieces = client.stream("POST", "/v1/capture", asked)
+        pieces = asking.stream(client, "/v1/capture", asked, "the capture")
         first = next(pieces, b"")  # what is refused leaves no file
         with _File(args.write) as file:
             return _capture(file, first, pieces, as_json=args.json)
@@ -97,6 +100,8 @@ def _capture(file: _File, first: bytes, pieces: Iterator[bytes], *, as_json: boo
             take(piece)
     except KeyboardInterrupt:
         pass
+    except asking.TakenOver as error:
+        problem = str(error)
     except (ApiError, ValueError) as error:
         problem = f"the load balancer has gone, or does not answer as it should: {error}"
     except _WriteError as error:
@@ -131,11 +136,18 @@ class _File:
         self.is_output = name == "-"
         self.name = "standard output" if self.is_output else name
         if self.is_output and os.isatty(1):
-            raise ConfigError("-w -: standard output is a terminal; write to a file, or into a pipe: | tshark -r -")
+            raise ConfigError(
+                "-w -: standard output is a terminal; write to a file, or into a pipe: | tshark -r - (apt-get install"
+                " tshark)"
+            )
         try:
             self._fd = os.dup(1) if self.is_output else os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            found = os.fstat(self._fd)
+            self._regular = stat.S_ISREG(found.st_mode)
             if self._regular and not self.is_output:
+                if why := trust.others(found):  # somebody may wait for what is captured, or have a link lead here
+                    os.close(self._fd)
+                    raise ConfigError(f"-w {name}: {why}; write to a new file")
                 os.truncate(self._fd, 0)
         except OSError as error:
             raise ConfigError(f"-w {name}: {error.strerror}") from None

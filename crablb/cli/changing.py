@@ -7,8 +7,9 @@ import argparse
 from crablb.api import types
 from crablb.api.client import Client, of_vip
 from crablb.cli import asking
+from crablb.errors import ConfigError
 
-__all__ = ["add_arguments", "change", "run_state"]
+__all__ = ["add_arguments", "change", "run_state", "timeout"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +19,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def change(client: Client, args: argparse.Namespace, what: types.Patch) -> types.Applied:
-    where = f"/v1/services/{of_vip(args.vip)}/backends" if args.vip else "/v1/backends"
+    where = f"/v1/services/{of_vip(args.vip)}/backends" if args.vip is not None else "/v1/backends"
     return client.patch(f"{where}/{of_vip(args.backend)}", types.Applied, what)
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    """What :func:`timeout` reads."""
+    parser.add_argument("--timeout", metavar="SECONDS", help="wait so long at most (default: as long as it takes)")
+
+
+def timeout(args: argparse.Namespace) -> float | None:
+    """Seconds, of ``--timeout``; None: it is not given.  Raises :class:`ConfigError`."""
+    if args.timeout is None:
+        return None
+    try:
+        seconds = float(args.timeout)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= 86400:
+        raise ConfigError(f"--timeout: {args.timeout!r} is not a number of seconds from 0 to 86400")
+    return seconds
 
 
 def run_state(args: argparse.Namespace) -> int:

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.toml", help="as for crablb serve --config")
     add_interfaces(parser, "as for crablb serve")
     parser.add_argument(
-        "--here", action="store_true", help="for this machine: also what its interfaces and routes say of it"
+        "--here",
+        action="store_true",
+        help="for this machine: also what its interfaces, addresses, routes and groups say of it",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     parser.set_defaults(run=run)
@@ -51,12 +53,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _here(found: Config) -> Iterator[str]:
-    """What this machine's interfaces and routes say."""
-    from crablb.errors import KernelError
+    """What this machine says: all that has a load balancer refuse to start here, and its routes."""
+    from crablb.control import admin, supervisor
+    from crablb.errors import CrablbError, KernelError
     from crablb.kernel import routing
     from crablb.kernel.interface import interface_info
     from crablb.kernel.rtnetlink import Netlink
 
+    for what in (supervisor.check, admin.check):
+        try:
+            what(found)
+        except CrablbError as error:
+            yield from error.problems if isinstance(error, ConfigError) else [str(error)]
+    for address, why in supervisor.answered_twice(found):
+        yield f"announce: {address} {why}"
     for name in found.interfaces:
         try:
             if not interface_info(name).up:

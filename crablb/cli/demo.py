@@ -36,10 +36,18 @@ def table(report: Report) -> str:
         ("packets that the load balancer saw", ""),
         *((f"  {kind}", f"{n:,}") for kind, n in report.load_balancer_packets.items()),
         ("what the client saw as its peer", ", ".join(report.peers_seen)),
-        ("one download cost the load balancer", ""),
-        *((f"  {kind} client: packets", f"{n:,}") for kind, n in report.costs.items()),
     ]
     width = max(len(name) for name, _ in rows)
-    lines = ["", *(f"{name:{width}}  {value:>10}" for name, value in rows), ""]
+    lines = ["", *(f"{name:{width}}  {value:>10}" for name, value in rows), "", *_kinds(report), ""]
     lines += [f"{'ok  ' if c.held else 'FAIL'}  {c.what}\n        {c.evidence}" for c in report.claims]
     return "\n".join(lines)
+
+
+def _kinds(report: Report) -> list[str]:
+    """Kinds of client side by side: what a download cost the load balancer, and what it survived."""
+    rows = [("", list(report.costs)), ("packets that the load balancer saw", [f"{n:,}" for n in report.costs.values()])]
+    for what, pauses in report.survival.items():
+        rows.append((f"{what} dies", ["breaks" if ms is None else f"lives ({ms:.0f} ms)" for ms in pauses.values()]))
+    left = "one client's download"
+    width = max(len(left), *(len(name) for name, _ in rows))
+    return [f"{name or left:{width}}" + "".join(f"{value:>18}" for value in values) for name, values in rows]

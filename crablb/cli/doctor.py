@@ -29,9 +29,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     problems = Problems()
     names = (problems.attempt("--iface", parse_interfaces, args.interfaces) or ()) if args.interfaces else ()
-    settings = problems.attempt("", config.load_config, args.config, names) if args.config else None
+    settings = problems.attempt("", config.load_config, args.config, names) if args.config is not None else None
     problems.finish()
-    looked_at, findings = _findings(names, settings)
+    looked_at, findings = find(names, settings)
     sick = any(finding.severity in (Severity.WARNING, Severity.FAULT) for finding in findings)
     if args.json:
         print(json.dumps({"interfaces": looked_at, "sound": not sick, "findings": [one.plain() for one in findings]}))
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     return int(sick)
 
 
-def _findings(names: tuple[str, ...], settings: Config | None) -> tuple[tuple[str, ...], list[Finding]]:
+def find(names: tuple[str, ...], settings: Config | None) -> tuple[tuple[str, ...], list[Finding]]:
     """The interfaces that were looked at, and what was found."""
     try:
         from crablb.doctor.plan import Subject, looks
@@ -54,5 +54,5 @@ def _findings(names: tuple[str, ...], settings: Config | None) -> tuple[tuple[st
             "apt install libbpf1 (dnf install libbpf), or install crablb anew with this Python: pip install .",
         )
         return names, [replace(lacking, where="machine")]
-    subject = Subject.of(names, settings)
-    return subject.interfaces, examine(list(looks(subject)))
+    subjects = Subject.all(names, settings)
+    return tuple(name for subject in subjects for name in subject.interfaces), examine(list(looks(subjects)))

@@ -10,7 +10,7 @@ import textwrap
 from crablb.api.types import Explain, Explanation
 from crablb.cli import asking
 from crablb.errors import ConfigError
-from crablb.values import read_text, shown
+from crablb.values import shown
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,6 +18,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("connection", metavar="'CLIENT:PORT -> VIP:PORT'", help="10.0.0.1:40000 -> 10.0.0.100:80")
     asking.add_arguments(parser)
     parser.add_argument("--offer", action="store_true", help="the client offers to be redirected, as its agent does")
+    parser.add_argument("--mptcp", action="store_true", help="the client speaks MPTCP")
+    parser.add_argument(
+        "--join", default="", metavar="TOKEN", help="the SYN joins the MPTCP connection of this token (ss -M)"
+    )
     parser.add_argument(
         "--backend-down",
         dest="down",
@@ -45,11 +49,13 @@ def run(args: argparse.Namespace) -> int:
         client=client,
         vip=vip,
         offer=args.offer,
+        mptcp=args.mptcp,
+        join=args.join,
         down=args.down,
-        configuration=read_text(args.config) if args.config else "",
+        configuration=asking.configuration(args.config) if args.config is not None else "",
         frame=args.frame,
     )
-    with asking.client(args) as daemon:
+    with asking.sent(args.config), asking.client(args) as daemon:
         found = daemon.post("/v1/explain", Explanation, asked)
     if args.json:
         asking.print_json(found)

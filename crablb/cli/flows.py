@@ -7,6 +7,7 @@ import argparse
 from crablb.api import types
 from crablb.cli import asking
 from crablb.errors import ConfigError
+from crablb.values import counted
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,19 +38,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     rows = [[flow.service, flow.backend, flow.state, f"{flow.idle:.0f}s", flow.hash] for flow in found.flows]
     asking.print_table(["service", "backend", "state", "idle", "hash"], rows, numbers=(3,))
-    print(f"{len(rows):,} of {found.total:,} flows" if found.truncated else f"{found.total:,} flows")
+    print((f"{len(rows):,} of " if found.truncated else "") + counted(found.total, "flow"))
     return 0
 
 
 def _count(args: argparse.Namespace) -> int:
-    if args.vip or args.backend or args.client:
+    if (args.vip, args.backend, args.client) != (None, None, None):
         raise ConfigError("--count is of all flows: leave --vip, --backend and --client out")
     with asking.client(args) as client:
-        counted = client.get("/v1/flows/count", types.FlowCount)
+        told = client.get("/v1/flows/count", types.FlowCount)
     if args.json:
-        asking.print_json(counted)
+        asking.print_json(told)
         return 0
-    rows = [[vip, address, f"{n:,}"] for vip, backends in counted.services.items() for address, n in backends.items()]
+    rows = [[vip, address, f"{n:,}"] for vip, backends in told.services.items() for address, n in backends.items()]
     asking.print_table(["service", "backend", "flows"], rows, numbers=(2,))
-    print(f"{counted.total:,} flows")
+    print(counted(told.total, "flow"))
     return 0

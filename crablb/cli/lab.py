@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from crablb.errors import ConfigError, KernelError
+from crablb.errors import ConfigError, KernelError, printable
 from crablb.lab import VIP4, VIP6, Lab, existing, mine
 
 
@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     execute.set_defaults(run=run_exec)
 
     for action in (up, down, execute):
-        action.add_argument("--name", default="lab", help="of the lab")
+        action.add_argument("--name", metavar="LAB", default="lab", help="of the lab")
 
 
 def _require_root() -> None:
@@ -58,7 +58,10 @@ def run_up(args: argparse.Namespace) -> int:
 def run_down(args: argparse.Namespace) -> int:
     _require_root()
     several = [name for name in existing() if args.all or mine(name)]
-    labs = [Lab.open(name) for name in (several if args.all or args.mine else [args.name])]
+    labs = [
+        Lab.open(name, "see which there are: crablb lab status")
+        for name in (several if args.all or args.mine else [args.name])
+    ]
     if args.all and labs and not args.yes and not _agreed(labs):
         print("nothing was removed")
         return 1
@@ -100,7 +103,7 @@ def run_status(args: argparse.Namespace) -> int:
 def _command(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/comm") as comm:
-            return f"{comm.read().strip()} ({pid})"
+            return printable(f"{comm.read().strip()} ({pid})")
     except FileNotFoundError:
         return f"({pid})"
 

@@ -6,8 +6,6 @@ import argparse
 
 from crablb.api import types
 from crablb.cli import asking, planned
-from crablb.errors import ConfigError
-from crablb.values import read_text
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,10 +25,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    text = read_text(args.file) if args.file is not None else ""
-    if args.file is not None and not text.strip():
-        raise ConfigError(f"{args.file}: is empty")
-    with asking.client(args) as client:
+    text = asking.configuration(args.file) if args.file is not None else ""
+    with asking.sent(args.file), asking.client(args) as client:
         plan = client.post("/v1/plan", types.Plan, text)
     if args.json:
         asking.print_json(plan)

@@ -20,7 +20,7 @@ def show(plan: types.Plan) -> None:
     for line in lines or ([] if plan.restart else ["nothing to do: it is so already"]):
         print(line)
     if plan.restart:
-        print("a reload refuses this; it needs a restart:")
+        print("a reload refuses this:")
         for line in plan.restart:
             print(f"  {line}")
     for warning in plan.warnings:
@@ -33,8 +33,9 @@ def _service(service: types.PlanService) -> Iterator[str]:
     yield from (f"  + {backend}" for backend in service.backends_added)
     yield from (f"  - {backend}" for backend in service.backends_removed)
     yield from (f"  ~ {backend}" for backend in service.backends_changed)
+    yield from (f"  {said}" for said in service.serving)
     if service.moved:
-        yield f"  {service.moved:.1%} of its table get another backend"
+        yield f"  {service.moved:.1%} of its table gets another backend"
     flows = service.flows
     counts = ((flows.stay, "stay"), (flows.move, "move to another backend"), (flows.lost, "are lost"))
     if told := ", ".join(f"{count:,} {what}" for count, what in counts if count):

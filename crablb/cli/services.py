@@ -44,6 +44,11 @@ def _remarks(service: types.Service) -> str:
         "panic: health is disregarded": service.panic,
         "backups serve": service.backups,
         "withdrawn": not service.announced,
+        f"in use at {_holders(service)}": bool(service.in_use),
         "changed at run time": service.changed,
     }
     return ", ".join(remark for remark, there in remarks.items() if there)
+
+
+def _holders(service: types.Service) -> str:
+    return " and ".join(f"{mac} on {interface}" for interface, mac in service.in_use.items())

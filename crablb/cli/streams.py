@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from crablb.errors import CrablbError
+from crablb.errors import CrablbError, printable
 
 #: How many files may be open: less than the first is refused, and if it can be had, there may be the second.
 FEWEST_FILES, FILES = 64, 65536
@@ -87,8 +87,9 @@ def _fill() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     # Else it is somebody else's, who runs this command.
     if sys.__stdout__ in (None, sys.stdout) and isinstance(sys.stdout, io.TextIOWrapper):
-        tty, encoding, errors = sys.stdout.isatty(), sys.stdout.encoding, sys.stdout.errors
-        output = _Output(sys.stdout.detach(), encoding, errors, line_buffering=tty)
+        tty, encoding = sys.stdout.isatty(), sys.stdout.encoding
+        # Names of files are bytes, and are shown as those that they are.
+        output = _Output(sys.stdout.detach(), encoding, "surrogateescape", line_buffering=tty)
         sys.stdout = sys.__stdout__ = output  # type: ignore[misc]
 
 
@@ -106,4 +107,4 @@ def discard() -> None:
 def complain(text: str) -> None:
     """A line on standard error for each of the text's, if anything can be written there."""
     with suppress(OSError, ValueError):
-        print("\n".join(f"crablb: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+        print("\n".join(f"crablb: {line}" for line in printable(text).splitlines()), file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ from crablb.cli import asking
 from crablb.errors import ConfigError, CrablbError
 
 INTERVAL = 1.0  # seconds from one look to the next
-HELP = "q quit  ↑↓ select  s sort  / filter  d drain  m maint  r ready  + - weight  ? help"
+HELP = "q quit  ↑↓ select  s sort  / filter  d drain  m maint  r ready  +- weight"
 SORTS = ("address", "connections", "new", "flows", "share")
 ACTIONS: dict[str, Literal["drain", "maint", "ready"]] = {"d": "drain", "m": "maint", "r": "ready"}
 #: What an arrow key sends, and what it is taken for.
@@ -231,6 +231,8 @@ def _service_line(service: Service | None, vip: str) -> str:
         words.append("backups serve")
     if not service.announced:
         words.append("NO QUORUM")
+    if service.in_use:
+        words.append("standby")
     return "  ".join(words)
 
 
@@ -250,7 +252,7 @@ def _cells(view: View, backend: Backend) -> list[str]:
     ]
 
 
-TITLES = ("backend", "state", "health", "weight", "", "conns", "new/s", "flows", "why")
+TITLES = ("backend", "state", "health", "weight", "cr", "conns", "new/s", "flows", "why")
 WIDTHS = (20, 5, 6, 7, 2, 7, 6, 7)
 
 

@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         " them, and why. Exit status 1: none came.",
     )
     parser.add_argument("client", metavar="CLIENT", help="its address")
-    parser.add_argument("--vip", default="", metavar="V[:PORT]", help="only those to this VIP")
+    parser.add_argument("--vip", metavar="V[:PORT]", help="only those to this VIP")
     parser.add_argument("--timeout", type=number, default=default.timeout, metavar="S", help="end after so long")
     parser.add_argument(
         "--connections", type=int, default=default.connections, metavar="N", help="end when so many have been told"
@@ -35,12 +35,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     parse_client(args.client)
-    if args.vip:
+    if args.vip is not None:
         parse_target(args.vip)
-    asked = types.Trace(client=args.client, vip=args.vip, timeout=args.timeout, connections=args.connections)
+    asked = types.Trace(client=args.client, vip=args.vip or "", timeout=args.timeout, connections=args.connections)
     before, some = "", False
     with asking.client(args) as client:
-        pieces = client.stream("POST", "/v1/trace", asked)
+        pieces = asking.stream(client, "/v1/trace", asked, "the trace")
         first = next(pieces, b"")
         streams.complain(f"tracing the next connections of {args.client}; Ctrl-C ends it")
         for step in _steps(chain([first], pieces)):

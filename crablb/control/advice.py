@@ -6,7 +6,6 @@ missed (``daemon`` in ``crablb status``).
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import structlog
 
 from crablb.dataplane.engine import Engine
 from crablb.dataplane.events import Event, HopsChanged, Notice, Started, Swept
-from crablb.kernel.interface import Interface
+from crablb.kernel.interface import Interface, interface_name
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Address, Config, Fallback, State
 from crablb.seldom import Seldom
@@ -27,10 +26,14 @@ log = structlog.get_logger()
 
 #: Events of checks.
 HEALTH = ("backend-healthy", "backend-unhealthy", "panic", "panic-over", "quorum-lost", "quorum-reached")
+#: Whether checks are made when they are due.
+TURNS = ("checks-late", "checks-in-time")
 #: Lines of one kind at a time: of thousands of backends at once nobody reads each.
 AT_ONCE = 20
 #: From this share of `flows` on, the XDP program's table is named as nearly full.
 NEARLY_FULL = 0.9
+#: Packets between two sweeps that are too long, from which on in generic mode it is told: fewer are of path MTUs.
+CRAWLING = 20
 #: What a tunnel must carry for IPv6 (RFC 8200, 5), and what it takes of the way's MTU by the family outside.
 IPV6_MTU = 1280
 OUTER_HEADER = {4: 20, 6: 40}
@@ -124,11 +127,9 @@ def idle(config: Config) -> Iterator[Advice]:
 def unreached(hops: Mapping[Address, NextHop], reached: Collection[Address]) -> Iterator[Advice]:
     """Backends whose flows pass user space all their life."""
     for address, hop in hops.items():
-        if hop.state is HopState.RESOLVED and address not in reached:
-            try:
-                name = socket.if_indextoname(hop.ifindex)
-            except OSError:  # it has gone since
-                continue
+        # It may have gone since.
+        name = interface_name(hop.ifindex, "")
+        if name and hop.state is HopState.RESOLVED and address not in reached:
             reason = (
                 f"interface {name} takes no packets from XDP programs"
                 " (a veth does when GRO is on at its other end: ethtool -K PEER gro on)"
@@ -164,6 +165,17 @@ def dropped(packets: int) -> Iterator[Advice]:
             packets=packets,
             reason="crablb status has the kinds: xsk_rx_full, the worker had no time; xsk_rx_dropped, no frame was"
             " free, or none is long enough",
+        )
+
+
+def unsent(packets: int) -> Iterator[Advice]:
+    """What the workers had decided, and could not send."""
+    if packets:
+        yield _warning(
+            "the kernel refused to send packets, which are lost (drop_tx)",
+            packets=packets,
+            reason="an interface is down or its queue is full, a packet is too long for it, or there is no memory;"
+            " ip -s link has the interfaces' counters",
         )
 
 
@@ -214,18 +226,35 @@ def judged(event: Event) -> Iterator[Advice]:
         case "backend-unhealthy":
             yield _warning("backend unhealthy", "backends_unhealthy", **facts, reason=event.reason)
         case "backend-healthy":
-            yield Advice("info", "backend healthy", facts)
+            yield Advice("info", "backend healthy", facts | ({"reason": event.reason} if event.reason else {}))
         case "panic":
             text = "too few backends of a service are healthy: all get connections as if they were (panic)"
             yield Advice("error", text, facts | {"weight": event.reason})
         case "panic-over":
-            yield Advice("warning", "enough backends of a service are healthy again: the others get nothing new", facts)
+            yield Advice("info", "enough backends of a service are healthy again: the others get nothing new", facts)
         case "quorum-lost":
             text = "a VIP is withdrawn: too few of its backends are healthy"
             yield Advice("error", text, facts | {"reason": event.reason}, "quorums_lost")
         case "quorum-reached":
             text = "a VIP is announced again: enough of its backends are healthy"
-            yield Advice("warning", text, facts | {"reason": event.reason})
+            yield Advice("info", text, facts | {"reason": event.reason})
+
+
+def uncut(packets: int) -> Iterator[Advice]:
+    """Generic mode sees what the sender's kernel or GRO has not cut yet."""
+    yield _warning(
+        "packets are too long for the way to their backend, in generic mode perhaps as segments that are not cut yet:"
+        " uploads by the fallback crawl; ethtool -K IF gro off, ethtool -K PEER tso off gso off",
+        packets=packets,
+    )
+
+
+def turns(event: Event) -> Iterator[Advice]:
+    """Whether checks are made when they are due."""
+    if event.kind == "checks-late":
+        yield _warning("checks are late, or not made: what servers do is found out late", reason=event.reason)
+    else:
+        yield Advice("info", "checks are made in time again")
 
 
 def interface(event: Event) -> Iterator[Advice]:
@@ -252,6 +281,9 @@ class Adviser:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._too_big = 0
+        #: Packets that were too long for their way, between the last two sweeps, in generic mode; 0: few.
+        self.uncut = 0
         self._seldom, self._often = Seldom(burst=5), Seldom(burst=50)
 
     def hear(self, notice: Notice) -> None:
@@ -280,6 +312,13 @@ class Adviser:
             if times > AT_ONCE:
                 log.warning("the same of others; crablb backends has them all", what=text, others=times - AT_ONCE)
 
+    def _swept(self) -> Iterator[Advice]:
+        before, self._too_big = self._too_big, self._engine.statistics()["total"]["too_big"]
+        more = self._too_big - before if "generic" in self._engine.modes.values() else 0
+        was, self.uncut = self.uncut, more if more >= CRAWLING else 0
+        if self.uncut and not was:
+            yield from uncut(more)
+
     def _advise(self, notice: Notice) -> Iterable[Advice]:
         engine = self._engine
         match notice:
@@ -300,15 +339,19 @@ class Adviser:
                     yield from unreached(slower, engine.reached)
                 if any(a not in before or hop.mtu != before[a].mtu for a, hop in now.items()):
                     yield from narrow_tunnels(engine.config, engine.hops)
-            case Swept(flows, refused, lost):
+            case Swept(flows, refused, lost, refused_tx):
                 yield from full(flows, refused, engine.config.flows)
                 yield from dropped(lost)
+                yield from unsent(refused_tx)
+                yield from self._swept()
             case Event(kind="server-silent"):
                 yield from silent(notice.backend)
             case Event(kind="redirects-stopped"):
                 yield from redirects_stopped(notice)
             case Event() if notice.kind in HEALTH:
                 yield from judged(notice)
+            case Event() if notice.kind in TURNS:
+                yield from turns(notice)
             case Event() if notice.interface:
                 yield from interface(notice)
             case Event(kind="redirects-resumed"):

@@ -194,10 +194,15 @@ class Announcer:
         """Of each VIP."""
         return {address: claim.state for address, claim in self._claims.items()}
 
+    def left_to(self, address: Address) -> bytes:
+        """The MAC address of who else has a VIP, which is taken when he is gone; empty: nobody."""
+        claim = self._claims.get(address)
+        return claim.left_to if claim else b""
+
     # ---- life ----
 
-    def start(self, addresses: Iterable[Address]) -> None:
-        """Raises OSError."""
+    def start(self, addresses: Iterable[Address], held: Collection[Address] = ()) -> None:
+        """``held``: those that another process of this host answered for until now.  Raises OSError."""
         self._index = socket.if_nametoindex(self.interface)
         for kind in (ETH_P_ARP, ETH_P_IPV6):
             # Of no protocol, and so deaf, until it has its filter.
@@ -206,6 +211,8 @@ class Announcer:
             sock.bind((self.interface, kind))
             self._readers.append(Reader(sock, 2048, self._take, self._lost))
         self.follow(addresses)
+        for address in self._claims.keys() & set(held):
+            self._claims[address].inherit(self._now())
         self._task = self._start_task(f"announce on {self.interface}", self._run)
 
     def follow(self, addresses: Iterable[Address]) -> None:

@@ -18,6 +18,7 @@ from crablb.dataplane.tap import MAX_SNAP, Seen, Tap
 from crablb.errors import Problems
 from crablb.filters import Filter, parse_filter
 from crablb.model import Config, Service, Vip
+from crablb.values import counted
 
 __all__ = ["capture", "checked"]
 
@@ -95,7 +96,7 @@ class _File:
                 piece += blocks
                 self._packets += 1
                 if self._packets == limits.packets:
-                    why = f"{limits.packets:,} packets have come"
+                    why = f"{counted(limits.packets, 'packet')} came: no more was asked for"
                     break
             if not why and tap.over:
                 why = "the load balancer has ended"
@@ -151,7 +152,7 @@ class _File:
 
     def _end(self, why: str, lost: int) -> bytes:
         """How many packets there were, and are missing, and what ended the capture."""
-        missing = f"; {lost:,} packets are missing: they came faster than they were read" if lost else ""
+        missing = f"; {counted(lost, 'packet')} missing: more came than could be read" if lost else ""
         return self._statistics(lost, f"{why}{missing}")
 
     def _statistics(self, lost: int, comment: str = "") -> bytes:

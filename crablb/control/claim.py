@@ -57,6 +57,7 @@ class Claim:
     def __init__(self, now: float, choose: Callable[[float, float], float] = random.uniform) -> None:
         self._choose = choose
         self.holder = b""  # the MAC address of who else has it, or had
+        self.left_to = b""  # whose it is while this one waits for it, also while it is probed again
         self.claims = 0  # of others, that were heard; whoever tells of them begins to count anew
         self.ask_interval = ASK_INTERVAL
         # Of an address that is held:
@@ -71,9 +72,17 @@ class Claim:
 
     def begin(self, now: float) -> None:
         """Probe from the start: nothing is known of the segment, as after its link was down (RFC 5227, 2.1)."""
+        self.left_to = b""
+        self._begin(now)
+
+    def _begin(self, now: float) -> None:
         self.state = State.PROBING
         self.due = now
         self._left = PROBES
+
+    def inherit(self, now: float) -> None:
+        """It is held already, by another process of this host that this one goes on for: nobody is left unanswered."""
+        self._hold(now, announced=True)
 
     def move(self, now: float) -> None:
         """The MAC address is another one: announce an address that is held."""
@@ -83,7 +92,7 @@ class Claim:
     def step(self, now: float, mac: bytes) -> Act | None:
         """What is due now; ``mac``: of the interface."""
         if self.state is State.IN_USE:
-            self.begin(now)
+            self._begin(now)
         if self.state is State.PROBING:
             return self._probe(now)
         if self._owed and now >= self._announce_at:
@@ -106,7 +115,7 @@ class Claim:
             return None
         self.claims += 1
         if self.state is State.IN_USE:
-            self.holder = other
+            self.holder = self.left_to = other
             return None
         if not self._answers and other != self._rival:
             self._rival, self._said = other, 0
@@ -128,7 +137,7 @@ class Claim:
         if self._left:
             self._left -= 1
             return Act.PROBE
-        self.holder = b""
+        self.holder = self.left_to = b""
         self._hold(now, announced=True)
         return Act.TAKEN
 
@@ -144,7 +153,7 @@ class Claim:
         self._plan()
 
     def _leave(self, now: float, other: bytes, act: Act) -> Act:
-        self.state, self.holder = State.IN_USE, other
+        self.state, self.holder, self.left_to = State.IN_USE, other, other
         self.due = now + self._choose(*RETRY)
         return act
 

@@ -6,9 +6,13 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import msgspec
 
 from crablb.api import types
 from crablb.dataplane.events import Event
+from crablb.values import counted
 
 __all__ = ["KEPT", "Journal"]
 
@@ -40,6 +44,21 @@ class Journal:
         came, self._came = self._came, asyncio.Event()
         came.set()
 
+    def export(self) -> tuple[int, list[dict[str, Any]]]:
+        """The last number, and the events that are kept, as plain values for :meth:`adopt`."""
+        return self._last, [msgspec.to_builtins(event) for event in self._events]
+
+    def adopt(self, last: int, events: list[dict[str, Any]]) -> None:
+        """What another journal :meth:`export`-ed goes before what is here, whose numbers go on from there.
+
+        Raises :class:`msgspec.ValidationError`, and changes nothing, if it is nothing of the kind.
+        """
+        before = msgspec.convert(events, list[types.Event])
+        own = [msgspec.structs.replace(event, number=last + event.number) for event in self._events]
+        self._events.clear()
+        self._events.extend([*before, *own])
+        self._last += last
+
     @property
     def last(self) -> int:
         """The number of the last event; 0: there was none."""
@@ -50,7 +69,7 @@ class Journal:
 
         A number that there was none of yet is one of a daemon before: everything came after it.
         """
-        if number > self._last:
+        if not 0 <= number <= self._last:
             number = 0
         events = [event for event in self._events if event.number > number]
         lost = self._last - number - len(events)
@@ -62,7 +81,7 @@ class Journal:
                 service="",
                 backend="",
                 interface="",
-                reason=f"{lost} events before this are not kept any more",
+                reason=f"{counted(lost, 'event')} before this, not kept any more",
             )
             events.insert(0, first)
         return events

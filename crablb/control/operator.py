@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
-from functools import cache
 from typing import Any
 
 import msgspec
@@ -24,20 +24,27 @@ from crablb import overlay, values
 from crablb.api import types
 from crablb.config import check_services, read_service
 from crablb.control.capture import capture
+from crablb.control.estate import Rest, Told
 from crablb.control.explain import explain
 from crablb.control.journal import Journal
+from crablb.control.leaving import Leaving
 from crablb.control.pieces import Pieces
+from crablb.control.serving import BACKUP, UNKNOWN_WAY, serves
+from crablb.control.state import REMEDY
 from crablb.control.supervisor import Supervisor
 from crablb.control.trace import trace
 from crablb.control.wanted import Wanted
 from crablb.dataplane.census import Census
 from crablb.dataplane.events import Event, HopsChanged, Judged, Notice, Started
 from crablb.errors import ConfigError
+from crablb.filters import parse_target
+from crablb.kernel import pins
 from crablb.kernel.netlink import HopState
-from crablb.model import CONSISTENT, Address, Backend, CheckKind, Config, Mode, Service, State, Vip
+from crablb.model import CONSISTENT, Address, Backend, CheckKind, Config, Mode, Service, State, Vip, mapped
 from crablb.options import table
-from crablb.selection.standing import Pair, Standing, Verdict
-from crablb.values import near, parse_address, parse_backend, parse_vip, parse_weight
+from crablb.selection.standing import Pair, Standing
+from crablb.values import counted, parse_address, parse_backend, parse_short_vip, parse_weight
+from crablb.version import VERSION
 
 __all__ = ["ConflictError", "NotFoundError", "Operator", "asking"]
 
@@ -49,15 +56,12 @@ FRESH = 1.0
 SETTLE = 0.1
 #: Backends described at one go: more would keep the event loop too long.
 AT_ONCE = 200
+#: Services or backends that are named at most, where one is not there.
+LISTED = 20
 #: Flows listed at most.
 MOST_FLOWS = 10_000
-#: Seconds that a takeover leaves flows for, where the configuration does not say.
-TAKEOVER = 60.0
-
 #: Seconds for which a failure of a background task is a problem.
 LATELY = 300.0
-#: Why a backup does not serve: that is no fault.
-BACKUP = "backup"
 
 #: Seconds without an event after which those who follow are sent something nevertheless.
 PAUSE = 15.0
@@ -74,27 +78,18 @@ class ConflictError(ConfigError):
     """It is there already, or cannot be just now."""
 
 
-@cache
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version  # which whoever is not asked does not carry
-
-    try:
-        return version("crablb")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _no(what: str, wrong: str, known: Iterable[str]) -> NotFoundError:
+def _no(what: str, known: Iterable[str]) -> NotFoundError:
+    """No guess who is meant: of addresses a similar one is another server."""
     there = tuple(known)
-    names = ", ".join(there[:20]) or "none"
-    return NotFoundError(f"{what}; {near(wrong, there, f'there are: {names}')}")
+    more = f", and {len(there) - LISTED:,} more" if len(there) > LISTED else ""
+    return NotFoundError(f"{what}; there are: {', '.join(there[:LISTED]) or 'none'}{more}")
 
 
 def _service(config: Config, vip: Vip) -> Service:
     for service in config.services:
         if service.vip == vip:
             return service
-    raise _no(f"there is no service {vip}", str(vip), (str(s.vip) for s in config.services))
+    raise _no(f"there is no service {vip}", (str(s.vip) for s in config.services))
 
 
 def _backend(service: Service, address: Address) -> Backend:
@@ -102,20 +97,21 @@ def _backend(service: Service, address: Address) -> Backend:
         if backend.address == address:
             return backend
     known = (str(b.address) for b in service.backends)
-    raise _no(f"{address} is no backend of {service.vip}", str(address), known)
+    raise _no(f"{address} is no backend of {service.vip}", known)
 
 
 def _vip(text: str) -> Vip:
     """``tcp://10.0.0.100:80``, ``tcp:10.0.0.100:80``, ``10.0.0.100:80``.  Raises :class:`NotFoundError`."""
-    bare = text.removeprefix("tcp:").removeprefix("//")
     try:
-        return parse_vip(f"tcp://{bare}")
+        return parse_short_vip(text)
     except ConfigError as error:  # there is none of that name
         raise NotFoundError(error.problems) from None
 
 
 def _address(text: str) -> Address:
     """Raises :class:`NotFoundError`."""
+    if "*" in text:
+        raise NotFoundError(f"{text!r} has a weight; an address alone says which backend is meant")
     try:
         return parse_address(text)
     except ConfigError as error:
@@ -130,21 +126,27 @@ class Operator:
         supervisor: Supervisor,
         *,
         wanted: Wanted | None = None,
-        stop: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``wanted``: None: there is no file, and nothing is kept.  ``stop``: end the daemon; None: whoever runs it
-        ends it."""
+        """``wanted``: None: there is no file, and nothing is kept."""
         self._supervisor, self._engine = supervisor, supervisor.engine
         self.wanted = wanted or Wanted(supervisor)
-        self._stop, self._clock = stop, clock
+        self._clock = clock
+        self._looked: Callable[[str], object] = lambda _: None
+        #: Have another process take over, for who asks; its process id, or :class:`KernelError`.  None: this is another
+        #: program's.
+        self.succeed: Callable[[str], Awaitable[int]] | None = None
+        #: What a takeover that failed has left.
+        self.hindered: Callable[[], list[str]] = list
         self._started = clock()
         self.journal = Journal(clock)
+        self._leaving = Leaving(supervisor)
+        self._level = logging.level()
         self._counted: tuple[float, asyncio.Future[Census]] | None = None
         self._since: dict[Pair, tuple[bool, float]] = {}  # whether it serves, and since when
         self._looking: asyncio.TimerHandle | None = None
         self._pause = SETTLE
-        supervisor.listeners.append(self.journal.add)
+        supervisor.listeners.append(self._note)
         self._engine.listeners.append(self._hear)
 
     @property
@@ -155,7 +157,15 @@ class Operator:
     # ---- questions ----
 
     def version(self) -> types.Version:
-        return types.Version(version=_version(), api=1, pid=os.getpid(), started=self._started)
+        gap = self._engine.gap
+        return types.Version(
+            version=VERSION,
+            api=1,
+            pid=os.getpid(),
+            started=self._started,
+            took_over=gap.at if gap else None,
+            gap=gap.seconds if gap else None,
+        )
 
     async def status(self) -> types.Status:
         return await self._status(await self._standing())
@@ -184,8 +194,8 @@ class Operator:
 
     async def _status(self, standing: Mapping[Vip, list[tuple[bool, str]]]) -> types.Status:
         """``standing``: see :meth:`_standing`."""
-        engine = self._engine
-        counters = self._engine.statistics()
+        engine, health = self._engine, self._supervisor.health
+        counters = engine.statistics()
         problems = self._problems(standing)
         return types.Status(
             state="degraded" if problems else "serving",
@@ -210,12 +220,20 @@ class Operator:
             flows=sum((await self._census()).flows.values()),
             configuration=self.wanted.path,
             changes=len(self.changes),
+            standby=sum(map(bool, map(self._supervisor.left_to, {s.vip.address for s in engine.config.services}))),
+            checks_late=health.late,
+            checks_untried=health.untried,
+            checks_trouble=list(health.trouble),
+            draining=bool(self._leaving),
             counters={"xdp": counters["xdp"], "workers": counters["total"], "daemon": counters["daemon"]},
         )
 
     def _problems(self, standing: Mapping[Vip, list[tuple[bool, str]]]) -> list[str]:
         """What is not as it should be, in words, the worst first.  ``standing``: see :meth:`_standing`."""
-        engine, found, less = self._engine, [], []
+        engine, less = self._engine, []
+        found = [*self.hindered(), *(f"interface {name} is gone" for name, mode in engine.modes.items() if not mode)]
+        links = [engine.links[i.index] for i in engine.interfaces if engine.modes[i.name] and i.index in engine.links]
+        found += [f"interface {link.name} is down, or has no carrier" for link in links if not link.running]
         for service in engine.config.services:
             there = standing.get(service.vip, [])
             if len(there) != len(service.backends):
@@ -230,17 +248,26 @@ class Operator:
                 if backend.share and not serves and reason != BACKUP
             ]
             if wrong:
-                less.append(f"{service.vip}: {len(wrong)} of {len(there)} backends do not serve: {wrong[0]}")
+                verb = "does" if len(wrong) == 1 else "do"
+                of = counted(len(there), "backend")
+                less.append(f"{service.vip}: {len(wrong)} of {of} {verb} not serve: {wrong[0]}")
         for vip, verdict in engine.verdicts.items():
             if verdict.panic:
                 what = f"{verdict.healthy} of {verdict.weight} of the weight is healthy"
                 found.append(f"{vip}: panic: {what}, so that health is disregarded")
         for vip in self._supervisor.health.withdrawn:
             found.append(f"{vip}: is not announced: too little of its weight is healthy for its quorum")
-        found += [f"interface {name} is gone" for name, mode in engine.modes.items() if not mode]
         found += less
+        found += self._supervisor.health.trouble
+        if uncut := self._supervisor.uncut:
+            found.append(
+                f"{uncut} packets between two sweeps were too long for their way (too_big), in generic mode perhaps as"
+                " segments that are not cut yet: uploads crawl; ethtool -K IF gro off, ethtool -K PEER tso off gso off"
+            )
         if self.changes and (trouble := self.wanted.trouble):
             found.append(f"changes at run time are not written down, and gone after a restart: {trouble}")
+        if lost := self.wanted.lost:
+            found.append(f"changes at run time of before are not in force: {lost}; {REMEDY}")
         if engine.task_failed and (ago := time.monotonic() - engine.task_failed[1]) < LATELY:
             found.append(
                 f"background task {engine.task_failed[0]} failed {ago:.0f} s ago, and was begun anew: see the log"
@@ -286,7 +313,8 @@ class Operator:
             panic=verdict.panic,
             backups=verdict.backups,
             quorum=service.quorum,
-            announced=service.vip not in self._supervisor.health.withdrawn,
+            announced=not (self._supervisor.withdrawn or service.vip in self._supervisor.health.withdrawn),
+            in_use=self._supervisor.left_to(service.vip.address),
             flows=sum(census.flows.get((service.vip, b.address), 0) for b in service.backends),
             packets=forwarded[0],
             bytes=forwarded[1],
@@ -347,25 +375,15 @@ class Operator:
 
     def _serves(self, service: Service, backend: Backend) -> tuple[bool, str]:
         """Whether a backend gets new connections; why not, or why although."""
-        verdict: Verdict = self._engine.verdicts[service.vip]
-        standing = self._engine.standings.get((service.vip, backend.address), Standing())
-        found = self._supervisor.health.of((service.vip, backend.address))
+        pair = service.vip, backend.address
+        standing = self._engine.standings.get(pair, Standing())
         hop = self._engine.hops.get(backend.address)
-        if backend.state is not State.UP:
-            return False, backend.state.value
-        if not backend.weight:
-            return False, "weight 0"
-        if hop is None or hop.state is not HopState.RESOLVED:
-            return False, (hop.reason if hop else "") or "the way to it is not known yet"
-        spare = backend.backup and not verdict.backups and any(b.share and not b.backup for b in service.backends)
-        if verdict.panic and standing.percent and not spare:
-            why = (found.reason if found else "") or "not checked yet"
-            return True, "" if standing.healthy else f"panic: health is disregarded, {why}"
-        if not standing.healthy:
-            return False, (found.reason if found else "") or "not checked yet"
-        if not standing.percent:
-            return False, (found.reason if found else "") or "its agent-check wants no new connections"
-        return (False, BACKUP) if spare else (True, "")
+        return serves(service, backend, self._engine.verdicts[service.vip], standing, hop, self._unhealthy(pair))
+
+    def _unhealthy(self, pair: Pair) -> str:
+        """Why checks say that a backend is not."""
+        found = self._supervisor.health.of(pair)
+        return found.reason if found else ""
 
     def _redirected(self, service: Service, backend: Backend, served: Backend) -> tuple[bool, str]:
         """Whether clients are redirected to a backend, and why not."""
@@ -385,7 +403,7 @@ class Operator:
     def _reached(self, address: Address) -> str:
         hop = self._engine.hops.get(address)
         if hop is None:
-            return "the way to it is not known yet"
+            return UNKNOWN_WAY
         link = self._engine.links.get(hop.ifindex)
         where = link.name if link else f"if{hop.ifindex}"
         if hop.state is not HopState.RESOLVED:
@@ -429,15 +447,20 @@ class Operator:
     async def flows(
         self, vip: str | None = None, backend: str | None = None, client: str | None = None, limit: int = 100
     ) -> types.Flows:
-        """``client``: an address, or an address and a port."""
+        """``client``: an address, or an address and a port.  What has left the configuration may have flows yet."""
         if not 0 <= limit <= MOST_FLOWS:
             raise ConfigError(f"limit: {limit} is not a whole number from 0 to {MOST_FLOWS}")
-        service = _service(self._engine.config, _vip(vip)).vip if vip else None
-        address = self._known(_address(backend)) if backend else None
-        who, port = _client(client) if client else (None, None)
+        service = _vip(vip) if vip is not None else None
+        address = _address(backend) if backend is not None else None
+        who, port = parse_target(client) if client is not None else (None, None)
         if who and port is None and service is None and len(self._engine.config.services) > 1:
             raise ConfigError("client: without a port it is looked for in one service: say which (vip)")
-        total, found = await self._engine.find_flows(limit, service, address, who, port)
+        total, ending, found = await self._engine.find_flows(limit, service, address, who, port)
+        if not total:
+            if service:
+                _service(self._engine.config, service)
+            if address:
+                self._known(address)
         told = [
             types.Flow(
                 hash=f"{flow.hash:016x}",
@@ -448,7 +471,7 @@ class Operator:
             )
             for flow in found
         ]
-        return types.Flows(total=total, flows=told, truncated=total > len(told))
+        return types.Flows(total=total, ending=ending, flows=told, truncated=total > len(told))
 
     def events(self, since: int = 0) -> list[types.Event]:
         """Those that are kept, after a number."""
@@ -483,16 +506,20 @@ class Operator:
 
     async def explain(self, asked: types.Explain) -> types.Explanation:
         """Why a client goes where it goes.  Raises :class:`ConfigError` with every fault."""
-        config = None
-        if asked.configuration.strip():
-            config = await asyncio.to_thread(self.wanted.parse, asked.configuration)
+        config = standings = None
+        if asked.configuration:
+            config, standings = await self.wanted.proposed(asked.configuration)
         return explain(
             self._engine,
             asked.client,
             asked.vip,
             offer=asked.offer,
+            mptcp=asked.mptcp,
+            join=asked.join,
             down=asked.down,
             config=config,
+            standings=standings,
+            unhealthy=self._unhealthy,
             frame=asked.frame,
         )
 
@@ -538,9 +565,11 @@ class Operator:
     def add_backend(self, vip: str, what: types.AddBackend) -> types.Applied:
         service = _service(self._engine.config, _vip(vip))
         parsed = parse_backend(what.address)
+        if "*" in what.address and what.weight is not None:
+            raise ConfigError(f"weight: is given twice, by {what.address!r} as well")
         new = replace(
             parsed,
-            weight=parse_weight(what.weight),
+            weight=parsed.weight if what.weight is None else parse_weight(what.weight),
             cr=what.cr,
             state=State(what.state),
             backup=what.backup,
@@ -587,7 +616,7 @@ class Operator:
         config = replace(self._engine.config, services=services)
         if problems := check_services([(str(s.vip), s) for s in services], config.table_size):
             raise ConfigError(problems)
-        self._supervisor.apply(config)
+        self.wanted.apply(config)
         self.wanted.changed()
         self._engine.count("changes")
         by = asking.get()
@@ -612,19 +641,56 @@ class Operator:
         log.info("the log's level is another", before=before, now=what.level, by=asking.get())
         return types.Applied(changes=[f"log level {before} -> {what.level}"])
 
-    def take_over(self, what: types.Takeover) -> types.Applied:
-        """End, and leave program and flows in the kernel for the next load balancer, as ``keep`` does."""
-        if not self._stop:
+    async def take_over(self) -> types.Applied:
+        """Have the program that is installed now take over.  When that is answered it serves, and this one ends.
+
+        Raises :class:`KernelError` with the reason if it does not come to that: this one goes on.
+        """
+        if not self.succeed:
             raise ConflictError("it runs within another program: end that one")
-        keep = what.keep if what.keep is not None else self._engine.config.keep or TAKEOVER
-        if not 0 < keep <= 86400:
-            raise ConfigError(f"keep: {keep:g} is not a number of seconds above 0, up to 86400")
-        self._supervisor.apply(replace(self._engine.config, keep=keep))
-        log.info("ending for a takeover", keep=keep, by=asking.get())
-        asyncio.get_running_loop().call_later(SETTLE, self._stop)  # whoever asked is answered first
-        return types.Applied(changes=[f"ends; its flows are kept for {keep:g} s, for the next load balancer"])
+        process = await self.succeed(asking.get())
+        return types.Applied(changes=[f"{pins.told(process)} serves in place of process {os.getpid()}"])
+
+    def export(self) -> dict[str, Any]:
+        """What is known of what has happened, and was said at run time: of :class:`.estate.Rest`."""
+        return {
+            "journal": Told(*self.journal.export()),
+            "serving": [(str(vip), str(address), *since) for (vip, address), since in self._since.items()],
+            "draining": self._leaving.export(),
+            "log_level": logging.level() if logging.level() != self._level else "",
+        }
+
+    def adopt(self, rest: Rest) -> None:
+        """Go on for another process, whose this was."""
+        try:
+            self.journal.adopt(rest.journal.last, rest.journal.events)
+        except ValueError as error:  # msgspec's is one
+            log.warning("events of before are not known", reason=str(error))
+        known = {
+            (str(s.vip), str(b.address)): (s.vip, b.address) for s in self._engine.config.services for b in s.backends
+        }
+        self._since = {
+            known[vip, at]: (serving, since) for vip, at, serving, since in rest.serving if (vip, at) in known
+        }
+        self._leaving.adopt(*rest.draining)
+        with suppress(ValueError):  # of another version, perhaps
+            if rest.log_level:
+                logging.set_level(rest.log_level)
+
+    async def drain_lb(self, what: types.DrainLb) -> types.Drained:
+        """Have open connections leave this load balancer, as far as they can."""
+        told = await self._leaving.change(what, asking.get())
+        self._looked(self._summary())
+        return told
+
+    async def drained(self) -> types.Drained:
+        return await self._leaving.tell()
 
     # ---- what happens ----
+
+    def _note(self, event: Event) -> None:
+        if not (event.kind == "changed" and self.wanted.applying):  # what it was is told beside
+            self.journal.add(event)
 
     def _hear(self, notice: Notice) -> None:
         if not isinstance(notice, Event | HopsChanged | Judged | Started):
@@ -636,20 +702,43 @@ class Operator:
     def _look(self) -> None:
         """Note who serves, and since when."""
         self._looking = None
-        began = time.monotonic()
+        began = time.thread_time()  # a machine that has no time for us is no reason to look later still
         found = {}
         for service in self._engine.config.services:
             for backend in service.backends:
                 pair = service.vip, backend.address
                 serving = self._serves(service, backend)[0]
                 before = self._since.get(pair)
-                found[pair] = before if before and before[0] is serving else (serving, self._clock())
+                found[pair] = before if before and before[0] is serving else (serving, self._begun(pair, serving))
         self._since = found
-        self._pause = max(SETTLE, 20 * (time.monotonic() - began))  # of many backends it takes its time
+        self._looked(self._summary())
+        self._pause = max(SETTLE, 20 * (time.thread_time() - began))  # of many backends it takes its time
+
+    def tell(self, looked: Callable[[str], object]) -> None:
+        """Have it called with how it serves, in a line: now, and whenever that may have changed."""
+        self._looked = looked
+        self.close()
+        self._look()
+
+    def _summary(self) -> str:
+        serving = sum(serves for serves, _ in self._since.values())
+        backends, services = counted(len(self._since), "backend"), counted(len(self._engine.config.services), "service")
+        gone = [f"interface {name} is gone" for name, mode in self._engine.modes.items() if not mode]
+        draining = ["being drained"] if self._leaving else []
+        return "; ".join([f"serving {services}, {serving} of {backends}", *gone, *draining])
 
     def _serving_since(self, pair: Pair, serving: bool) -> float:
         known = self._since.get(pair)
-        return known[1] if known and known[0] is serving else self._clock()
+        return known[1] if known and known[0] is serving else self._begun(pair, serving)
+
+    def _begun(self, pair: Pair, serving: bool) -> float:
+        """Since when a backend serves, or does not, that has not been looked at, or was another way: now; where it is
+        met first, as long as its checks, of before a restart too, say so."""
+        health = self._supervisor.health
+        judged = health.of(pair)
+        if pair not in self._since and judged and judged.known and judged.healthy is serving:
+            return health.since(pair) or self._clock()
+        return self._clock()
 
     def close(self) -> None:
         """Listen no more.  Idempotent."""
@@ -661,7 +750,7 @@ class Operator:
         """Raises :class:`NotFoundError` if it is no service's backend."""
         known = self._engine.config.backends
         if address not in known:
-            raise _no(f"there is no backend {address}", str(address), sorted(map(str, known)))
+            raise _no(f"there is no backend {address}", map(str, sorted(known, key=mapped)))
         return address
 
 
@@ -671,16 +760,6 @@ def _sent(event: types.Event) -> bytes:
 
 def _policy(service: Service) -> str:
     return service.policy if isinstance(service.policy, str) else getattr(service.policy, "__name__", "a function")
-
-
-def _client(text: str) -> tuple[Address, int | None]:
-    """``10.0.0.1``, ``10.0.0.1:40000``, ``[fd00::1]:40000``."""
-    try:
-        return parse_address(text), None
-    except ConfigError:
-        pass
-    vip = _vip(text)
-    return vip.address, vip.port
 
 
 def _word(value: object) -> str:

@@ -13,6 +13,7 @@ from crablb.model import Address, Service, Vip
 
 __all__ = ["Packet", "asides", "choice", "decision", "headers", "told"]
 
+FIN, RST = 1, 4  # TCP flags
 #: Of a worker's counters, what each says of the packet; of those, the first that counted it is the decision.
 WORKER = {
     "redirected": "redirected",
@@ -38,7 +39,7 @@ WORKER = {
     "drop_checksum": "dropped: a checksum is wrong",
     "drop_mapped": "dropped: an IPv4-mapped address in an IPv6 header",
     "drop_closed": "dropped: to the VIP, but no service's, and of a kind that is not answered",
-    "drop_rate": "dropped: enough were answered in this second",
+    "drop_rate": "dropped: enough were answered in this second, or its service takes no more SYNs now (syn_rate)",
     "drop_no_backend": "dropped: no backend can take it",
     "drop_no_path": "dropped: the backend is behind a gateway, where DSR by MAC address does not reach it",
     "drop_too_big": "dropped: too big for the way to the backend",
@@ -54,6 +55,9 @@ ASIDE = {
     "encapsulated": "IP in IP",
     "retransmitted_syn": "a copy of a SYN that came before",
     "forged_option": "a redirect that the client sent was taken out",
+    "mptcp": "its client speaks MPTCP",
+    "mptcp_join": "it joins an MPTCP connection",
+    "mptcp_join_known": "which is known by its token",
     "flows_full": "there was no room to remember the connection",
 }
 #: The same of the XDP program, which decided alone.
@@ -88,6 +92,8 @@ def asides(seen: Seen) -> list[str]:
 def told(seen: Seen, packet: Packet | None, service: Service | None) -> str:
     """A packet's comment: the decision, the backend, why, and who decided.  ``packet``: its headers."""
     name, said = decision(seen)
+    if name == "fallback_established" and packet and packet.flags & (FIN | RST):
+        said = f"fallback: the end of a connection ({packet.words})"
     if seen.backend:
         said += f"; to {seen.backend}"
     facts = asides(seen)
@@ -101,6 +107,8 @@ def choice(seen: Seen, service: Service | None) -> str:
     """Why a SYN's backend is the one that it is."""
     if "retransmitted_syn" in seen.counters:
         return "where its first copy went"
+    if "mptcp_join_known" in seen.counters:
+        return "where the connection is that it joins, by its token"
     policy = service.policy if service and isinstance(service.policy, str) else "its own policy"
     return f"chosen by {policy}" if seen.chosen else "chosen by the hash table"
 

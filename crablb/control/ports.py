@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from crablb.errors import KernelError
+from crablb.errors import KernelError, unbound
 from crablb.model import Address, host_port
 
 __all__ = ["bind"]
@@ -19,5 +19,5 @@ def bind(what: str, address: Address, port: int) -> socket.socket:
         sock.bind((str(address), port))
     except OSError as error:
         sock.close()
-        raise KernelError(f"cannot serve {what} at {host_port(address, port)}: {error.strerror}") from None
+        raise KernelError(f"cannot serve {what} at {host_port(address, port)}: {unbound(error, port)}") from None
     return sock

@@ -1,24 +1,28 @@
 """What a load balancer remembers over a restart: changes at run time, and what its checks found out, in one file.
 
 The file is apart from the configuration, and nobody's to edit.  Nothing about it keeps a load balancer from serving:
-what cannot be read is told and put aside, what cannot be written told and tried again.
+what is of no use is told, and put aside before anything is written in its place; what cannot be written is told and
+tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import hashlib
 import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
+from crablb import trust
 from crablb.kernel import netns, pins
 from crablb.overlay import Changes
 
@@ -32,6 +36,11 @@ VERSION = 1
 AGAIN, NOW_AND_THEN = 10.0, 60.0
 #: Bytes of a file at most.
 MOST = 64 << 20
+#: What to do about a file that is of no use.
+REMEDY = (
+    "look into it (if others can write it: chown root, chmod 600); to have it in force, put it back where it was while"
+    " no load balancer serves the interface; else remove it"
+)
 #: Seconds that a stop waits for a slow disk.
 LAST = 2.0
 
@@ -63,6 +72,14 @@ def _fingerprint(seed: bytes) -> str:
     return hashlib.sha256(b"crablb state" + seed).hexdigest()[:16]
 
 
+class _UselessError(Exception):
+    """What the file holds is of no use."""
+
+    def __init__(self, suffix: str, reason: str) -> None:
+        super().__init__(suffix, reason)
+        self.suffix, self.reason = suffix, reason
+
+
 class Store:
     """Reads the file once, and writes it whenever something has changed, in a thread: a disk may be slow.
 
@@ -74,6 +91,8 @@ class Store:
         self.failed: Callable[[], None] = lambda: None
         self.health: Callable[[], Any] | None = None  # what checks found out, as plain values; called in a thread
         self.trouble = ""  # why it is not written as it should be
+        self.lost = ""  # what was written before, is not in force, and waits for somebody to look into it
+        self._useless: tuple[str, str] | None = None  # what is to be put aside: the suffix for it, and why
         self._interfaces, self._deployment = tuple(interfaces), _fingerprint(seed)
         self._changes = Changes()
         self._wanted = self._written = 0  # versions of what is to be written
@@ -81,35 +100,33 @@ class Store:
         self._settled = asyncio.Condition()
         self._writing: asyncio.Future[OSError | None] | None = None
         self._closed = False
+        self._free = asyncio.Event()  # unless another process may have the file
+        self._free.set()
 
     # ---- reading ----
 
     def load(self) -> Saved:
-        """What was written last; of a file that is of no use, nothing, after saying why."""
+        """What was written last; of a file that is of no use, nothing, after saying why.
+
+        Nothing is changed: whoever reads it may not come to serve.
+        """
         empty = Saved(interfaces=self._interfaces, deployment=self._deployment)
         try:
-            data = self._read()
+            saved = self._parse(self._read())
         except FileNotFoundError:
-            return empty
+            saved = empty
         except OSError as error:
-            log.error(
-                "what was changed at run time is not known: the state file cannot be read",
-                path=str(self.path),
-                reason=error.strerror or str(error),
-            )
-            return empty
-        try:
-            version = msgspec.json.decode(data, type=_Version).version
-            if version != VERSION:
-                return self._put_aside(f"v{version}", f"it is of version {version}, and this is {VERSION}", empty)
-            saved = msgspec.json.decode(data, type=Saved)
-        except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is one
-            return self._put_aside("corrupt", str(error), empty)
-        if saved.interfaces[:1] != self._interfaces[:1] or saved.deployment != self._deployment:
-            whose = f"another load balancer's, on {', '.join(saved.interfaces)}"
-            return self._put_aside("other", f"it is {whose}, or of another seed", empty)
+            saved = self._of_no_use("unreadable", f"it cannot be read: {error.strerror or error}", empty)
+        except _UselessError as error:
+            saved = self._of_no_use(error.suffix, error.reason, empty)
+        self.lost = self._lost()
         self._changes = saved.changes
         return saved
+
+    def saved(self) -> Saved:
+        """What is to be written now."""
+        health = self.health() if self.health else None
+        return Saved(interfaces=self._interfaces, deployment=self._deployment, changes=self._changes, health=health)
 
     def _read(self) -> bytes:
         """Raises :class:`OSError`."""
@@ -119,26 +136,54 @@ class Store:
             if not stat.S_ISREG(found.st_mode):
                 raise OSError("it is no file")
             # It names programs (checks by exec): whoever writes it is obeyed.
-            if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
-                raise OSError(f"others can write it; chown root {self.path}; chmod 600 {self.path}")
+            if why := trust.others(found):
+                raise OSError(why)
             if found.st_size > MOST:
                 raise OSError(f"it has {found.st_size} bytes, and the most is {MOST}")
             return file.read(MOST)
 
-    def _put_aside(self, suffix: str, reason: str, instead: Saved) -> Saved:
-        aside = self.path.with_name(f"{self.path.name}.{suffix}")
+    def _parse(self, data: bytes) -> Saved:
+        """Raises :class:`_UselessError`."""
         try:
-            self.path.rename(aside)
-            kept = str(aside)
-        except OSError as error:
-            kept = f"nowhere: {error.strerror}"
+            version = msgspec.json.decode(data, type=_Version).version
+            if version != VERSION:
+                raise _UselessError(f"v{version}", f"it is of version {version}, and this is {VERSION}")
+            saved = msgspec.json.decode(data, type=Saved)
+        except (ValueError, RecursionError) as error:  # msgspec's is one, and what is no UTF-8, too
+            raise _UselessError("corrupt", str(error)) from None
+        if saved.interfaces[:1] != self._interfaces[:1] or saved.deployment != self._deployment:
+            whose = f"another load balancer's, on {', '.join(saved.interfaces)}"
+            raise _UselessError("other", f"it is {whose}, or of another seed")
+        return saved
+
+    def _of_no_use(self, suffix: str, reason: str, instead: Saved) -> Saved:
+        self._useless = suffix, reason
         log.error(
             "what was changed at run time is not known: the state file is of no use",
             path=str(self.path),
             reason=reason,
-            kept=kept,
+            remedy=REMEDY,
         )
         return instead
+
+    def _lost(self) -> str:
+        """What a person has to look into; empty: nothing."""
+        if self._useless:
+            return f"{self.path}: {self._useless[1]}"
+        aside = sorted(map(str, self.path.parent.glob(f"{glob.escape(self.path.name)}.*")))
+        return f"{', '.join(aside)}: put aside by a start" if aside else ""
+
+    def _put_aside(self) -> None:
+        """What is of no use, before something is written in its place.  Raises :class:`OSError`."""
+        if not self._useless:
+            return
+        suffix, reason = self._useless
+        names = (f"{self.path.name}.{suffix}{f'-{n}' if n > 1 else ''}" for n in count(1))
+        aside = next(path for path in map(self.path.with_name, names) if not os.path.lexists(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # somebody has taken it away
+            self.path.rename(aside)
+            log.warning("the state file was put aside", path=str(self.path), aside=str(aside), reason=reason)
+        self._useless = None
 
     # ---- writing ----
 
@@ -161,19 +206,30 @@ class Store:
                 await self._settled.wait_for(lambda: self._written >= wanted or self.trouble)
         return self._written >= wanted
 
+    def hold(self) -> None:
+        """Write nothing, until :meth:`resume`: another process may have the file."""
+        self._free.clear()
+
+    def resume(self) -> None:
+        """Write again."""
+        self._free.set()
+
     async def run(self) -> None:
         """Write, as long as it is not cancelled; what came in the meantime at once."""
+        if self._useless:
+            self.touch()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(AGAIN if self.trouble else NOW_AND_THEN):
                     await self._dirty.wait()
-            if self.trouble or self._dirty.is_set() or self.health:
+            await self._free.wait()
+            if self.trouble or self.lost or self._dirty.is_set() or self.health:
                 self._dirty.clear()
                 await self._write()
 
     async def close(self) -> None:
         """Write what is not written yet; on a disk that is too slow, give up."""
-        if self._closed:
+        if self._closed or not self._free.is_set():
             return
         self._closed = True
         with contextlib.suppress(TimeoutError):
@@ -204,6 +260,8 @@ class Store:
             try:
                 health = self.health() if self.health else None
                 saved = Saved(interfaces=self._interfaces, deployment=self._deployment, changes=changes, health=health)
+                self._put_aside()
+                self.lost = self._lost()
                 write(self.path, msgspec.json.encode(saved))
             except OSError as failure:
                 error = failure

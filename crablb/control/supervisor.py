@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from ipaddress import ip_address
+from types import MappingProxyType
+from typing import Any
 
 import structlog
 
 from crablb.control.advice import Adviser
 from crablb.control.announce import Announcer
 from crablb.control.claim import Act
+from crablb.control.claim import State as Held
+from crablb.control.estate import Announced, Door, Heir
 from crablb.control.health.health import Health
 from crablb.control.keeping import remove_later
 from crablb.control.reports import Reports
@@ -20,9 +25,10 @@ from crablb.errors import ConfigError, KernelError
 from crablb.kernel import rtnetlink
 from crablb.kernel.netlink import Link
 from crablb.kernel.rtnetlink import Netlink
-from crablb.model import Address, Announce, Config
+from crablb.model import Address, Announce, Config, host_port
+from crablb.selection.standing import Pair
 
-__all__ = ["Supervisor", "check"]
+__all__ = ["Supervisor", "answered_twice", "check"]
 
 log = structlog.get_logger()
 
@@ -51,6 +57,20 @@ def check(config: Config) -> None:
         raise ConfigError(problems)
 
 
+def answered_twice(config: Config) -> list[tuple[Address, str]]:
+    """VIPs that the load balancer answers for and the kernel as well, and in words why that is odd."""
+    if config.announce is not Announce.ARP:
+        return []
+    with Netlink() as netlink:
+        own = rtnetlink.addresses(netlink)
+    why = (
+        "is an address of this machine, and announce = 'arp': the kernel answers for it too, also while another machine"
+        " has it; take it off (ip addr del), or leave announce out if keepalived moves it"
+    )
+    vips = dict.fromkeys(service.vip.address for service in config.services)
+    return [(address, why) for address in vips if str(address) in own]
+
+
 class Supervisor:
     """All that ``crablb serve`` and :class:`crablb.LoadBalancer` run.
 
@@ -58,16 +78,21 @@ class Supervisor:
     and of the tasks.
     """
 
-    def __init__(self, config: Config, seed: bytes, *, threads: bool = True) -> None:
-        self.engine = Engine(config, seed, threads=threads)
+    def __init__(self, config: Config, seed: bytes, *, threads: bool = True, heir: Heir | None = None) -> None:
+        """``heir``: what there is of another process, in whose place this one serves."""
+        self.engine = Engine(config, seed, threads=threads, predecessor=heir.predecessor if heir else None)
+        self._heir = heir
         self.listeners: list[Callable[[Event], None]] = []
         self._adviser = Adviser(self.engine)
         self.engine.listeners += [self._adviser.hear, self._tell]
         self.health = Health(self.engine, self._judged)
         self._announcers: dict[tuple[str, int], Announcer] = {}  # by an interface's name and index
         self._announcing = False
+        self._warned: set[Address] = set()  # of VIPs that the kernel answers for too
         self._ending: set[asyncio.Task[None]] = set()  # of announcers
         self._reports: Reports | None = None
+        #: Whether no VIP is announced, as the load balancer is being drained.
+        self.withdrawn = False
 
     async def start(self) -> None:
         """See :meth:`Engine.start`.  Raises :class:`KernelError` also if reports cannot be taken where they should, and
@@ -84,19 +109,76 @@ class Supervisor:
         if config.report_listen and config.report_key:
             self._reports = Reports(self.engine, config.report_key, self.health.listening)
             self._reports.follow(config.services)
-            await self._reports.start(*config.report_listen)
+            given = self._heir.door("reports", host_port(*config.report_listen)) if self._heir else None
+            self._reports.bind(*config.report_listen, given)
         found = self.health.prepare(config) if self.health.foreknown(config) else None
         if found:
             self.engine.judge(found.standings)
         await self.engine.start()
+        held = self._inherit() if self._heir else {}
+        if self._reports:
+            await self._reports.start()
         self.health.follow(found or self.health.prepare(config))
         self.health.start()
         self._announcing = config.announce is Announce.ARP
-        self._announce()
+        self._warn(config)
+        self._announce(held)
         self._tell_links(self.engine.links)
+
+    def _inherit(self) -> dict[str, list[str]]:
+        """Go on with what another process has handed over; the VIPs that it answered for, by interface."""
+        assert self._heir
+        rest, self._heir = self._heir.read_rest(), None
+        self.withdrawn = rest.announced.withdrawn
+        try:
+            if rest.backends:
+                self.engine.adopt(rest.backends)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            log.warning("backends' loads are not known yet", reason=str(error))
+        if self._reports and rest.reports is not None:
+            try:
+                self._reports.adopt(rest.reports)
+            except ValueError as error:  # msgspec's is one
+                log.warning("servers' reports are judged anew", reason=str(error))
+        return rest.announced.held
+
+    # ---- from one process to the next ----
+
+    def offer(self) -> dict[Door, int]:
+        """The socket that reports come to."""
+        where = self.engine.config.report_listen
+        return {Door("reports", host_port(*where)): self._reports.fd} if self._reports and where else {}
+
+    def pause(self) -> None:
+        """Read no more reports: they are a successor's, or wait."""
+        if self._reports:
+            self._reports.pause()
+
+    def resume(self) -> None:
+        """After :meth:`pause`."""
+        if self._reports:
+            self.engine.task("reports", self._reports.start)
+
+    def export(self) -> tuple[Announced, Any]:
+        """The VIPs that are answered for, and what is known of servers that report."""
+        held = {
+            name: [str(address) for address, state in announcer.states.items() if state is Held.HELD]
+            for (name, _), announcer in self._announcers.items()
+        }
+        return Announced(held, self.withdrawn), self._reports.export() if self._reports else None
+
+    async def leave(self) -> None:
+        """In place of :meth:`close`: a successor serves, and all that is in the kernel is its."""
+        await self._end_tasks()
+        await self.engine.leave()
 
     async def close(self) -> None:
         """Leave nothing in the kernel, or for ``keep`` seconds.  Idempotent."""
+        await self._end_tasks()
+        if kept := await self.engine.close():
+            remove_later(kept, self.engine.config.keep)
+
+    async def _end_tasks(self) -> None:
         self._announcing = False
         self.health.close()
         await asyncio.gather(*self._ending, *(announcer.close() for announcer in self._announcers.values()))
@@ -104,8 +186,6 @@ class Supervisor:
         if self._reports:
             self._reports.close()
             self._reports = None
-        if kept := await self.engine.close():
-            remove_later(kept, self.engine.config.keep)
 
     def apply(self, config: Config) -> None:
         """See :meth:`Engine.apply`.  Raises :class:`ConfigError` also as :meth:`start` does."""
@@ -113,9 +193,45 @@ class Supervisor:
         found = self.health.prepare(config)
         self.engine.apply(config, found.standings)
         self.health.follow(found)
+        self._warn(config)
         self._follow_vips()
         if self._reports:
             self._reports.follow(config.services)
+
+    @property
+    def uncut(self) -> int:
+        """See :class:`Adviser`."""
+        return self._adviser.uncut
+
+    @property
+    def takes_reports(self) -> bool:
+        """Whether servers report here."""
+        return self._reports is not None
+
+    @property
+    def leading(self) -> Collection[Pair]:
+        """The services' servers that lead MPTCP clients past load balancers, of those that report."""
+        return self._reports.leading if self._reports else ()
+
+    def at_vip(self, pair: Pair) -> int | None:
+        """How many connections by load balancers' fallback a service's server has, as it says while connections are to
+        leave; None: it does not."""
+        return self._reports.at_vips.get(pair) if self._reports and self.engine.reports(pair[1]) else None
+
+    def lead_away(self, leaving: bool, *, withdraw: bool) -> None:
+        """Whether servers are told that connections are to leave this load balancer, and VIPs are not announced."""
+        if self._reports:
+            self._reports.leaving = leaving
+        self.withdrawn = withdraw
+        self._follow_vips()
+
+    def left_to(self, address: Address) -> dict[str, str]:
+        """Who else has a VIP that is to be announced, and is taken when he is gone: interface -> MAC address."""
+        return {
+            announcer.interface: mac.hex(":")
+            for announcer in self._announcers.values()
+            if (mac := announcer.left_to(address))
+        }
 
     def tell(self, event: Event) -> None:
         """Have the listeners know of an event that neither the engine nor a task of this one saw."""
@@ -123,16 +239,26 @@ class Supervisor:
 
     def _vips(self) -> set[Address]:
         """Those to announce: each that a service has which has its quorum."""
+        if self.withdrawn:
+            return set()
         withdrawn = self.health.withdrawn
         return {service.vip.address for service in self.engine.config.services if service.vip not in withdrawn}
+
+    def _warn(self, config: Config) -> None:
+        found = answered_twice(config)
+        for address, why in found:
+            if address not in self._warned:
+                log.warning("the kernel answers for a VIP too", vip=str(address), reason=f"{address} {why}")
+        self._warned = {address for address, _ in found}
 
     def _follow_vips(self) -> None:
         for announcer in self._announcers.values():
             announcer.follow(self._vips())
 
-    def _announce(self) -> None:
+    def _announce(self, held: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
         """Have one who answers for the VIPs on each interface there is: sockets follow none that goes or is renamed.
 
+        ``held``: VIPs that another process answered for until now, by interface.
         Raises :class:`KernelError` if that cannot be.
         """
         if not self._announcing:
@@ -141,14 +267,18 @@ class Supervisor:
         there = {(interface.name, interface.index) for interface in self.engine.interfaces if modes[interface.name]}
         for key in self._announcers.keys() - there:
             self._end(self._announcers.pop(key))
-        for name, index in there - self._announcers.keys():
+        failed = []
+        for name, index in sorted(there - self._announcers.keys()):
             announcer = Announcer(name, self._vip_befell, self.engine.task)
             try:
-                announcer.start(self._vips())
-            except OSError as error:
+                announcer.start(self._vips(), {ip_address(text) for text in held.get(name, ())})
+            except OSError as error:  # the other interfaces' go on
                 self._end(announcer)
-                raise KernelError(f"cannot announce VIPs on {name}: {error.strerror or error}") from None
-            self._announcers[name, index] = announcer
+                failed.append(f"cannot announce VIPs on {name}: {error.strerror or error}")
+            else:
+                self._announcers[name, index] = announcer
+        if failed:
+            raise KernelError("; ".join(failed))
 
     def _end(self, announcer: Announcer) -> None:
         task = asyncio.ensure_future(announcer.close())

@@ -14,6 +14,7 @@ from crablb.dataplane.tap import Seen, Tap
 from crablb.errors import ConfigError, Problems
 from crablb.filters import Filter, parse_client, parse_target
 from crablb.model import Service, host_port
+from crablb.values import counted
 
 __all__ = ["checked", "trace"]
 
@@ -95,7 +96,7 @@ class _Tracer:
                 yield None
         for connection in self._connections.values():
             if not connection.over:
-                more = f", {connection.packets:,} packets after its SYN" if connection.packets else ""
+                more = f", {counted(connection.packets, 'packet')} after its SYN" if connection.packets else ""
                 yield self._step(time.monotonic(), connection.name, "over", f"still there{more}")
         yield self._step(time.monotonic(), "", "end", *self._summary(tap))
 
@@ -103,7 +104,7 @@ class _Tracer:
         count = len(self._connections)
         said = f"{count} connection{'' if count == 1 else 's'}"
         if tap.lost:
-            said += f"; {tap.lost:,} packets are missing: they came faster than they were told"
+            said += f"; {counted(tap.lost, 'packet')} missing: more came than could be told"
         if tap.over:
             return said, "the load balancer has ended"
         full = count == self._asked.connections and all(c.over for c in self._connections.values())
@@ -123,7 +124,7 @@ class _Tracer:
                 continue
             if connection.ended and now >= connection.last + ENDING:
                 connection.over = True
-                yield self._step(now, connection.name, "over", "it has ended", f"{connection.packets:,} packets")
+                yield self._step(now, connection.name, "over", "it has ended", counted(connection.packets, "packet"))
             elif not connection.ended and now >= connection.last + GONE:
                 connection.over = True
                 yield self._step(
@@ -182,7 +183,9 @@ class _Tracer:
             yield step("service", "none", f"no service is {packet.vip}, or the packet is refused before")
             yield step("decision", said, counter)
             return
-        yield step("service", str(service.vip), f"mode {service.mode.value}, {len(service.backends)} backends")
+        yield step(
+            "service", str(service.vip), f"mode {service.mode.value}, {counted(len(service.backends), 'backend')}"
+        )
         if "retransmitted_syn" in seen.counters:
             yield step("flow", "known", "a copy of a SYN that came before")
         elif seen.known or seen.written:

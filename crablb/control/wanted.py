@@ -6,7 +6,7 @@ Whoever reads the configuration again, whatever for, does it here; so does who s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,19 @@ import structlog
 from crablb import values
 from crablb.api import types
 from crablb.config import parse_config
+from crablb.control.estate import Parts
 from crablb.control.plan import Seen, plan, summary
 from crablb.control.state import Store, write
 from crablb.control.supervisor import Supervisor, check
 from crablb.control.watch import Watch
 from crablb.dataplane.events import Event
-from crablb.errors import ConfigError
+from crablb.errors import ConfigError, why
 from crablb.kernel.netlink import HopState
 from crablb.lint import odd
 from crablb.model import Config
 from crablb.overlay import Changes, between, diff, overlay, save
+from crablb.selection.standing import Pair, Standing
+from crablb.values import read_text
 
 __all__ = ["Wanted", "recall", "remember"]
 
@@ -35,19 +38,23 @@ log = structlog.get_logger()
 AGAIN = 1.0
 #: Seconds that whoever changes something waits at most until it is written down.
 WRITTEN = 1.0
+#: What is answered while a successor is on its way.
+HELD = "another process is taking over just now; try again in a moment"
 #: Lines of what a reload did that are logged; the rest is for who asks.
 TOLD = 20
 
 
-def recall(given: Config, store: Store | None) -> tuple[Config, Any]:
+def recall(given: Config, store: Store | None, living: Parts | None = None) -> tuple[Config, Any]:
     """The configuration with the changes in it that were made to it at run time, and what its checks had found out.
 
-    What does not fit any more is told, and left out.
+    What does not fit any more is told, and left out.  ``living``: as a process has them that lives, whatever is in the
+    file.
     """
-    if store is None:
+    saved = store.load() if store else None
+    known = living or saved
+    if not known:
         return given, None
-    saved = store.load()
-    wanted, warnings = overlay(given, saved.changes)
+    wanted, warnings = overlay(given, known.changes)
     _warn(warnings)
     try:
         check(wanted)
@@ -58,16 +65,19 @@ def recall(given: Config, store: Store | None) -> tuple[Config, Any]:
         wanted = given
     if lines := diff(between(given, wanted)):
         log.info("changes at run time hold on; crablb diff tells them", changes=lines[:TOLD], count=len(lines))
-    store.keep(between(given, wanted))
-    return wanted, saved.health
+    if store:
+        store.keep(between(given, wanted))
+    return wanted, known.health
 
 
-def remember(supervisor: Supervisor, store: Store, found: Any) -> None:
+def remember(supervisor: Supervisor, store: Store | None, found: Any) -> None:
     """Have the checks of a supervisor that has not started go on from what was ``found`` out before, and keep that."""
     try:
         supervisor.health.adopt(found or [])
     except ConfigError as error:
         log.warning("what checks had found out is not known; backends are checked anew", reason=str(error))
+    if not store:
+        return
     store.health = supervisor.health.export
 
     def hear(event: Event) -> None:
@@ -106,6 +116,7 @@ class Wanted:
         self._supervisor, self._engine = supervisor, supervisor.engine
         self.given = given or supervisor.engine.config
         self.path = path
+        self.applying = False  # whoever asked for that tells what has changed
         self._read, self._store = read, store
         self._one = asyncio.Lock()  # a reload, or a save, at a time
         self._compared: tuple[Config, Config, Changes] | None = None
@@ -114,14 +125,41 @@ class Wanted:
         self._watching: Watch | None = None
         self._again: asyncio.TimerHandle | None = None
         self._asked: set[asyncio.Future[object]] = set()
+        self._held = False  # a successor is on its way
+        self.owed = False  # the configuration is to be read again when there is none any more
         if store:
             store.failed = lambda: supervisor.engine.count("state_unsaved")
 
-    def start(self) -> None:
-        """Write changes down, and watch the file if that is wanted, until :meth:`close`."""
+    def start(self, known: str = "") -> None:
+        """Write changes down, and watch the file if that is wanted, until :meth:`close`; do what is owed.
+
+        ``known``: the fingerprint that the file had before what is ``given`` was read; empty: nobody has looked."""
         if self._store:
             self._tasks.append(self._engine.task("state", self._store.run))
-        self._rewatch()
+        self._rewatch(known)
+        self._pay()
+
+    def owe(self) -> None:
+        """Read the configuration again when it has started: that was asked for after it was read."""
+        self.owed = True
+
+    def _pay(self) -> None:
+        if self.owed:
+            self.owed = False
+            self.reload_soon()
+
+    def hold(self) -> None:
+        """A successor is on its way, which reads the configuration itself: change nothing, until :meth:`resume`."""
+        self._held = True
+        if self._store:
+            self._store.hold()
+
+    def resume(self) -> None:
+        """There is none any more; what a signal asked for meanwhile, or another file does, is done."""
+        self._held = False
+        if self._store:
+            self._store.resume()
+        self._pay()
 
     async def close(self) -> None:
         """Idempotent."""
@@ -156,16 +194,43 @@ class Wanted:
         return self._store.trouble if self._store else ""
 
     @property
+    def lost(self) -> str:
+        """What was changed at run time before, is not in force, and waits for somebody to look into it; empty:
+        nothing."""
+        return self._store.lost if self._store else ""
+
+    @property
     def unsaved(self) -> str:
         """Why changes are not written down; empty: they are."""
         return self._store.trouble if self._store else "persist is off, or there is no place for it"
 
     # ---- changes ----
 
+    def apply(self, config: Config) -> None:
+        """Serve it, for one who tells what has changed.  Raises :class:`ConfigError`."""
+        self.applying = True
+        try:
+            self._supervisor.apply(config)
+        finally:
+            self.applying = False
+
     def changed(self) -> None:
         """What is wanted was changed at run time: write it down."""
         if self._store:
             self._store.keep(self.changes)
+
+    def follow(self, before: Config | None, after: Config) -> None:
+        """The program that it runs in has changed this itself: that is its configuration, no change at run time.
+
+        So is a whole service that it has changed and others had changed as well; ``before`` None: so is all.
+        """
+        if before is None:
+            self.given = after
+            return
+        was, now = ({service.vip: service for service in config.services} for config in (before, after))
+        given = {s.vip: s for s in self.given.services if s.vip in now or s.vip not in was}
+        given |= {vip: service for vip, service in now.items() if was.get(vip) != service}
+        self.given = replace(after, services=tuple(given.values()))
 
     async def kept(self, applied: types.Applied) -> types.Applied:
         """What was done, when it is written down; or with a warning that it is not."""
@@ -179,17 +244,26 @@ class Wanted:
 
     async def plan(self, text: str = "") -> types.Plan:
         """What the text of a configuration would change; empty: what the file would.  Raises :class:`ConfigError`."""
-        read = (lambda: self.parse(text)) if text.strip() else self._reader()
+        read = (lambda: self.parse(text)) if text else self._reader()
         new = await asyncio.to_thread(read)
         wanted, warnings = overlay(new, self.changes)
-        before, seen = self._engine.config, await self._seen()
+        seen = replace(await self._seen(), then=self._supervisor.health.prepare(wanted).standings)
+        before = self._engine.config
         return await asyncio.to_thread(plan, before, wanted, seen, [*warnings, *odd(wanted)])
 
+    async def proposed(self, text: str) -> tuple[Config, Mapping[Pair, Standing]]:
+        """What a reload of such a text would serve, and with which standings.  Raises :class:`ConfigError`."""
+        wanted, _ = overlay(await asyncio.to_thread(self.parse, text), self.changes)
+        return wanted, self._supervisor.health.prepare(wanted).standings
+
     def parse(self, text: str) -> Config:
-        """What somebody has sent, who need not be allowed to have programs run.  Raises :class:`ConfigError`."""
+        """What somebody has sent, who need not be allowed to have programs run.
+
+        Raises :class:`ConfigError`, each fault with "configuration" in front.
+        """
         served = {service.policy for service in self._engine.config.services}
         with values.without_imports(served):
-            return parse_config(text, self._names())
+            return parse_config(text, self._names(), "configuration")
 
     async def reload(self, *, discard: bool = False) -> types.Plan:
         """Read the configuration again, and serve it with the changes at run time, or without.  What that has changed.
@@ -208,6 +282,8 @@ class Wanted:
                 raise
 
     async def _reload(self, read: Callable[[], Config], *, discard: bool) -> types.Plan:
+        if self._held:
+            raise ConfigError(HELD)
         if self._watching:
             await self._watching.look()
         new = await asyncio.to_thread(read)  # of a great file it takes its time
@@ -215,7 +291,8 @@ class Wanted:
         before = self._engine.config
         wanted, warnings = overlay(new, Changes() if discard else self.changes)
         wanted = _same(before, wanted)
-        self._supervisor.apply(wanted)
+        self.apply(wanted)
+        seen = replace(seen, then=dict(self._engine.standings))
         self.given = new
         self.changed()
         _warn(warnings)
@@ -230,7 +307,10 @@ class Wanted:
     def _reader(self) -> Callable[[], Config]:
         """Raises :class:`ConfigError` if there is nothing to read again."""
         if not self._read:
-            raise ConfigError("there is nothing to read again: it was started without --config")
+            raise ConfigError(
+                "there is nothing to read again: it was started without --config; start it with one (crablb quickstart"
+                " makes it), or change it as it runs (crablb weight, drain, ...)"
+            )
         return self._read
 
     def reload_soon(self) -> None:
@@ -238,27 +318,33 @@ class Wanted:
         if not self._read:
             log.warning("nothing to reload: there is no --config file")
             return
+        if self._held:
+            self.owed = True
+            return
         self._ask(self._reload_as_told())
 
     async def _reload_as_told(self) -> None:
         try:
-            await self.reload()
+            if not self._held:
+                await self.reload()
         except ConfigError:
             pass  # it is in the log
-        except Exception:  # half of it may be served
+        except Exception as error:  # half of it may be served
             self._engine.count("tasks_failed")
-            log.exception("not reloaded; it is tried again", seconds=AGAIN)
+            log.error("not reloaded; it is tried again", seconds=AGAIN, **why(error))
             self._again = asyncio.get_running_loop().call_later(AGAIN, self.reload_soon)
+        if self._held:  # perhaps since it began
+            self.owed = True
 
     def _ask(self, work: Awaitable[object]) -> None:
         task = asyncio.ensure_future(work)
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
 
-    def _rewatch(self) -> None:
+    def _rewatch(self, known: str = "") -> None:
         """Watch the file, or do not any more, as the configuration says."""
         if self._engine.config.watch and self._read and not self._watch:
-            self._watching = Watch(Path(self.path), self._reload_as_told)
+            self._watching = Watch(Path(self.path), self._reload_as_told, known)
             self._watch = self._engine.task("watch", self._watching.run)
         elif not self._engine.config.watch and self._watch:
             # It may be what asks for this: it ends when it has.
@@ -269,11 +355,13 @@ class Wanted:
         return tuple(interface.name for interface in self._engine.interfaces)
 
     async def _seen(self) -> Seen:
-        lost = {a for a, hop in self._engine.hops.items() if hop.state is not HopState.RESOLVED}
         census = await self._engine.census(shares=False)
+        lost = {a for a, hop in self._engine.hops.items() if hop.state is not HopState.RESOLVED}
+        standings = dict(self._engine.standings)
         return Seen(
             self._engine.seed,
-            dict(self._engine.standings),
+            standings,
+            standings,
             lost,
             dict(census.flows),
             self._names(),
@@ -288,6 +376,8 @@ class Wanted:
         """
         read = self._reader()
         async with self._one:
+            if self._held:
+                raise ConfigError(HELD)
             changes = self.changes
             if not changes:
                 return types.Applied(changes=[])
@@ -307,7 +397,7 @@ class Wanted:
         now = read()
         if now != self.given:
             raise ConfigError(f"{self.path} has been changed since it was read: crablb reload, and save then")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         made = save(text, changes)
         try:
             found = path.stat()

@@ -11,8 +11,9 @@ from pathlib import Path
 import structlog
 
 from crablb.kernel.inotify import Folders
+from crablb.values import read_bytes
 
-__all__ = ["Watch", "folders"]
+__all__ = ["Watch", "fingerprint", "folders"]
 
 log = structlog.get_logger()
 
@@ -40,19 +41,20 @@ def folders(path: Path) -> Iterator[Path]:
 
 
 def fingerprint(path: Path) -> str:
-    """Of what a file holds; empty: it cannot be read."""
+    """Of what a file holds; empty: it cannot be read, or is none: a pipe would be empty afterwards."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+        return hashlib.sha256(read_bytes(path)).hexdigest() if path.is_file() else ""
+    except (OSError, ValueError):
         return ""
 
 
 class Watch:
     """Has ``changed`` awaited when the file holds something else than before; ``run`` goes on until it is cancelled."""
 
-    def __init__(self, path: Path, changed: Callable[[], Awaitable[object]]) -> None:
+    def __init__(self, path: Path, changed: Callable[[], Awaitable[object]], known: str = "") -> None:
+        """``known``: the fingerprint that it had before; empty: the first look is what counts."""
         self._path, self._changed = path, changed
-        self._known = ""
+        self._known = known
         self._happened = asyncio.Event()
 
     async def look(self) -> None:

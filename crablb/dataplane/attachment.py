@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from pathlib import Path
 import structlog
 
 from crablb._native import lib
-from crablb.dataplane.flows import Inherited
+from crablb.dataplane.flows import Inherited, Numbered
 from crablb.dataplane.paths import Ways, backends
 from crablb.dataplane.program import NAMES, PINNED, Program
 from crablb.errors import KernelError
@@ -31,7 +31,7 @@ from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import NextHop, release_managed
 from crablb.model import XdpMode
 
-__all__ = ["Attachment", "inherited", "left", "remove", "reunite", "ways"]
+__all__ = ["Attachment", "abandoned", "inherited", "left", "remove", "reunite", "ways"]
 
 log = structlog.get_logger()
 
@@ -115,6 +115,8 @@ class Attachment:
         self.sums = False  # whether the interface does checksums of any packet, wherever in it they are
         self._offloads = _offloads(name)
         self._owned = ExitStack()
+        self.lock = -1  # the descriptor by which another process can inherit
+        self._begun = False
         self._nameless = False  # another interface that is served has its name
         self._left: bpf.Link | None = None  # of a daemon that died
         self._link: bpf.Link | None = None
@@ -122,25 +124,91 @@ class Attachment:
         self._before: _Before | None = None  # what was in the folder, until settled
 
     @contextmanager
-    def own(self) -> Iterator[None]:
-        """Be the one process that serves the interface.  Raises :class:`KernelError` if another one does."""
+    def own(self, *, later: bool = False) -> Iterator[None]:
+        """Be the one process that serves the interface.  Raises :class:`KernelError` if another one does.
+
+        ``later``: when it is taken from that one, which lives: :meth:`inherit`.
+        """
+        self._begun = False
         try:
-            self._own()
+            if not later:
+                self._own()
             yield
         finally:
-            self._owned.close()
+            self._disown()
+
+    def _disown(self) -> None:
+        self._owned.close()
+        self.lock = -1
+
+    def inherit(self, lock: int) -> None:
+        """Be it from now on in place of the process that gave its :attr:`lock`."""
+        self.lock = self._owned.enter_context(pins.take(self.role, lock))
+
+    def give(self) -> None:
+        """Another process owns the interface, or did before: leave to it what is there."""
+        pins.give(self.lock)
+
+    def reclaim(self, program: Program) -> list[str]:
+        """Have all be as it was before another process, which is gone, tried to take over.
+
+        What of that cannot be, and why; the rest is.  May be asked again.
+        """
+        failed = list[str]()
+
+        def attempt(do: Callable[[], None]) -> None:
+            try:
+                do()
+            except (KernelError, OSError) as error:
+                failed.append(str(error))
+
+        attempt(lambda: self._exchange(program))  # first, as packets go by it
+        for name in PINNED if self._link else ():
+            attempt(lambda name=name: self._pin(program.maps[name], name))  # type: ignore[misc]
+        if self._link:
+            attempt(lambda: self._pin(program.main, "program"))
+        if self.lock >= 0:
+            attempt(lambda: pins.claim(self.lock))
+        if self._begun:
+            pins.begun(self.role)
+        return failed
+
+    def _exchange(self, program: Program) -> None:
+        if self._link and self._link.program_id != program.main.id:
+            self._link.update(program.main)
+
+    def _pin(self, held: bpf.Map | bpf.Program, name: str) -> None:
+        with suppress(bpf.BpfError):
+            if self._is(self.pins / name, held):
+                return
+        pins.put(held, self.pins / name)
 
     def _own(self) -> None:
         self._nameless = False
-        self._owned.enter_context(pins.own(self.role, f"the load balancer of {self.info.name}"))
+        self.lock = self._owned.enter_context(pins.own(self.role, f"the load balancer of {self.info.name}"))
+        if self._begun:  # by another name
+            pins.begun(self.role)
 
-    def find(self) -> None:
-        """Look for what a daemon that died left.  Raises :class:`BpfBusyError` if the program is somebody else's."""
+    def begun(self) -> None:
+        """Have it known that packets are served, and who may be asked can be (:func:`pins.has_begun`)."""
+        self._begun = True
+        pins.begun(self.role)
+
+    def find(self, *, living: bool = False) -> None:
+        """Look for what a daemon that died left, or one that is taken over (``living``).
+
+        Raises :class:`BpfBusyError` if the program is somebody else's.
+        """
         try:
             link = bpf.Link.from_pin(self.pins / "link")
         except bpf.BpfNotFoundError:
             link = None
         attached, mode = bpf.xdp_program(self.info.index)
+        if attached and not link and living:
+            raise bpf.BpfBusyError(
+                f"what serves {self.info.name} is pinned in another BPF file system than {bpf.BPFFS} here; have this"
+                f" process in its mount namespace, or see that one (-v {bpf.BPFFS}:{bpf.BPFFS} of a container)"
+            )
         end = time.monotonic() + GOING
         while attached and not link and bpf.program_name(attached) in NAMES and time.monotonic() < end:
             # Its process was killed before it had pinned the link, and the kernel takes its time to end that.
@@ -160,11 +228,12 @@ class Attachment:
             )
         (self.pins / "link").unlink(missing_ok=True)
 
-    def attach(self, program: Program, want: XdpMode) -> None:
+    def attach(self, program: Program, want: XdpMode, *, living: bool = False) -> None:
         """Attach, in place of what was left there, and pin link, maps and program.
 
         The process may be killed between any two steps.  A pin is replaced, never missing; and the maps come before the
-        program that learns flows into them.  Raises :class:`KernelError`.
+        program that learns flows into them.  ``living``: what is there is a process's that lives.  Raises
+        :class:`KernelError`.
         """
         if self.info.kind == "bond":
             # A native program runs on its ports, whose queues have no sockets: every packet would be lost.
@@ -184,7 +253,8 @@ class Attachment:
         if self._left and want.value in ("auto", self._left.mode):
             self._left.update(program.main)
             self._link, self._left = self._left, None
-            log.info("took over from a load balancer that had died", interface=self.info.name)
+            if not living:
+                log.info("took over from a load balancer that had died", interface=self.info.name)
         else:
             if self._left:  # the kernel does not have a program in either mode at once
                 self._left.detach()
@@ -197,6 +267,16 @@ class Attachment:
         self.mode = self._link.mode
         self.sums = ethtool.features(self.info.name).get("tx-checksum-ip-generic", ethtool.OFF).active
         self._keep_tags()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the interface has the program still that was attached."""
+        return self._link is not None and bpf.xdp_program(self.info.index)[0] == self._link.program_id
+
+    @property
+    def found(self) -> str:
+        """How the program is attached that was there: ``native``, ``generic``, or empty."""
+        return self._left.mode if self._left else ""
 
     def settle(self) -> None:
         """What was there before will not be wanted any more."""
@@ -228,10 +308,10 @@ class Attachment:
             (self.pins / "program").unlink(missing_ok=True)
 
     @staticmethod
-    def _is(path: Path, held: bpf.Map) -> bool:
+    def _is(path: Path, held: bpf.Map | bpf.Program) -> bool:
         """Whether it is what is pinned there."""
         try:
-            with bpf.Map.from_pin(path) as there:
+            with type(held).from_pin(path) as there:
                 return there.id == held.id
         except bpf.BpfNotFoundError:
             return False
@@ -270,7 +350,7 @@ class Attachment:
 
     def lend_name(self) -> None:
         """It is gone, and another interface has its name now.  Idempotent."""
-        self._owned.close()
+        self._disown()
         self._nameless = True
 
     def regain_name(self) -> None:
@@ -280,7 +360,7 @@ class Attachment:
 
     def leave_name(self) -> None:
         """The interface has another name now, and perhaps another one has this."""
-        self._owned.close()
+        self._disown()
         aside = pins.folder(f"lb of {self.info.index}")
         self.pins.rename(aside)
         self.pins = aside
@@ -313,6 +393,12 @@ class Attachment:
         if self._pinned and not (before and before.maps):
             pins.remove(self.pins)
             _put_back(self.info.name)
+        self.leave()
+
+    def back_out(self) -> None:
+        """All is another process's, which lives, and has it as it was by :meth:`reclaim`.  Idempotent."""
+        if self.lock >= 0:
+            self.give()
         self.leave()
 
     def leave(self) -> None:
@@ -354,6 +440,12 @@ def reunite() -> dict[str, str]:
         if name in noted:
             _offloads(name).write_text(noted[name])
     return {was: name for _, was, name in moved}
+
+
+def abandoned() -> list[str]:
+    """The interfaces of which dead load balancers of this network namespace have left something."""
+    names = (pins.unescape(path.name).removeprefix("lb-") for path in (pins.root() / pins.namespace()).glob("lb-*"))
+    return sorted(name for name in names if pins.owner(_role(name)) is None)
 
 
 def left(name: str) -> int | None:
@@ -405,11 +497,16 @@ def rename(names: Mapping[Attachment, str]) -> list[tuple[Attachment, str]]:
     return renamed
 
 
-def inherited(attachments: Sequence[Attachment], seed: bytes) -> Inherited | None:
-    """The flows that a daemon that died left on one of these interfaces, if they are of use."""
+def inherited(
+    attachments: Sequence[Attachment], seed: bytes, numbers: Numbered | None = None, *, counting: bool = False
+) -> Inherited | None:
+    """The flows that a daemon that died left on one of these interfaces, if they are of use.
+
+    ``numbers``: of one that lives, whose they are still; ``counting``: with the maps that it counts in.
+    """
     for attachment in attachments:
         try:
-            return Inherited.open(attachment.pins, seed)
+            return Inherited.open(attachment.pins, seed, numbers, counting=counting)
         except bpf.BpfNotFoundError:  # there are none, or of another version
             continue
         except ValueError as error:

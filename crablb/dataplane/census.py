@@ -14,7 +14,7 @@ from crablb.model import Address, Vip
 from crablb.selection.maglev import Table
 from crablb.selection.standing import Pair
 
-__all__ = ["Census", "FoundFlow", "count", "find"]
+__all__ = ["Census", "FoundFlow", "count", "count_flows", "find"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,7 @@ def count(
     services: Mapping[int, Vip],
 ) -> Census:
     """``tables``: by service; ``backends``, ``services``: by number.  Flows of others are not counted."""
-    found: dict[Pair, int] = {}
-    if flows:
-        there = flows.flows()
-        pairs = there["service"].astype(np.uint32) << 16 | there["backend"]
-        for pair, n in zip(*(part.tolist() for part in np.unique(pairs, return_counts=True)), strict=True):
-            vip, address = services.get(pair >> 16), backends.get(pair & 0xFFFF)
-            if vip and address:
-                found[vip, address] = n
+    found = count_flows(flows, backends, services) if flows else {}
     counted: dict[int, list[tuple[int, int]]] = {}  # services with the same backends share a table
     shares: dict[Pair, float] = {}
     for vip, table in tables.items():
@@ -65,33 +58,54 @@ def count(
     return Census(found, shares)
 
 
+def count_flows(
+    flows: FlowTable, backends: Mapping[int, Address], services: Mapping[int, Vip], *, open_only: bool = False
+) -> dict[Pair, int]:
+    """By service and backend; ``open_only``: those whose client has not begun to end them."""
+    found: dict[Pair, int] = {}
+    there = flows.going_on()
+    if open_only:
+        there = there[there["state"] == lib.CRAB_FLOW_OPEN]
+    pairs = there["service"].astype(np.uint32) << 16 | there["backend"]
+    for pair, n in zip(*(part.tolist() for part in np.unique(pairs, return_counts=True)), strict=True):
+        vip, address = services.get(pair >> 16), backends.get(pair & 0xFFFF)
+        if vip and address:
+            found[vip, address] = n
+    return found
+
+
 def find(
     flows: FlowTable,
     backends: Mapping[int, Address],
     services: Mapping[int, Vip],
     limit: int,
     hashes: Collection[int] | None = None,
-) -> tuple[int, list[FoundFlow]]:
+) -> tuple[int, int, list[FoundFlow]]:
     """The flows of these backends and services, by number, and if there are some with one of these hashes.
 
-    How many there are, and the first ``limit`` of them.
+    How many there are, how many of them are ending, and the first ``limit`` of them.
     """
-    there = flows.flows()
+    there = flows.going_on()
     fit = np.isin(there["backend"], list(backends)) & np.isin(there["service"], list(services))
     if hashes is not None:
         fit &= np.isin(there["hash"], np.fromiter(hashes, np.uint64, len(hashes)))
     there = there[fit]
     at = now()
-    return len(there), [
-        FoundFlow(
-            int(flow["hash"]),
-            services[int(flow["service"])],
-            backends[int(flow["backend"])],
-            _age(at, int(flow["seen"])),
-            _state(int(flow["state"]), int(flow["flags"])),
-        )
-        for flow in there[:limit]
-    ]
+    ending = (there["state"] == lib.CRAB_FLOW_ENDING) & (there["flags"] & lib.CRAB_FLOW_ASK == 0)
+    return (
+        len(there),
+        int(np.count_nonzero(ending)),
+        [
+            FoundFlow(
+                int(flow["hash"]),
+                services[int(flow["service"])],
+                backends[int(flow["backend"])],
+                _age(at, int(flow["seen"])),
+                _state(int(flow["state"]), int(flow["flags"])),
+            )
+            for flow in there[:limit]
+        ],
+    )
 
 
 def _age(at: int, seen: int) -> int:

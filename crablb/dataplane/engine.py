@@ -17,6 +17,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import structlog
@@ -24,24 +25,26 @@ import structlog
 from crablb import lasting
 from crablb._native import lib
 from crablb.dataplane.attachment import Attachment, inherited, rename, reunite, ways
-from crablb.dataplane.census import Census, FoundFlow, count, find
+from crablb.dataplane.census import Census, FoundFlow, count, count_flows, find
 from crablb.dataplane.events import Event, HopsChanged, Judged, LinksChanged, Notice, Started, Swept
-from crablb.dataplane.flows import flow_hash
+from crablb.dataplane.flows import Inherited, flow_hash
 from crablb.dataplane.handlers import Handle, Handlers, Match
+from crablb.dataplane.handover import Area, Gap, Known, Offer, Predecessor, fingerprint, forms, handed, understood
 from crablb.dataplane.paths import Ways
 from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
 from crablb.dataplane.registry import Registry
 from crablb.dataplane.rehearsal import ACTIONS, Asked, Memory, Rehearsal, rehearse, syn
-from crablb.dataplane.snapshot import Sight, build
+from crablb.dataplane.snapshot import Sight, at_once, build
 from crablb.dataplane.statistics import Rounds
 from crablb.dataplane.tap import Tap, Taps
-from crablb.errors import ConfigError, KernelError, starved
+from crablb.errors import ConfigError, KernelError, starved, why
 from crablb.filters import Filter
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
-from crablb.model import Address, Bypass, Config, Service, State, Vip
-from crablb.options import fixed_fields
+from crablb.model import Address, Bypass, Config, Service, State, Vip, mapped
+from crablb.options import fixed_fields, remedy
+from crablb.seldom import Seldom
 from crablb.selection.completion import Completions
 from crablb.selection.custom import Custom
 from crablb.selection.loads import WHOLE, Balance, Load
@@ -61,6 +64,12 @@ SPARE = 8
 #: How often schedules are worked out anew, and the loads of backends that do not report aged, in seconds.
 REFRESH_INTERVAL = 0.1
 AGE_INTERVAL = 1.0
+#: How often what a takeover that failed has left otherwise is put right, if that is refused; seconds.
+RECLAIM_INTERVAL = 1.0
+#: Reasons why not, that are told.
+TOLD = 3
+#: What does what a takeover does not.
+RESTART = "restart it: crablb serve without --takeover, when it has ended (keep = SECONDS there: no flow is lost)"
 
 
 class Engine:
@@ -75,8 +84,14 @@ class Engine:
     serves it) or one of its kinds; nothing stays in the kernel then.
     """
 
-    def __init__(self, config: Config, seed: bytes, *, threads: bool = True) -> None:
-        """``seed``: 16 bytes; ``threads``: False to work on packets by :meth:`process_once` alone."""
+    def __init__(
+        self, config: Config, seed: bytes, *, threads: bool = True, predecessor: Predecessor | None = None
+    ) -> None:
+        """``seed``: 16 bytes; ``threads``: False to work on packets by :meth:`process_once` alone; ``predecessor``: the
+        engine of another process, in whose place this one serves (:mod:`.handover`)."""
+        self._predecessor = predecessor
+        self._area: Area | None = None  # what is given, or taken
+        self._held = self._given = False  # a successor is to take all; it has
         self.config = config
         self.threads = threads
         self.seed = seed
@@ -105,9 +120,15 @@ class Engine:
         self._sweeper = ThreadPoolExecutor(1, "crablb-sweep")
         self._stack = ExitStack()
         self._spare: list[int] = []
+        self._locks: list[int] = []  # of a predecessor, by interface
+        self._unclaimed: dict[str, list[str]] = {}  # why an interface is not wholly this one's, after a takeover failed
+        self._same_memory = False  # as its workers' has
+        self.gap: Gap | None = None  # of the takeover, if this one serves in another's place
         # What has happened:
         self._resolved = asyncio.Event()
+        self._owed = asyncio.Event()  # a snapshot is to follow, with the tables that there was no time for
         self._attached = False
+        self._seldom = Seldom()
         self._tried: dict[str, Interface] = {}  # interfaces as they were when last they were fitted
         self._unfit: dict[str, str] = {}  # those that could not be, and why
         self._sweep_soon = asyncio.Event()
@@ -115,8 +136,9 @@ class Engine:
         self._applied: list[Config] = []  # the configurations since the last sweep began
         self.task_failed: tuple[str, float] | None = None  # the last one, and when, of the monotonic clock
         self._stepped = time.monotonic()  # when weights were last looked at
-        # Connections that the flow caches had no room for, and packets that the kernel dropped, when last looked at:
-        self._refused = self._dropped = 0
+        # Connections that the flow caches had no room for, packets that the kernel dropped, and those that it would not
+        # send, when last looked at:
+        self._refused = self._dropped = self._unsent = 0
 
     # ---- what there is to know ----
 
@@ -171,6 +193,14 @@ class Engine:
         return self._program.paths.reached if self._program else frozenset()
 
     @property
+    def unclaimed(self) -> list[str]:
+        """What is not as it was before a takeover that failed, and is tried again, by interface."""
+        return [
+            f"{name}: not all is as it was before the takeover that failed: {'; '.join(failed[:TOLD])}"
+            for name, failed in self._unclaimed.items()
+        ]
+
+    @property
     def served(self) -> Config:
         """The configuration with each backend's state and cr as health has them now."""
         return self._served
@@ -208,16 +238,34 @@ class Engine:
         flows = self._running.flows
         return await self._aside(lambda: count(flows, tables, backends, services))
 
+    async def open_flows(self) -> dict[tuple[Vip | None, Address], int]:
+        """How many fallback flows each backend of each service has whose client has not begun to end them, counted in a
+        thread of its own.  Where the XDP program forwards none, nobody knows of which service they are (None)."""
+        backends = {number: address for address, number in self._registry.backends.items()}
+        services = {number: vip for vip, number in self._registry.services.items()}
+        flows = self._running.flows
+
+        def look() -> dict[tuple[Vip | None, Address], int]:
+            if flows:
+                found = count_flows(flows, backends, services, open_only=True)
+                return {(vip, address): n for (vip, address), n in found.items()}
+            counts = np.zeros(1 << 16, np.uint32)
+            self._queues.count(counts, open_only=True)
+            return {(None, backends[int(n)]): int(counts[n]) for n in np.flatnonzero(counts) if int(n) in backends}
+
+        return await self._aside(look)
+
     async def find_flows(
         self, limit: int, vip: Vip | None, backend: Address | None, client: Address | None, port: int | None
-    ) -> tuple[int, list[FoundFlow]]:
-        """How many of the XDP program's flows are of a service, of a backend, of a client (from one of its ports), and
-        ``limit`` of them; None: whichever.  A client without a port is looked for by every port that it may have."""
+    ) -> tuple[int, int, list[FoundFlow]]:
+        """How many of the XDP program's flows are of a service, of a backend, of a client (from one of its ports), how
+        many of them are ending, and ``limit`` of them; None: whichever.  A client without a port is looked for by every
+        port that it may have."""
         backends = {n: address for address, n in self._registry.backends.items() if backend in (None, address)}
         services = {n: v for v, n in self._registry.services.items() if vip in (None, v)}
         flows = self._running.flows
         if not flows:
-            return 0, []
+            return 0, 0, []
         ports = range(1, 65536) if port is None else [port]
 
         def hashes() -> list[int] | None:
@@ -249,6 +297,10 @@ class Engine:
         """How the workers' rounds were, by interface and queue, in the order of ``statistics()["workers"]``."""
         return self._queues.rounds()
 
+    def late(self) -> list[str]:
+        """The queues whose workers have not shown life since the last time that all had."""
+        return self._queues.late()
+
     @property
     def published(self) -> int:
         """Snapshots given to the workers, since the start."""
@@ -261,21 +313,28 @@ class Engine:
         vip: Vip,
         *,
         offer: bool = True,
+        mptcp: bool = False,
+        join: bytes | None = None,
         config: Config | None = None,
+        standings: Mapping[Pair, Standing] | None = None,
         down: Collection[Address] = (),
     ) -> Rehearsal:
         """What would become of a SYN from ``client`` and ``port`` now, by the code that decides it; nothing that serves
         is changed, but that the XDP program counts the frame.
 
-        ``offer``: it makes one; ``config``: if that were served; ``down``: backends that are taken to be unhealthy.
+        ``offer``: it makes one; ``mptcp``, ``join``: as :func:`.rehearsal.syn` has them; ``config``: if that were
+        served, with these ``standings``; ``down``: backends that are taken to be unhealthy.
         """
         config = config or self.config
         attachment = next((a for a in self._attachments if a.mode), self._attachments[0])
-        frame = syn(client, port, vip, attachment.info.mac, config.option if offer else None)
+        form = config.option if offer else None
+        frame = syn(client, port, vip, attachment.info.mac, form, mptcp=mptcp, join=join)
         action = ACTIONS[self._running.ask(frame, attachment.info.index)] if attachment.mode else "none"
         asked = Asked(client, port, vip, attachment.info, frame, action, frozenset(down))
         sight = self._sight(time.monotonic())
-        return rehearse(asked, config, sight, self._standings, self._custom, self._remembered)
+        found = self._standings if standings is None else standings
+        joins = self._queues.joins
+        return rehearse(asked, config, sight, found, self._custom, self._remembered, joins)
 
     def _remembered(self, connection: int) -> list[Memory]:
         """What is known of a connection that goes by fallback, by its hash."""
@@ -355,7 +414,8 @@ class Engine:
         self._tell(Judged())
 
     def _learn(self, standings: Mapping[Pair, Standing]) -> None:
-        changed = {pair: s for pair, s in standings.items() if self._standings.get(pair, Standing()) != s}
+        well = Standing()
+        changed = {pair: s for pair, s in standings.items() if self._standings.get(pair, well) != s}
         if changed:
             self._standings = self._standings | changed
         for pair, standing in changed.items():
@@ -381,10 +441,23 @@ class Engine:
             panicked = vip in before and before[vip].panic
             if verdict.panic and not panicked:
                 self.count("panics")
-                facts = f"{verdict.healthy} of {verdict.weight} healthy"
+                facts = f"{verdict.healthy} of {verdict.weight} of the weight is healthy"
                 self._tell(Event("panic", vip=vip, reason=facts))
             elif panicked and not verdict.panic:
                 self._tell(Event("panic-over", vip=vip))
+
+    def export(self) -> dict[str, Any]:
+        """What is known of the backends beside their standings, as plain values for :meth:`adopt`."""
+        return {"balance": self._balance.export(), "completions": self._completions.export()}
+
+    def adopt(self, known: Mapping[str, Any]) -> None:
+        """Go on with what the engine of another process on this machine knew of the backends.
+
+        Raises ``LookupError``, ``TypeError``, ``ValueError``, ``ArithmeticError`` for what is nothing of the kind.
+        """
+        self._balance.adopt(known["balance"], self.config.services)
+        self._completions.adopt(known["completions"], self.config.services)
+        self._publish()
 
     def handle(self, match: Match, function: Handle) -> None:
         """See :meth:`crablb.LoadBalancer.handle`."""
@@ -429,36 +502,54 @@ class Engine:
         self.failure = loop.create_future()
         self._keep_back(2 * SPARE)
         for attachment in self._attachments:
-            self._stack.enter_context(attachment.own())
-        reunite()
+            self._stack.enter_context(attachment.own(later=self._predecessor is not None))
+        if not self._predecessor:
+            reunite()
         for attachment in self._attachments:
-            attachment.find()
-        left = inherited(self._attachments, self.seed) if self.bypass else None
-        program = self._program = Program(self.config, self.seed, left)
-        self._registry = Registry(
-            program.service_room, left.backends if left else None, left.services if left else None
-        )
-        self._registry.admit(self.config)
-        self._queues.open(program.maps, {a.name: a.info for a in self._attachments}, program.flows)
+            attachment.find(living=self._predecessor is not None)
+        interfaces = {a.name: a.info for a in self._attachments}
+        if self._predecessor:
+            program, left = self._accept(self._predecessor, interfaces)
+        else:
+            left = inherited(self._attachments, self.seed) if self.bypass else None
+            program = self._program = Program(self.config, self.seed, left)
+            self._registry = Registry(
+                program.service_room, left.backends if left else None, left.services if left else None
+            )
+            self._registry.admit(self.config)
+            self._queues.open(program.maps, interfaces, program.flows)
 
         self._nexthops = NextHops(self._hops_changed, self._links_changed, self.task)
         await self._nexthops.start(self._registry.backends, self.config.vips)
-        self._publish()
+        self._judge()
         await self._resolve()
-        if left and program.flows:
-            flows = program.flows.flows()
+        self._publish()
+        flows = program.flows.flows() if left and program.flows else None
+        if flows is not None:
             self._queues.adopt(flows)
-            log.info("took over fallback flows", flows=len(flows))
         program.serve((service.vip for service in self.config.services), self._registry.services)
         # Its thread from now on: later there may be no memory for one, and what was asked for would come at any time.
         await loop.run_in_executor(self._sweeper, lambda: None)
-        self._tasks = [self.task("sweep", self._sweep), self.task("balance", self._keep_balance)]
+        self._tasks = [
+            self.task("sweep", self._sweep),
+            self.task("balance", self._keep_balance),
+            self.task("publish", self._publish_owed),
+        ]
+        living = self._predecessor is not None
+        stopped = self._take(self._predecessor) if self._predecessor else 0.0
         if self.threads:
             self._queues.start(sorted(os.sched_getaffinity(0)))
+        if stopped:
+            seconds = time.monotonic() - stopped
+            self.gap = Gap(time.time() - seconds, seconds)
+        self._forget_area()  # after the threads' start: it takes milliseconds, and packets wait no more
+        if flows is not None:
+            log.info("took over fallback flows", flows=len(flows))
         for attachment in self._attachments:
-            attachment.attach(program, self.config.xdp_mode)
+            attachment.attach(program, self.config.xdp_mode, living=living)
         self._attached = True
-        self._tried = {attachment.name: attachment.info for attachment in self._attachments}
+        # What another one bound was perhaps for another MTU, or fewer queues.
+        self._tried = {} if living else {attachment.name: attachment.info for attachment in self._attachments}
         self._publish()  # what the XDP program can reach depends on how it is attached
         for attachment in self._attachments:
             attachment.settle()
@@ -480,21 +571,164 @@ class Engine:
                 async with asyncio.timeout(RESOLVE_TIMEOUT):
                     await self._resolved.wait()
 
+    # ---- from one process to the next: crablb.dataplane.handover ----
+
+    def hold(self) -> None:
+        """A successor is on its way: nothing changes until it has taken all, or :meth:`resume`.
+
+        Raises :class:`KernelError` if nothing is served, or there is a successor already.
+        """
+        if not self._attached:
+            raise KernelError("nothing is served yet")
+        if self._held:
+            raise KernelError("another process is taking over already")
+        if not all(attachment.mode for attachment in self._attachments):
+            gone = ", ".join(a.info.name for a in self._attachments if not a.mode)
+            raise KernelError(f"{gone} is gone, and what is served in its place cannot be taken over")
+        self._held = True
+
+    def offer(self) -> tuple[Any, list[int]]:
+        """What a successor's :class:`.handover.Predecessor` has: plain values, and descriptors, which stay ours."""
+        ports, joins, fds = self._queues.offer()
+        offer = Offer(
+            interfaces=tuple(attachment.info.name for attachment in self._attachments),
+            seed=fingerprint(self.seed),
+            forms=forms(),
+            backends={mapped(address).hex(): number for address, number in self._registry.backends.items()},
+            services={vip.key().hex(): number for vip, number in self._registry.services.items()},
+            ports=ports,
+            joins=joins,
+        )
+        self._area = Area(offer.sizes)
+        self._queues.show_memory(self._area)
+        locks = [attachment.lock for attachment in self._attachments]
+        return msgspec.to_builtins(offer), [*locks, self._area.fd, *fds]
+
+    def give(self) -> Any:
+        """Work on no more packets, which wait; what the workers knew, as plain values."""
+        assert self._held and self._area
+        self._given = True
+        return msgspec.to_builtins(self._queues.give(self._area))
+
+    def resume(self) -> None:
+        """Serve on, as the successor is gone; whatever it had done by then.
+
+        Packets first.  What else cannot be as it was is told, and tried again.
+        """
+        self._held = self._given = False
+        self._forget_area()
+        self._queues.resume({attachment.name: attachment.info for attachment in self._attachments})
+        self._running.paths.mistrust()
+        self._pathed = (None,)
+        self._owed.set()  # a task publishes, which is begun anew if it fails
+        self._sweep_soon.set()
+        if self._nexthops:
+            self._nexthops.look()
+        self._reclaim()
+        self._running.counters.read()
+
+    def _reclaim(self) -> None:
+        """Have the interfaces be this one's again, as far as they are not."""
+        if not self._attached or self._held:
+            return
+        before, self._unclaimed = self._unclaimed, {}
+        for attachment in self._attachments:
+            if failed := attachment.reclaim(self._running):
+                self._unclaimed[attachment.name] = failed
+                if before.get(attachment.name) != failed:
+                    log.error(
+                        "not all is as it was before the takeover that failed; packets are served, and it is tried"
+                        " again",
+                        interface=attachment.info.name,
+                        seconds=RECLAIM_INTERVAL,
+                        reason="; ".join(failed[:TOLD]),
+                        more=max(len(failed) - TOLD, 0),
+                    )
+        if self._unclaimed:
+            asyncio.get_running_loop().call_later(RECLAIM_INTERVAL, self._reclaim)
+        elif before:
+            log.info("all is as it was before the takeover that failed", interfaces=sorted(before))
+
+    async def leave(self) -> None:
+        """In place of :meth:`close`, when the successor serves: all is its, and stays."""
+        await self._stop_tasks()
+        self._forget_area()
+        for attachment in self._attachments:
+            attachment.give()
+        self._take_down(keep=True)
+        if self._nexthops:
+            await self._nexthops.close(leave=True)
+        self._let_go()
+
+    def _forget_area(self) -> None:
+        if self._area:
+            self._queues.forget_memory()
+            self._area.close()
+            self._area = None
+
+    def _accept(
+        self, predecessor: Predecessor, interfaces: Mapping[str, Interface]
+    ) -> tuple[Program, Inherited | None]:
+        """Get ready for what another process serves with."""
+        names = tuple(interface.name for interface in interfaces.values())
+        with handed(predecessor.fds) as fds:
+            offer = understood(predecessor.values, Offer)
+            if offer.interfaces != names:
+                raise KernelError(f"{', '.join(offer.interfaces)} is served, not {', '.join(names)}; {RESTART}")
+            if offer.seed != fingerprint(self.seed):
+                raise KernelError(f"it has another seed, and would lead connections elsewhere; {RESTART}")
+            for attachment in self._attachments:
+                if self.config.xdp_mode.value not in ("auto", attachment.found):
+                    found, wanted = attachment.found or "not attached", self.config.xdp_mode.value
+                    raise KernelError(f"the XDP program of {attachment.info.name} is {found}, not {wanted}; {RESTART}")
+            self._locks = [next(fds) for _ in self._attachments]
+            self._area = Area(offer.sizes, next(fds))
+            same = {name: offer.forms.get(name) == form for name, form in forms().items()}
+            numbers = offer.numbers
+            left = inherited(self._attachments, self.seed, numbers, counting=same["counters"])
+            program = self._program = Program(self.config, self.seed, left)
+            self._registry = Registry(program.service_room, numbers.backends, numbers.services)
+            self._registry.admit(self.config)
+            self._queues.accept(program.maps, interfaces, program.flows, offer.ports, fds)
+            if same["memory"]:
+                self._queues.look_at_memory(self._area)
+        self._same_memory = same["memory"]
+        return program, left if self.bypass else None
+
+    def _take(self, predecessor: Predecessor) -> float:
+        """Be the one who serves, from now on.  When the other's workers were told to stop, as :class:`Known` has it."""
+        assert self._area
+        known = understood(predecessor.take(), Known)
+        if not self._queues.take(known, self._area, same=self._same_memory) and not self.bypass:
+            log.warning("fallback flows are given up", reason="flows is another number, or it was another version")
+        while self._locks:
+            self._attachments[-len(self._locks)].inherit(self._locks.pop(0))
+        return known.stopped
+
+    def begun(self) -> None:
+        """Have ``crablb status`` know that all is there that this one's owner starts."""
+        self._predecessor = None
+        for attachment in self._attachments:
+            attachment.begun()
+
     async def close(self) -> list[str]:
         """Stop serving; leave nothing in the kernel, or for ``keep`` seconds what a daemon that is killed does.
         Returns the interfaces where something is left.  Idempotent.
         """
+        await self._stop_tasks()
+        kept = self._attached and bool(self.config.keep) and self.bypass and not self._predecessor
+        self._take_down(keep=kept)
+        if self._nexthops:
+            await self._nexthops.close(leave=self._predecessor is not None)
+        self._let_go()
+        return [attachment.info.name for attachment in self._attachments] if kept else []
+
+    async def _stop_tasks(self) -> None:
         self._keep_back(0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        kept = self._attached and bool(self.config.keep) and self.bypass
-        self._take_down(keep=kept)
-        if self._nexthops:
-            await self._nexthops.close()
-        self._let_go()
-        return [attachment.info.name for attachment in self._attachments] if kept else []
 
     def abandon(self) -> None:
         """Leave nothing in the kernel, where there is no event loop any more to :meth:`close` in."""
@@ -509,7 +743,9 @@ class Engine:
         self._taps.end()
         self._sweeper.shutdown()
         for attachment in self._attachments:
-            if keep:
+            if self._predecessor:
+                attachment.back_out()
+            elif keep:
                 attachment.leave()
             else:
                 attachment.detach()
@@ -522,6 +758,9 @@ class Engine:
             self._program.close()
             self._program = None
         self._stack.close()
+        self._forget_area()
+        while self._locks:
+            os.close(self._locks.pop())
 
     @property
     def _running(self) -> Program:
@@ -532,8 +771,8 @@ class Engine:
         for listener in list(self.listeners):
             try:
                 listener(notice)
-            except Exception:  # whatever somebody's listener does is no matter of ours
-                log.exception("a listener failed", notice=str(notice))
+            except Exception as error:  # whatever somebody's listener does is no matter of ours
+                log.error("a listener failed", notice=str(notice), **why(error))
 
     def _from_thread(self, do: Callable[[], None]) -> None:
         """Run in the event loop what a worker's thread has to say."""
@@ -587,9 +826,11 @@ class Engine:
         names = tuple(attachment.info.name for attachment in self._attachments)
         if config.interfaces == names:  # some may have been renamed
             config = replace(config, interfaces=self.config.interfaces)
+        if self._held:
+            raise ConfigError(["another process is taking over just now; try again"])
         differ = [name for name in fixed_fields() if getattr(config, name) != getattr(self.config, name)]
         if differ:
-            raise ConfigError([f"{name} cannot be changed while serving; restart crablb serve" for name in differ])
+            raise ConfigError([f"{name} cannot be changed while serving; {remedy(name)}" for name in differ])
         assert self._nexthops
         for vip in self._registry.admit(config):
             self._running.count_from_zero(self._registry.services[vip])
@@ -610,9 +851,12 @@ class Engine:
         self.count("reloads")
 
     def _hops_changed(self, before: Mapping[Address, NextHop], now: Mapping[Address, NextHop]) -> None:
-        if not self._queues.snapshot:
-            return  # the first resolution: start() publishes it
-        self._publish()
+        if not before and not self._verdicts:
+            return  # the first look
+        if self._queues.snapshot:
+            self._publish()
+        elif all(hop.state is HopState.RESOLVED for hop in self.hops.values()):
+            self._resolved.set()  # start() publishes what there is then: with many backends it takes its time
         self._tell(HopsChanged(before, now))
         for address, hop in now.items():
             if hop.state is HopState.RESOLVED:
@@ -624,7 +868,11 @@ class Engine:
         """From whatever thread.  Why it did, and what to do, the interfaces tell."""
 
         def note() -> None:
-            log.warning("a socket failed", interface=name, reason=reason)
+            if times := self._seldom.due(name):
+                log.warning("a socket failed; it is made anew", interface=name, reason=reason, times=times)
+            asyncio.get_running_loop().call_later((self._queues.failed(name) or 0.0) + 0.01, look)
+
+        def look() -> None:
             if self._nexthops:
                 self._nexthops.look()
 
@@ -633,7 +881,7 @@ class Engine:
     def _links_changed(self) -> None:
         """Serve the interfaces as they are now."""
         self._own()
-        if not self._attached:
+        if not self._attached or self._held:
             return
         links = self._nexthops.links if self._nexthops else {}
         there = {a: link for a in self._attachments if a.mode and (link := links.get(a.info.index))}
@@ -656,8 +904,13 @@ class Engine:
     def _fit(self, attachment: Attachment) -> None:
         """Serve an interface as it is now: there again, with other queues or MTU, or a failed socket."""
         name = attachment.name
-        if attachment.mode and self._queues.failed(name):
-            self._lose(attachment)
+        if attachment.mode and (pause := self._queues.failed(name)) is not None:
+            if not attachment.attached:  # it was gone, and has its index again
+                self._lose(attachment)
+            elif pause:
+                return
+            else:
+                self._tried.pop(name, None)
         try:
             info = interface_info(attachment.info.name)
         except KernelError:  # its event is on its way
@@ -733,7 +986,8 @@ class Engine:
         """Have the XDP program and the workers see what is there now."""
         at, hops = time.monotonic(), self._nexthops.current if self._nexthops else {}
         self._judge()
-        if self._attached:  # until then the map may be in use still, by the program of a daemon that died
+        # Before and after, the map is another's: of a daemon that died, or of one that lives.
+        if self._attached and not self._given:
             dead = {b.address for s in self._served.services for b in s.backends if b.state is State.DEAD}
             about = hops, self._registry.version, dead, self._ways_known()
             if about[0] is not self._pathed[0] or about[1:] != self._pathed[1:]:
@@ -742,11 +996,15 @@ class Engine:
         if self._usable[0] is not hops:
             self._usable = hops, frozenset(a for a, hop in hops.items() if hop.state is HopState.RESOLVED)
         self._balance.follow(self._served.services, self._usable[1], at if self._attached else None, self._warm)
-        snapshot = build(self._served, self._sight(at), self._queues.snapshot)
+        # Before there are packets, nobody asks anything meanwhile.
+        most = at_once(self.config.table_size) if self._attached else None
+        snapshot = build(self._served, self._sight(at), self._queues.snapshot, most)
         self._custom.publish(snapshot.custom)
         self._queues.publish(snapshot)
-        if len(self._usable[1]) == len(hops):
-            self._resolved.set()
+        if snapshot.owed:
+            self._owed.set()
+        else:
+            self._owed.clear()
 
     def _sight(self, at: float) -> Sight:
         """What there is to be seen now, for a snapshot."""
@@ -773,6 +1031,14 @@ class Engine:
         return ways(self._attachments, hop, forced=self.config.ack_bypass is Bypass.ON)
 
     # ---- now and then ----
+
+    async def _publish_owed(self) -> None:
+        """Make many tables bit by bit: whoever asks something has his answer in between."""
+        while True:
+            await self._owed.wait()
+            await asyncio.sleep(0)
+            if self._owed.is_set():
+                self._publish()
 
     async def _keep_balance(self) -> None:
         """Work out schedules anew as connections come, and let weights rise."""
@@ -808,6 +1074,8 @@ class Engine:
                 async with asyncio.timeout(SWEEP_INTERVAL):
                     await self._sweep_soon.wait()
             self._sweep_soon.clear()
+            if self._held:
+                continue
             try:
                 await self._sweep_once()
             except BaseException:  # what was not swept is swept the next time
@@ -816,16 +1084,18 @@ class Engine:
 
     async def _sweep_once(self) -> None:
         # Only when no worker looks into a snapshot from before can it be known who gets no new flows.
-        quiet = self._queues.settle()
+        # A service that is owed its table gives some to whom the configuration does not name any more.
+        quiet = self._queues.settle() and not self._owed.is_set()
         self._applied = [self.config]
         services = np.zeros(1 << 16, np.bool_)
         services[[self._registry.services[service.vip] for service in self.config.services]] = True
         flows, left = await self._aside(lambda: self._count_flows(services))
         total = self.statistics()["total"]
         refused, dropped = total["flows_full"], total["xsk_rx_dropped"] + total["xsk_rx_full"]
-        self._tell(Swept(flows, refused - self._refused, dropped - self._dropped))
-        self._refused, self._dropped = refused, dropped
-        if quiet:
+        unsent = total["drop_tx"]
+        self._tell(Swept(flows, refused - self._refused, dropped - self._dropped, unsent - self._unsent))
+        self._refused, self._dropped, self._unsent = refused, dropped, unsent
+        if quiet and not self._held:
             self._forget(left)
         for name in self._unfit:
             self._tried.pop(name, None)
@@ -857,6 +1127,7 @@ class Engine:
         gone = self._registry.collect(self._applied, flows)
         for address, backend_id in gone.items():
             self._running.paths.forget(address, backend_id)
+        self._queues.keep_joins(self._registry.backends.values(), self._registry.services.values())
         self._pathed = (None,)
         if gone:
             self._publish()

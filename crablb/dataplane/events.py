@@ -18,7 +18,8 @@ class Event:
     #: "backend-up", "backend-down", "policy-failed", "handler-failed", "vip-in-use", "vip-taken", "vip-yielded",
     #: "server-silent", "changed", "redirects-stopped", "redirects-resumed",
     #: "backend-healthy", "backend-unhealthy", "panic", "panic-over", "quorum-lost", "quorum-reached",
-    #: "reloaded", "not-reloaded", "state", "weight",
+    #: "checks-late", "checks-in-time",
+    #: "reloaded", "not-reloaded", "state", "weight", "taken-over" (from another process), "takeover-failed",
     #: "interface-gone", "interface-back", "interface-renamed", "interface-changed", "interface-unserved",
     #: "failed" (it cannot go on: a task of its own is given up)
     kind: str
@@ -61,6 +62,7 @@ class Swept:
     # Since the last sweep:
     refused: int  # connections that the workers' caches had no room for
     dropped: int = 0  # packets that the kernel dropped in front of the workers
+    unsent: int = 0  # packets that it refused to send for them
 
 
 #: An :class:`Event` is for everybody; the others are for :mod:`crablb.control`.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from crablb.dataplane.paths import PATH_SIZE
 from crablb.kernel.bpf import Map
 from crablb.model import Address, Vip, mapped, unmapped
 
-__all__ = ["FLOW", "FlowTable", "Inherited", "buckets_for", "flow_hash", "hashing", "now"]
+__all__ = ["FLOW", "FlowTable", "Inherited", "Numbered", "buckets_for", "flow_hash", "hashing", "now"]
 
 #: ``struct crab_flow``.
 FLOW = np.dtype(
@@ -75,15 +76,25 @@ class FlowTable:
         ages: npt.NDArray[np.uint16] = np.uint16(at & 0xFFFF) - self.places["seen"]
         return ages
 
-    def count(self) -> int:
-        """How many flows there are, without those that have ended and would give way to others."""
+    def _going_on(self) -> npt.NDArray[np.bool_]:
+        """Which places hold flows that have not ended."""
         at = now()
         age = self._ages(at)
         ended = (self.places["state"] == lib.CRAB_FLOW_ENDING) & (age > lib.CRAB_AGE_ENDING)
-        return int(np.count_nonzero(self.alive(at) & ~(ended & (age <= lib.CRAB_AGE_NEGATIVE))))
+        going_on: npt.NDArray[np.bool_] = self.alive(at) & ~(ended & (age <= lib.CRAB_AGE_NEGATIVE))
+        return going_on
+
+    def count(self) -> int:
+        """How many flows there are, without those that have ended and would give way to others."""
+        return int(np.count_nonzero(self._going_on()))
+
+    def going_on(self) -> npt.NDArray[np.void]:
+        """A copy of those that :meth:`count` counts, dtype :data:`FLOW`."""
+        return self.places[self._going_on()]
 
     def flows(self) -> npt.NDArray[np.void]:
-        """A copy of the flows there are, dtype :data:`FLOW`."""
+        """A copy of the flows whose packets find their way, dtype :data:`FLOW`: also those that have ended, as long as
+        their places are not needed."""
         return self.places[self.alive(now())]
 
     def find(self, connection: int) -> tuple[np.void, int] | None:
@@ -121,21 +132,33 @@ class FlowTable:
         return ffi.gc(table, lib.crab_table_free)
 
 
+class Numbered(NamedTuple):
+    """The ids of backends, and the indices of services."""
+
+    backends: Mapping[Address, int]
+    services: Mapping[Vip, int]
+
+
+#: Maps that go on counting for the next daemon, if the one before lives until then.
+COUNTING = ("service_counters", "xdp_counters", "worker_counters", "daemon_counters")
+
+
 class Inherited:
-    """What a daemon that died left: its flows, its backends' ids and its services' indices.
+    """What another daemon left, or has: its flows, its backends' ids and its services' indices.
 
     Raises :class:`BpfNotFoundError` from :meth:`open` if there is nothing, ``ValueError`` if it is of no use.
     """
 
-    def __init__(
-        self, flows: Map, paths: Map, backends: dict[Address, int], services: dict[Vip, int], stack: ExitStack
-    ) -> None:
-        self.flows, self.paths = flows, paths
-        self.backends, self.services = backends, services
+    def __init__(self, maps: Mapping[str, Map], numbers: Numbered, stack: ExitStack) -> None:
+        self.maps = maps
+        self.flows = maps["flows"]
+        self.backends, self.services = numbers
         self._stack = stack
 
     @classmethod
-    def open(cls, folder: Path, seed: bytes) -> Self:
+    def open(cls, folder: Path, seed: bytes, numbers: Numbered | None = None, *, counting: bool = False) -> Self:
+        """``numbers``: of a daemon that lives; else they are found in what is left.  ``counting``: with the maps that
+        are counted in."""
         with ExitStack() as stack:
 
             def pinned(name: str) -> Map:
@@ -147,10 +170,14 @@ class Inherited:
                 raise ValueError("another version of crablb made them")
             if keys.lookup(0) != hashing(seed, flows.max_entries):
                 raise ValueError("they were found by another seed")
-            services = {Vip.from_key(key): int.from_bytes(value, "little") for key, value in old.items()}
-            used = np.unique(FlowTable(flows).flows()["backend"]).tolist()
-            backends = {unmapped((paths.lookup(i) or bytes(16))[:16]): i for i in used}
-            return cls(flows, paths, backends, services, stack.pop_all())
+            maps = {"flows": flows, "paths": paths}
+            if counting:
+                maps |= {name: pinned(name) for name in COUNTING}
+            if not numbers:
+                services = {Vip.from_key(key): int.from_bytes(value, "little") for key, value in old.items()}
+                used = np.unique(FlowTable(flows).flows()["backend"]).tolist()
+                numbers = Numbered({unmapped((paths.lookup(i) or bytes(16))[:16]): i for i in used}, services)
+            return cls(maps, numbers, stack.pop_all())
 
     def close(self) -> None:
         self._stack.close()

@@ -80,6 +80,10 @@ class Paths:
                 self._known[address] = found
         self.reached = frozenset(reached)
 
+    def mistrust(self) -> None:
+        """Somebody else may have written to the map."""
+        self._known.clear()
+
     def forget(self, address: Address, backend_id: int) -> None:
         """The id is nobody's any more."""
         self._known.pop(address, None)

@@ -77,7 +77,7 @@ def _load(
 class Program:
     """The program with its maps, for one process; several interfaces may have it attached.
 
-    ``inherited``: the maps of a daemon that died, taken over; closed in any case.  Raises
+    ``inherited``: the maps of another daemon, taken over; closed in any case.  Raises
     :class:`crablb.kernel.bpf.BpfError`.
     """
 
@@ -86,12 +86,15 @@ class Program:
         known = inherited.services.values() if inherited else ()
         needed = max(known, default=-1) + 1 + len(config.services)
         sizes = {"service_counters": min(max(2 * needed, SERVICES), lib.CRAB_MAX_SERVICES)}
-        reuse = {}
-        if inherited:
-            reuse = {"flows": inherited.flows, "paths": inherited.paths}
-            buckets = inherited.flows.max_entries
-        else:
-            sizes["flows"] = buckets
+        reuse = dict(inherited.maps) if inherited else {}
+        if not bypass(config) or ("flows" in reuse and reuse["flows"].max_entries == 1):  # it had none
+            for name in ("flows", "paths"):
+                reuse.pop(name, None)
+        if "service_counters" in reuse and reuse["service_counters"].max_entries < needed:
+            del reuse["service_counters"]
+        if "flows" in reuse:
+            buckets = reuse["flows"].max_entries
+        sizes = {name: size for name, size in {**sizes, "flows": buckets}.items() if name not in reuse}
         try:
             self._object = _load(reuse, sizes)
         finally:

@@ -15,28 +15,36 @@ import os
 import select
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from crablb import carried
+from crablb import carried, lasting
 from crablb._native import ffi, lib
 from crablb.dataplane.flows import FlowTable, now
 from crablb.dataplane.handlers import Entrance, Handlers
+from crablb.dataplane.handover import Area, Known, Port, Queue
 from crablb.dataplane.snapshot import Snapshot
 from crablb.dataplane.statistics import Rounds
 from crablb.errors import KernelError
-from crablb.kernel import bpf
+from crablb.kernel import bpf, ethtool
 from crablb.kernel.interface import Interface
-from crablb.kernel.xsk import HEADROOM, XskError, XskSocket
+from crablb.kernel.xsk import HEADROOM, Given, XskError, XskSocket
 from crablb.model import Config
 from crablb.selection.custom import Custom
 
 __all__ = ["Queues"]
 
 FRAMES = 4096  # a queue
+AGAIN = 1.0  # seconds between two sockets in place of one that failed
+TURN = 1.0  # seconds in which the thread of a worker that is woken turns, if it does at all
+#: Drivers whose zero-copy mode loses packets.  virtio_net (seen with Linux 7.3) drops all that the XDP program sends by
+#: XDP_TX (`tx_xdp_tx_drops`).
+LOSING = {"virtio_net"}
+TOKENS = 1 << 18  # of MPTCP connections, of all queues together: 2 MiB when it is full
 
 
 class _Worker:
@@ -45,6 +53,7 @@ class _Worker:
     def __init__(self, config: Config, counters: Any, handlers: Handlers, custom: Custom) -> None:
         self.counters = counters  # CRAB_COUNTERS of uint64_t
         self.xsk: XskSocket | None = None
+        self.failed = False  # the socket did
         self.c: Any = ffi.NULL
         self.core = lib.crab_core_new(config.flows, counters)
         if not self.core:
@@ -54,6 +63,7 @@ class _Worker:
         self._entrance: Entrance | None = None
         self._thread: threading.Thread | None = None
         self.rounds = ffi.new("struct crab_rounds *")
+        self._turns = 0  # of the thread, when last it was marked
         lib.crab_core_ask(self.core, lib.crab_python_choose, custom.handle)
 
     def bind(self, xsk: XskSocket) -> None:
@@ -62,7 +72,8 @@ class _Worker:
         if not c:
             error = os.strerror(ffi.errno)
             raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
-        self.c, self.xsk = c, xsk
+        lib.crab_worker_free(self.c)
+        self.c, self.xsk, self.failed = c, xsk, False
         lib.crab_worker_spin(c, self._spin)
         lib.crab_worker_rounds(c, self.rounds)
         self._entrance = Entrance(self._handlers, xsk.memory, xsk.frame_size)
@@ -73,6 +84,7 @@ class _Worker:
         assert self.xsk
 
         def run() -> None:
+            lasting.show_name()
             with contextlib.suppress(OSError):  # the CPU was taken from us meanwhile; any other will do
                 os.sched_setaffinity(0, {cpu})
             rc = lib.crab_worker_run(self.c)  # without the GIL
@@ -80,24 +92,81 @@ class _Worker:
                 failed(self.failure(-rc))
 
         thread = threading.Thread(target=run, name=f"crablb-{self.xsk.interface}/{self.xsk.queue}", daemon=True)
+        self._turns = 0
         thread.start()
         self._thread = thread
+
+    @property
+    def late(self) -> bool:
+        """Whether it has a thread, which has not turned since :meth:`mark`."""
+        return bool(self._thread) and lib.crab_worker_turns(self.c) == self._turns
+
+    def mark(self) -> None:
+        self._turns = lib.crab_worker_turns(self.c) if self._thread else 0
+
+    def wake(self) -> None:
+        lib.crab_worker_wake(self.c)
 
     def failure(self, number: int) -> str:
         assert self.xsk
         return f"queue {self.xsk.queue} of {self.xsk.interface} failed: {os.strerror(number)}"
 
-    def unbind(self) -> None:
-        """End the thread, close the socket.  Idempotent."""
-        if not self.xsk:
-            return
-        lib.crab_worker_stop(self.c)
+    def stop(self) -> None:
+        """End the thread; the socket stays, for :meth:`bind` to begin anew with.  Idempotent."""
+        if self.c:
+            lib.crab_worker_stop(self.c)
         if self._thread:
             self._thread.join()
             self._thread = None
+
+    def unbind(self) -> None:
+        """End the thread, close the socket.  Idempotent."""
+        self.stop()
+        # Not by stop(), which may have no time: the kernel waits for all CPUs before a packet socket is closed.
         lib.crab_worker_free(self.c)
-        self.xsk.close()
-        self.c, self.xsk = ffi.NULL, None
+        self.c = ffi.NULL
+        if self.xsk:
+            self.xsk.close()
+            self.xsk = None
+        self.failed = False
+
+    def lose(self) -> None:
+        """:meth:`unbind`, and count what is lost in the socket's rings.  Idempotent."""
+        self.stop()
+        if self.c:
+            lib.crab_worker_lose(self.c)
+        self.unbind()
+
+    def note(self, touched: npt.NDArray[np.uint8] | None) -> None:
+        """Have it note from now on which parts of :attr:`cache` it changes: a bit each.  None: no more.
+
+        Raises :class:`KernelError` if its thread does not turn.
+        """
+        if touched is None:
+            lib.crab_core_note(self.core, ffi.NULL)
+            return
+        lib.crab_core_note(self.core, ffi.cast("uint64_t *", ffi.from_buffer(touched)))
+        if not self._thread:
+            return
+        before, end = lib.crab_worker_turns(self.c), time.monotonic() + TURN
+        while lib.crab_worker_turns(self.c) == before:
+            lib.crab_worker_wake(self.c)
+            if time.monotonic() > end:
+                assert self.xsk
+                raise KernelError(f"the worker of {self.xsk.interface}/{self.xsk.queue} does not turn; restart")
+            time.sleep(0.0001)
+
+    @property
+    def works(self) -> bool:
+        """Whether it has a thread."""
+        return self._thread is not None
+
+    @property
+    def cache(self) -> npt.NDArray[np.uint8]:
+        """The flow cache's memory."""
+        size = ffi.new("uint64_t *")
+        entries = lib.crab_core_flows(self.core, size)
+        return np.frombuffer(ffi.buffer(entries, size[0]), np.uint8)
 
     def close(self) -> None:
         self.unbind()
@@ -113,8 +182,17 @@ def _socket(interface: Interface, queue: int, *, copy: bool | None = None) -> Xs
     """What does not fit into a frame lies in several; where a socket cannot have that, frames are as long as can be."""
     several = bool(lib.crab_xsk_knows_frags()) and interface.mtu <= _room(2048)
     size = 2048 if several else 4096
+    if copy is None and ethtool.driver(interface.name) in LOSING:
+        copy = True
     xsk = XskSocket(
-        interface.name, queue, frames=FRAMES, frame_size=size, load_program=False, multi_buffer=True, copy=copy
+        interface.name,
+        queue,
+        frames=FRAMES,
+        frame_size=size,
+        load_program=False,
+        multi_buffer=True,
+        copy=copy,
+        memory_file=True,
     )
     if xsk.zero_copy and not xsk.multi_buffer and interface.mtu > _room(4096):
         xsk.close()
@@ -129,6 +207,21 @@ def _takes(xsk: XskSocket, mtu: int) -> bool:
     return xsk.frame_size == 4096 and not (xsk.zero_copy and mtu > _room(4096))
 
 
+def _by_queue(area: Area) -> Iterator[Sequence[npt.NDArray[np.uint8]]]:
+    """Of each queue in turn: its worker's cache, which parts of it were touched since it was written, free frames."""
+    return zip(area.parts[1::3], area.parts[2::3], area.parts[3::3], strict=True)
+
+
+def _renew(to: npt.NDArray[np.uint8], cache: npt.NDArray[np.uint8], touched: npt.NDArray[np.uint8]) -> None:
+    """Copy what was touched since ``to`` was as ``cache`` is."""
+    lib.crab_flows_renew(
+        ffi.from_buffer("uint8_t[]", to),
+        ffi.from_buffer("uint8_t[]", cache),
+        ffi.cast("uint64_t *", ffi.from_buffer(touched)),
+        len(cache),
+    )
+
+
 class _Port:
     """An interface: its workers by queue, and where they are in the maps."""
 
@@ -137,7 +230,7 @@ class _Port:
         self.cpu = cpu  # the first of those that work for it
         self.index = 0  # of the interface, in map `interfaces`
         self.workers: dict[int, _Worker] = {}
-        self.failed = False  # a socket did, since they were bound
+        self.renewed = -AGAIN  # when sockets that had failed were last made anew
 
 
 class Queues:
@@ -161,6 +254,11 @@ class Queues:
         # program that calls once() again and again would hardly ever let go of the second.
         self._turn, self._lock = threading.RLock(), threading.RLock()
         self._inside = 0  # the thread that has both
+        self._coming: list[tuple[_Port, int, XskSocket]] = []  # another process's sockets, until they are taken
+        #: ``struct crab_joins *``: MPTCP connections' tokens, which all workers learn.
+        self.joins = ffi.gc(lib.crab_joins_new(TOKENS), lib.crab_joins_free)
+        if not self.joins:
+            raise KernelError(f"no memory for {TOKENS} tokens of MPTCP connections")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -239,16 +337,150 @@ class Queues:
             slot += room
             cpu += min(len(port.workers), self._config.queues or len(port.workers))
 
+    # ---- from one process to the next: crablb.dataplane.handover ----
+
+    def offer(self) -> tuple[dict[str, Port], int, list[int]]:
+        """What there is to be taken over: ports by interface, bytes of the MPTCP tokens, two descriptors a queue."""
+        ports: dict[str, Port] = {}
+        fds: list[int] = []
+        for name, port in self._ports.items():
+            queues = {}
+            for number, worker in port.workers.items():
+                if worker.xsk:
+                    queues[number] = Queue(worker.xsk.bound(), len(worker.cache))
+                    fds += worker.xsk.files
+            ports[name] = Port(port.first, port.room, port.cpu, queues)
+        return ports, int(lib.crab_joins_size(self.joins)), fds
+
+    def give(self, area: Area) -> Known:
+        """Work no more, and say what is known; the sockets stay.  Only :meth:`resume` and :meth:`close` follow."""
+        stopped = time.monotonic()
+        frames: dict[str, dict[int, Given]] = {}
+        rounds: dict[str, dict[int, str]] = {}
+        with self._alone():
+            for worker in self._workers:
+                if worker.c:
+                    lib.crab_worker_stop(worker.c)  # all of them before the first is waited for
+            for worker in self._workers:
+                worker.stop()
+            lib.crab_joins_give(self.joins, ffi.from_buffer("uint8_t[]", area.parts[0]))
+            parts = _by_queue(area)
+            for name, port in self._ports.items():
+                frames[name], rounds[name] = {}, {}
+                for number, worker in port.workers.items():
+                    if worker.xsk:
+                        cache, touched, free = next(parts)
+                        _renew(cache, worker.cache, touched)
+                        frames[name][number] = worker.xsk.give(free.view(np.uint64))
+                        rounds[name][number] = bytes(ffi.buffer(worker.rounds)).hex()
+        return Known(frames, rounds, stopped)
+
+    def show_memory(self, area: Area) -> None:
+        """Write down what the workers remember, and from then on what of that they change: little is left to be
+        written by :meth:`give`, however much they remember, and no page of it is new then.
+
+        Raises :class:`KernelError`.  Followed by :meth:`give` or :meth:`resume`.
+        """
+        lib.crab_joins_give(self.joins, ffi.from_buffer("uint8_t[]", area.parts[0]))
+        workers = (worker for port in self._ports.values() for worker in port.workers.values() if worker.xsk)
+        for (cache, touched, _), worker in zip(_by_queue(area), workers, strict=True):
+            worker.note(touched)
+            cache[:] = worker.cache
+
+    def forget_memory(self) -> None:
+        """Write down no more; before its :class:`.Area` is closed.  Idempotent."""
+        for worker in self._workers:
+            worker.note(None)
+
+    def resume(self, interfaces: Mapping[str, Interface]) -> None:
+        """Work on after :meth:`give`.  A socket that somebody has used is made anew; of one that cannot be, the others
+        work on, and it has failed (:meth:`failed`)."""
+        for name, port in self._ports.items():
+            for number, worker in port.workers.items():
+                if not worker.xsk or worker.works:
+                    continue
+                try:
+                    if worker.xsk.moved:
+                        self._bind(port, name, number, interfaces[name])
+                    else:
+                        worker.bind(worker.xsk)
+                        self._start(port, name, number)
+                except Exception as error:  # no memory, no thread, an interface that is gone, whatever it is
+                    self._has_failed(worker, name, f"queue {number} cannot be worked on again: {error}")
+
+    def accept(
+        self,
+        maps: Mapping[str, bpf.Map],
+        interfaces: Mapping[str, Interface],
+        table: FlowTable | None,
+        ports: Mapping[str, Port],
+        fds: Iterator[int],
+    ) -> None:
+        """Get ready for another process's queues, in place of :meth:`open`; it works on them until :meth:`take`."""
+        self._maps, self._table = maps, table
+        self._shared = maps["worker_counters"].mmap()
+        for name, interface in interfaces.items():
+            offered = ports[name]
+            port = self._ports[name] = _Port(offered.first, offered.room, offered.cpu)
+            for number, queue in offered.queues.items():
+                xsk = XskSocket.adopt(queue.bound, (next(fds), next(fds)))
+                self._coming.append((port, number, xsk))
+                if queue.bound.ifindex != interface.index:
+                    raise KernelError(f"{interface.name} has changed meanwhile; try again")
+                port.workers[number] = self._worker(port.first, number)
+            count = max(port.workers, default=-1) + 1
+            maps["interfaces"].update(interface.index, struct.pack("=II", port.first, count))
+            port.index = interface.index
+
+    def take(self, known: Known, area: Area, *, same: bool) -> bool:
+        """What another process has given is this one's from now on.  ``same``: its memory is of the same form.
+
+        Whether this one's workers remember what its did; else they know what :meth:`adopt` said.
+        """
+        remembered = same and self._take_joins(area)
+        names = {id(port): name for name, port in self._ports.items()}
+        for (port, number, xsk), (cache, touched, free) in zip(self._coming, _by_queue(area), strict=True):
+            worker, name = port.workers[number], names[id(port)]
+            if same and len(worker.cache) == len(cache):
+                _renew(worker.cache, cache, touched)
+            else:
+                remembered = False
+            rounds = bytes.fromhex(known.rounds[name][number])
+            if len(rounds) == ffi.sizeof("struct crab_rounds"):
+                ffi.buffer(worker.rounds)[:] = rounds
+            xsk.take(known.frames[name][number], free.view(np.uint64))
+            worker.bind(xsk)
+            xsk.register(self._maps["sockets"], port.first + number)
+        self._coming.clear()
+        return remembered
+
+    def look_at_memory(self, area: Area) -> None:
+        """Remember what another process's workers do, which :meth:`show_memory` wrote down; :meth:`take` has the
+        rest."""
+        self._take_joins(area)
+        for (port, number, _), (cache, _, _) in zip(self._coming, _by_queue(area), strict=True):
+            there = port.workers[number].cache
+            if len(there) == len(cache):
+                there[:] = cache
+
+    def _take_joins(self, area: Area) -> bool:
+        same = len(area.parts[0]) == int(lib.crab_joins_size(self.joins))
+        if same:
+            lib.crab_joins_take(self.joins, ffi.from_buffer("uint8_t[]", area.parts[0]))
+        return same
+
     def fit(self, name: str, interface: Interface) -> None:
         """Have a socket on each queue that the interface has now, for frames as long as it takes now.
 
         Raises :class:`KernelError` if that cannot be; those are served then that could be.
         """
         port = self._ports[name]
+        if any(worker.failed for worker in port.workers.values()):
+            port.renewed = time.monotonic()
         try:
             for queue in range(interface.rx_queues):
                 worker = port.workers.get(queue)
-                if worker and worker.xsk and _takes(worker.xsk, interface.mtu):
+                if worker and worker.xsk and not worker.failed and _takes(worker.xsk, interface.mtu):
                     continue
                 if queue >= port.room:
                     raise KernelError(
@@ -273,7 +505,7 @@ class Queues:
         worker = port.workers.get(queue)
         if worker:
             with self._alone():
-                worker.unbind()  # a queue can have one socket only
+                self._lose(port, queue)  # a queue can have one socket only
         xsk = _socket(interface, queue)
         made = None
         try:
@@ -293,6 +525,7 @@ class Queues:
     def _worker(self, first: int, queue: int) -> _Worker:
         base = ffi.cast("struct crab_worker_counters *", ffi.from_buffer(self._shared))
         worker = _Worker(self._config, base[first + queue].n, self._handlers, self._custom)
+        lib.crab_core_join(worker.core, self.joins)
         if self._showing:
             self._show(worker, queue)
         if self._table:
@@ -307,13 +540,22 @@ class Queues:
         """Close its sockets; :meth:`fit` makes others, on perhaps another interface."""
         port = self._ports[name]
         with self._alone():
-            for worker in port.workers.values():
-                worker.unbind()
-            port.failed = False
+            for queue in port.workers:
+                self._lose(port, queue)
 
-    def failed(self, name: str) -> bool:
-        """Whether a socket of this interface has failed, since it was bound."""
-        return self._ports[name].failed
+    def _lose(self, port: _Port, queue: int) -> None:
+        """Close a socket.  The XDP program drops what comes then, and counts it; the kernel would not."""
+        with contextlib.suppress(KernelError):
+            self._maps["sockets"].delete(port.first + queue)
+        port.workers[queue].lose()
+
+    def failed(self, name: str) -> float | None:
+        """In how many seconds sockets of this interface that have failed are to be made anew, by :meth:`fit`: at once,
+        and no more often than each :data:`AGAIN`.  None: none has."""
+        port = self._ports[name]
+        if not any(worker.failed for worker in port.workers.values()):
+            return None
+        return max(port.renewed + AGAIN - time.monotonic(), 0.0)
 
     def adopt(self, flows: npt.NDArray[np.void]) -> None:
         """Remember flows, an array of dtype :data:`crablb.dataplane.flows.FLOW`.  Before the workers work."""
@@ -332,13 +574,29 @@ class Queues:
 
     def _start(self, port: _Port, name: str, queue: int) -> None:
         cpu = port.cpu + (queue % self._config.queues if self._config.queues else queue)
-        port.workers[queue].start(
-            self._cpus[cpu % len(self._cpus)], lambda reason: self._has_failed(port, name, reason)
-        )
+        worker = port.workers[queue]
+        worker.start(self._cpus[cpu % len(self._cpus)], lambda reason: self._has_failed(worker, name, reason))
 
-    def _has_failed(self, port: _Port, name: str, reason: str) -> None:
-        port.failed = True
+    def _has_failed(self, worker: _Worker, name: str, reason: str) -> None:
+        worker.failed = True
         self._failed(name, reason)
+
+    def late(self) -> list[str]:
+        """The queues whose threads have not turned since the last time that there were none of those.  They are woken:
+        they may merely sleep.  Whoever has failed is another matter."""
+        workers = [
+            (f"{name}/{n}", worker)
+            for name, port in self._ports.items()
+            for n, worker in sorted(port.workers.items())
+            if not worker.failed
+        ]
+        late = [name for name, worker in workers if worker.late]
+        for _, worker in workers:
+            if not late:
+                worker.mark()
+            elif worker.late:
+                worker.wake()
+        return late
 
     def once(self, timeout: float) -> int:
         """Work on what has come on all queues, in this thread; wait at most ``timeout`` seconds if there is nothing.
@@ -361,12 +619,12 @@ class Queues:
         with self._alone():
             for name, port in self._ports.items():
                 for worker in port.workers.values():
-                    if not worker.xsk or port.failed:
+                    if not worker.xsk or worker.failed:
                         continue
                     with carried.carrying():
                         n = lib.crab_worker_once(worker.c, 0)
                     if n < 0:
-                        self._has_failed(port, name, worker.failure(-n))
+                        self._has_failed(worker, name, worker.failure(-n))
                         continue
                     done += n
                     waiting.append(worker.xsk.fd)
@@ -427,11 +685,19 @@ class Queues:
         """Packets that there was no room to show."""
         return sum(lib.crab_core_unshown(worker.core) for worker in self._workers)
 
-    def count(self, counts: npt.NDArray[np.uint32]) -> None:
-        """Add to ``counts``, by backend id, the flows in the workers' caches.  From any thread, until :meth:`close`."""
+    def count(self, counts: npt.NDArray[np.uint32], *, open_only: bool = False) -> None:
+        """Add to ``counts``, by backend id, the flows in the workers' caches; ``open_only``: those whose client was
+        answered, and has not begun to end them.  From any thread, until :meth:`close`."""
         with self._alone():
             for worker in self._workers:
-                lib.crab_core_count(worker.core, ffi.from_buffer("uint32_t[]", counts), len(counts), now())
+                lib.crab_core_count(worker.core, ffi.from_buffer("uint32_t[]", counts), len(counts), now(), open_only)
+
+    def keep_joins(self, backends: Iterable[int], services: Iterable[int]) -> None:
+        """Forget the MPTCP connections of all backends and services but these, by number."""
+        kept = [np.zeros(1 << 16, np.bool_) for _ in range(2)]
+        for each, numbers in zip(kept, (backends, services), strict=True):
+            each[list(numbers)] = True
+        lib.crab_joins_keep(self.joins, *(ffi.from_buffer("bool[]", each) for each in kept))
 
     def recall(self, connection: int) -> list[tuple[str, int, Any]]:
         """What the workers remember of a connection, by its hash: interface, queue, and ``struct crab_memory``."""
@@ -447,8 +713,15 @@ class Queues:
     def close(self) -> None:
         """Stop the workers, close the sockets, free the snapshots.  Idempotent."""
         with self._alone():
-            for worker in self._workers:
-                worker.close()
+            for port in self._ports.values():
+                for queue, worker in port.workers.items():
+                    # One that another process has as well would keep the map for as long as that lives.
+                    with contextlib.suppress(KernelError):
+                        self._maps["sockets"].delete(port.first + queue)
+                    worker.close()
+            for _, _, xsk in self._coming:
+                xsk.close()
+            self._coming.clear()
             self._ports.clear()
         for snapshot in (*self._retired, *([self._snapshot] if self._snapshot else [])):
             snapshot.free()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, ip_address
 from typing import Any
 
@@ -22,7 +22,7 @@ from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import CONSISTENT, Address, Config, OptionForm, Service, Vip
 from crablb.selection.custom import Custom
-from crablb.selection.loads import Load
+from crablb.selection.loads import WHOLE, Load
 from crablb.selection.standing import Pair, Standing, Verdict, judge
 
 __all__ = ["ACTIONS", "Asked", "Done", "Memory", "Rehearsal", "choice_hash", "rehearse", "slot", "syn"]
@@ -37,6 +37,7 @@ SOMEBODY = bytes.fromhex("02637261626c")
 LINUX = bytes.fromhex("020405b40402080a000000010000000001030307")
 OFFERS = {OptionForm.CRAB: bytes.fromhex("2a020101"), OptionForm.EXPERIMENTAL: bytes.fromhex("fd044352")}
 assert OFFERS.keys() == FORMS.keys()
+MP_CAPABLE = bytes.fromhex("1e040101")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +87,33 @@ class Rehearsal:
     slot: int = -1
     seat: Address | None = None  # who has that slot
     asked: tuple[tuple[Address, int, Load], ...] = ()  # whom a policy chooses from: weight, load
+    wanted: Service | None = None  # as the operator has it
+    standings: Mapping[Pair, Standing] = field(default_factory=dict)  # of its backends
+    hops: Mapping[Address, NextHop] = field(default_factory=dict)  # to its backends, as far as they are known
     assumed: frozenset[Address] = frozenset()  # backends whose way is not known, and was taken to be there
     done: Done | None = None
     backend: Address | None = None  # that it would go to
     hop: NextHop | None = None  # of that
 
 
-def syn(client: Address, port: int, vip: Vip, mac: bytes, form: OptionForm | None) -> bytes:
+def syn(
+    client: Address,
+    port: int,
+    vip: Vip,
+    mac: bytes,
+    form: OptionForm | None,
+    *,
+    mptcp: bool = False,
+    join: bytes | None = None,
+) -> bytes:
     """The frame of a SYN as Linux sends it, from ``client`` and ``port``, to ``mac``; ``form``: of its offer, if it
-    makes one."""
-    options = LINUX + (OFFERS[form] if form else b"")
+    makes one; ``mptcp``: it would speak MPTCP; ``join``: token, 4 bytes, of the MPTCP connection that it joins."""
+    options = LINUX
+    if join is not None:
+        options += bytes.fromhex("1e0c1001") + join + bytes.fromhex("63726162")
+    elif mptcp:
+        options += MP_CAPABLE
+    options += OFFERS[form] if form else b""
     isn = 0x63726162
     tcp = struct.pack("!HHIIBBHHH", port, vip.port, isn, 0, (20 + len(options)) << 2, 2, 64240, 0, 0) + options
     addresses = client.packed + vip.address.packed
@@ -130,24 +148,32 @@ def rehearse(
     standings: Mapping[Pair, Standing],
     custom: Custom,
     remembered: Callable[[int], Sequence[Memory]],
+    joins: Any,
 ) -> Rehearsal:
     """Have a core of its own work on the SYN.
 
-    ``custom``: who asks policies in Python; ``remembered``: what is known of a connection, by its hash.
+    ``custom``: who asks policies in Python; ``remembered``: what is known of a connection, by its hash; ``joins``:
+    ``struct crab_joins *``, MPTCP connections' tokens.
     """
     found = Rehearsal(asked.interface.name, asked.frame, asked.action)
     service = next((s for s in config.services if s.vip == asked.vip), None)
     if not service:
         return found
     down = {(asked.vip, a): replace(standings.get((asked.vip, a), Standing()), healthy=False) for a in asked.down}
-    verdict = judge(service, {**standings, **down})
+    standings = {**standings, **down}
+    verdict = judge(service, standings)
     ids, hops = dict(sight.backends), dict(sight.hops)
     assumed = frozenset(b.address for b in service.backends if b.address not in hops)
+    for backend in service.backends:  # the way to one that was removed may be known still
+        ids.setdefault(backend.address, max(ids.values(), default=-1) + 1)
     for address in assumed:
-        ids.setdefault(address, max(ids.values(), default=-1) + 1)
         hops[address] = NextHop(HopState.RESOLVED, dst_mac=bytes(6), src_mac=bytes(6), source=address, mtu=1500)
     balance = sight.balance.copy(asked.vip)
-    apart = replace(sight, backends=ids, services={asked.vip: 0}, hops=hops, balance=balance, version=None, taps=None)
+    for address in (b.address for b in service.backends):
+        balance.give((asked.vip, address), standings.get((asked.vip, address), Standing()).percent or WHOLE)
+    number = sight.services.get(asked.vip)
+    services = {asked.vip: number or 0}
+    apart = replace(sight, backends=ids, services=services, hops=hops, balance=balance, version=None, taps=None)
     connection = flow_hash(sight.seed, asked.client, asked.port, asked.vip.address, asked.vip.port)
     choice = choice_hash(sight.seed, service, asked.client, asked.port)
     known = tuple(remembered(connection))
@@ -160,9 +186,9 @@ def rehearse(
     try:
         (table,) = snapshot.tables.values()
         place = slot(choice, config.table_size)
-        done = _work(snapshot, custom, asked, connection, known)
+        done = _work(snapshot, custom, asked, connection, known, ffi.NULL if number is None else joins)
         names = {number: address for address, number in ids.items()}
-        backend = _receiver(done.frame, asked.vip, verdict.service, hops)
+        receiver = _receiver(done.frame, asked.vip, verdict.service, hops)
         return replace(
             found,
             verdict=verdict,
@@ -172,10 +198,13 @@ def rehearse(
             slot=place,
             seat=names.get(int(table[place])),
             asked=chosen_from,
+            wanted=service,
+            standings=standings,
+            hops=sight.hops,
             assumed=assumed,
             done=done,
-            backend=backend,
-            hop=hops.get(backend) if backend else None,
+            backend=receiver,
+            hop=hops.get(receiver) if receiver else None,
         )
     finally:
         snapshot.free()
@@ -193,7 +222,9 @@ def _receiver(frame: bytes, vip: Vip, service: Service, hops: Mapping[Address, N
     return next((address for address in near if hops[address].dst_mac == frame[:6]), None)
 
 
-def _work(snapshot: Snapshot, custom: Custom, asked: Asked, connection: int, known: Sequence[Memory]) -> Done:
+def _work(
+    snapshot: Snapshot, custom: Custom, asked: Asked, connection: int, known: Sequence[Memory], joins: Any
+) -> Done:
     counters = ffi.new("uint64_t[]", lib.CRAB_COUNTERS)
     core = lib.crab_core_new(64, counters)
     if not core:
@@ -202,6 +233,7 @@ def _work(snapshot: Snapshot, custom: Custom, asked: Asked, connection: int, kno
         apart = custom.apart()  # whose handle is to live as long as the core
         apart.publish(snapshot.custom)
         lib.crab_core_ask(core, lib.crab_python_choose, apart.handle)
+        lib.crab_core_join(core, joins)
         at = now()
         settled = [memory for memory in known if memory.state != "new"][:1]
         flows = np.zeros(len(settled), FLOW)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +39,7 @@ from crablb.selection.maglev import Table, empty, fill
 from crablb.selection.pool import Pool
 from crablb.values import resolve
 
-__all__ = ["Sight", "Snapshot", "build"]
+__all__ = ["Sight", "Snapshot", "at_once", "build"]
 
 MODES = {
     Mode.NEGOTIATED: lib.CRAB_MODE_NEGOTIATED,
@@ -57,6 +57,8 @@ FORMS = {OptionForm.CRAB: lib.CRAB_FORM_CRAB, OptionForm.EXPERIMENTAL: lib.CRAB_
 
 #: Tables from which on all CPUs make them.
 MANY = 16
+#: Places of tables that a CPU makes in about 30 ms.
+A_MOMENT = 3 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Sight:
     balance: Balance
     at: float = 0.0  # seconds, of the balance's clock
     reached: Container[Address] = ()  # backends that the XDP program reaches by itself
-    unredirected: Container[tuple[Vip, Address]] = ()  # backends of services that are not redirected to now
+    unredirected: Collection[tuple[Vip, Address]] = ()  # backends of services that are not redirected to now
     answered: Container[Address] = ()  # VIPs whose packets that are no service's are user space's
     matches: Any = None  # ``struct crab_matches *``: frames of one's own
     version: Any = None  # of the numbers: as long as it is the same, and ``hops`` the same object; None: look
@@ -89,7 +91,9 @@ class Snapshot:
         self.reached: Container[Address] = ()
         self.backends: tuple[Any, int] = ffi.NULL, 0  # ``struct crab_backend[]``, and how many
         self.pools: dict[Vip, tuple[Any, Pool]] = {}  # by service: what it was made of, and itself
+        self.limits: dict[Vip, Any] = {}  # by service: ``struct crab_limit *``
         self.custom: dict[int, Asked] = {}  # by index: the services whose policy is Python
+        self.owed: set[Vip] = set()  # services that choose as before yet: the next snapshots have what they shall do
 
     def free(self) -> None:
         """Idempotent."""
@@ -109,9 +113,17 @@ class _Part:
     key: Any  # of its table
 
 
-def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snapshot:
+def at_once(table_size: int) -> int:
+    """Tables that can be made while everything else waits."""
+    return max(1, len(os.sched_getaffinity(0)) * A_MOMENT // table_size)
+
+
+def build(config: Config, sight: Sight, before: Snapshot | None = None, most: int | None = None) -> Snapshot:
     """A snapshot; it shares with the one ``before`` the tables and pools whose members are the same, so that a
     schedule goes on; and of a service that is the same object, seen as before, it looks at nothing anew.
+
+    ``most``: tables that are made; the services that need more choose as they did before, and are ``owed``: they come
+    first in the next snapshot.  New services are never owed anything.  None: all are made.
 
     Raises :class:`MemoryError`.  Every backend and service of the configuration has its number in ``sight``.
     """
@@ -129,43 +141,58 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
 
     kept = {service.vip: part for service in config.services if (part := lasting(service))}
     members = {s.vip: _members(s) for s in config.services if s.vip not in kept}
-    if (
-        before
-        and parts
+    alike = (
+        bool(parts)
         and parts.keys() == {service.vip for service in config.services}
         and all(parts[vip].members == own for vip, own in members.items())
-        and sight.reached == before.reached
-    ):
+    )
+    if before and alike and sight.reached == before.reached:
         made.backends = before.backends
     else:
         made.backends = _backends(config, sight)
     made.reached = sight.reached
     backends, count = made.backends
-    anew = not (before and made.backends is before.backends)
     services = ffi.new("struct crab_service[]", max(len(config.services), 1))
     prefixes: list[tuple[bytes, int]] = []
     exceptions: list[tuple[int, int]] = []
-    tables: list[Callable[[], None]] = []
+    owed = before.owed if before else set()
+    # By whether a service was owed one: those that change again and again are not in the others' way.
+    tables: dict[bool, list[Callable[[], None]]] = {True: [], False: []}
+    room = {True: most, False: None if most is None else max(1, most - len(owed))}
+
+    def waits(vip: Vip) -> bool:
+        """Whether enough tables are made, or others' turn comes first."""
+        limit = room[vip in owed]
+        return limit is not None and len(tables[vip in owed]) >= limit
+
     for entry, service in zip(services, config.services, strict=False):
         _describe(entry, service, sight.services[service.vip])
+        if service.syn_rate:
+            earlier = before.limits.get(service.vip) if before else None
+            made.limits[service.vip] = _limit(service.syn_rate, earlier)
         entry.first_prefix, entry.prefix_count = len(prefixes), len(service.redirect_clients)
         for prefix in service.redirect_clients:
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
             prefixes.append((mapped(prefix.network_address), bits))
         part = kept.get(service.vip)
         if part and before:
-            _take_over(made, entry, service, part, before)
+            _take_over(made, entry, service, part.key, before)
+        elif before and service.vip in before.chosen and waits(service.vip):
+            key = before.parts[service.vip].key
+            _take_over(made, entry, service, key, before)
+            part = _Part(service, False, _refuses(config, service, sight), members[service.vip], [], key)
+            made.owed.add(service.vip)
         else:
-            key = _choose(made, entry, service, config.table_size, sight, before, tables)
-            refuses = config.closed in (Closed.AUTO, Closed.RESET) and _is_given_up(service, sight)
-            part = _Part(service, service.vip not in unsettled, refuses, members[service.vip], [], key)
-        if anew or service.vip not in kept:
+            key = _choose(made, entry, service, config.table_size, sight, before, tables[service.vip in owed])
+            settled = service.vip not in unsettled
+            part = _Part(service, settled, _refuses(config, service, sight), members[service.vip], [], key)
+        if not alike or service.vip not in kept:
             part = replace(part, exceptions=_exceptions(service, sight, backends))
         made.parts[service.vip] = part
         entry.refuses = part.refuses
         entry.first_exception, entry.exception_count = len(exceptions), len(part.exceptions)
         exceptions += part.exceptions
-    _fill(tables)
+    _fill(tables[True] + tables[False])
     c_prefixes = ffi.new("struct crab_prefix[]", max(len(prefixes), 1))
     for entry, (addr, bits) in zip(c_prefixes, prefixes, strict=False):
         entry.addr, entry.bits = addr, bits
@@ -179,6 +206,10 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None) -> Snaps
     if not made.c:
         assert ffi.errno != errno.EINVAL, "what is said of prefixes or exceptions is wrong"
         raise MemoryError("no memory for a snapshot")
+    for i, service in enumerate(config.services):
+        limit = made.limits.get(service.vip)
+        if limit and lib.crab_snapshot_limit(made.c, i, limit):
+            raise MemoryError("no memory for a snapshot")
     if sight.matches:
         lib.crab_snapshot_match(made.c, sight.matches)
     if sight.taps:
@@ -198,9 +229,9 @@ def _members(service: Service) -> list[tuple[Address, bool]]:
     return [(backend.address, backend.cr) for backend in service.backends]
 
 
-def _take_over(made: Snapshot, entry: Any, service: Service, part: _Part, before: Snapshot) -> None:
+def _take_over(made: Snapshot, entry: Any, service: Service, key: Any, before: Snapshot) -> None:
     """How a service chooses, as before."""
-    table = made.tables[part.key] = made.chosen[service.vip] = before.tables[part.key]
+    table = made.tables[key] = made.chosen[service.vip] = before.tables[key]
     entry.table = ffi.from_buffer("uint16_t[]", table)
     if pool := before.pools.get(service.vip):
         made.pools[service.vip] = pool
@@ -224,15 +255,17 @@ def _fill(tables: Sequence[Callable[[], None]]) -> None:
         make()
 
 
-def _is_given_up(service: Service, sight: Sight) -> bool:
-    """Whether no backend of a service can take connections, now or in a moment."""
+def _refuses(config: Config, service: Service, sight: Sight) -> bool:
+    """Whether a service's SYNs are reset: no backend can take connections, now or in a moment."""
+    if config.closed not in (Closed.AUTO, Closed.RESET):
+        return False
     hops = (sight.hops.get(backend.address) for backend in service.backends if backend.share)
     return all(hop is not None and hop.state is not HopState.RESOLVED and not hop.asking for hop in hops)
 
 
 def _redirected(vip: Vip, backend: Backend, sight: Sight) -> bool:
     """Whether a service redirects to a backend."""
-    return backend.cr and (vip, backend.address) not in sight.unredirected
+    return backend.cr and not (sight.unredirected and (vip, backend.address) in sight.unredirected)
 
 
 def _own_flags(vip: Vip, backend: Backend, sight: Sight) -> int:
@@ -288,6 +321,17 @@ def _describe(entry: Any, service: Service, index: int) -> None:
     entry.index = index
     if service.policy == "source-hash":
         entry.source4, entry.source6 = service.source_prefix
+
+
+def _limit(rate: int, before: Any) -> Any:
+    """``struct crab_limit *`` of so many SYNs a second, and a tenth of a second's at once, 16 at least.
+
+    One of the same rate goes on.
+    """
+    token = 1_000_000_000 // rate
+    if before is not None and before.token_ns == token:
+        return before
+    return ffi.new("struct crab_limit *", {"token_ns": token, "size_ns": token * (max(rate // 10, 16) - 1)})
 
 
 def _choose(

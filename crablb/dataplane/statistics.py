@@ -5,12 +5,14 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from crablb._native import lib
 from crablb.dataplane.flows import FlowTable
+from crablb.errors import KernelError
 from crablb.kernel.bpf import Map
 from crablb.kernel.counters import counter_names
 from crablb.kernel.interface import interface_name
@@ -57,12 +59,19 @@ class DaemonCounters:
 
     def __init__(self, held: Map) -> None:
         self._map = held
-        self._counts = dict.fromkeys(DAEMON_COUNTERS, 0)
+        self.read()
+
+    def read(self) -> None:
+        """Go on from what the map says: another process may have counted there."""
+        self._counts = {
+            name: int.from_bytes(self._map.lookup(i) or b"", sys.byteorder) for i, name in enumerate(DAEMON_COUNTERS)
+        }
 
     def add(self, what: str) -> None:
         """Add one to a counter, a name of :data:`DAEMON_COUNTERS`."""
         self._counts[what] += 1
-        self._map.update(DAEMON_COUNTERS.index(what), struct.pack("=Q", self._counts[what]))
+        with suppress(KernelError):  # it is what befell somebody who has more to do; the next one writes both
+            self._map.update(DAEMON_COUNTERS.index(what), struct.pack("=Q", self._counts[what]))
 
 
 def read(xdp: Map, workers: Map, daemon: Map, slots: Iterable[int]) -> dict[str, Any]:

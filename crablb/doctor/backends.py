@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from crablb.doctor import asking
 from crablb.doctor.finding import Finding, fault, note, ok, warning
 from crablb.doctor.interfaces import Port
 from crablb.kernel import routing
+from crablb.kernel.interface import interface_name
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, Bypass, Config, Fallback, Service
@@ -34,16 +34,9 @@ class Way:
     asked: Collection[str] | None = None
 
 
-def _name(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:
-        return ""
-
-
 def read(hops: Mapping[Address, NextHop]) -> list[Way]:
     """Those that the kernel has not resolved are asked for.  Raises OSError, :class:`crablb.errors.KernelError`."""
-    names = {index: _name(index) for index in {hop.ifindex for hop in hops.values() if hop.ifindex}}
+    names = {index: interface_name(index, "") for index in {hop.ifindex for hop in hops.values() if hop.ifindex}}
     silent: dict[str, set[Address]] = {}
     for address, hop in hops.items():
         if hop.state is HopState.UNRESOLVED and (name := names.get(hop.ifindex)):

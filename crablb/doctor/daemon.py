@@ -51,7 +51,7 @@ class Daemon:
     """Of one interface."""
 
     name: str
-    pid: int | None = None  # None: nobody
+    pid: int | None = None  # as pins.owner says; None: nobody
     state: str = ""  # of the process, a letter of proc(5)
     age: float = 0.0  # seconds since the process began
     pinned: frozenset[str] = frozenset()
@@ -61,11 +61,16 @@ class Daemon:
     offloads: str = ""  # features that are to be switched on again
     served: int = 0  # queues that have sockets
     queues: int = 0  # that the interface has
+    locked: bool = True  # there is a lock file, held or not
+
+    @property
+    def alive(self) -> bool:
+        return self.pid is not None
 
 
 def names() -> list[str]:
     """The interfaces of this network namespace that a load balancer serves, or has left something of."""
-    alive = (role for role, pid in pins.held().items() if pid)
+    alive = (role for role, pid in pins.held().items() if pid is not None)
     roles = {*pins.folders(), *alive, *noted("offloads")}
     return sorted(role.removeprefix("lb-") for role in roles if role.startswith("lb-"))
 
@@ -126,8 +131,9 @@ def read(name: str, queues: int) -> Daemon:
         with suppress(bpf.BpfNotFoundError):
             served = _sockets(folder, index)
     return Daemon(
-        name, pid, status, age, pinned, bool(index), attached, _keeper(name) if pinned and not pid else None,
+        name, pid, status, age, pinned, bool(index), attached, _keeper(name) if pinned and pid is None else None,
         offloads.read_text().strip() if offloads else "", served, queues,
+        any(pins.RUN.glob(f"*-{glob.escape(role)}.lock")),  # of a version of before under another name
     )  # fmt: skip
 
 
@@ -141,15 +147,27 @@ def _since(seconds: float) -> str:
 def judge(found: Daemon) -> Iterator[Finding]:
     name = found.name
     remove = f"crablb remove --iface {name}"
-    if found.pid and found.state in STOPPED:
+    if found.alive and found.state in STOPPED:
         yield fault(
             "daemon-stopped",
             f"process {found.pid} is {STOPPED[found.state]}",
             "known flows go on; nothing else is decided, and no backend is followed",
             f"kill -CONT {found.pid}; if it does not go on, kill -9 {found.pid} and start it again",
         )
-    elif found.pid:
+    elif found.pid == pins.ELSEWHERE and found.there:
+        yield ok("daemon", f"{pins.told(found.pid)} serves {name}")
+    elif found.alive and found.there:
         yield ok("daemon", f"process {found.pid} serves {name}, since {_since(found.age)}")
+    elif found.pid is not None:
+        yield ok("daemon", f"{pins.told(found.pid)} waits for {name}, since it is gone")
+    elif found.pinned and not found.locked:
+        yield warning(
+            "daemon-elsewhere",
+            f"what a load balancer has in the kernel for {name} is here, and its lock is not in {pins.RUN}",
+            "it runs with another /run, as in a container of its own: whether it lives is not known, and a start here"
+            " would not know either",
+            f"run it here too, with {pins.RUN} of the host; if none runs anywhere: {remove}",
+        )
     elif found.keeper:
         yield note(
             "kept",
@@ -166,35 +184,35 @@ def judge(found: Daemon) -> Iterator[Finding]:
         )
     else:
         yield ok("daemon", f"nobody serves {name} yet")
-    if found.pinned and not found.there and not found.pid:
+    if found.pinned and not found.there and not found.alive:
         yield warning(
             "left-interface",
             f"what a load balancer left stands under the name of {name}, which there is not",
             "a start by the interface's new name is refused, if it was renamed",
             remove,
         )
-    if found.pid and found.pinned and found.there and not found.attached:
+    if found.alive and found.pinned and found.there and not found.attached:
         yield fault(
             "program-detached",
             f"the load balancer's XDP program is not on {name}",
             "somebody has detached it: VIPs' packets go to the kernel, which refuses them",
             "restart crablb serve",
         )
-    if found.pid and found.pinned and (missing := [pin for pin in ESSENTIAL if pin not in found.pinned]):
+    if found.alive and found.pinned and (missing := [pin for pin in ESSENTIAL if pin not in found.pinned]):
         yield warning(
             "pins-missing",
             f"pins of the load balancer are gone: {', '.join(missing)}",
             "a killed daemon's flows would not be found, nor its program removed",
             "restart crablb serve",
         )
-    if found.pid and found.served < found.queues and found.attached:
+    if found.alive and found.served < found.queues and found.attached:
         yield fault(
             "queues-unserved",
             f"{found.served} of {found.queues} queues have a socket",
             "VIPs' packets that come in by the others are dropped (drop_no_socket)",
             f"restart crablb serve, or ethtool -L {name} combined {found.served}",
         )
-    if found.offloads and not found.pid and not found.pinned:
+    if found.offloads and not found.alive and not found.pinned:
         yield warning(
             "offloads-left",
             f"{', '.join(found.offloads.split())} of {name} is off, and nobody switches it on again",
@@ -242,7 +260,12 @@ def logs(found: Log) -> Iterator[Finding]:
             f"df {found.target}",
         )
     elif found.target == os.devnull:
-        yield note("log-nowhere", f"process {found.pid} logs to {os.devnull}", "nobody can read what befalls it")
+        yield note(
+            "log-nowhere",
+            f"process {found.pid} logs to {os.devnull}",
+            "nobody can read what befalls it but as events",
+            "crablb events -f; start it with standard error to a file or to systemd's journal",
+        )
     else:
         yield ok("log", f"process {found.pid} logs to {found.target}")
 
@@ -279,7 +302,7 @@ def read_memory(name: str) -> Memory:
 def _wrong(data: bytes) -> str:
     try:
         saved = msgspec.json.decode(data, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's is one, and what is no UTF-8, too
         return str(error)
     version = saved.get("version")
     return "" if version == state.VERSION else f"it is of version {version}, and this is {state.VERSION}"
@@ -330,7 +353,12 @@ def read_strays() -> list[Stray]:
 def strays(found: list[Stray]) -> Iterator[Finding]:
     for one in found:
         if one.kind == "lock":
-            yield note("lock-stale", f"a lock that nobody holds: {one.name}", "of no harm: the next start takes it")
+            yield note(
+                "lock-stale",
+                f"a lock that nobody holds: {one.name}",
+                "of no harm: the next start takes it",
+                f"crablb remove --iface {one.name[3:]}" if one.name.startswith("lb-") else "",
+            )
         else:
             yield note(
                 "socket-stale",
@@ -373,7 +401,8 @@ class Meaning:
 MEANINGS: Mapping[str, Mapping[str, Meaning]] = {
     "xdp": {
         "drop_no_socket": Meaning(
-            "VIPs' packets came in where no worker has a socket", "start crablb serve; see queues"
+            "VIPs' packets came in where no worker has a socket",
+            "start crablb serve; again, if queues lack one",
         ),
         "drop_sent_back": Meaning(
             "a backend sends packets of the VIP back", "the VIP on its loopback: crablb agent server --dsr there"
@@ -389,16 +418,19 @@ MEANINGS: Mapping[str, Mapping[str, Meaning]] = {
         ),
         "drop_too_big": Meaning("packets do not fit, and may be fragmented", "a larger MTU on the way to the backends"),
         "drop_checksum": Meaning("wrong checksums", "a faulty cable or card: ethtool -S IF; or somebody forges"),
-        "drop_no_backend": Meaning("no backend of a service answers", "see the backends above; crablb status"),
+        "drop_no_backend": Meaning("no backend of a service answers", "crablb backends; the log"),
         "drop_no_path": Meaning("fallback = 'dsr-l2', and the backend is behind a gateway", "fallback = 'auto'"),
         "drop_sent_back": Meaning(
             "a backend sends packets of the VIP back", "the VIP on its loopback: crablb agent server --dsr there"
         ),
         "drop_hops": Meaning("packets have no hop left: they go round", "find the ring: tcpdump -v, and the TTLs"),
-        "drop_tx": Meaning("the kernel refused to send", "ip link: is the interface up? crablb status"),
+        "drop_tx": Meaning("the kernel refused to send", "ip link: is the interface up? The log"),
         "drop_handler": Meaning("a handler failed", "its exception is in the log"),
-        "drop_rate": Meaning("more than 1,000 answers a second for VIPs' other ports", "somebody scans: find who"),
-        "refused": Meaning("SYNs that no backend of a service could take", "see the backends above"),
+        "drop_rate": Meaning(
+            "more than 1,000 answers a second for VIPs' other ports, or more SYNs than a service's syn_rate",
+            "somebody scans or floods: find who; or raise syn_rate",
+        ),
+        "refused": Meaning("SYNs that no backend of a service could take", "crablb backends; the log"),
         "retransmitted_syn": Meaning(
             "SYNs came a second time: answers are lost, or servers slow",
             "crablb agent status on the servers; what filters the way between clients and them",
@@ -413,12 +445,12 @@ MEANINGS: Mapping[str, Mapping[str, Meaning]] = {
     },
     "daemon": {
         "reloads_refused": Meaning("configurations were refused", "crablb config check FILE; the log says why"),
-        "backends_lost": Meaning("backends stopped answering", "see the backends above, and the log"),
+        "backends_lost": Meaning("backends stopped answering", "crablb backends; the log"),
         "backends_moved": Meaning(
             "a backend's MAC address changed", "if no card was exchanged, somebody pretends to be it: see the log"
         ),
-        "vips_in_use": Meaning("somebody else claimed a VIP", "see the VIPs above, and the log"),
-        "vips_yielded": Meaning("a VIP was left to somebody else", "see the VIPs above, and the log"),
+        "vips_in_use": Meaning("somebody else claimed a VIP", "arping -I IF VIP; the log says who"),
+        "vips_yielded": Meaning("a VIP was left to somebody else", "arping -I IF VIP; the log says who"),
         "tasks_failed": Meaning("a background task failed, and was begun anew", "its exception is in the log"),
         "narrow_tunnels": Meaning("a tunnel is too narrow for IPv6", "a larger MTU on the way to the backend"),
         "flows_nearly_full": Meaning("90 % of `flows` were in use", "raise `flows`"),
@@ -436,9 +468,10 @@ MEANINGS: Mapping[str, Mapping[str, Meaning]] = {
         "xsk_dropped": Meaning("the kernel dropped packets in front of the workers", "more queues or CPUs; see xsk_*"),
         "interfaces_lost": Meaning("an interface was gone", "ip link, and the log"),
         "interfaces_unserved": Meaning("an interface could not be served whole", "the log says why"),
-        "backends_unhealthy": Meaning("checks took a backend out", "see the services above, and the log"),
-        "panics": Meaning("too little of a service was healthy, and health disregarded", "see the services above"),
-        "quorums_lost": Meaning("a VIP was withdrawn for want of healthy backends", "see the services above"),
+        "backends_unhealthy": Meaning("checks took a backend out", "crablb backends; the log"),
+        "panics": Meaning("too little of a service was healthy, and health disregarded", "crablb services; the log"),
+        "quorums_lost": Meaning("a VIP was withdrawn for want of healthy backends", "crablb services; the log"),
+        "takeovers_failed": Meaning("another process was to take over, and failed", "crablb events, and the log"),
         "state_unsaved": Meaning("changes at run time could not be written down", "df /var/lib/crablb, and the log"),
         "services_idle": Meaning("a service had no backend that takes connections", "state = 'up', or a weight"),
     },

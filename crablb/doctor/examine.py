@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -42,7 +43,8 @@ def reason(error: Exception) -> str:
 
 
 def unread(what: str, reason: str) -> Finding:
-    return note("unread", f"cannot look at {what}: {reason}", "what is wrong there, if anything, is not told")
+    remedy = "" if os.geteuid() == 0 else "run the doctor as root"
+    return note("unread", f"cannot look at {what}: {reason}", "what is wrong there, if anything, is not told", remedy)
 
 
 def examine(looks: Sequence[Look[Any]], seconds: float = SECONDS) -> list[Finding]:

@@ -147,11 +147,11 @@ def judge(port: Port, config: Config | None, far: bool | None) -> Iterator[Findi
 
 
 def _missing(port: Port) -> Iterator[Finding]:
-    if port.owner:
+    if port.owner is not None:
         yield fault(
             "interface-missing",
             f"interface {port.name} is gone",
-            f"process {port.owner} serves it again when it is back",
+            f"{pins.told(port.owner)} serves it again when it is back",
             "ip link; bring it back, or load its driver anew",
         )
     else:
@@ -323,6 +323,14 @@ def _mtu(port: Port) -> Iterator[Finding]:
         )
     if port.info.mtu < 1280:
         yield warning("mtu-small", f"MTU {port.info.mtu}", "IPv6 needs 1280", f"ip link set {port.name} mtu 1500")
+    elif port.info.mtu < 1500:
+        yield note(
+            "mtu-less",
+            f"MTU {port.info.mtu}, less than Ethernet's 1500",
+            "what clients or routers of its segment send with a greater one may be lost here; what theirs is cannot be"
+            " seen from here",
+            f"ip link set {port.name} mtu 1500, or the same MTU on all of the segment",
+        )
 
 
 def _offloads(port: Port, far: bool | None) -> Iterator[Finding]:

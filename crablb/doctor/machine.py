@@ -8,14 +8,14 @@ import re
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crablb._native import lib
 from crablb.control import seed
-from crablb.doctor.finding import Finding, fault, note, ok, warning
+from crablb.doctor.finding import Finding, Severity, fault, note, ok, warning
 from crablb.errors import ConfigError
 from crablb.kernel import bpf, capabilities, pins, rtnetlink
 from crablb.kernel.bpf.errors import unprivileged
@@ -30,6 +30,8 @@ TESTED, MANAGED, NEWER = (6, 1), (5, 16), (6, 6)
 UMEM = 4096 * 2048
 FEWEST_FILES, FILES = 64, 256
 LEAST_SPACE, LEAST_ADDRESSES, LEAST_MEMORY = 1 << 20, 2 << 30, 128 << 20
+#: Findings about a process, not the machine.
+OF_PROCESS = ("rights", "limit-files", "limit-memlock", "limit-addresses", "bpffs")
 TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
 
 
@@ -150,6 +152,22 @@ class Rights:
     user: int
     lacking: tuple[str, ...]  # of capabilities.SERVE
     advice: str  # of why, if more is known
+
+
+def serves() -> bool:
+    """Whether a load balancer is perhaps to run as this process does: not by another user who has none of the
+    capabilities, as a member of ``admin_group``."""
+    return os.geteuid() == 0 or set(capabilities.lacking(capabilities.SERVE)) != set(capabilities.SERVE)
+
+
+def of_process(findings: Iterable[Finding], serves: bool) -> Iterator[Finding]:
+    """Findings about what this process may do: where it is not the one to serve, they are good to know."""
+    for finding in findings:
+        if serves or finding.id not in OF_PROCESS or finding.severity is Severity.OK:
+            yield finding
+        else:
+            why = f"{finding.why}; of no harm if another user runs it, as root"
+            yield replace(finding, severity=Severity.NOTE, why=why)
 
 
 def read_rights() -> Rights:
@@ -336,7 +354,7 @@ class Place:
     free: int  # bytes
     files: bool  # whether more files may be made
     read_only: bool
-    writable: bool  # by this user
+    writable: bool  # by this user, if it is perhaps to serve
 
 
 def read_place(path: Path) -> Place:
@@ -348,7 +366,7 @@ def read_place(path: Path) -> Place:
         (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize,
         not found.f_files or bool(found.f_ffree),
         bool(found.f_flag & os.ST_RDONLY),
-        os.access(there, os.W_OK | os.X_OK),
+        not serves() or os.access(there, os.W_OK | os.X_OK),
     )
 
 

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from crablb.agent import ClientAgent, ServerAgent
 from crablb.agent.base import Agent
-from crablb.doctor import backends, daemon, filters, interfaces, machine, served, vips
+from crablb.api import types
+from crablb.doctor import backends, daemon, filters, interfaces, machine, multipath, served, vips
 from crablb.doctor.examine import Look, reason, unread
 from crablb.doctor.finding import Finding, note, ok, warning
+from crablb.doctor.vips import Told
 from crablb.errors import KernelError
 from crablb.kernel import pins, rtnetlink
 from crablb.kernel.netlink import HopState, NextHop, next_hops
 from crablb.model import Address, Announce, Config, Vip
+from crablb.values import parse_vip
 
 __all__ = ["Subject", "looks"]
 
 T = TypeVar("T")
+
+
+class Attempt(Protocol):
+    """Read something; ``otherwise``, if it cannot be, which is noted."""
+
+    def __call__(self, what: str, read: Callable[[], T], otherwise: T) -> T: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +49,12 @@ class Subject:
     sockets: tuple[Path, ...] = ()  # where
     unread: tuple[Finding, ...] = ()  # what could not be found out about it
 
+    left: bool = False  # what a load balancer that does not run has in the kernel
+
     @classmethod
-    def of(cls, names: Collection[str], config: Config | None) -> Subject:
-        """These interfaces, or else those of the configuration, or else what is served here."""
+    def all(cls, names: Collection[str], config: Config | None) -> list[Subject]:
+        """Of these interfaces, or else those of the configuration, or else what is served here; at least one.  Without
+        a configuration each load balancer is one by itself, that tells its own."""
         unreadable: list[Finding] = []
 
         def attempt(what: str, read: Callable[[], T], otherwise: T) -> T:
@@ -56,8 +68,25 @@ class Subject:
         chosen = chosen or tuple(attempt("what is served here", daemon.names, []))
         nobody: dict[str, int | None] = {}
         held = attempt("who serves here", pins.held, nobody)
-        processes = tuple(dict.fromkeys(pid for name in chosen if (pid := held.get(f"lb-{name}"))))
-        asked = bool(processes) and not any(daemon.stopped(pid) for pid in processes)
+        folders = attempt("what is in the kernel", pins.folders, dict[str, Path]())
+        groups: dict[int | None, list[str]] = {}
+        for name in chosen:
+            groups.setdefault(None if config else held.get(f"lb-{name}"), []).append(name)
+        found = [cls._of(tuple(group), config, held, folders, attempt) for group in groups.values() or [[]]]
+        return [replace(found[0], unread=tuple(unreadable)), *found[1:]]
+
+    @classmethod
+    def _of(
+        cls,
+        chosen: tuple[str, ...],
+        config: Config | None,
+        held: Mapping[str, int | None],
+        folders: Mapping[str, Path],
+        attempt: Attempt,
+    ) -> Subject:
+        owners = {pid: None for name in chosen if (pid := held.get(f"lb-{name}")) is not None}
+        processes = tuple(pid for pid in owners if pid != pins.ELSEWHERE)
+        asked = bool(owners) and not any(daemon.stopped(pid) for pid in processes)
         nowhere: list[Path] = []
         sockets = tuple(attempt("whom to ask", partial(served.sockets, chosen), nowhere)) if asked else ()
         config = config or served.configuration(sockets)
@@ -67,7 +96,25 @@ class Subject:
             nothing: tuple[list[Vip], list[Address]] = [], []
             there = [attempt(f"what {name} serves", partial(daemon.served, name), nothing) for name in chosen]
             vips, servers = {vip for some, _ in there for vip in some}, {a for _, some in there for a in some}
-        return cls(chosen, config, _sorted(vips), frozenset(servers), processes, asked, sockets, tuple(unreadable))
+        left = not owners and any(f"lb-{name}" in folders for name in chosen)
+        return cls(chosen, config, _sorted(vips), frozenset(servers), processes, asked, sockets, left=left)
+
+    def told(self, address: Address, services: Collection[types.Service]) -> Told:
+        """What is known of a VIP's announcement.  ``services``: as the load balancer says, if it does."""
+        config = self.config
+        if config and config.announce is not Announce.ARP:
+            return Told.NOT
+        if self.left:
+            return Told.NOBODY
+        if not self.processes:
+            return Told.PLANNED if config else Told.NOT
+        if not self.asked:
+            return Told.STOPPED
+        said = [one.announced for one in services if parse_vip(one.vip).address == address]
+        if said:
+            announced = Told.ANNOUNCED if config else Told.UNKNOWN
+            return announced if any(said) else Told.WITHDRAWN
+        return Told.UNKNOWN
 
 
 def _sorted(vips: Iterable[Vip]) -> tuple[Vip, ...]:
@@ -88,8 +135,17 @@ def _once(read: Callable[[], T]) -> Callable[[], T]:
     return get
 
 
-def looks(subject: Subject) -> Iterator[Look[Any]]:
-    yield from _machine(subject)
+def looks(subjects: Sequence[Subject]) -> Iterator[Look[Any]]:
+    yield from _machine(subjects)
+    for subject in subjects:
+        yield from _subject(subject)
+    yield Look(str(pins.RUN), "locks and sockets", daemon.read_strays, daemon.strays)
+    yield Look("agents", "agents", _read_agents, _agents)
+    client = not any(subject.interfaces for subject in subjects)  # a load balancer seldom is one
+    yield Look("MPTCP", "MPTCP", multipath.read, partial(multipath.judge, client=client))
+
+
+def _subject(subject: Subject) -> Iterator[Look[Any]]:
     looked_at = backends.some(subject.backends)
     hops = _once(lambda: next_hops({*looked_at, *(vip.address for vip in subject.vips)}))
     ways = _once(lambda: backends.read({a: hop for a, hop in hops().items() if a in looked_at}))
@@ -99,24 +155,28 @@ def looks(subject: Subject) -> Iterator[Look[Any]]:
         yield from _daemon(name, port)
     for pid in subject.processes:
         yield Look("log", "where the load balancer logs to", partial(daemon.read_log, pid), daemon.logs)
-    for path in subject.sockets:
-        yield Look("services", "what the load balancer says", partial(served.read, path), served.judge)
+    said = [_once(partial(served.read, path)) for path in subject.sockets]
+    for answers in said:
+        yield Look("services", "what the load balancer says", answers, served.judge)
     if subject.asked and not subject.sockets:
         yield Look("services", "what the load balancer says", served.Answers, served.judge)
     if subject.vips:
-        yield from _vips(subject, hops, ways)
+        yield from _vips(subject, hops, ways, lambda: [one for answers in said for one in answers().services])
     if subject.backends:
         yield from _backends(subject, ways, ports)
-    yield Look(str(pins.RUN), "locks and sockets", daemon.read_strays, daemon.strays)
-    yield Look("agents", "agents", _read_agents, _agents)
 
 
-def _machine(subject: Subject) -> Iterator[Look[Any]]:
+def _machine(subjects: Sequence[Subject]) -> Iterator[Look[Any]]:
     yield Look("machine", "the kernel", machine.read_kernel, machine.kernel)
-    yield Look("machine", "rights", machine.read_rights, machine.rights)
-    yield Look("machine", "limits", machine.read_limits, machine.limits)
-    yield Look("machine", "the BPF file system", machine.read_bpffs, machine.bpffs)
-    if not subject.processes:  # else it has been loaded, as is to be seen
+    serves = machine.serves()
+
+    def own(judge: Callable[[Any], Iterable[Finding]]) -> Callable[[Any], Iterator[Finding]]:
+        return lambda found: machine.of_process(judge(found), serves)
+
+    yield Look("machine", "rights", machine.read_rights, own(machine.rights))
+    yield Look("machine", "limits", machine.read_limits, own(machine.limits))
+    yield Look("machine", "the BPF file system", machine.read_bpffs, own(machine.bpffs))
+    if not any(subject.processes for subject in subjects):  # else it has been loaded, as is to be seen
         yield Look("machine", "whether the program loads", machine.read_load, machine.load)
     yield Look("machine", "/proc", machine.read_proc, machine.proc)
     for path in (pins.RUN, machine.STATE):
@@ -124,9 +184,9 @@ def _machine(subject: Subject) -> Iterator[Look[Any]]:
     yield Look("machine", "the seed", machine.read_seed, machine.seeded)
     yield Look("machine", "the clock", machine.read_clock, machine.clock)
     yield Look("machine", "the table of neighbours", machine.read_neighbours, machine.neighbours)
-    if subject.unread:
-        yield Look("interfaces", "what is served", lambda: subject.unread, iter)
-    elif not subject.interfaces:
+    if unread := [finding for subject in subjects for finding in subject.unread]:
+        yield Look("interfaces", "what is served", lambda: unread, iter)
+    elif not any(subject.interfaces for subject in subjects):
         yield Look("interfaces", "what is served", tuple, _no_interface)
 
 
@@ -159,7 +219,12 @@ def _daemon(name: str, port: Callable[[], interfaces.Port]) -> Iterator[Look[Any
     yield Look(where, "counters", partial(daemon.read_counters, name), daemon.counters)
 
 
-def _vips(subject: Subject, hops: Hops, ways: Callable[[], list[backends.Way]]) -> Iterator[Look[Any]]:
+def _vips(
+    subject: Subject,
+    hops: Hops,
+    ways: Callable[[], list[backends.Way]],
+    services: Callable[[], Collection[types.Service]],
+) -> Iterator[Look[Any]]:
     places = _once(lambda: vips.read_places(subject.vips, hops()))
     arriving = _once(lambda: any(daemon.arriving(name) for name in subject.interfaces))
     config, addresses = subject.config, {vip.address for vip in subject.vips}
@@ -173,9 +238,10 @@ def _vips(subject: Subject, hops: Hops, ways: Callable[[], list[backends.Way]]) 
     yield Look("VIPs", "who listens at the VIPs", partial(vips.read_listeners, subject.vips), vips.listening)
 
     def whose(found: list[tuple[vips.Place, dict[str, str]]]) -> Iterator[Finding]:
-        announced = config.announce is Announce.ARP if config else (None if subject.processes else False)
+        said = services() if found else ()
         for place, answers in found:
-            yield from vips.whose(place, answers, announced, arriving(), backends.macs(ways()))
+            told = subject.told(place.address, said)
+            yield from vips.whose(place, answers, told, arriving() and subject.asked, backends.macs(ways()))
 
     there = _present(subject.interfaces)
     yield Look("VIPs", "who answers for the VIPs", lambda: vips.read_answers(there, places()), whose)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from crablb.config import config_from_table
 from crablb.doctor.finding import Finding, fault, note, ok, warning
 from crablb.errors import ConfigError
 from crablb.model import Config
+from crablb.version import VERSION
 
 __all__ = ["Answers", "configuration", "judge", "read", "sockets"]
 
@@ -71,19 +71,12 @@ def read(path: Path) -> Answers:
                 asked.get("/v1/status", types.Status),
                 tuple(asked.get("/v1/services", list[types.Service])),
                 tuple(asked.get("/v1/backends", list[types.Backend])),
-                installed=_installed(),
+                installed=VERSION,
             )
     except NotRunning as error:
         return Answers(refused=str(error))
     except ApiError as error:
         return Answers(refused=str(error), silent=True)
-
-
-def _installed() -> str:
-    try:
-        return version("crablb")
-    except PackageNotFoundError:
-        return ""
 
 
 # ---- judge ----
@@ -102,6 +95,10 @@ def judge(found: Answers) -> Iterator[Finding]:
             why = found.refused or "it has no socket: admin = 'off', it began a moment ago, or is one of before"
             yield note("api-none", "the load balancer cannot be asked", why, "admin = 'on', and a restart")
         return
+    for trouble in found.status.checks_trouble:
+        yield warning(
+            "checks-late", trouble, "what servers do is found out late, or not at all", "crablb status; its log"
+        )
     for service in found.services:
         yield from _service(service, found.backends)
     for backend in found.backends:
@@ -155,10 +152,11 @@ def _backend(backend: types.Backend) -> Iterator[Finding]:
     failed = [check for check in backend.checks if check.ok is False]
     if backend.healthy is False:
         told = "; ".join(f"{check.type}: {check.reason}" for check in failed) or backend.reason
-        yield warning(
+        tell = note if _out(backend) else warning
+        yield tell(
             "backend-unhealthy",
             f"{name} is unhealthy: {told}",
-            "it gets no new connections",
+            _follows(backend),
             f"crablb backends {backend.service}; on the server: ss -ltn, and its log",
         )
     else:
@@ -176,6 +174,24 @@ def _backend(backend: types.Backend) -> Iterator[Finding]:
             "its clients take the fallback: each of their packets passes the load balancer",
             f"on {backend.address}: crablb agent status; what filters the way between it and clients",
         )
+
+
+def _out(backend: types.Backend) -> str:
+    """The operator's word that gives a backend no new connections, whatever its health; empty: there is none."""
+    if backend.state != "up":
+        return f"state is {backend.state}"
+    return "" if backend.weight else "weight is 0"
+
+
+def _follows(backend: types.Backend) -> str:
+    """What comes of it that a backend is unhealthy."""
+    if out := _out(backend):
+        return f"it gets no new connections anyway, as its {out}"
+    if backend.serving:
+        return "it gets new connections all the same, as health is disregarded (panic)"
+    if backend.backup:
+        return "it gets no new connections, and would stand in for no other backend"
+    return "it gets no new connections"
 
 
 #: Why a backend is not redirected to that was so configured.

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from crablb.doctor import asking
 from crablb.doctor.finding import Finding, fault, note, ok, warning
 from crablb.kernel import routing, rtnetlink
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.kernel.rtnetlink import LINK, Listener, Netlink
-from crablb.model import Address, Closed, Config, Vip
+from crablb.model import Address, Announce, Closed, Config, Vip
 
-__all__ = ["Place", "addresses", "listening", "many", "read_answers", "read_listeners", "read_places", "whose"]
+__all__ = [
+    "Place",
+    "Told",
+    "addresses",
+    "listening",
+    "many",
+    "read_answers",
+    "read_listeners",
+    "read_places",
+    "whose",
+]
+
+
+class Told(Enum):
+    """What its load balancer does for a VIP, as far as that is known."""
+
+    ANNOUNCED = "it answers for it"
+    WITHDRAWN = "it does not, for want of a quorum"
+    NOT = "it is not to"
+    UNKNOWN = "nobody knows what it is to do"
+    NOBODY = "none runs"
+    STOPPED = "its process is there and does nothing"
+    PLANNED = "it is to from its first start on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +128,13 @@ def addresses(place: Place, config: Config | None, arriving: bool) -> Iterator[F
             f"nobody would reach its port {place.port} any more; crablb serve is refused",
             "an address beside it for the VIP, or if it is meant: --allow-own-address",
         )
+    elif place.local and config and config.announce is Announce.ARP:
+        yield warning(
+            "vip-local",
+            f"{place.address} is an address of this machine, and announce = 'arp'",
+            "the kernel answers for it too, also while another machine has it",
+            f"take it off: ip addr del {place.address} dev IF; or leave announce out, if keepalived moves it",
+        )
     elif place.local:
         yield note(
             "vip-local",
@@ -140,12 +170,12 @@ def listening(found: Collection[Listener]) -> Iterator[Finding]:
 def whose(
     place: Place,
     answers: Mapping[str, str],
-    announced: bool | None,
+    told: Told,
     arriving: bool,
     backends: Mapping[str, list[Address]],
 ) -> Iterator[Finding]:
-    """Who answers for it.  ``answers``: MAC address -> interface, of others; ``announced``: the load balancer is told
-    to, None: who knows; ``arriving``: it has seen SYNs; ``backends``: by MAC address."""
+    """Who answers for it.  ``answers``: MAC address -> interface, of others; ``arriving``: its load balancer has seen
+    SYNs, to it or to another VIP; ``backends``: by MAC address."""
     for mac, interface in sorted(answers.items()):
         if mac in backends:
             names = ", ".join(map(str, backends[mac]))
@@ -163,16 +193,34 @@ def whose(
                 "its packets go there, not here; as they should if that is the other one of two load balancers",
                 f"ip neigh show | grep {mac}; arping -I {interface} {place.address}",
             )
-    if answers or not place.segment:
-        return
-    if arriving or announced:
-        how = "it is announced" if announced else "connections come in"
-        yield ok("vip", f"nobody else answers for {place.address}, and {how}")
-        return
-    tell = note if announced is None else warning
-    yield tell(
-        "vip-unanswered",
-        f"nobody answers for {place.address} on {place.segment}",
-        "who is on the segment, as the router perhaps is, cannot find it, unless it has a route by this machine",
-        "announce = 'arp' (--announce arp), keepalived, or a route to it by this machine",
-    )
+    if not answers and place.segment:
+        yield _unanswered(place, told, arriving)
+
+
+def _unanswered(place: Place, told: Told, arriving: bool) -> Finding:
+    """On its segment nobody else answers for it.  What came in before counts only for a load balancer that runs."""
+    what = f"nobody answers for {place.address} on {place.segment}"
+    lost = "who is on the segment and does not know it yet, as the router perhaps, cannot find it"
+    match told:
+        case Told.ANNOUNCED:
+            return ok("vip", f"nobody else answers for {place.address}, and it is announced")
+        case Told.PLANNED:
+            return ok("vip", f"nobody answers for {place.address} yet; crablb serve will")
+        case Told.WITHDRAWN:
+            return warning("vip-unanswered", f"{what}: it is withdrawn", f"{lost}; see quorum-lost", "crablb backends")
+        case Told.NOBODY:
+            return warning(
+                "vip-unanswered", f"{what}: its load balancer does not run", lost, "start crablb serve again"
+            )
+        case Told.STOPPED:
+            return warning("vip-unanswered", f"{what}: its load balancer is stopped", lost, "see daemon-stopped")
+        case Told.NOT | Told.UNKNOWN if arriving:
+            return ok("vip", f"nobody else answers for {place.address}, and SYNs to VIPs have come in")
+        case _:
+            tell = note if told is Told.UNKNOWN else warning
+            return tell(
+                "vip-unanswered",
+                what,
+                f"{lost}, unless it has a route by this machine",
+                "announce = 'arp' (--announce arp), keepalived, or a route to it by this machine",
+            )

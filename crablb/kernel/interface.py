@@ -68,9 +68,9 @@ def _kind(link: Mapping[int, bytes]) -> str:
     return rtnetlink.text(information.get(rtnetlink.IFLA_INFO_KIND))
 
 
-def interface_name(index: int) -> str:
-    """The name of an interface by its index, or ``if7`` if there is none any more."""
+def interface_name(index: int, otherwise: str | None = None) -> str:
+    """The name of an interface by its index; if there is none any more, ``otherwise``, or ``if7``."""
     try:
         return socket.if_indextoname(index)
     except OSError:
-        return f"if{index}"
+        return f"if{index}" if otherwise is None else otherwise

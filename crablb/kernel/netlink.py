@@ -27,7 +27,7 @@ from crablb import lasting
 from crablb.kernel import pathmtu, routing, rtnetlink, sockfilter
 from crablb.kernel.pathmtu import PathMtu
 from crablb.kernel.reader import Reader
-from crablb.kernel.routing import Hop
+from crablb.kernel.routing import Hop, Route
 from crablb.kernel.rtnetlink import LINK, NEIGHBOUR, ROUTE, Message, Netlink
 from crablb.model import Address
 from crablb.seldom import Seldom
@@ -53,6 +53,8 @@ LEAST = 0.05
 WAITING = 4 << 20
 SO_RCVBUFFORCE = 33
 
+#: What the kernel says that could not answer at the moment; no event would tell when it can.
+MOMENTARY = {errno.ENOMEM, errno.ENOBUFS, errno.EINTR, errno.EAGAIN}
 #: What an address is whose route is no other host's (RTN_*).
 KINDS = {
     2: "an address of this machine itself, and frames go to others only; leave it out",
@@ -157,6 +159,13 @@ def _where(state: int, mac: bytes) -> tuple[bytes, bool]:
     return mac if state & NUD_VALID else b"", bool(state & NUD_PERMANENT)
 
 
+def _put(neighbours: dict[tuple[int, str], tuple[int, bytes]], key: tuple[int, str], state: tuple[int, bytes]) -> None:
+    if state is NOBODY:
+        neighbours.pop(key, None)
+    else:
+        neighbours[key] = state
+
+
 def _neighbour(message: Message) -> tuple[tuple[int, str], tuple[int, bytes]] | None:
     """A neighbour's place in the tables and what is known of it; None for what is no neighbour of an IP address."""
     family, index, state, *_ = message.fields(NEIGHBOUR)
@@ -243,16 +252,23 @@ def _others(netlink: Netlink, address: Address, hops: Iterable[Hop], links: Mapp
     for hop in hops:
         if hop.dead or hop.ifindex not in links:
             continue
-        with suppress(OSError):  # it has gone meanwhile, and an event will tell
+        try:
             way = _way(netlink, address, hop.ifindex, links)
-            if way and way.ifindex == hop.ifindex:
-                yield way._replace(gateway=hop.towards)
+        except OSError as error:
+            if error.errno in MOMENTARY:
+                raise
+            continue  # it has gone meanwhile, and an event will tell
+        if way and way.ifindex == hop.ifindex:
+            yield way._replace(gateway=hop.towards)
 
 
-def _route(netlink: Netlink, address: Address, links: Mapping[int, Link]) -> _Route:
+def _route(netlink: Netlink, address: Address, links: Mapping[int, Link], known: dict[bytes, Route | None]) -> _Route:
+    """``known``: see :func:`.routing.lookup`."""
     try:
-        route, chosen = routing.lookup(netlink, address), _way(netlink, address, 0, links)
+        route, chosen = routing.lookup(netlink, address, known), _way(netlink, address, 0, links)
     except OSError as error:
+        if error.errno in MOMENTARY:
+            raise
         return _Route(HopState.NO_ROUTE, f"no route: {error.strerror}")
     if route and not route.unicast:
         return _Route(HopState.NOT_A_HOST, f"it is {KINDS.get(route.kind, 'no address of a host')}")
@@ -270,6 +286,20 @@ def _route(netlink: Netlink, address: Address, links: Mapping[int, Link]) -> _Ro
         return _Route(HopState.NOT_ETHERNET, "its route wraps packets (ip route ... encap), as only the kernel does")
     reason = f"its route leads through {links[chosen.ifindex].name}, which is not an Ethernet interface"
     return _Route(HopState.NOT_ETHERNET, reason)
+
+
+def _routes(netlink: Netlink, addresses: Iterable[Address], links: Mapping[int, Link]) -> dict[Address, _Route]:
+    known: dict[bytes, Route | None] = {}
+    return {address: _route(netlink, address, links, known) for address in addresses}
+
+
+def _neighbours(netlink: Netlink) -> dict[tuple[int, str], tuple[int, bytes]]:
+    found = (
+        _neighbour(message)
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for message in rtnetlink.neighbours(netlink, family)
+    )
+    return dict(filter(None, found))
 
 
 def release_managed(backends: Iterable[tuple[Address, bytes]]) -> None:
@@ -334,6 +364,7 @@ class NextHops:
         self._tables = _Tables({}, {}, {}, frozenset())
         self._vias: set[tuple[int, str]] = set()  # the neighbours that the routes need
         self._failed: set[tuple[int, str]] = set()  # neighbours that did not answer, and have not since
+        self._heard: dict[tuple[int, str], tuple[int, bytes]] = {}  # of neighbours, since they were last asked for
         self._managed: set[tuple[int, str]] = set()
         # Long tables take their time.  One thread for all calls, because setns(2) concerns threads.
         self._thread = ThreadPoolExecutor(1, "crablb-netlink")
@@ -398,14 +429,17 @@ class NextHops:
             index = link.master
         return [mac for mac in dict.fromkeys(link.mac for link in found.values()) if len(mac) == 6]
 
-    async def close(self) -> None:
-        """Stop following, and give up the managed neighbour entries."""
+    async def close(self, *, leave: bool = False) -> None:
+        """Stop following, and give up the managed neighbour entries; ``leave``: to another process, which has them."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         while self._readers:
             self._readers.pop().close()
         self._hear_no_more()
+        if leave:
+            self._thread.shutdown()
+            return
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
         except RuntimeError:  # the interpreter ends, and gives threads no work any more
@@ -457,11 +491,11 @@ class NextHops:
         before, asked = self._tables.neighbours.get(key, NOBODY), key in self._failed
         if gone:
             state = NOBODY
-            self._tables.neighbours.pop(key, None)
             self._managed.discard(key)
         else:
-            self._tables.neighbours[key] = state
             self._note_failure(key, state[0])
+        self._heard[key] = state
+        _put(self._tables.neighbours, key, state)
         changed = _where(*before) != _where(*state) or asked != (key in self._failed)
         return key in self._vias and (gone or changed)
 
@@ -495,11 +529,9 @@ class NextHops:
         loop = asyncio.get_running_loop()
         narrower, self._narrower = self._narrower & self._wanted, set()
         if full:
-            # Events that come meanwhile are newer than the dump; they wait in the socket and are read after it.
+            self._heard.clear()
             self._tables = await loop.run_in_executor(self._thread, self._ask)
-            self._managed &= self._tables.neighbours.keys()  # a link that went down took its entries with it
-            for key, (nud, _) in self._tables.neighbours.items():
-                self._note_failure(key, nud)
+            self._know_neighbours()
             self._on_links()
         elif narrower:
             routes = await loop.run_in_executor(self._thread, self._ask_routes, narrower, self._tables.links)
@@ -511,8 +543,10 @@ class NextHops:
             if self._events:
                 sockfilter.attach(self._events, _events_about(vias))
                 # What befell the new ones between the dump and now was not told.
-                self._full = True
-                self._dirty.set()
+                self._heard.clear()
+                neighbours = await loop.run_in_executor(self._thread, self._ask_neighbours)
+                self._tables = self._tables._replace(neighbours=neighbours)
+                self._know_neighbours()
         self._failed &= self._vias
         # An entry that the administrator made permanent is his: not managed, and never removed by us.
         permanent = {key for key, (state, mac) in neighbours.items() if state & NUD_PERMANENT and mac}
@@ -530,6 +564,15 @@ class NextHops:
             except BaseException:  # told again the next time
                 self.current = former
                 raise
+
+    def _know_neighbours(self) -> None:
+        """What follows from what all of them were found to be, and from what was told while they were asked for: the
+        answer may be older.  Where it is newer, what was told since is still to be read."""
+        for told, state in self._heard.items():
+            _put(self._tables.neighbours, told, state)
+        self._managed &= self._tables.neighbours.keys()  # a link that went down took its entries with it
+        for key, (nud, _) in self._tables.neighbours.items():
+            self._note_failure(key, nud)
 
     def _hop(self, address: Address) -> NextHop:
         """By the way that is in use, as long as its neighbour answers; else by the first whose neighbour does."""
@@ -561,18 +604,17 @@ class NextHops:
         features = rtnetlink.xdp_features()
         with Netlink() as netlink:
             links = dict(_link(message, features) for message in rtnetlink.links(netlink))
-            routes = {address: _route(netlink, address, links) for address in self._wanted}
-            neighbours = [
-                _neighbour(message)
-                for family in (socket.AF_INET, socket.AF_INET6)
-                for message in rtnetlink.neighbours(netlink, family)
-            ]
+            routes = _routes(netlink, self._wanted, links)
             elsewhere = frozenset(vip for vip in self._vips if not routing.is_local(netlink, vip))
-            return _Tables(routes, dict(filter(None, neighbours)), links, elsewhere)
+            return _Tables(routes, _neighbours(netlink), links, elsewhere)
+
+    def _ask_neighbours(self) -> dict[tuple[int, str], tuple[int, bytes]]:
+        with Netlink() as netlink:
+            return _neighbours(netlink)
 
     def _ask_routes(self, addresses: Iterable[Address], links: Mapping[int, Link]) -> dict[Address, _Route]:
         with Netlink() as netlink:
-            return {address: _route(netlink, address, links) for address in addresses}
+            return _routes(netlink, addresses, links)
 
     def _manage(self, wanted: set[tuple[int, str]]) -> None:
         with Netlink() as netlink:

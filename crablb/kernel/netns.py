@@ -59,7 +59,8 @@ def _enter(namespace: int, name: str) -> None:
         number = ctypes.get_errno()
         if number == errno.EINVAL:
             raise KernelError(f"{name} is not a network namespace")
-        raise KernelError(f"cannot enter network namespace {name}: {os.strerror(number)}")
+        remedy = "; run it as root" if number == errno.EPERM else ""
+        raise KernelError(f"cannot enter network namespace {name}: {os.strerror(number)}{remedy}")
 
 
 def enter(path: Path) -> None:
@@ -149,9 +150,9 @@ def every(but: Collection[int] = ()) -> list[Namespace]:
     named = sorted(NAMED.glob("*"))
     for place in (*named, SELF, *places(but)):
         try:
-            inode = os.stat(place).st_ino
-            if inode not in found:
-                found[inode] = find(place.name if place in named else str(place))
+            if os.stat(place).st_ino not in found:
+                one = find(place.name if place in named else str(place))
+                found.setdefault(one.inode, one)  # a process may be in another one by now
         except (OSError, ConfigError):  # it has ended meanwhile, or is a name that is yet to stand for one
             continue
     return list(found.values())

@@ -9,6 +9,7 @@ out again.  A link of that name leads them to it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -27,6 +28,8 @@ RUN = Path("/run/crablb")
 PREFIX = "netns-"
 FIRST = f"{PREFIX}1"
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
+#: In place of a process id: of one that this PID namespace does not see, another container's or, in one, the host's.
+ELSEWHERE = 0
 
 
 def cookie() -> int:
@@ -132,29 +135,116 @@ def _lock_path(role: str) -> Path:
 
 
 def owner(role: str) -> int | None:
-    """Process id of the live owner of a role, None if there is none."""
-    return _locked_by(_lock_path(role))
+    """Who owns a role and lives: the process id that it has here, :data:`ELSEWHERE`, or None: nobody."""
+    return _owner(_lock_path(role))
 
 
-def _locked_by(path: Path) -> int | None:
+def check_free(role: str, what: str, instead: str = "") -> None:
+    """Raises :class:`KernelError` as :func:`own` does, for who has other things to do before that.  ``instead``: what
+    else than an end of the owner may be what is wanted."""
+    if (pid := owner(role)) is not None:
+        raise _owned_by(what, pid, instead)
+
+
+def _owned_by(what: str, pid: int, instead: str = "") -> KernelError:
+    return KernelError(f"{what} is run already by {told(pid)}; {instead}stop it first: {how_to_end(pid)}")
+
+
+def told(pid: int) -> str:
+    """A process, for a person, by its id here or :data:`ELSEWHERE`."""
+    return f"process {pid}" if pid else "a process of another PID namespace"
+
+
+def how_to_end(pid: int) -> str:
+    if pid:
+        return f"systemctl stop, or kill {pid}"
+    return "in its container, or by the host, where crablb status and crablb agent status name it"
+
+
+def begun(role: str) -> None:
+    """The owner of a role, this process, has begun to do what it has it for."""
+    with suppress(OSError), open(_lock_path(role), "a") as file:
+        file.write("\n")  # ends the line that has its process id: versions of before read that as well
+
+
+def has_begun(role: str) -> bool:
+    """Whether the owner of a role says that it has begun."""
+    with suppress(OSError):
+        return _lock_path(role).read_text().endswith("\n")
+    return False
+
+
+def cannot_be_asked(role: str) -> None:
+    """The owner of a role, this process, should answer those who ask it, and cannot."""
+    mark = "\t\n" if has_begun(role) else "\t"  # white space: versions of before read a number
+    with suppress(OSError), open(_lock_path(role), "r+") as file:  # where there is a lock
+        file.seek(0, os.SEEK_END)
+        file.write(mark)
+
+
+def says_it_cannot_be_asked(role: str) -> bool:
+    with suppress(OSError):
+        return "\t" in _lock_path(role).read_text()
+    return False
+
+
+def _owner(path: Path) -> int | None:
+    """Who has a lock.  Raises OSError.
+
+    Asked of the kernel (proc_locks(5)) first: who tried a lock would be in the way of those who take it.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(os.read(fd, 32) or 0)
+        lock, listed = os.fstat(fd), set[int]()
+        with suppress(OSError, IndexError):  # the list is masked, as in some containers
+            listed = _holding([lock])
+        if not listed:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                pass
+        noted = int(os.pread(fd, 32, 0) or 0)  # as the owner's PID namespace has it, which may not be this one
     finally:
         os.close(fd)
-    return None
+    for pid in listed:
+        # An agent's process has the lock; that which is to be ended is its parent, if it runs several.
+        return next((one for one in (pid, _parent(pid)) if one and _own_id(one) == noted), pid)
+    return noted if _has_open(noted, lock) else ELSEWHERE
+
+
+def _status(pid: int) -> dict[str, list[str]]:
+    """proc_pid_status(5)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+
+
+def _parent(pid: int) -> int:
+    return int(_status(pid).get("PPid", ["0"])[0])
+
+
+def _own_id(pid: int) -> int:
+    """The process id that a process has in its own PID namespace."""
+    return int(_status(pid).get("NSpid", ["0"])[-1])
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    with suppress(OSError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if os.path.samestat(fd.stat(), file):
+                    return True
+    return False
 
 
 def owners(*roles: str) -> set[int]:
-    """The processes that own one of these roles, in whatever network namespace.
-
-    Asked of the kernel (proc_locks(5)): who tried the locks would be in the way of those who take them.
-    """
+    """The processes that own one of these roles, in whatever network namespace, as far as they are seen from here."""
     return _holding(_locks(roles))
 
 
@@ -165,19 +255,10 @@ def _holding(files: Iterable[os.stat_result]) -> set[int]:
 
 
 def held() -> dict[str, int | None]:
-    """Who has each role of this network namespace that has a lock file; None: nobody lives that has it.
-
-    Those that the kernel lists are not tried: see :func:`owners`.  Raises OSError.
-    """
+    """Who has each role of this network namespace that has a lock file, as :func:`owner` says.  Raises OSError."""
     prefix = f"{PREFIX}{cookie()}-"
-    found: dict[str, int | None] = {}
-    for path in sorted(RUN.glob(f"{prefix}*.lock")):
-        with suppress(FileNotFoundError):  # it has gone meanwhile
-            lock, listed = path.stat(), set[int]()
-            with suppress(OSError):  # the list is masked, as in some containers
-                listed = _holding([lock])
-            found[path.name.removeprefix(prefix).removesuffix(".lock")] = next(iter(listed), None) or _locked_by(path)
-    return found
+    paths = sorted(RUN.glob(f"{prefix}*.lock"))
+    return {path.name.removeprefix(prefix).removesuffix(".lock"): _owner(path) for path in paths}
 
 
 def folders() -> dict[str, Path]:
@@ -201,9 +282,33 @@ def _locks(roles: Collection[str]) -> Iterator[os.stat_result]:
                 yield path.stat()
 
 
+def _unwritable(path: str | Path, error: OSError) -> KernelError:
+    remedy = {errno.EROFS: f": mount -o remount,rw {RUN.parent}", errno.ENOSPC: f": df {RUN}; df -i {RUN}"}
+    return KernelError(
+        f"cannot write {path}: {error.strerror}; crablb keeps its state in {RUN}{remedy.get(error.errno or 0, '')}"
+    )
+
+
+def _owned_by_us(role: str) -> None:
+    """Whose a folder of pins is decides what is in it; where the BPF file system's mode is 1777 anybody may make one.
+
+    Raises :class:`KernelError` if it is neither root's, nor this user's, nor his to whom root has given /run/crablb.
+    """
+    trusted = {0, os.geteuid(), RUN.stat().st_uid}
+    for path in (root(), root() / namespace(), folder(role)):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue
+        if found.st_uid not in trusted or found.st_mode & 0o022:
+            why = f"it is user {found.st_uid}'s, mode {found.st_mode & 0o7777:04o}"
+            raise KernelError(f"{path}: {why}: what others can put there is not taken; look into it, and: rm -r {path}")
+
+
 @contextmanager
-def own(role: str, what: str, process: int = 0) -> Iterator[None]:
-    """Be the one owner of a role while in the context; it ends with the process too.
+def own(role: str, what: str, process: int = 0) -> Iterator[int]:
+    """Be the one owner of a role while in the context; it ends with the process too.  Gives the lock's descriptor, by
+    which another process can :func:`take` it.
 
     Raises :class:`KernelError` if a live process has it; ``what`` names the role to a person, ``process`` the one that
     is to be ended if it is not this one.  What namespaces that are
@@ -216,37 +321,82 @@ def own(role: str, what: str, process: int = 0) -> Iterator[None]:
         path = RUN / f"{name}-{role}.lock"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        where = error.filename or RUN
-        raise KernelError(f"cannot write {where}: {error.strerror}; crablb keeps its state in {RUN}") from None
+        raise _unwritable(error.filename or RUN, error) from None
     _owned.add(fd)
     this = os.getpid()
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = os.read(fd, 32).decode() or "another process"
-            raise KernelError(f"{what} is run already by process {pid}; stop it first") from None
+            raise _owned_by(what, owner(role) or ELSEWHERE) from None  # it may have ended just now
         try:
             os.ftruncate(fd, 0)
             os.write(fd, str(process or os.getpid()).encode())
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise KernelError(f"cannot write {path}: {error.strerror}; crablb keeps its state in {RUN}") from None
+            raise _unwritable(path, error) from None
         try:
+            root().mkdir(exist_ok=True)  # who might make it sees it made
+            _owned_by_us(role)
             _link_old_name()
-            yield
+            yield fd
         finally:
-            if os.getpid() == this:
+            if os.getpid() == this and fd not in _given:
                 path.unlink(missing_ok=True)
     finally:
         if os.getpid() == this:
             _owned.remove(fd)
             os.close(fd)
-            tidy(name)
+            if fd in _given:
+                _given.remove(fd)
+            else:
+                tidy(name)
 
 
-#: Descriptors of the locks that this process owns.
+#: Descriptors of the locks that this process owns; those that it has given to another one.
 _owned: set[int] = set()
+_given: set[int] = set()
+
+
+def give(lock: int) -> None:
+    """The lock's role is another process's: what its owner does at the end, this one leaves undone."""
+    _given.add(lock)
+
+
+def claim(fd: int) -> None:
+    """Have the lock and its file name this process, of those that have the descriptor."""
+    # Nobody else gets it in between: the kernel changes the kind of a lock at once, and notes who did.
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Written over, in one go: whoever truncates it first has no room for it where the file system is full.
+    this = str(os.getpid()).encode()
+    os.pwrite(fd, this.ljust(os.fstat(fd).st_size), 0)
+    os.ftruncate(fd, len(this))
+
+
+@contextmanager
+def take(role: str, fd: int) -> Iterator[int]:
+    """Be the owner of a role in place of a process that lives, by the descriptor of its lock, ours from now on.
+
+    That process has to :func:`give` it up, or to :func:`claim` it back.
+    """
+    name = namespace()
+    path = RUN / f"{name}-{role}.lock"
+    _owned.add(fd)
+    this = os.getpid()
+    try:
+        claim(fd)
+        yield fd
+    finally:
+        if os.getpid() == this:
+            given = fd in _given
+            if not given:
+                path.unlink(missing_ok=True)
+            _given.discard(fd)
+            _owned.remove(fd)
+            os.close(fd)
+            if not given:
+                tidy(name)
 
 
 def _forked() -> None:
@@ -282,15 +432,16 @@ def _alive() -> tuple[set[int], set[str]]:
     found = {0: FIRST}
     for place in netns.places():
         try:
-            inode = os.stat(place).st_ino
+            there = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:  # it has ended meanwhile
             continue
-        if inode not in found:
-            try:
-                found[inode] = namespace_at(place)
-            except KernelError:
-                if place.exists():
-                    raise
+        # Asked of what is open: a process may be in another one the next moment, as one that looks around as we do is.
+        try:
+            inode = os.fstat(there).st_ino
+            if inode not in found:
+                found[inode] = namespace_at(Path(f"/proc/self/fd/{there}"))
+        finally:
+            os.close(there)
     return set(found), set(found.values())
 
 
@@ -320,7 +471,11 @@ def collect() -> None:
                 remove(role)
     for path in files:
         name = "-".join(path.name.split("-")[:2])
-        if name not in names and not (root() / name).exists() and not (path.suffix == ".lock" and _locked_by(path)):
+        if (
+            name not in names
+            and not (root() / name).exists()
+            and not (path.suffix == ".lock" and _owner(path) is not None)
+        ):
             path.unlink(missing_ok=True)
     for link in there:
         if link.name.isdigit() and int(link.name) not in inodes and link.is_symlink():

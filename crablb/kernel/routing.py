@@ -235,9 +235,16 @@ def _parse(netlink: Netlink, message: Message) -> Route | None:
     return replace(route, hops=tuple(_nexthops(netlink, number, message.fields(ROUTE)[0]))) if number else route
 
 
-def lookup(netlink: Netlink, to: Address) -> Route | None:
-    """The route to an address as it stands in the tables, with all its next hops.  Raises OSError: there is none."""
-    return _parse(netlink, rtnetlink.route(netlink, to, flags=RTM_F_FIB_MATCH))
+def lookup(netlink: Netlink, to: Address, known: dict[bytes, Route | None] | None = None) -> Route | None:
+    """The route to an address as it stands in the tables, with all its next hops.  Raises OSError: there is none.
+
+    ``known``: routes by what the kernel said of them, which of addresses of one route is the same: what was taken apart
+    there is not again, and what is new is added.
+    """
+    message, known = rtnetlink.route(netlink, to, flags=RTM_F_FIB_MATCH), {} if known is None else known
+    if message.body not in known:
+        known[message.body] = _parse(netlink, message)
+    return known[message.body]
 
 
 def table_of(netlink: Netlink, to: Address) -> int:

@@ -45,7 +45,12 @@ NUD_PROBE = 0x10
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
 CTRL_ATTR_MCAST_GROUPS, CTRL_ATTR_MCAST_GRP_NAME, CTRL_ATTR_MCAST_GRP_ID = 7, 1, 2
 NETLINK_ADD_MEMBERSHIP, NETLINK_NO_ENOBUFS = 1, 5
-SOCK_DIAG_BY_FAMILY, IPPROTO_TCP, INET_DIAG_SKV6ONLY = 20, 6, 11
+SOCK_DIAG_BY_FAMILY, SOCK_DESTROY, IPPROTO_TCP, INET_DIAG_SKV6ONLY = 20, 21, 6, 11
+INET_DIAG_INFO, INET_DIAG_ULP_INFO, INET_ULP_INFO_NAME = 2, 19, 1
+#: What a protocol is named by that does not fit into a request's byte (inet_diag.h, in.h).
+INET_DIAG_REQ_PROTOCOL, IPPROTO_MPTCP = 3, 262
+#: A socket tells of its upper layer only who asks for its INET_DIAG_INFO (inet_sk_diag_fill).
+INET_DIAG_UPPER = 1 << (INET_DIAG_INFO - 1)
 NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, NETDEV_A_DEV_XDP_FEATURES = 1, 1, 3
 ETHTOOL_MSG_CHANNELS_GET, ETHTOOL_A_CHANNELS_HEADER, ETHTOOL_A_HEADER_DEV_INDEX = 17, 1, 1
 ETHTOOL_A_CHANNELS_RX_COUNT, ETHTOOL_A_CHANNELS_COMBINED_COUNT = 6, 9
@@ -59,8 +64,11 @@ ADDRESS = struct.Struct("=4BI")  # struct ifaddrmsg: family, prefix length, flag
 NEIGHBOUR = struct.Struct("=B3xiHBB")  # struct ndmsg: family, ifindex, state, flags, type
 TC = struct.Struct("=B3xi3I")  # struct tcmsg: family, ifindex, handle, parent, info
 GENERIC = struct.Struct("=BBxx")  # struct genlmsghdr: command, version
-#: struct inet_diag_req_v2: family, protocol, states; no particular socket.
-DIAG_REQUEST = struct.Struct("=BBxxI48x")
+#: struct inet_diag_req_v2: family, protocol, extensions (a bit for each), states; no particular socket.
+DIAG_REQUEST = struct.Struct("=BBBxI48x")
+#: The same that names one: ports and addresses, an interface, a cookie.
+DIAG_ONE = struct.Struct("=BBxxI2s2s16s16sIQ")
+NO_COOKIE = (1 << 64) - 1
 #: struct inet_diag_msg: family, state, source port (network order), receive queue.
 DIAG = struct.Struct("=BBxx2s46x4xI12x")
 #: The same with the whole struct inet_diag_sockid, and the socket's inode number.
@@ -82,6 +90,7 @@ class Message:
     kind: int
     flags: int
     body: bytes
+    sequence: int = 0  # of the request that it answers
 
     def fields(self, header: struct.Struct) -> tuple[int, ...]:
         """What the family's fixed header holds."""
@@ -123,10 +132,10 @@ def parse(data: bytes) -> Iterator[Message]:
     """The messages of a datagram."""
     at = 0
     while at + HEADER.size <= len(data):
-        length, kind, flags, _, _ = HEADER.unpack_from(data, at)
+        length, kind, flags, sequence, _ = HEADER.unpack_from(data, at)
         if length < HEADER.size:
             return
-        yield Message(kind, flags, data[at + HEADER.size : at + length])
+        yield Message(kind, flags, data[at + HEADER.size : at + length], sequence)
         at += (length + 3) & ~3
 
 
@@ -154,10 +163,15 @@ class Netlink:
         self._sock.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
         self._sock.bind((0, 0))
         self._sequence = 0
+        self._room = bytearray(ROOM)  # of 10,000 answers each would have one, from the system and back
 
     def ask(self, kind: int, body: bytes, more: Mapping[int, bytes] | None = None, flags: int = 0) -> list[Message]:
         """Send a request; what is answered."""
         return self._exchange(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body + encode(more or {}))
+
+    def get(self, kind: int, body: bytes, more: Mapping[int, bytes] | None = None) -> Message:
+        """Send a request whose answer is one message: without NLM_F_ACK nothing comes behind it."""
+        return self._exchange(kind, NLM_F_REQUEST, body + encode(more or {}), single=True)[0]
 
     def dump(self, kind: int, body: bytes) -> list[Message]:
         """All there are; asked for again if they changed meanwhile, but not for ever: what changes tells so itself."""
@@ -167,14 +181,19 @@ class Netlink:
                 break
         return found
 
-    def _exchange(self, kind: int, flags: int, payload: bytes) -> list[Message]:
+    def _exchange(self, kind: int, flags: int, payload: bytes, *, single: bool = False) -> list[Message]:
         self._sequence += 1
         self._sock.send(HEADER.pack(HEADER.size + len(payload), kind, flags, self._sequence, 0) + payload)
         found: list[Message] = []
         while True:
-            for message in parse(self._sock.recv(ROOM)):
+            length = self._sock.recv_into(self._room)
+            for message in parse(bytes(memoryview(self._room)[:length])):
+                if message.sequence != self._sequence:
+                    continue  # of a request before, whose answer could not be read
                 if message.kind not in (NLMSG_ERROR, NLMSG_DONE):
                     found.append(message)
+                    if single:
+                        return found
                     continue
                 (error,) = struct.unpack_from("=i", message.body) if len(message.body) >= 4 else (0,)
                 if error:
@@ -228,7 +247,7 @@ def route(netlink: Netlink, to: ipaddress.IPv4Address | ipaddress.IPv6Address, o
     family = socket.AF_INET if to.version == 4 else socket.AF_INET6
     body = ROUTE.pack(family, to.max_prefixlen, 0, 0, 0, 0, 0, 0, flags)
     more = {RTA_DST: to.packed, **({RTA_OIF: struct.pack("=I", out)} if out else {})}
-    return netlink.ask(RTM_GETROUTE, body, more)[0]
+    return netlink.get(RTM_GETROUTE, body, more)
 
 
 def addresses(netlink: Netlink) -> dict[str, int]:
@@ -311,17 +330,30 @@ def delete_neighbour(netlink: Netlink, index: int, at: str) -> None:
     netlink.ask(RTM_DELNEIGH, NEIGHBOUR.pack(family, index, 0, 0, 0), {NDA_DST: to.packed})
 
 
-def _tcp(family: int, states: int) -> list[Message]:
-    """The TCP sockets of this network namespace that are in some states.
+def tcp(family: int, states: int, extensions: int = 0) -> list[Message]:
+    """The TCP sockets of this network namespace that are in some states, with :data:`DIAG_WHOLE` and INET_DIAG_*
+    attributes.
 
     Raises :class:`KernelError` where the kernel's module for it is not there, or may not be loaded (ENOENT).  Source:
     sock_diag(7).
     """
+    return _diag(DIAG_REQUEST.pack(family, IPPROTO_TCP, extensions, states), "TCP", "tcp_diag")
+
+
+def mptcp(family: int, states: int) -> list[Message]:
+    """The MPTCP sockets of this network namespace, as :func:`tcp` gives TCP ones; with INET_DIAG_INFO (struct
+    mptcp_info)."""
+    more = encode({INET_DIAG_REQ_PROTOCOL: struct.pack("=I", IPPROTO_MPTCP)})
+    request = DIAG_REQUEST.pack(family, socket.IPPROTO_RAW, 1 << (INET_DIAG_INFO - 1), states) + more
+    return _diag(request, "MPTCP", "mptcp_diag")
+
+
+def _diag(request: bytes, of: str, module: str) -> list[Message]:
     try:
         with Netlink(NETLINK_SOCK_DIAG) as netlink:
-            return netlink.dump(SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(family, IPPROTO_TCP, states))
+            return netlink.dump(SOCK_DIAG_BY_FAMILY, request)
     except FileNotFoundError:
-        raise KernelError("the kernel lists no TCP sockets (sock_diag); load its module: modprobe tcp_diag") from None
+        raise KernelError(f"the kernel lists no {of} sockets (sock_diag); load its module: modprobe {module}") from None
 
 
 def tcp_sockets(family: int, states: int) -> list[tuple[int, int, int]]:
@@ -329,37 +361,64 @@ def tcp_sockets(family: int, states: int) -> list[tuple[int, int, int]]:
 
     Source: sock_diag(7).
     """
-    messages = (DIAG.unpack_from(message.body) for message in _tcp(family, states))
+    messages = (DIAG.unpack_from(message.body) for message in tcp(family, states))
     return [(state, int.from_bytes(port, "big"), queue) for _, state, port, queue in messages]
 
 
 def tcp_addresses(family: int, states: int) -> list[bytes]:
     """The local addresses of TCP sockets in some states, one a socket."""
     size = 4 if family == socket.AF_INET else 16
-    return [message.body[8 : 8 + size] for message in _tcp(family, states)]
+    return [message.body[8 : 8 + size] for message in tcp(family, states)]
+
+
+def destroy_tcp(
+    local: ipaddress.IPv4Address | ipaddress.IPv6Address,
+    local_port: int,
+    remote: ipaddress.IPv4Address | ipaddress.IPv6Address,
+    remote_port: int,
+) -> bool:
+    """End a TCP connection of this network namespace, by RST to its peer; whether there was one.
+
+    Raises :class:`KernelError` where the kernel cannot (CONFIG_INET_DIAG_DESTROY).  Source: sock_diag(7).
+    """
+    family = socket.AF_INET if local.version == 4 else socket.AF_INET6
+    ends = [end.packed.ljust(16, b"\0") for end in (local, remote)]
+    ports = [port.to_bytes(2, "big") for port in (local_port, remote_port)]
+    try:
+        with Netlink(NETLINK_SOCK_DIAG) as netlink:
+            netlink.ask(SOCK_DESTROY, DIAG_ONE.pack(family, IPPROTO_TCP, 0, *ports, *ends, 0, NO_COOKIE))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise KernelError(f"the kernel cannot end a TCP connection (SOCK_DESTROY): {error.strerror}") from None
+    return True
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """``address``: unspecified for all of its family; ``both``: for all of IPv4 as well."""
+    """``address``: unspecified for all of its family; ``both``: for all of IPv4 as well; ``upper``: the protocol above
+    TCP ("mptcp"), told to those who have CAP_NET_ADMIN."""
 
     address: ipaddress.IPv4Address | ipaddress.IPv6Address
     port: int
     both: bool = False
+    upper: str = ""
 
 
 def tcp_listeners() -> Iterator[Listener]:
     """Who listens in this network namespace."""
     for family in (socket.AF_INET, socket.AF_INET6):
-        for message in _tcp(family, 1 << TCP_LISTEN):
+        for message in tcp(family, 1 << TCP_LISTEN, INET_DIAG_UPPER):
             _, _, port, _, local, *_ = DIAG_WHOLE.unpack_from(message.body)
             number = int.from_bytes(port, "big")
+            more = message.attributes(DIAG_WHOLE)
+            upper = text(attributes(more.get(INET_DIAG_ULP_INFO, b"")).get(INET_ULP_INFO_NAME))
             if family == socket.AF_INET:
-                yield Listener(ipaddress.IPv4Address(local[:4]), number)
+                yield Listener(ipaddress.IPv4Address(local[:4]), number, upper=upper)
                 continue
             address = ipaddress.IPv6Address(local)
-            only = any(attributes(message.body[DIAG_WHOLE.size :]).get(INET_DIAG_SKV6ONLY, b""))
-            yield Listener(address.ipv4_mapped or address, number, address.is_unspecified and not only)
+            only = any(more.get(INET_DIAG_SKV6ONLY, b""))
+            yield Listener(address.ipv4_mapped or address, number, address.is_unspecified and not only, upper)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +435,7 @@ class Connection:
 def tcp_connections() -> Iterator[Connection]:
     """The TCP connections of this network namespace that are not over."""
     for family in (socket.AF_INET, socket.AF_INET6):
-        for message in _tcp(family, TCP_OPEN):
+        for message in tcp(family, TCP_OPEN):
             of, state, local_port, remote_port, local, remote, inode = DIAG_WHOLE.unpack_from(message.body)
             if state == TCP_FIN_WAIT2 and not inode:
                 continue  # nobody has it, and all that it sent has arrived
@@ -390,7 +449,7 @@ def tcp_ports() -> set[bytes]:
     namespace, of those that are over as well, as long as there is a socket."""
     found = set()
     for family in (socket.AF_INET, socket.AF_INET6):
-        for message in _tcp(family, TCP_ALL & ~(1 << TCP_LISTEN)):
+        for message in tcp(family, TCP_ALL & ~(1 << TCP_LISTEN)):
             _, _, local_port, remote_port, local, *_ = DIAG_WHOLE.unpack_from(message.body)
             whole = local if family == socket.AF_INET6 else bytes(10) + b"\xff\xff" + local[:4]
             found.add(whole + local_port + remote_port)

@@ -28,8 +28,9 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Self, overload
+from typing import Annotated, Any, Literal, NoReturn, Self, overload
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -192,11 +193,59 @@ class _Left:
     sending: int
 
 
+class _File:
+    """A descriptor, closed with this object; -1: none."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def _memory_file(frames: int, frame_size: int) -> int:
+    """A memfd for a UMEM.  Raises :class:`MemoryError`."""
+    try:
+        fd = os.memfd_create("crablb-umem", os.MFD_CLOEXEC)
+    except OSError:
+        raise MemoryError from None
+    try:
+        os.ftruncate(fd, lib.crab_umem_size(frames, frame_size))
+    except OSError:
+        os.close(fd)
+        raise MemoryError from None
+    return fd
+
+
+class Bound(msgspec.Struct, frozen=True):
+    """How a socket that goes to another process is bound, as plain values."""
+
+    interface: str
+    ifindex: int
+    queue: int
+    ring: int
+    flags: int
+    frames: Annotated[int, msgspec.Meta(ge=0)]
+    frame_size: int
+
+
+class Given(msgspec.Struct, frozen=True):
+    """Of a socket that its process does not use any more: how many frames are where; ``struct crab_xsk_given``."""
+
+    in_fill: int
+    in_tx: int
+    free_count: int
+    dropped: int
+
+
 class _Pool:
     """A UMEM and the sockets that have it, one or several, which take turns: ``lock``.  Raises :class:`MemoryError`."""
 
-    def __init__(self, frames: int, frame_size: int) -> None:
-        c = lib.crab_umem_new(frames, frame_size)
+    def __init__(self, frames: int, frame_size: int, file: int = -1) -> None:
+        """``file``: a memfd for the memory (:func:`_memory_file`), ours from now on; -1: it is this process's alone."""
+        self.file = _File(file)
+        c = lib.crab_umem_new(frames, frame_size, file)
         if not c:
             raise MemoryError
         self.c = ffi.gc(c, lib.crab_umem_free)
@@ -410,6 +459,10 @@ class XskSocket:
     ``multi_buffer`` are the UMEM's then, and need not be said again.  The memory is there until the last is closed.
     Threads take turns with all of them; native code that uses a ``handle`` has to be alone with the UMEM.
 
+    ``memory_file``: have the UMEM's memory lie in a file (memfd_create(2)), so that the open socket can go on in
+    another process.  That gets :meth:`bound` and :attr:`files`, for :meth:`adopt`; and when this one does not use the
+    socket any more, what :meth:`give` returns, for :meth:`take`.
+
     Raises :class:`XskError`, :class:`crablb.kernel.bpf.BpfError`, or :class:`KernelError` if the interface does not
     exist or is down; :class:`ValueError` or :class:`TypeError` for other arguments.
     """
@@ -436,6 +489,7 @@ class XskSocket:
         mode: Literal["auto", "native", "generic"] = "auto",
         multi_buffer: bool | None = None,
         share: XskSocket | None = None,
+        memory_file: bool = False,
     ) -> None:
         if self._xsk:
             raise XskError(f"{self!r} is open", errno.EBUSY)
@@ -473,7 +527,7 @@ class XskSocket:
         with share._using() if share else nullcontext(ffi.NULL) as other:
             if share and copy not in (None, not share.zero_copy):
                 raise ValueError(f"copy is that of the UMEM, {not share.zero_copy}, not {copy}")
-            self._bind(share, other, ring, copy)
+            self._bind(share, other, ring, copy, memory_file)
             try:
                 self._pool.joined(self._xsk, info.index, self.queue)
                 if busy_poll and (rc := lib.crab_xsk_busy_poll(self._xsk, busy_poll, BUSY_BUDGET)):
@@ -487,14 +541,15 @@ class XskSocket:
                 self.close()
                 raise
 
-    def _bind(self, share: XskSocket | None, other: Any, ring: int, copy: bool | None) -> None:
+    def _bind(self, share: XskSocket | None, other: Any, ring: int, copy: bool | None, memory_file: bool) -> None:
         """``other``: ``share``'s C socket."""
         flags = lib.CRAB_BIND_NEED_WAKEUP if self._options["need_wakeup"] else 0
         flags |= lib.CRAB_BIND_FRAGS if self._options["multi_buffer"] else 0
         flags |= {None: 0, True: lib.CRAB_BIND_COPY, False: lib.CRAB_BIND_ZEROCOPY}[copy]
         error, stage = ffi.new("int *"), ffi.new("char **")
         try:
-            self._pool = share._pool if share else _Pool(self._frames, self.frame_size)
+            file = _memory_file(self._frames, self.frame_size) if memory_file and not share else -1
+            self._pool = share._pool if share else _Pool(self._frames, self.frame_size, file)
         except MemoryError:
             raise XskError(_explain(self.interface, self.queue, "umem", errno.ENOMEM), errno.ENOMEM) from None
         self._umem = self._pool.umem
@@ -504,6 +559,9 @@ class XskSocket:
         if not xsk:
             where = bytes(ffi.string(stage[0])).decode()
             raise XskError(_explain(self.interface, self.queue, where, error[0]), error[0])
+        self._have(xsk)
+
+    def _have(self, xsk: Any) -> None:
         self._xsk = ffi.gc(xsk, lambda c, umem=self._pool.c: lib.crab_xsk_free(c))  # which has to outlive it
         self._pool.hands.append(self._hands)
         _open.add(self)
@@ -530,6 +588,78 @@ class XskSocket:
         """Put this socket into an XSKMAP, under ``slot`` (default: its queue's number)."""
         with self._using():
             sockets.update(self.queue if slot is None else _counted("slot", slot, 0xFFFFFFFF), self.fd)
+
+    # ---- from one process to the next ----
+
+    def bound(self) -> Bound:
+        """What :meth:`adopt` has to know in another process."""
+        out = ffi.new("struct crab_xsk_bound *")
+        with self._using() as xsk:
+            lib.crab_xsk_is_bound(xsk, out)
+        return Bound(
+            self.interface, out.ifindex, self.queue, out.ring_size, out.bind_flags, self._frames, self.frame_size
+        )
+
+    @property
+    def files(self) -> tuple[int, int]:
+        """The socket's descriptor, and that of its memory, for another process; they stay this one's."""
+        return self.fd, self._pool.file.fd
+
+    @classmethod
+    def adopt(cls, bound: Bound, files: tuple[int, int]) -> Self:
+        """Get ready for a socket of another process, which uses it still; :meth:`take` begins.
+
+        ``files``: its :attr:`files`, as they have come here; ours from now on.  Raises :class:`XskError`.
+        """
+        self = cls.__new__(cls)
+        self.interface, self.queue = bound.interface, bound.queue
+        self._frames, self.frame_size = bound.frames, bound.frame_size
+        self._options = UMEM_OPTIONS | {
+            "frames": bound.frames,
+            "frame_size": bound.frame_size,
+            "need_wakeup": bool(bound.flags & lib.CRAB_BIND_NEED_WAKEUP),
+            "multi_buffer": bool(bound.flags & lib.CRAB_BIND_FRAGS),
+        }
+        self.mode, self._program, self._hands = "", None, _Hands()
+        self._ifindex = bound.ifindex
+        sock = _File(files[0])
+        error, stage = ffi.new("int *"), ffi.new("char **")
+        try:
+            self._pool = _Pool(bound.frames, bound.frame_size, files[1])
+        except MemoryError:
+            raise XskError(_explain(bound.interface, bound.queue, "umem", errno.ENOMEM), errno.ENOMEM) from None
+        self._umem = self._pool.umem
+        how = ffi.new("struct crab_xsk_bound *", (bound.ifindex, bound.queue, bound.ring, bound.flags))
+        xsk = lib.crab_xsk_adopt(self._pool.c, sock.fd, how, error, stage)
+        if not xsk:
+            where = bytes(ffi.string(stage[0])).decode()
+            raise XskError(_explain(bound.interface, bound.queue, where, error[0]), error[0])
+        sock.fd = -1
+        self._have(xsk)
+        self.zero_copy = bool(lib.crab_xsk_zero_copy(xsk))
+        self.multi_buffer = bool(lib.crab_xsk_frags(xsk))
+        self.memory, self.umem = self._pool.whole, self._umem.memory
+        return self
+
+    def give(self, free: npt.NDArray[np.uint64]) -> Given:
+        """What is known of the frames, while nobody uses the socket; ``free``: room for the addresses of all, shape
+        (frames,), of which the first ``free_count`` are those of free ones."""
+        out = ffi.new("struct crab_xsk_given *")
+        with self._using() as xsk:
+            lib.crab_xsk_give(xsk, out, ffi.from_buffer("uint64_t[]", free))
+        return Given(out.in_fill, out.in_tx, out.free_count, out.dropped)
+
+    def take(self, given: Given, free: npt.NDArray[np.uint64]) -> None:
+        """Begin to use what another process has given."""
+        values = ffi.new("struct crab_xsk_given *", (given.in_fill, given.in_tx, given.free_count, given.dropped))
+        with self._using() as xsk:
+            lib.crab_xsk_take_over(xsk, values, ffi.from_buffer("uint64_t[]", free))
+
+    @property
+    def moved(self) -> bool:
+        """Whether another process has used the socket since it was given."""
+        with self._using() as xsk:
+            return bool(lib.crab_xsk_moved(xsk))
 
     @property
     def handle(self) -> Any:

@@ -17,21 +17,31 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from crablb.errors import KernelError
-from crablb.lab.lab import VIP4, VIP6, Lab, Node, Topology
+from crablb.kernel import mptcp
+from crablb.lab.lab import PROGRAMS, VIP4, VIP6, Lab, Node, Topology
+from crablb.lab.programs import missing, remedy, require
 
 CONNECTIONS = 150  # for each family
 BIG = 256 << 20  # bytes
-COMPARED = 16 << 20  # bytes that a prepared and an unprepared client download each
+COMPARED = 16 << 20  # bytes that each kind of client downloads
+SURVIVED = 64 << 20  # the same, while something on its way dies
 KILL_AFTER = 16 << 20  # bytes of the second download
+#: Programs without which there is nothing to show, and what is left out without others.
+NEEDED = (*PROGRAMS, "nginx", "curl")
+OPTIONAL = {
+    "tcpdump": "what is on the load balancer's wire is not looked at",
+    "nft": "nothing dies on a client's way but the load balancer",
+}
 READY_TIMEOUT = 120  # seconds, of a machine that has much else to do
 
 NGINX = """
@@ -73,6 +83,9 @@ class Report:
     peers_seen: list[str] = field(default_factory=list)
     #: Packets that the load balancer saw of one download, by kind of client.
     costs: dict[str, int] = field(default_factory=dict)
+    #: The longest pause (ms) of a download while something dies on its way, by what dies and kind of client; None: it
+    #: did not go on.
+    survival: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     @property
     def held(self) -> bool:
@@ -99,11 +112,22 @@ def services(lab: Lab) -> list[str]:
 VIPS = (f"tcp://{VIP4}:80", f"tcp://[{VIP6}]:80")
 
 
-def start_nginx(node: Node, folder: Path, big: Path) -> None:
-    """nginx on every address of the node; on return it listens."""
+#: Kinds of client: with the agent, with neither, and with a stock MPTCP socket and no agent.
+PREPARED, UNPREPARED, MPTCP = "prepared", "unprepared", "MPTCP, no agent"
+
+
+def start_nginx(node: Node, folder: Path, big: Path, *, multipath: bool = False) -> None:
+    """nginx on every address of the node; on return it listens.  ``multipath``: by MPTCP, and so for TCP as well."""
     folder.mkdir()
     config = folder / "nginx.conf"
     config.write_text(NGINX.format(dir=folder, name=node.name, big=big))
+    if multipath:
+        program = [sys.executable, "-m", "crablb.lab.listening", "nginx", "-c", str(config)]
+        child = node.popen(*program, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert child.stdout and child.stderr
+        if child.stdout.readline() != "listening\n":
+            raise KernelError(f"nginx did not start in {node.netns}: {child.stderr.read().strip()}")
+        return
     # As a daemon it returns when its sockets listen.
     done = node.run("nginx", "-c", str(config), check=False)
     if done.returncode:
@@ -126,8 +150,8 @@ def start_agent(node: Node, role: str, *more: str) -> subprocess.Popen[str]:
 
 @contextmanager
 def notify_socket(folder: Path) -> Iterator[tuple[str, Callable[..., str]]]:
-    """A socket for NOTIFY_SOCKET; its path, and a function that waits for the next message, and raises TimeoutError;
-    at once if the process that it may be given has ended."""
+    """A socket for NOTIFY_SOCKET; its path, and a function that waits for the next message but a STATUS, which comes at
+    any time, and raises TimeoutError; at once if the process that it may be given has ended."""
     path = folder / "notify"
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -136,13 +160,16 @@ def notify_socket(folder: Path) -> Iterator[tuple[str, Callable[..., str]]]:
         def wait(child: subprocess.Popen[str] | None = None) -> str:
             ends = [os.pidfd_open(child.pid)] if child else []
             try:
-                ready, _, _ = select.select([sock.fileno(), *ends], [], [], READY_TIMEOUT)
+                while True:
+                    ready, _, _ = select.select([sock.fileno(), *ends], [], [], READY_TIMEOUT)
+                    if sock.fileno() not in ready:
+                        raise TimeoutError
+                    said = sock.recv(4096).decode()
+                    if not said.startswith("STATUS="):
+                        return said
             finally:
                 for end in ends:
                     os.close(end)
-            if sock.fileno() not in ready:
-                raise TimeoutError
-            return sock.recv(4096).decode()
 
         yield str(path), wait
 
@@ -176,10 +203,11 @@ def start_serve(
             env={**os.environ, "NOTIFY_SOCKET": path},
         )
         try:
-            state = wait(child)
+            while (state := wait(child)).startswith("STATUS="):  # how it is, before all is there
+                pass
         except TimeoutError:
             state = ""
-        if state != "READY=1":
+        if "READY=1" not in state.splitlines():  # who has taken over says besides that it is the process now
             raise KernelError(f"crablb serve did not start: {log.read_text().strip()}")
     return child
 
@@ -228,6 +256,13 @@ def syns(capture: Path) -> Counter[str]:
     return kinds
 
 
+def lived(pauses: Mapping[str, float | None]) -> str:
+    """How downloads fared, by kind of client, in words."""
+    return "; ".join(
+        f"{kind}: {'broke' if ms is None else f'went on, longest pause {ms:.0f} ms'}" for kind, ms in pauses.items()
+    )
+
+
 class Demo:
     """One run.  ``say`` is told of the progress."""
 
@@ -236,7 +271,19 @@ class Demo:
         self.say = say
 
     def run(self, *, keep: bool = False) -> Report:
-        """Make the lab, do everything, remove the lab (unless ``keep``)."""
+        """Make the lab, do everything, remove the lab (unless ``keep``).  Raises :class:`KernelError`."""
+        require("the demo", NEEDED)
+        self.lacking = missing(OPTIONAL)
+        for name in self.lacking:
+            self.say(f"{name} is not installed, so {OPTIONAL[name]}: {remedy([name])}")
+        try:
+            return self._run(keep)
+        except subprocess.CalledProcessError as error:
+            # As by a node's shell, whose last arguments are the command.
+            said = (error.stderr or error.stdout or "").strip()
+            raise KernelError(f"{' '.join(error.cmd[5:])}: exit status {error.returncode}: {said}") from None
+
+    def _run(self, keep: bool) -> Report:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crablb-demo-")))
             name = "demo" if keep else f"demo-{os.getpid()}"
@@ -247,7 +294,8 @@ class Demo:
             self.folder = folder
             self._set_up()
             capture = folder / "lb.pcap"
-            with self.lab.middle.capture(capture, "tcp", "lb"):
+            seen = "tcpdump" not in self.lacking
+            with self.lab.middle.capture(capture, "tcp", "lb") if seen else nullcontext():
                 before = self.lab.client.counters()
                 self._short()
                 self._download()
@@ -258,24 +306,43 @@ class Demo:
                 "sent": after["tx_packets"] - before["tx_packets"],
                 "received": after["rx_packets"] - before["rx_packets"],
             }
-            self.report.wire_packets = dict(syns(capture))
+            self.report.wire_packets = dict(syns(capture)) if seen else {}
             self._judge()
             self._die()
             self._compare()
+            if "nft" not in self.lacking:
+                self._survive()
         return self.report
 
     def _set_up(self) -> None:
         big = self.folder / "big"
         self.digest = make_big(big)
         self.say("starting a server agent and nginx on each server, a client agent on the client")
+        self.kinds = [PREPARED, UNPREPARED]
+        multipath = not (without := self._no_mptcp())
+        if multipath:
+            self.kinds.append(MPTCP)
+        else:
+            self.say(f"no MPTCP client: {without}")
         for server in self.lab.servers:
             # Before nginx: kernels older than 6.12 cannot prepare who listens already.
-            start_agent(server, "server", "--dsr")
-            start_nginx(server, self.folder / server.name, big)
+            start_agent(server, "server", "--dsr", *(["--mptcp"] if multipath else []))
+            start_nginx(server, self.folder / server.name, big, multipath=multipath)
         prefixes = [part for p in self.lab.prefixes() for part in ("--backends", p)]
         start_agent(self.lab.client, "client", *prefixes)
         self.serve = start_serve(self.lab, self.folder, "--check", "none")  # packets are counted
         self.say(f"crablb serves {' and '.join(VIPS)} (process {self.serve.pid})")
+
+    def _no_mptcp(self) -> str:
+        """Prepare an MPTCP client; why there can be none, or nothing if there is one."""
+        try:
+            mptcp.require()
+        except mptcp.Unsupported as error:
+            return str(error)
+        # All that it needs.
+        limits = ["ip", "mptcp", "limits", "set", "add_addr_accepted", "1", "subflows", "2"]
+        done = self.lab.client.run(*limits, check=False)  # an old one knows no MPTCP
+        return f"{' '.join(limits)}: {done.stderr.strip()}" if done.returncode else ""
 
     def _short(self) -> None:
         self.say(f"{2 * CONNECTIONS} short connections, over IPv4 and IPv6")
@@ -396,12 +463,13 @@ class Demo:
             xdp["syn"] == attempts and xdp["other"] == 0 and redirected == attempts,
             f"{attempts} connections: {xdp['syn']} SYNs, {xdp['other']} others, {redirected} redirected",
         )
-        wire = report.wire_packets
-        report.claim(
-            "on its wire: one SYN in and one out for each, and no other TCP packet",
-            wire == {"SYN": 2 * attempts},
-            ", ".join(f"{n} {kind}" for kind, n in wire.items()),
-        )
+        if "tcpdump" not in self.lacking:
+            wire = report.wire_packets
+            report.claim(
+                "on its wire: one SYN in and one out for each, and no other TCP packet",
+                wire == {"SYN": 2 * attempts},
+                ", ".join(f"{n} {kind}" for kind, n in wire.items()),
+            )
 
     def _die(self) -> None:
         """What a new connection meets when nobody serves."""
@@ -414,29 +482,94 @@ class Demo:
         )
 
     def _compare(self) -> None:
-        """The same download by a client that takes part and by one that does not."""
-        self.say(f"a load balancer again; {COMPARED >> 20} MiB to a prepared and to an unprepared client")
+        """The same download by each kind of client."""
+        self.say(f"a load balancer again; {COMPARED >> 20} MiB to each kind of client: {'; '.join(self.kinds)}")
         self.serve = start_serve(self.lab, self.folder, "--check", "none")  # packets are counted
-        with open(self.folder / "big", "rb") as file:
-            wanted = hashlib.sha256(file.read(COMPARED)).hexdigest()
-        curl = ["curl", "-s", "-m", "60", "-r", f"0-{COMPARED - 1}", f"http://{VIP4}/big"]
-        # Outside of the node's cgroup the client's agent does not concern it.
-        commands = {
-            "prepared": self.lab.client.command(curl),
-            "unprepared": ["nsenter", f"--net={self.lab.client.path}", "--", *curl],
-        }
-        intact = []
-        for kind, command in commands.items():
+        wanted, intact = self._digest(COMPARED), []
+        for kind in self.kinds:
             before = self._seen()
-            done = subprocess.run(command, capture_output=True, check=False)
-            intact.append(hashlib.sha256(done.stdout).hexdigest() == wanted)
+            (done,) = self._downloads([kind], COMPARED)
+            intact.append(done["digest"] == wanted)
             self.report.costs[kind] = self._seen() - before
         costs = self.report.costs
         self.report.claim(
             "every client is served; only one that does not take part costs more than a packet",
-            all(intact) and costs["prepared"] == 1 < costs["unprepared"],
-            f"{COMPARED >> 20} MiB each: prepared {costs['prepared']} packet, unprepared {costs['unprepared']:,}",
+            all(intact) and costs[PREPARED] == 1 < costs[UNPREPARED],
+            f"{COMPARED >> 20} MiB each: prepared {costs[PREPARED]} packet, unprepared {costs[UNPREPARED]:,}",
         )
+        if MPTCP in costs:
+            self.report.claim(
+                "a stock MPTCP client without an agent leaves the load balancer's way, too",
+                1 < costs[MPTCP] < costs[UNPREPARED] / 4,
+                f"{COMPARED >> 20} MiB: {costs[MPTCP]} packets of the connection passed the load balancer",
+            )
+
+    def _survive(self) -> None:
+        """Something dies when each kind of client has had half of its download."""
+        servers = self.lab.servers
+        direct = f"ip daddr {{ {', '.join(s.ip4 for s in servers)} }} drop"
+        for what, interface, rule in (("direct way", "client", direct), ("load balancer", "lb", "drop")):
+            self.say(f"{SURVIVED >> 20} MiB to each kind of client; the {what} dies on the way")
+            chain = f'type filter hook ingress device "{interface}" priority 0; {rule};'
+            kill = partial(self._nft, f"table netdev dead {{ chain dead {{ {chain} }}\n}}")
+            done = self._downloads(self.kinds, SURVIVED, kill)
+            self._nft("delete table netdev dead")
+            wanted = self._digest(SURVIVED)
+            self.report.survival[what] = {
+                kind: one["pause_ms"] if one["digest"] == wanted else None
+                for kind, one in zip(self.kinds, done, strict=True)
+            }
+        by = self.report.survival
+        self.report.claim(
+            "who has left the load balancer lives on when it dies, and who has not does not",
+            by["load balancer"][UNPREPARED] is None
+            and all(by["load balancer"][kind] is not None for kind in self.kinds if kind != UNPREPARED),
+            lived(by["load balancer"]),
+        )
+        if MPTCP in self.kinds:
+            self.report.claim(
+                "when the direct way dies an MPTCP client lives on by the load balancer",
+                by["direct way"][MPTCP] is not None,
+                lived(by["direct way"]),
+            )
+
+    def _downloads(
+        self, kinds: Sequence[str], size: int, meanwhile: Callable[[], object] = lambda: None
+    ) -> list[dict[str, Any]]:
+        """So many bytes to each of these clients at once; ``meanwhile``: when all of them have half."""
+        children = []
+        for kind in kinds:
+            protocol = ["mptcp"] if kind == MPTCP else []
+            client = [sys.executable, "-m", "crablb.lab.downloading", str(VIP4), "/big", str(size), *protocol]
+            # Outside of the node's cgroup the client's agent does not concern it.
+            outside = ["nsenter", f"--net={self.lab.client.path}", "--", *client]
+            children.append(
+                subprocess.Popen(
+                    self.lab.client.command(client) if kind == PREPARED else outside,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        try:
+            for kind, child in zip(kinds, children, strict=True):
+                assert child.stdout
+                if child.stdout.readline() != "half\n":
+                    raise KernelError(f"the download of the client ({kind}) did not begin")
+            meanwhile()
+            return [json.loads(child.communicate("\n")[0]) for child in children]
+        finally:
+            for child in children:
+                child.kill()
+                child.communicate()
+
+    def _nft(self, rules: str) -> None:
+        self.lab.middle.run("nft", "-f", "-", input=f"{rules}\n")
+
+    def _digest(self, size: int) -> str:
+        """Of the file's first bytes."""
+        with open(self.folder / "big", "rb") as file:
+            return hashlib.sha256(file.read(size)).hexdigest()
 
     def _seen(self) -> int:
         """Packets of the VIPs that the load balancer has seen."""

@@ -8,6 +8,7 @@ import re
 import select
 import shlex
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,13 +18,17 @@ from typing import Any, Literal, Self
 
 from crablb.agent.base import cgroup_root
 from crablb.errors import ConfigError, KernelError
-from crablb.kernel import pins
+from crablb.kernel import ethtool, netns, pins
+from crablb.lab.programs import remedy, require
 
 VIP4 = IPv4Address("10.0.0.100")
 VIP6 = IPv6Address("fd00::100")
 Topology = Literal["bridge", "routed"]
 STATE = pins.RUN / "lab"
 MAX_SERVERS = 100
+
+#: What makes one.
+PROGRAMS = ("ip", "sysctl", "bash", "nsenter")
 
 #: In every node, before it has links.  Redirected packets come and go by different ways, so no reverse-path filter; and
 #: no duplicate address detection, so that addresses work at once.
@@ -37,6 +42,8 @@ SYSCTLS = {
     "net.ipv6.conf.default.accept_ra": 0,
     "net.ipv6.conf.default.router_solicitations": 0,
 }
+#: A new namespace has the machine's word about IPv4, where containers have it forward.
+HOST = {"net.ipv4.ip_forward": 0}
 FORWARDING = {"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1}
 #: A server has the VIP, and lets nobody know.
 SILENT_VIP = {"net.ipv4.conf.all.arp_ignore": 1, "net.ipv4.conf.all.arp_announce": 2}
@@ -46,7 +53,7 @@ def _run(*args: str, stdin: str | None = None) -> str:
     try:
         done = subprocess.run(args, input=stdin, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise KernelError(f"{args[0]} is not installed; run make, or install iproute2, ethtool and procps") from None
+        raise KernelError(f"{args[0]} is not installed: {remedy([args[0]])}") from None
     if done.returncode:
         raise KernelError(f"{shlex.join(args)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -54,6 +61,8 @@ def _run(*args: str, stdin: str | None = None) -> str:
 
 #: What a load balancer remembers: crablb.control.state.
 REMEMBERED = Path("/var/lib/crablb")
+#: What stands behind the name of a node of lab "a" in the files of nodes of labs "a-lb", "a-lb-x": it is theirs.
+OTHERS = re.compile(r"(.*-)?(client|lb|switch|router|server\d+)-")
 
 
 class Node:
@@ -90,8 +99,10 @@ class Node:
         _run("ip", "-n", self.netns, "-batch", "-", stdin="\n".join(lines))
 
     def set(self, settings: dict[str, int]) -> None:
-        """sysctl settings."""
-        self.run("sysctl", "-qw", *(f"{name}={value}" for name, value in settings.items()))
+        """sysctl settings.  Raises :class:`KernelError`."""
+        done = self.run("sysctl", "-qw", *(f"{name}={value}" for name, value in settings.items()), check=False)
+        if done.returncode:
+            raise KernelError(f"sysctl in {self.netns}: {done.stderr.strip()}")
 
     def processes(self) -> list[int]:
         try:
@@ -137,7 +148,7 @@ class Node:
             if "listening on" in line:
                 break
         else:
-            raise KernelError(f"tcpdump did not start in {self.netns}; is it installed?")
+            raise KernelError(f"tcpdump did not start in {self.netns}; if it is not installed: {remedy(['tcpdump'])}")
         try:
             yield
         finally:
@@ -181,9 +192,18 @@ class Node:
             if pinned:
                 for role in pinned.glob("*"):
                     pins.remove(role)
-                for left in (*pins.RUN.glob(f"{pinned.name}-*"), *REMEMBERED.glob(f"*netns-{self.netns}-*")):
+                for left in pins.RUN.glob(f"{pinned.name}-*"):
                     left.unlink(missing_ok=True)
                 pins.tidy(pinned.name)
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove what load balancers remember of the node by its name: the next one of the name is another."""
+        begins = f"netns-{self.netns}-"
+        for left in REMEMBERED.glob(f"*{begins}*"):
+            rest = left.name.removeprefix(".").removeprefix(begins)
+            if not OTHERS.match(rest):
+                left.unlink(missing_ok=True)
 
 
 class Lab:
@@ -235,23 +255,18 @@ class Lab:
     def create(cls, name: str, topology: Topology = "bridge", servers: int = 3, *, offload: bool = True) -> Lab:
         """Make a lab.  ``offload=False`` switches off checksum and segmentation offload in every node.
 
-        Raises :class:`ConfigError` for a name or number that cannot be, :class:`KernelError` if it exists already or
-        the kernel refuses; a half-made lab is removed again.
+        Raises :class:`ConfigError` for a name or number that cannot be, :class:`KernelError` if it exists already,
+        programs are missing, or the kernel refuses; a half-made lab is removed again.
         """
-        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name):
-            raise ConfigError(f"{name!r} cannot name a lab: up to 31 of a-z, 0-9 and -, a letter or digit first")
+        _check_name(name)
         if topology not in ("bridge", "routed"):
             raise ConfigError(f"{topology!r} is no topology; there are bridge and routed")
         if not 1 <= servers <= MAX_SERVERS:
             raise ConfigError(f"{servers} servers cannot be made; choose 1 to {MAX_SERVERS}")
-        if (STATE / f"{name}.json").exists():
-            raise KernelError(f"lab {name} exists; remove it: crablb lab down --name {name}")
+        require("a lab", PROGRAMS if offload else (*PROGRAMS, "ethtool"))
+        _claim(name, json.dumps({"topology": topology, "servers": servers, "offload": offload, "user": maker()}))
         lab = cls(name, topology, servers)
         try:
-            STATE.mkdir(parents=True, exist_ok=True)
-            (STATE / f"{name}.json").write_text(
-                json.dumps({"topology": topology, "servers": servers, "offload": offload, "user": maker()})
-            )
             lab._build(offload)
         except BaseException:
             lab.destroy()
@@ -259,15 +274,18 @@ class Lab:
         return lab
 
     @classmethod
-    def open(cls, name: str) -> Lab:
-        """A lab that exists.  Raises :class:`KernelError` if it does not."""
+    def open(cls, name: str, instead: str = "") -> Lab:
+        """A lab that exists; ``instead``: what to do if not (default: make it).
+
+        Raises :class:`KernelError` if it does not, :class:`ConfigError` if none can.
+        """
+        _check_name(name)
         try:
             state = json.loads((STATE / f"{name}.json").read_text())
         except FileNotFoundError:
             names = ", ".join(existing()) or "none"
-            raise KernelError(
-                f"there is no lab {name} (there are: {names}); make it: crablb lab up --name {name}"
-            ) from None
+            remedy = instead or f"make it: crablb lab up --name {name}"
+            raise KernelError(f"there is no lab {name} (there are: {names}); {remedy}") from None
         return cls(name, state["topology"], state["servers"])
 
     def node(self, name: str) -> Node:
@@ -278,9 +296,10 @@ class Lab:
 
     def _build(self, offload: bool) -> None:
         for node in self.nodes.values():
+            node.forget()  # of a lab of before a restart of the machine
             node.make_cgroup()
             _run("ip", "netns", "add", node.netns)
-            node.set(SYSCTLS | (FORWARDING if node is self.middle else {}))
+            node.set(SYSCTLS | (FORWARDING if node is self.middle else HOST))
             node.ip("link set lo up")
         self.middle.ip("link add br0 type bridge", "link set br0 up")
         routed = self.topology == "routed"
@@ -298,8 +317,10 @@ class Lab:
                 for place, interface in ((node, "eth0"), (self.middle, name)):
                     place.run("ethtool", "-K", interface, "tx", "off", "tso", "off", "gso", "off")
             # What an XDP program sends goes through a veth only if its other end polls (NAPI), as it does for GRO.
+            # Where it does not, the kernel says so, and workers send in its place.
             if node is self.lb:
-                self.middle.run("ethtool", "-K", name, "gro", "on")
+                with suppress(OSError, ValueError), netns.inside(self.middle.path):
+                    ethtool.switch(name, "rx-gro", on=True)
             self.middle.ip(f"link set {name} up")
             node.ip(
                 "link set eth0 up",
@@ -343,6 +364,26 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self.destroy()
+
+
+def _check_name(name: str) -> None:
+    """Raises :class:`ConfigError`."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name):
+        raise ConfigError(f"{name!r} cannot name a lab: up to 31 of a-z, 0-9 and -, a letter or digit first")
+
+
+def _claim(name: str, state: str) -> None:
+    """Whole and at once, and of those who make a lab of one name at the same time only one's: the others would fail
+    later, and remove what the first has made.  Raises :class:`KernelError` if there is a lab of the name."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=STATE) as new:
+        new.write(state)
+        new.flush()
+        os.chmod(new.name, 0o644)
+        try:
+            os.link(new.name, STATE / f"{name}.json")
+        except FileExistsError:
+            raise KernelError(f"lab {name} exists; remove it: crablb lab down --name {name}") from None
 
 
 def maker() -> str:

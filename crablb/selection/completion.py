@@ -7,9 +7,9 @@ fallback alone for a while.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Literal, Self
 
 from crablb.model import Address, Service, Vip
 
@@ -34,6 +34,12 @@ class _Backend:
     since: float = 0.0  # when the first of those was reported
     back_off: float = 0.0  # how long redirects were stopped last; 0: they work
     until: float | None = None  # when they are tried again; None: they are being tried
+
+    @classmethod
+    def read(cls, begun: str, completed: str, waiting: str, since: str, back_off: str, until: str) -> Self:
+        """From texts."""
+        again = None if until == "None" else float(until)
+        return cls(int(begun), int(completed), int(waiting), float(since), float(back_off), again)
 
 
 class Completions:
@@ -82,6 +88,16 @@ class Completions:
         for known in due:
             known.until, known.waiting = None, 0
         return bool(due)
+
+    def export(self) -> list[tuple[str, ...]]:
+        """As texts, for :meth:`adopt` in another process of this machine, whose monotonic clock is the same."""
+        return [(str(vip), str(address), *map(str, astuple(known))) for (vip, address), known in self._known.items()]
+
+    def adopt(self, known: Iterable[Sequence[str]], services: Iterable[Service]) -> None:
+        """Go on with what another process knew of these services' backends.  Raises ``ValueError``, ``TypeError``."""
+        pairs = {(str(s.vip), str(b.address)): (s.vip, b.address) for s in services for b in s.backends}
+        made = {(vip, address): _Backend.read(*fields) for vip, address, *fields in known}
+        self._known |= {pairs[pair]: backend for pair, backend in made.items() if pair in pairs}
 
     def forget(self, services: Iterable[Service]) -> None:
         """Keep what these services need only."""

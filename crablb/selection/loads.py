@@ -13,7 +13,7 @@ import numpy.typing as npt
 from crablb._native import ffi, lib
 from crablb.model import Address, Backend, Service, Vip
 
-__all__ = ["SILENT", "Backends", "Balance", "Load"]
+__all__ = ["SILENT", "WHOLE", "Backends", "Balance", "Load"]
 
 #: Weights are multiplied by so much while one of them rises, in so many steps.
 STEPS = 10
@@ -91,6 +91,15 @@ class _Block:
             fresh = len(self._slots) + len(self._cooling)
             self._slots[backend] = self._free.pop() if self._free else fresh
         return self._slots[backend]
+
+    @property
+    def known(self) -> Iterable[Address]:
+        """Those that have a place here."""
+        return self._slots.keys()
+
+    def numbers(self, backend: Address) -> Any:
+        """What is known of one that is :attr:`known`, in the order of ``struct crab_load``."""
+        return self._loads[self._slots[backend]].item()
 
     def backends(self, weights: Mapping[Address, int]) -> Backends:
         slots = np.array([self._slot(address) for address in weights], np.intp)
@@ -227,6 +236,8 @@ class Balance:
     def weights(self, service: Service, backends: Iterable[Backend], at: float) -> dict[Address, int]:
         """The weights that these backends have at this moment; those of weight 0 are left out."""
         shares = {b.address: b.share for b in backends if b.share}
+        if not (self._since or self._percents):
+            return shares
         steps = {address: self._step(service, address, at) for address in shares}
         for address in (address for address, step in steps.items() if step == STEPS):
             self._since.pop((service.vip, address), None)  # it has risen
@@ -240,6 +251,8 @@ class Balance:
     def scale(self, service: Service, weights: Iterable[Address]) -> int:
         """What the last call of :meth:`weights`, which gave these, has a full weight multiplied by: more than 1 while
         one of them warms up, or has another percentage of it."""
+        if not (self._since or self._percents):
+            return 1
         pairs = [(service.vip, address) for address in weights]
         rising = STEPS if any(pair in self._since for pair in pairs) else 1
         return rising * (WHOLE if any(pair in self._percents for pair in pairs) else 1)
@@ -269,6 +282,41 @@ class Balance:
             ),
             default=None,
         )
+
+    def export(self) -> dict[str, Any]:
+        """As plain values, for :meth:`adopt` in another process of this machine, whose monotonic clock is the same."""
+        loads = [
+            (str(vip), str(address), *map(int, block.numbers(address)))
+            for vip, block in self._blocks.items()
+            for address in block.known
+        ]
+        return {
+            "loads": loads,  # assigned, base, open, figure
+            "turns": [(str(vip), int(turn.next)) for vip, turn in self._turns.items()],
+            "since": [(str(vip), str(address), began) for (vip, address), began in self._since.items()],
+            "heard": [(str(address), at) for address, at in self._heard.items()],
+        }
+
+    def adopt(self, known: Mapping[str, Any], services: Iterable[Service]) -> None:
+        """Go on with what another process knew of these services' backends; what was assigned here meanwhile counts.
+
+        Raises ``LookupError``, ``TypeError``, ``ValueError``, ``ArithmeticError`` for what is nothing of the kind.
+        """
+        services = list(services)
+        pairs = {(str(s.vip), str(b.address)): (s.vip, b.address) for s in services for b in s.backends}
+        vips = {str(service.vip): service.vip for service in services}
+        backends = {str(address): address for _, address in pairs.values()}
+        for vip, address, assigned, base, opened, figure in known["loads"]:
+            if pair := pairs.get((vip, address)):
+                load = self.load(*pair)
+                load.open, load.figure = min(opened + (assigned - base) % 2**32, MANY), figure
+        for vip, turn in known["turns"]:
+            if vip in vips:
+                self.turn(vips[vip]).next = turn
+        for vip, address, began in known["since"]:
+            if pair := pairs.get((vip, address)):
+                self._since[pair] = float(began)
+        self._heard |= {backends[address]: float(at) for address, at in known["heard"] if address in backends}
 
     def forget(self, services: Iterable[Service]) -> None:
         """Keep what these services need only.

@@ -14,8 +14,16 @@ by one.
                            redirects begun 4, completed 4 (modulo 2^32)
                        32  HMAC-SHA256 of all before
 
+Flags: 1, somebody listens; 2, MPTCP clients can be led past load balancers; and while connections are to leave one,
+4 times (1 and how many have the VIP as their local address, up to 16,382).
+
 In version 1 flags are zero, and nothing is said of redirects.  A load balancer answers in the version that it was
 asked in; a server that hears nothing tries the other version, as one of before understands 1 only.
+
+A load balancer that is being drained answers a report by the same message of kind 3, "leave": with the report's
+session, challenge and number, and of its VIPs those that connections are to leave.  A server believes it of a report
+that it has sent in the last seconds, to this load balancer (the challenge is that one's process'), and that no later
+one was answered of; it holds for as long, unless it is said again.  Servers of before refuse it.
 """
 
 from __future__ import annotations
@@ -24,22 +32,28 @@ import hashlib
 import hmac
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from ipaddress import ip_address
+from typing import Any, Self
 
 from crablb.model import Address, Vip, mapped, unmapped
 from crablb.values import BACKEND_KEY, MASTER_KEY, PORT
 
-__all__ = ["PORT", "Judge", "Message", "Refused", "VipReport", "derive", "new_master"]
+__all__ = ["HOLD", "PORT", "Judge", "Message", "Refused", "VipReport", "derive", "new_master"]
 
-REPORT, CHALLENGE = 1, 2
+REPORT, CHALLENGE, LEAVE = 1, 2, 3
+#: Seconds after which a report is too old to be answered by "leave", and such an answer does not hold any more.
+HOLD = 5.0
 NO_CHALLENGE = bytes(24)
 HEAD = struct.Struct("!4sBBH16s8s24sQI")
 #: By version.
 ENTRIES = {1: struct.Struct("!16sHHIII"), 2: struct.Struct("!16sHHIIIII")}
 VERSION = 2
-LISTENING = 1  # flag: somebody listens on the port
+#: Flags: somebody listens on the port; MPTCP clients can be led past load balancers; and from bit 2 on, while
+#: connections are to leave a load balancer, how many have the VIP as their local address, and 1: at most MOST_AT_VIP.
+LISTENING, LEADS, AT_VIP = 1, 2, 2
+MOST_AT_VIP = (1 << 14) - 2
 MAC = 32
 #: VIPs in one datagram, so that it needs no fragments (IPv6: 1,280 bytes).
 MAX_ENTRIES = (1280 - 48 - HEAD.size - MAC) // ENTRIES[VERSION].size
@@ -75,11 +89,13 @@ class VipReport:
     #: Redirects begun and completed, modulo 2^32, and whether somebody listens; None: it is of version 1.
     redirects: tuple[int, int] | None = None
     listening: bool | None = None
+    leads: bool | None = None  # likewise: whether the server leads MPTCP clients past load balancers
+    at_vip: int | None = None  # connections that came by load balancers' fallback; None: not told, or too many
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A report, or a challenge (which has no VIPs)."""
+    """A report, a challenge (which has no VIPs), or "leave"."""
 
     kind: int
     backend: Address
@@ -103,7 +119,9 @@ class Message:
             flags = 0
             if self.version > 1:
                 numbers += [n & limit for n in v.redirects or (0, 0)]
-                flags = LISTENING * bool(v.listening)
+                told = v.at_vip is not None and v.at_vip <= MOST_AT_VIP
+                flags = LISTENING * bool(v.listening) | LEADS * bool(v.leads)
+                flags |= ((v.at_vip or 0) + 1) << AT_VIP if told else 0
             data += ENTRIES[self.version].pack(mapped(v.vip.address), v.vip.port, flags, *numbers)
         return data + hmac.digest(key, data, hashlib.sha256)
 
@@ -121,13 +139,19 @@ class Message:
         if not hmac.compare_digest(hmac.digest(key, data[:-MAC], hashlib.sha256), data[-MAC:]):
             raise Refused("reports_forged")
         _, version, kind, entries, _, session, challenge, number, figure = HEAD.unpack_from(data)
-        if kind not in (REPORT, CHALLENGE) or len(data) != HEAD.size + entries * ENTRIES[version].size + MAC:
+        if kind not in (REPORT, CHALLENGE, LEAVE) or len(data) != HEAD.size + entries * ENTRIES[version].size + MAC:
             raise Refused("reports_malformed")
         vips = []
         for address, port, flags, *numbers in ENTRIES[version].iter_unpack(data[HEAD.size : -MAC]):
             vip = VipReport(Vip(unmapped(address), port), *numbers[:3])
             if version > 1:
-                vip = replace(vip, redirects=(numbers[3], numbers[4]), listening=bool(flags & LISTENING))
+                vip = replace(
+                    vip,
+                    redirects=(numbers[3], numbers[4]),
+                    listening=bool(flags & LISTENING),
+                    leads=bool(flags & LEADS),
+                    at_vip=(flags >> AT_VIP) - 1 if flags >> AT_VIP else None,
+                )
             vips.append(vip)
         return cls(kind, backend, session, challenge, number, figure, tuple(vips), version)
 
@@ -157,6 +181,31 @@ class Judge:
         self._floors = {address: self._floors.get(address, self._generation) for address in backends}
         self._sessions = {a: s for a, s in self._sessions.items() if a in self._keys}
 
+    def export(self) -> dict[str, Any]:
+        """What is known of the servers, as plain values that :meth:`adopt` takes; with the challenges' secret."""
+        return {
+            "secret": self._secret,
+            "generation": self._generation,
+            "sessions": [(str(a), s.generation, s.session, s.number) for a, s in self._sessions.items()],
+            "floors": [(str(a), floor) for a, floor in self._floors.items()],
+        }
+
+    def adopt(
+        self,
+        secret: bytes,
+        generation: int,
+        sessions: Iterable[tuple[str, int, bytes, int]],
+        floors: Iterable[tuple[str, int]],
+    ) -> None:
+        """Believe servers as another process did that this one goes on for.  Those it did not know are new.
+
+        Raises ``ValueError``, and changes nothing, for what is no address."""
+        known = {ip_address(text): floor for text, floor in floors}
+        made = {ip_address(s[0]): _Session(s[1], s[2], s[3]) for s in sessions}
+        self._secret, self._generation = secret, generation
+        self._sessions = {address: session for address, session in made.items() if address in self._keys}
+        self._floors = {a: known.get(a, generation) for a in self._keys}
+
     def _mac(self, backend: Address, session: bytes, generation: int) -> bytes:
         text = mapped(backend) + session + generation.to_bytes(8, "big")
         return hmac.digest(self._secret, text, hashlib.sha256)[:16]
@@ -181,3 +230,8 @@ class Judge:
             raise Refused("reports_replayed")
         self._sessions[backend] = _Session(generation, message.session, message.number)
         return message, None
+
+    def leave(self, report: Message, vips: Sequence[Vip]) -> bytes:
+        """The answer to a report that was believed: connections to these VIPs, of those in it, are to leave."""
+        told = replace(report, kind=LEAVE, figure=0, vips=tuple(VipReport(vip, 0) for vip in vips))
+        return told.encode(self._keys[report.backend])

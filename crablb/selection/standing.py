@@ -47,10 +47,10 @@ def judge(service: Service, standings: Mapping[Pair, Standing]) -> Verdict:
     found out yet may be.  Backups serve while no primary is healthy, before it comes to that.
     """
 
-    found = {id(b): standings.get((service.vip, b.address), _UNKNOWN) for b in service.backends}
+    found = {id(b): standings.get((service.vip, b.address), _UNKNOWN) for b in service.backends} if standings else {}
 
     def of(backend: Backend) -> Standing:
-        return found[id(backend)]
+        return found.get(id(backend), _UNKNOWN)
 
     # What its agent drains is out by somebody's word, as what the operator does.
     up = [b for b in service.backends if b.share and of(b).percent]

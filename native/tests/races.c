@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* What several threads do at the same time, for ThreadSanitizer (`make race`): workers that pick, learn and forward, while
- * others refresh a pool, publish snapshots, count flows, read the table and what is shown.  It says so itself where something is wrong. */
+ * others refresh a pool, publish snapshots, count flows, forget tokens, read the table and what is shown.  It says so itself where something is wrong. */
 #include <pthread.h>
 
 #include "batch.h"
@@ -20,6 +20,7 @@ static struct crab_service service = {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 
                                       .fallback = CRAB_FALLBACK_L2, .table = slots};
 static struct crab_backend backends[MEMBERS];
 static _Atomic(bool) done;
+static bool odd[65536] = {[0] = true, [1] = true, [3] = true}; /* backends, and services */
 
 struct worker {
     pthread_t thread;
@@ -33,11 +34,14 @@ static struct crab_snapshot *snapshot(void)
     return crab_snapshot_new(&service, 1, backends, MEMBERS, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
 }
 
-/* A frame to the VIP: a SYN that offers, or an ACK. */
-static void make(uint8_t *f, uint32_t *len, uint16_t sport, bool syn)
+/* A frame to the VIP: a SYN that offers, one that joins, or an ACK with MPTCP's keys. */
+static void make(uint8_t *f, uint32_t *len, uint16_t sport, bool syn, bool joins)
 {
-    static const uint8_t options[8] = {2, 4, 5, 180, 42, 2, 1, 1};
-    size_t n = syn ? sizeof options : 0;
+    static const uint8_t offer[8] = {2, 4, 5, 180, 42, 2, 1, 1};
+    uint8_t join[12] = {30, 12, 0x10}, keys[20] = {30, 20, 1, 1, [12] = (uint8_t)sport};
+    memcpy(join + 4, &(uint32_t){crab_token(keys + 12)}, 4);
+    const uint8_t *options = syn ? joins ? join : offer : keys;
+    size_t n = syn ? joins ? sizeof join : sizeof offer : sizeof keys;
     *len = (uint32_t)(54 + n);
     memset(f, 0, *len);
     memcpy(f, "\x02\0\0\0\0\x02\x02\0\0\0\0\x01\x08\0\x45\0\0", 17);
@@ -65,7 +69,7 @@ static void *work(void *arg)
         struct crab_frame frames[CRAB_BATCH];
         for (uint16_t i = 0; i < CRAB_BATCH; i++) {
             frames[i] = (struct crab_frame){.data = memory[i] + CRAB_HEADROOM};
-            make(frames[i].data, &frames[i].len, (uint16_t)(port * 7 + i / 2), i % 2 == 0);
+            make(frames[i].data, &frames[i].len, (uint16_t)(port * 7 + i / 2), i % 2 == 0, i % 8 == 0);
         }
         w->kept += crab_core_batch(w->core, frames, CRAB_BATCH, 100 + port % 4);
     }
@@ -106,14 +110,16 @@ static void together(const char *policy)
         members[i] = (struct crab_member){.backend = i, .weight = 1, .load = &loads[i]};
     struct crab_pool *pool = crab_pool_new(policy, members, MEMBERS, &turn);
     struct crab_table *table = crab_table_new(buckets, 16);
+    struct crab_joins *joins = crab_joins_new(64);
     service.pool = pool;
     struct crab_snapshot *s = snapshot(), *old;
-    CHECK(pool && table && s);
+    CHECK(pool && table && joins && s);
     atomic_store(&done, false);
     for (int i = 0; i < WORKERS; i++) {
         memset(&workers[i], 0, sizeof workers[i]);
         workers[i].core = crab_core_new(4096, workers[i].counters);
         crab_core_learn(workers[i].core, table);
+        crab_core_join(workers[i].core, joins);
         CHECK(crab_core_show(workers[i].core, (uint32_t)i, RING) == 0);
         crab_core_publish(workers[i].core, s);
         pthread_create(&workers[i].thread, NULL, work, &workers[i]);
@@ -131,12 +137,13 @@ static void together(const char *policy)
         for (int i = 0; i < WORKERS; i++) {
             look(&workers[i]);
             crab_core_publish(workers[i].core, s);
-            crab_core_count(workers[i].core, counts, MEMBERS, 100);
+            crab_core_count(workers[i].core, counts, MEMBERS, 100, round % 2);
         }
         for (int i = 0; i < WORKERS; i++)
             while (crab_core_uses(workers[i].core, old))
                 ;
         crab_snapshot_free(old);
+        crab_joins_keep(joins, odd, odd);
         for (uint64_t hash = 1; hash < 16; hash++) {
             struct crab_flow flow = {.hash = hash << 32 | hash, .backend = (uint16_t)hash, .seen = 100, .state = CRAB_FLOW_OPEN};
             crab_table_write(table, &flow);
@@ -149,12 +156,13 @@ static void together(const char *policy)
     for (int i = 0; i < WORKERS; i++) {
         pthread_join(workers[i].thread, NULL);
         look(&workers[i]);
-        CHECK(workers[i].seen);
+        CHECK(workers[i].seen && workers[i].counters[CRAB_C_MPTCP_JOIN_KNOWN]);
         CHECK(workers[i].counters[CRAB_C_LEARNED] && workers[i].kept == workers[i].counters[CRAB_C_RECEIVED]);
         crab_core_free(workers[i].core);
     }
     crab_snapshot_free(s);
     crab_table_free(table);
+    crab_joins_free(joins);
     crab_pool_free(pool);
 }
 

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "flows.h"
+#include "joins.h"
 #include "packet.h"
 
 #define SIZE 251
@@ -108,6 +109,107 @@ static void *storm(void *arg)
     for (uint16_t port = 1; !s->stop; port++)
         s->sent += send_one(s->core, 4, port, CRAB_SYN, port, 24, 1) != 0;
     return NULL;
+}
+
+/* Whoever makes up MPTCP's keys has so many hashed a second, and no more. */
+static void many_keys(struct crab_snapshot *s)
+{
+    struct crab_core *core = crab_core_new(64, counters);
+    crab_core_publish(core, s);
+    for (uint32_t second = 0; second < 2; second++) {
+        struct crab_joins *joins = crab_joins_new(1 << 18);
+        uint32_t known = 0;
+        crab_core_join(core, joins);
+        for (uint32_t i = 0; i < 60000; i++) {
+            uint8_t *memory, keys[20] = {30, 20, 1, 1, [12] = (uint8_t)second};
+            memcpy(keys + 16, &i, 4);
+            struct crab_frame f = make(&memory, 4, 1, CRAB_ACK, 1, keys, sizeof keys, 0);
+            CHECK(crab_core_batch(core, &f, 1, 100 + second) == 1);
+            known += crab_joins_find(joins, crab_token(keys + 12), 0) < 2;
+            free(memory);
+        }
+        CHECK(known == 50000);
+        crab_core_join(core, NULL);
+        crab_joins_free(joins);
+    }
+    crab_core_free(core);
+}
+
+static struct crab_snapshot *lead_to(struct crab_core *core, uint16_t backend, struct crab_snapshot *old)
+{
+    for (int i = 0; i < SIZE; i++)
+        table[i] = backend;
+    struct crab_snapshot *s = crab_snapshot_new(services, 2, backends, 2, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
+    crab_core_publish(core, s);
+    crab_snapshot_free(old);
+    return s;
+}
+
+/* Somebody sends SYNs in a client's name between its own and its acknowledgement, when new connections go to another backend. */
+static void forged_in_a_handshake(void)
+{
+    for (uint32_t forged = 0; forged < 4; forged++)
+        for (uint32_t offered = 0; offered < 2; offered++) {
+            struct crab_core *core = crab_core_new(64, counters);
+            struct crab_snapshot *s = lead_to(core, 0, NULL);
+            CHECK(send_one(core, 4, 900, CRAB_SYN, 5, 20, 100) == 11);
+            s = lead_to(core, 1, s);
+            for (uint32_t i = 0; i < forged; i++)
+                CHECK(send_one(core, 4, 900, CRAB_SYN, 0x40000000 * (i + 1), offered ? 24 : 20, 100) == 12);
+            CHECK(send_one(core, 4, 900, CRAB_SYN, 5, 20, 101) == 11); /* a copy goes where the first one went */
+            CHECK(send_one(core, 4, 900, CRAB_ACK, 6, 0, 101) == 11);
+            for (uint32_t i = 0; i < forged; i++)
+                CHECK(send_one(core, 4, 900, CRAB_SYN, 0x40000000 * (i + 1), offered ? 24 : 20, 101) == 12);
+            CHECK(send_one(core, 4, 900, CRAB_ACK, 7, 0, 102) == 11);
+            /* The client's own new connection is one. */
+            CHECK(send_one(core, 4, 900, CRAB_SYN, 0x30000000, 20, 103) == 12);
+            CHECK(send_one(core, 4, 900, CRAB_ACK, 7, 0, 103) == 11);
+            CHECK(send_one(core, 4, 900, CRAB_ACK, 0x30000001, 0, 103) == 12);
+            CHECK(send_one(core, 4, 900, CRAB_ACK, 7, 0, 104) == 12);
+            crab_core_free(core);
+            crab_snapshot_free(s);
+        }
+}
+
+/* A client that uses its port again and again pushes nobody's SYN out, whose bucket has room for both. */
+static void one_port_again_and_again(void)
+{
+    struct crab_core *core = crab_core_new(64, counters);
+    struct crab_snapshot *s = lead_to(core, 0, NULL);
+    const uint8_t client[16] = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 1};
+    uint16_t port = 2000, other = 2001;
+#define BUCKET(p) (crab_flow_hash(key, client, services[0].addr, htons(p), htons(80)) & 15)
+    while (BUCKET(port) != BUCKET(other))
+        other++;
+    CHECK(send_one(core, 4, port, CRAB_SYN, 5, 20, 100) == 11);
+    for (uint32_t i = 0; i < 20; i++) {
+        CHECK(send_one(core, 4, other, CRAB_SYN, i << 20, 20, 100) == 11);
+        CHECK(send_one(core, 4, other, CRAB_ACK, (i << 20) + 1, 0, 100) == 11);
+    }
+    s = lead_to(core, 1, s);
+    CHECK(send_one(core, 4, port, CRAB_SYN, 5, 20, 101) == 11);
+    crab_core_free(core);
+    crab_snapshot_free(s);
+}
+
+/* Where there is no room to remember SYNs, the second copy of one that offers again goes by fallback at the latest. */
+static void redirected_without_room(void)
+{
+    for (uint32_t first = 100; first < 102; first++) {
+        struct crab_core *core = crab_core_new(64, counters);
+        struct crab_snapshot *s = lead_to(core, 0, NULL);
+        for (uint16_t port = 1; port <= 2000; port++) {
+            send_one(core, 4, port, CRAB_SYN, 5, 20, 100);
+            send_one(core, 4, port, CRAB_ACK, 6, 0, 100);
+        }
+        memset(counters, 0, sizeof counters);
+        CHECK(send_one(core, 4, 3000, CRAB_SYN, 5, 24, first) == 11);
+        CHECK(send_one(core, 4, 3000, CRAB_SYN, 5, 24, first + 1) == 11);
+        CHECK(counters[CRAB_C_FLOWS_FULL] == 2);
+        CHECK(counters[CRAB_C_REDIRECTED] == 1 && counters[CRAB_C_FALLBACK_RETRANSMIT] == 1);
+        crab_core_free(core);
+        crab_snapshot_free(s);
+    }
 }
 
 int main(void)
@@ -391,6 +493,14 @@ int main(void)
     st.stop = 1;
     pthread_join(thread, NULL);
     crab_core_free(core);
+    many_keys(s);
     crab_snapshot_free(s);
+    for (uint32_t i = 0; i < 2; i++)
+        backends[i].flags = all;
+    services[0].mode = CRAB_MODE_NEGOTIATED;
+    services[0].fallback = CRAB_FALLBACK_L2;
+    forged_in_a_handshake();
+    one_port_again_and_again();
+    redirected_without_room();
     DONE();
 }

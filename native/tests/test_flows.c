@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* The flow cache: who makes room for whom. */
 #include "check.h"
+#include "crablb.h"
 #include "flows.h"
 
 #define BUCKETS 16
@@ -68,9 +69,10 @@ static void test_established(void)
     }
 }
 
-/* By age, where the last place is not free: a dead one, else the oldest SYN. */
+/* By age, where the last place is not free: a dead one, else one that ended a while ago, else the oldest SYN. */
 static void test_oldest(void)
 {
+    const uint32_t crowded = 99 + CRAB_AGE_CROWDED, ending = 99 + CRAB_AGE_ENDING;
     struct crab_entry bucket[CRAB_BUCKET] = {
         {.tag = 1, .state = CRAB_ENTRY_SYN, .seen = 98},
         {.tag = 2, .state = CRAB_ENTRY_SYN, .seen = 97},
@@ -78,15 +80,20 @@ static void test_oldest(void)
         {.tag = 4, .state = CRAB_ENTRY_ESTABLISHED, .seen = 90},
     };
     CHECK(crab_flows_place(bucket, 100) == &bucket[1]);
-    CHECK(crab_flows_place(bucket, 99 + CRAB_AGE_ENDING) != &bucket[3]);
+    CHECK(crab_flows_place(bucket, crowded - 1) == &bucket[1]);
+    CHECK(crab_flows_place(bucket, crowded) == &bucket[2]);
+    CHECK(crab_flows_place(bucket, ending) == &bucket[0]); /* dead since */
     bucket[1].state = CRAB_ENTRY_ESTABLISHED;
     CHECK(crab_flows_place(bucket, 100) == &bucket[0]);
     bucket[0].state = CRAB_ENTRY_FREE;
     CHECK(crab_flows_place(bucket, 100) == &bucket[0]);
     bucket[0].state = CRAB_ENTRY_ESTABLISHED;
-    CHECK(crab_flows_place(bucket, 100) == NULL);
-    CHECK(crab_flows_place(bucket, 99 + CRAB_AGE_ENDING) == &bucket[2]);
-    CHECK(crab_flows_find(bucket, 3ull << 16, 99 + CRAB_AGE_ENDING) == &bucket[2]); /* till then it is there */
+    CHECK(crab_flows_place(bucket, crowded - 1) == NULL);
+    CHECK(crab_flows_place(bucket, crowded) == &bucket[2]);
+    CHECK(crab_flows_place(bucket, ending) == &bucket[2]);
+    CHECK(crab_flows_find(bucket, 3ull << 16, ending) == &bucket[2]); /* till then it is there */
+    bucket[1] = (struct crab_entry){.tag = 2, .state = CRAB_ENTRY_CLOSING, .seen = 98};
+    CHECK(crab_flows_place(bucket, crowded) == &bucket[1]); /* it has been silent for longer */
     /* Seconds are counted modulo 2^16. */
     bucket[0] = (struct crab_entry){.tag = 1, .state = CRAB_ENTRY_SYN, .seen = 65535};
     CHECK(crab_entry_dead(&bucket[0], 65536 + CRAB_AGE_SYN) && !crab_entry_dead(&bucket[0], 65536));
@@ -129,8 +136,48 @@ static void test_the_clock_goes_round(void)
     }
 }
 
+/* What a daemon before had written down is remembered, counted, and copied to the next one's cache part by part. */
+static void test_adopted(void)
+{
+    enum { MOST = 40 };
+    static uint64_t counters[CRAB_COUNTERS];
+    struct crab_flow known[MOST];
+    for (uint16_t i = 0; i < MOST; i++)
+        known[i] = (struct crab_flow){.hash = hash_of(i % 8u, i / 8u), .backend = i % 3,
+                                      .state = i % 2 ? CRAB_FLOW_OPEN : CRAB_FLOW_ENDING};
+    struct crab_core *core = crab_core_new(64, counters), *next = crab_core_new(64, counters);
+    CHECK(core && next);
+    crab_core_adopt(core, known, MOST, 100); /* five a bucket: the last one finds no place */
+    uint32_t all[3] = {0}, open[3] = {0}, fewer[1] = {0};
+    crab_core_count(core, all, 3, 100, false);
+    crab_core_count(core, open, 3, 100, true);
+    crab_core_count(core, fewer, 1, 100, false);
+    CHECK(all[0] + all[1] + all[2] == 32 && fewer[0] == all[0]);
+    CHECK(open[0] + open[1] + open[2] == 16);
+    struct crab_memory found[2];
+    uint32_t recalled = 0;
+    for (uint32_t i = 0; i < MOST; i++)
+        recalled += crab_core_recall(core, known[i].hash, 100, found);
+    CHECK(recalled == 32);
+    uint64_t bytes, touched = 0xf0;
+    const uint8_t *from = crab_core_flows(core, &bytes);
+    uint8_t *to = crab_core_flows(next, &bytes);
+    CHECK(bytes == 16 * CRAB_PART);
+    crab_flows_renew(to, from, &touched, bytes);
+    for (uint32_t part = 0; part < 16; part++) {
+        static const uint8_t none[CRAB_PART];
+        CHECK_BYTES(to + part * CRAB_PART, touched >> part & 1 ? from + part * CRAB_PART : none, CRAB_PART);
+    }
+    uint32_t long_after[3] = {0};
+    crab_core_count(core, long_after, 3, 100 + CRAB_AGE_OPEN, false);
+    CHECK(!long_after[0] && !long_after[1] && !long_after[2]);
+    crab_core_free(core);
+    crab_core_free(next);
+}
+
 int main(void)
 {
+    test_adopted();
     test_the_clock_goes_round();
     test_syns();
     test_established();

@@ -45,7 +45,7 @@ static const struct {
     {"TCP-MD5", 0, CRAB_OPTION_UNSAFE | CRAB_OPTION_SIGNED, B(19, 4, 0, 0), B(REDIRECT, 19, 4, 0, 0), B(19, 4, 0, 0)},
     {"TCP-AO", 0, CRAB_OPTION_UNSAFE | CRAB_OPTION_SIGNED, B(29, 4, 0, 0), B(REDIRECT, 29, 4, 0, 0), B(29, 4, 0, 0)},
     {"MP_CAPABLE", 0, CRAB_OPTION_MPTCP, B(30, 4, 1, 1), B(REDIRECT, 30, 4, 1, 1), B(30, 4, 1, 1)},
-    {"MP_JOIN", 0, CRAB_OPTION_UNSAFE, B(30, 4, 0x10, 1), B(REDIRECT, 30, 4, 0x10, 1), B(30, 4, 0x10, 1)},
+    {"MP_JOIN", 0, CRAB_OPTION_UNSAFE | CRAB_OPTION_JOIN, B(30, 4, 0x10, 1), B(REDIRECT, 30, 4, 0x10, 1), B(30, 4, 0x10, 1)},
     {"experimental form", 1, CRAB_OPTION_OFFER, B(MSS, 253, 4, 0x43, 0x52), B(MSS, REDIRECT_EXP), B(MSS)},
     {"offer of the other form", 1, CRAB_OPTION_OTHER, B(MSS, 42, 2, 1, 1), B(MSS, REDIRECT_EXP), B(MSS)},
     {"another experiment's option stays", 1, 0, B(253, 4, 0x99, 0x99, MSS), B(REDIRECT_EXP, 253, 4, 0x99, 0x99, MSS),

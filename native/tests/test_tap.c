@@ -86,6 +86,21 @@ int main(void)
         CHECK(crab_core_shown(core, shown) == 0);
     }
     CHECK(crab_core_unshown(core) && seen > crab_core_unshown(core));
+    /* What a shown packet changes is noted like what others change: a successor copies it. */
+    static const uint8_t syn[54] = {2, [11] = 1, 8, 0, 0x45, 0, 0, 40, [22] = 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 100, 0, 7,
+                                    0, 80, [46] = 0x50, 2};
+    uint8_t *memory = malloc(CRAB_HEADROOM + sizeof syn);
+    memcpy(memory + CRAB_HEADROOM, syn, sizeof syn);
+    uint16_t right;
+    store16(memory + CRAB_HEADROOM + 24, (uint16_t)~crab_csum(memory + CRAB_HEADROOM + 14, 20));
+    crab_csum_state(memory + CRAB_HEADROOM + 14, 40, &right);
+    store16(memory + CRAB_HEADROOM + 50, right);
+    struct crab_frame frame = {.data = memory + CRAB_HEADROOM, .len = sizeof syn, .ifindex = 1};
+    uint64_t touched = 0;
+    crab_core_note(core, &touched);
+    CHECK(crab_core_batch(core, &frame, 1, 1) == 1);
+    CHECK(touched && !(touched & (touched - 1)));
+    free(memory);
     crab_core_publish(core, NULL);
     crab_core_hide(core);
     CHECK(crab_core_shown(core, shown) == 0 && crab_core_unshown(core) == 0);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from crablb.agent import offering
+from crablb.agent import mptcp, offering
 from crablb.cli.agent import namespaces
 from crablb.cli.agent.ask import ROLES, run_remove, run_repair, run_status
 from crablb.cli.agent.install import run_client, run_server, run_server_add, run_server_remove
@@ -23,7 +23,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         role.add_argument(
             "--vip",
             action="append",
-            required=role is client,  # of a server only to install it
             metavar="tcp://ADDRESS:PORT",
             help="a VIP (IPv6 in brackets); repeatable",
         )
@@ -43,9 +42,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     client.add_argument(
         "--backends",
         action="append",
-        required=True,
         metavar="PREFIX",
         help="where backends may be; repeatable",
+    )
+    client.add_argument(
+        "--mptcp",
+        action="store_true",
+        help="let MPTCP sockets take up the addresses that servers tell them (the kernel's limits, nothing else);"
+        " without --vip that alone, and no program in the kernel",
     )
     client.add_argument(
         "--verify",
@@ -82,7 +86,45 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--report-figure", metavar="FILE", help="report the number in this file as load, 1.0 for full (default: CPU)"
     )
     server.add_argument(
-        "--replace", action="store_true", help="replace the agent that is there, also if it serves other VIPs"
+        "--mptcp",
+        nargs="?",
+        const="backup",
+        choices=mptcp.MODES,
+        help="lead clients that use MPTCP past the load balancer, without an agent of theirs: backup (default): the way"
+        " by it stays, for emergencies; leave: it is given up once the direct one stands",
+    )
+    server.add_argument(
+        "--mptcp-address",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="the address of this host that these clients are told (default: --report-as, or the one that there is);"
+        " repeatable",
+    )
+    server.add_argument(
+        "--mptcp-port",
+        metavar="PORT",
+        help="have the kernel listen there for what such clients open beside, where the application listens on the VIP"
+        " alone",
+    )
+    server.add_argument(
+        "--mptcp-listeners",
+        action="store_true",
+        help="with --mptcp: programs that ask for TCP sockets get MPTCP ones (those of --cgroup, started from now on;"
+        " Linux 6.6)",
+    )
+    server.add_argument(
+        "--redirect-clients",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="with --mptcp=leave: lead only these clients past the load balancer (default: all); repeatable",
+    )
+    server.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace the agent that is there, also if it is another one (VIPs, --mptcp, ...): one that was detached or"
+        " killed; one that runs is to be ended first",
     )
     _add_changes(server)
     client.add_argument(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -14,10 +13,12 @@ from pathlib import Path
 import structlog
 
 from crablb import log as logging
-from crablb.agent import ClientAgent, ServerAgent, offering
+from crablb.agent import ClientAgent, ServerAgent, mptcp, offering, sockets
 from crablb.agent.base import Agent, find_cgroup
+from crablb.agent.moved import Moved
+from crablb.agent.mptcp import Mptcp
 from crablb.agent.reporter import Reporter
-from crablb.agent.server import open_connections, redirects
+from crablb.agent.server import Leave, open_connections, redirects
 from crablb.cli.agent.ask import seconds
 from crablb.cli.agent.namespaces import AGENT, chosen, in_each, named, prefix, require_rights
 from crablb.cli.agent.process import Signals, Work, endure, serve
@@ -25,10 +26,11 @@ from crablb.cli.agent.supervisor import Supervisor
 from crablb.config import parse_backend, parse_endpoint, parse_prefix, parse_vip
 from crablb.errors import ConfigError, KernelError, Problems
 from crablb.kernel import bpf, capabilities, pins, rtnetlink
+from crablb.kernel.interface import interface_name
 from crablb.kernel.netns import Namespace
 from crablb.kernel.rtnetlink import Netlink
 from crablb.model import Address, OptionForm, Vip
-from crablb.values import AGENT_METRICS_PORT, parse_interface, read_backend_key, whole
+from crablb.values import AGENT_METRICS_PORT, parse_address, parse_interface, read_backend_key, whole
 
 log = structlog.get_logger()
 
@@ -150,12 +152,19 @@ def run_server(args: argparse.Namespace) -> int:
         problems.add("", "--interface says where tunnels come in, and is of use with --dsr only")
     reporting = problems.attempt("", _reporting, args)
     metrics = problems.attempt("", _metrics, args)
+    lead = _mptcp(args, problems)
     namespaces = named(args, problems)
 
     def agent() -> ServerAgent:
-        agent = ServerAgent(vips, args.cgroup, dsr=args.dsr, interfaces=interfaces)
+        agent = ServerAgent(
+            vips, args.cgroup, dsr=args.dsr, interfaces=interfaces, mptcp=lead(vips), sockets=args.mptcp_listeners
+        )
+        if agent.mptcp and (found := mptcp.problems(vips, agent.mptcp, (agent.state() or {}).get("mptcp"))):
+            raise ConfigError(found)
+        if agent.sockets and (found := sockets.problems()):
+            raise ConfigError(found)
         # One that is run by a process cannot be replaced, and is told of.
-        changes = agent.differs() if not args.replace and not pins.owner(ServerAgent.role) else []
+        changes = agent.differs() if not args.replace and pins.owner(ServerAgent.role) is None else []
         if changes:
             raise ConfigError(
                 [
@@ -173,8 +182,48 @@ def run_server(args: argparse.Namespace) -> int:
     if not capabilities.lacking(AGENT) and not problems.found:
         in_each(namespaces, problems, lambda _: agent())
     problems.finish()
-    work = Work(make, args.detach, reporting or nullcontext)
-    return _run(_measured(work, ServerAgent, metrics), namespaces, args.all_netns)
+
+    @contextmanager
+    def meanwhile() -> Iterator[None]:
+        with ServerAgent.leading() as leave, reporting(leave) if reporting else nullcontext():
+            yield
+
+    return _run(_measured(Work(make, args.detach, meanwhile), ServerAgent, metrics), namespaces, args.all_netns)
+
+
+def _mptcp(args: argparse.Namespace, problems: Problems) -> Callable[[Sequence[Vip]], Mptcp | None]:
+    """How clients that use MPTCP are led, in the network namespace where it is called: it raises
+    :class:`ConfigError`."""
+    asked = problems.each("--mptcp-address", args.mptcp_address, parse_address)
+    clients = problems.each("--redirect-clients", args.redirect_clients, parse_prefix)
+    port = problems.each("--mptcp-port", [args.mptcp_port] if args.mptcp_port is not None else [], _port)
+    if args.mptcp is None:
+        own = ("mptcp_address", "mptcp_port", "mptcp_listeners", "redirect_clients")
+        extra = [name for name in own if getattr(args, name)]
+        if extra:
+            problems.add("", f"{', '.join('--' + name.replace('_', '-') for name in extra)}: of use with --mptcp only")
+    if args.mptcp == "leave" and args.detach:
+        problems.add("", "--mptcp=leave needs a process, which leads each connection; leave out --detach")
+    if args.mptcp == "backup" and clients:
+        problems.add(
+            "",
+            "--redirect-clients: with --mptcp=backup the kernel leads connections, and tells all clients; use"
+            " --mptcp=leave",
+        )
+
+    def lead(vips: Sequence[Vip]) -> Mptcp | None:
+        if args.mptcp is None:
+            return None
+        chosen = [*asked, *([parse_address(args.report_as)] if args.report_as and not asked else [])]
+        targets = [parse_endpoint(text.strip())[0] for text in args.report.split(",")] if args.report else []
+        addresses = mptcp.own_addresses(vips, chosen, targets)
+        return Mptcp(tuple(addresses), args.mptcp, port[0] if port else 0, tuple(clients))
+
+    return lead
+
+
+def _port(text: str) -> int:
+    return whole(1, 65535, int(text) if re.fullmatch(r"\d{1,9}", text) else text)
 
 
 def _warn_of_own(vips: Sequence[Vip]) -> None:
@@ -182,20 +231,14 @@ def _warn_of_own(vips: Sequence[Vip]) -> None:
     with Netlink() as netlink:
         own = rtnetlink.addresses(netlink)
     for vip in vips:
-        name = _interface_name(own.get(str(vip.address), 0))
+        name = interface_name(own.get(str(vip.address), 0), "")
         if name not in ("", "lo"):
             log.warning("a VIP is an address of this host, which answers ARP for it", vip=str(vip), interface=name)
 
 
-def _interface_name(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:
-        return ""
-
-
-def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which reports are sent.  Raises :class:`ConfigError`."""
+def _reporting(args: argparse.Namespace) -> Callable[[Leave], AbstractContextManager[object]]:
+    """A context in which reports are sent; to be told how connections leave load balancers.  Raises
+    :class:`ConfigError`."""
     if args.report is None:
         extra = [name for name in ("report_key", "report_as", "report_figure") if getattr(args, name) is not None]
         if extra:
@@ -214,16 +257,24 @@ def _reporting(args: argparse.Namespace) -> Callable[[], AbstractContextManager[
     targets = [parse_endpoint(text.strip()) for text in args.report.split(",")]
     key = read_backend_key(args.report_key)
     backend = parse_backend(args.report_as).address if args.report_as is not None else None
-    figure = Path(args.report_figure) if args.report_figure else None
+    figure = Path(args.report_figure) if args.report_figure is not None else None
 
     @contextmanager
-    def report() -> Iterator[None]:
+    def report(leave: Leave) -> Iterator[None]:
         with (
             bpf.Map.from_pin(ServerAgent.folder() / "server_connections") as opened,
             bpf.Map.from_pin(ServerAgent.folder() / "server_redirects") as begun,
         ):
+            moved = Moved()
             reporter = Reporter(
-                lambda: open_connections(opened), lambda: redirects(begun), targets, key, backend, figure
+                lambda: moved.added(open_connections(opened)) if args.mptcp else open_connections(opened),
+                lambda: redirects(begun),
+                targets,
+                key,
+                backend,
+                figure,
+                leave,
+                leads=args.mptcp is not None,
             )
             reporter.start()
             try:
@@ -249,10 +300,21 @@ def _retransmission(text: str) -> float:
     )
 
 
+#: What is of use with VIPs only, and what it is by default.
+OF_VIPS: dict[str, object] = {"backends": None, "interface": [], "flows": None, "verify": None}
+
+
 def run_client(args: argparse.Namespace) -> int:
     problems = Problems()
-    vips = problems.each("--vip", args.vip, parse_vip)
-    backends = problems.each("--backends", args.backends, parse_prefix)
+    if not (args.vip or args.mptcp):
+        lacking = "--vip" if args.backends else "--vip, --backends"
+        problems.add("", f"the following arguments are required: {lacking} (see crablb agent client --help)")
+    elif args.vip and not args.backends:
+        problems.add("", "the following arguments are required: --backends (see crablb agent client --help)")
+    elif not args.vip and (extra := [name for name, none in OF_VIPS.items() if getattr(args, name) != none]):
+        problems.add("", f"{', '.join('--' + name for name in extra)}: of use with --vip only")
+    vips = problems.each("--vip", args.vip or [], parse_vip)
+    backends = problems.each("--backends", args.backends or [], parse_prefix)
     interfaces = problems.each("--interface", args.interface, parse_interface)
     flows = problems.each("--flows", [args.flows] if args.flows is not None else [], _flows)
     retransmission = problems.each("--retransmission", [args.retransmission], _retransmission)
@@ -264,7 +326,7 @@ def run_client(args: argparse.Namespace) -> int:
     namespaces = named(args, problems)
 
     def check(_: Namespace | None) -> None:
-        if found := ClientAgent.problems(vips, backends, interfaces):
+        if found := ClientAgent.problems(vips, backends, interfaces, mptcp=args.mptcp):
             raise ConfigError(found)
 
     # Who is not root may ask of this one only, and is told so if that is all that is wrong.
@@ -281,6 +343,7 @@ def run_client(args: argparse.Namespace) -> int:
             interfaces=interfaces,
             flows=flows[0] if flows else None,
             retransmission=retransmission[0],
+            mptcp=args.mptcp,
         )
 
     watched = partial(ClientAgent.watched, verify=args.verify is not False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -13,13 +15,16 @@ from typing import Protocol
 
 import structlog
 
+from crablb import lasting
 from crablb import log as logging
 from crablb.agent.base import Agent
 from crablb.cli import streams
-from crablb.control.notify import notify
+from crablb.control import notify
 
 log = structlog.get_logger()
 
+#: Seconds after which the service manager is told how we are, if it does not ask more often whether we live.
+STATUS = 10.0
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 
@@ -47,8 +52,8 @@ class Orders(Protocol):
     def stays(self) -> bool:
         """Whether what is installed is to stay so."""
 
-    def until_end(self) -> bool:
-        """Wait until it is to end; false if nobody is there any more who has connections."""
+    def until_end(self, summary: Callable[[], str]) -> bool:
+        """Wait until it is to end; false if nobody is there any more who has connections.  ``summary``: how it is."""
 
     def asked(self, seconds: float) -> bool:
         """Wait so long for word to end at once; whether it came."""
@@ -67,7 +72,7 @@ def serve(work: Work, orders: Orders) -> None:
         left = 0
         try:
             with work.meanwhile():
-                if orders.until_end():
+                if orders.until_end(agent.summary):
                     agent.withdraw()
                     left = agent.drain(work.wait, orders.asked)
         finally:
@@ -78,7 +83,7 @@ def serve(work: Work, orders: Orders) -> None:
 
 
 def ready() -> None:
-    notify("READY=1")
+    notify.notify("READY=1")
     # To a pipe that is full, print would wait for whoever does not read it, and the agent never end.
     poll = select.poll()
     poll.register(1, select.POLLOUT)
@@ -95,6 +100,33 @@ def endure() -> None:
     signal.signal(signal.SIGUSR1, lambda *_: logging.reopen())
 
 
+class Manager:
+    """The service manager, for a thread that waits: it is told now and then how we are, and that all threads live."""
+
+    def __init__(self, summary: Callable[[], str], late: Callable[[], list[str]] = lasting.late) -> None:
+        self._summary, self._watchdog = summary, notify.Watchdog(late)
+        self._said, self._due = "", math.inf
+
+    def ready(self) -> None:
+        """All is there: say so, and how we are from now on."""
+        ready()
+        self._due = time.monotonic()
+
+    def left(self) -> float:
+        """Seconds in which :meth:`tell` has nothing to do."""
+        return min(max(self._due - time.monotonic(), 0), STATUS)
+
+    def tell(self) -> None:
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + (self._watchdog.interval or STATUS)
+        if self._watchdog.interval:
+            self._watchdog.look()
+        with suppress(OSError):  # no descriptor to read the state by
+            if (said := self._summary()) != self._said and notify.status(said):
+                self._said = said
+
+
 class Signals:
     """Of a process of its own: a service manager's, or a terminal's."""
 
@@ -108,10 +140,12 @@ class Signals:
     def stays(self) -> bool:
         return True
 
-    def until_end(self) -> bool:
-        ready()
-        signal.sigwaitinfo(SIGNALS)  # sigwait(3) goes on when a handler is to run
-        notify("STOPPING=1")
+    def until_end(self, summary: Callable[[], str]) -> bool:
+        manager = Manager(summary)
+        manager.ready()
+        while not signal.sigtimedwait(SIGNALS, manager.left()):
+            manager.tell()
+        notify.notify("STOPPING=1")
         return True
 
     def asked(self, seconds: float) -> bool:

@@ -7,23 +7,26 @@ by sockets, not by signals, which terminals and service managers send to all pro
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
 
+from crablb import lasting
 from crablb import log as logging
-from crablb.cli.agent.process import SIGNALS, Work, ready, serve
-from crablb.control.notify import notify
+from crablb.cli.agent.process import SIGNALS, Manager, Work, serve
+from crablb.control import notify
 from crablb.errors import ConfigError, CrablbError, KernelError, Problems
 from crablb.kernel import netns, pins
 from crablb.kernel.netns import Namespace
+from crablb.values import counted
 
 log = structlog.get_logger()
 
@@ -32,7 +35,7 @@ LOOK = 2.0
 #: Seconds until an agent is tried again where it could not be, at first and at most.
 FIRST, LAST = LOOK, 32.0
 #: What a child is told, and what it tells.
-GO, END, GONE, INSTALLED = b"go", b"end", b"gone", b"installed"
+GO, END, GONE, INSTALLED, ALIVE = b"go", b"end", b"gone", b"installed", b"alive"
 UNEXPECTED = "its process ended unexpectedly"
 
 
@@ -49,6 +52,7 @@ class Told:
 
     def __init__(self, parent: socket.socket) -> None:
         self._parent = parent
+        self._watchdog = notify.Watchdog(lasting.late, self._live)
         self.process = os.getppid()
 
     def begin(self) -> None:
@@ -58,8 +62,18 @@ class Told:
         self._parent.send(INSTALLED)
         return _heard(self._parent) == GO
 
-    def until_end(self) -> bool:
+    def until_end(self, summary: Callable[[], str]) -> bool:
+        poll = select.poll()
+        poll.register(self._parent, select.POLLIN)
+        while self._watchdog.interval:
+            self._watchdog.look()
+            if poll.poll(self._watchdog.interval * 1000):
+                break
         return self._told() == END
+
+    def _live(self) -> None:
+        with suppress(OSError):  # it has not read what was said before, or has ended, which is found out elsewhere
+            self._parent.send(ALIVE, socket.MSG_DONTWAIT)
 
     def asked(self, seconds: float) -> bool:
         self._parent.settimeout(seconds)
@@ -82,6 +96,8 @@ class Child:
 
     def __init__(self, namespace: Namespace, work: Work) -> None:
         self.namespace = namespace
+        self.why = ""
+        self.begun = self.alive = False  # whether it is told to go on, and has said that it lives since the last look
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -99,8 +115,12 @@ class Child:
         with suppress(OSError):  # it has ended, which is found out elsewhere
             self.socket.send(what)
 
-    def installed(self) -> str:
+    def installed(self, manager: Manager) -> str:
         """Wait until it has installed its agent, and then for word; or why it could not."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        while not poll.poll(manager.left() * 1000):
+            manager.tell()
         said = _heard(self.socket)
         if said == INSTALLED:
             return ""
@@ -108,22 +128,33 @@ class Child:
         self.socket.close()
         return said.decode() or UNEXPECTED
 
+    def listen(self) -> None:
+        """Take what it has said."""
+        with suppress(OSError):  # nothing more, or it has ended before it had read all that it was told
+            while said := self.socket.recv(65536, socket.MSG_DONTWAIT):
+                if said == ALIVE:
+                    self.alive = True
+                else:
+                    self.why = said.decode()
+
     def ended(self, block: bool = False) -> bool:
         if not os.waitpid(self.pid, 0 if block else os.WNOHANG)[0]:
             return False
-        self.why = _heard(self.socket).decode() or UNEXPECTED
+        self.listen()
+        self.why = self.why or UNEXPECTED
         self.socket.close()
         return True
 
 
 def _child(namespace: Namespace, work: Work, parent: socket.socket) -> int:
+    orders = Told(parent)
     os.environ.pop("NOTIFY_SOCKET", None)
     logging.always(netns=namespace.name)
     try:
         netns.enter(namespace.path)
         if os.stat(netns.OWN).st_ino != namespace.inode:
             raise KernelError("it is gone, and another one has its place")
-        serve(work, Told(parent))
+        serve(work, orders)
         return 0
     except CrablbError as error:
         parent.send(str(error).encode()[:65536])
@@ -167,6 +198,7 @@ class Supervisor:
         self._children: dict[int, Child] = {}
         self._new: list[Namespace] = []
         self._failures: dict[int, _Failure] = {}
+        self._manager = Manager(self._summary, self._late)
 
     def run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {signal.SIGCHLD})
@@ -176,9 +208,9 @@ class Supervisor:
                 raise ConfigError([f"{one}: {line}" for one, why in failed.items() for line in why.splitlines()])
             self._go(failed)
             if not self._work.detach:
-                ready()
+                self._manager.ready()
                 self._follow()
-                notify("STOPPING=1")
+                notify.notify("STOPPING=1")
         finally:
             self._end()
 
@@ -192,7 +224,7 @@ class Supervisor:
                 failed[one] = f"cannot start its process: {error.strerror}"
             else:
                 started.append(one)
-        failed |= {one: why for one in started if (why := self._children[one.inode].installed())}
+        failed |= {one: why for one in started if (why := self._children[one.inode].installed(self._manager))}
         for one in failed:
             self._children.pop(one.inode, None)
         self._new = [one for one in started if one not in failed]
@@ -201,6 +233,7 @@ class Supervisor:
     def _go(self, failed: dict[Namespace, str]) -> None:
         for one in self._new:
             self._children[one.inode].tell(GO)
+            self._children[one.inode].begun = True
             self._failures.pop(one.inode, None)
         for one, why in failed.items():
             self._failures.setdefault(one.inode, _Failure()).again(one, why)
@@ -209,7 +242,9 @@ class Supervisor:
         """Until a signal: let go what is gone, and take up what comes."""
         next_look = time.monotonic() + LOOK
         while self._every or self._names or self._children or self._failures:
-            caught = signal.sigtimedwait(SIGNALS | {signal.SIGCHLD}, max(next_look - time.monotonic(), 0))
+            self._manager.tell()
+            pause = min(max(next_look - time.monotonic(), 0), self._manager.left())
+            caught = signal.sigtimedwait(SIGNALS | {signal.SIGCHLD}, pause)
             if caught and caught.si_signo in SIGNALS:
                 return
             for inode, child in list(self._children.items()):
@@ -220,6 +255,20 @@ class Supervisor:
                 self._look()
                 next_look = time.monotonic() + LOOK
         log.warning("none of the network namespaces is there any more")
+
+    def _late(self) -> list[str]:
+        """Where agents have not shown life since the last time that all had."""
+        children = [child for child in self._children.values() if child.begun]
+        for child in children:
+            child.listen()
+        late = [child.namespace.name for child in children if not child.alive]
+        if not late:
+            for child in children:
+                child.alive = False
+        return late
+
+    def _summary(self) -> str:
+        return f"agents in {counted(len(self._children), 'network namespace')}"
 
     def _look(self) -> None:
         known = [child.namespace for child in self._children.values()]

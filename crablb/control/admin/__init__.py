@@ -12,23 +12,26 @@ import socket
 import ssl
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
 from crablb.control.admin import sockets
+from crablb.control.estate import Door, Heir
 from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import Operator
 from crablb.control.ports import bind
 from crablb.dataplane.events import Event
-from crablb.errors import ConfigError, Problems
+from crablb.errors import ConfigError, KernelError, Problems
+from crablb.kernel import pins
 from crablb.model import Config, Switch, host_port
 from crablb.values import guarded, read_text
 
 if TYPE_CHECKING:
     from crablb.control.admin.server import Listener
 
-__all__ = ["Admin", "join"]
+__all__ = ["Admin", "check", "join"]
 
 log = structlog.get_logger()
 
@@ -43,9 +46,13 @@ class Admin:
     cannot be bound.
     """
 
-    def __init__(self, operator: Operator, config: Config, gatherer: Gatherer | None = None) -> None:
-        """``gatherer``: for the status page, which is served beside it; None: there is none."""
+    def __init__(
+        self, operator: Operator, config: Config, gatherer: Gatherer | None = None, heir: Heir | None = None
+    ) -> None:
+        """``gatherer``: for the status page, which is served beside it; None: there is none.  ``heir``: what there is
+        of another process, in whose place this one serves."""
         self._operator, self._gatherer, self._config = operator, gatherer, config
+        self._heir = heir
         self._on = config.admin is Switch.ON
         self._tls: ssl.SSLContext | None = None
         self._token = ""
@@ -58,39 +65,45 @@ class Admin:
             self._check()
 
     def _check(self) -> None:
-        config, problems = self._config, Problems()
-        if config.admin_group:
-            problems.attempt("admin_group", _group, config.admin_group)
-        if config.admin_listen:
-            needed = {
-                "admin_cert": config.admin_cert,
-                "admin_key": config.admin_key,
-                "admin_token_file": config.admin_token_file,
-            }
-            for name, value in needed.items():
-                if not value:
-                    problems.add("", f"{name} is missing; admin_listen needs a certificate, its key and a token")
-            if all(needed.values()):
-                self._tls = problems.attempt("admin_cert, admin_key", _tls, config.admin_cert, config.admin_key)
-                self._token = problems.attempt("admin_token_file", _token, config.admin_token_file) or ""
-        problems.finish()
-        if config.admin_listen:
-            self._tcp = bind("the API", *config.admin_listen)
+        self._tls, self._token = check(self._config)
+        if where := self._config.admin_listen:
+            given = self._heir.door("admin", host_port(*where)) if self._heir else None
+            self._tcp = given or bind("the API", *where)
 
     def start(self) -> None:
-        """From now on whoever connects is answered, as soon as what is needed for it has been imported."""
+        """From now on whoever connects is answered, as soon as what is needed for it has been imported.
+
+        Raises :class:`KernelError`, and leaves all to the other process, if this one takes over and could not be asked.
+        """
+        heir, self._heir = self._heir, None
+        left = heir.place() if heir else ""
+        if not self._on and left:
+            sockets.Place(self._config.interfaces, None, Path(left)).remove()
         if self._on:
             try:
-                self._bind()
+                self._bind(heir, left)
             except OSError as error:
+                if heir:
+                    if self._place and self._place.path == Path(left):
+                        self._place = None
+                    self.abandon()
+                    raise KernelError(
+                        f"the API could not be served: {error.filename or ''}: {error.strerror}"
+                    ) from None
                 self._unserved(error)
             else:
                 self._starting = asyncio.create_task(self._start())
 
-    def _bind(self) -> None:
+    def _bind(self, heir: Heir | None, left: str) -> None:
+        """``left``: the path at which another process listens, whose socket ``heir`` has."""
         group = _group(self._config.admin_group) if self._config.admin_group else None
-        self._place = sockets.Place(self._config.interfaces, group)
-        self._unix = self._place.bind()
+        given = heir.door("api", left) if heir and os.path.exists(left) else None  # else somebody has removed it
+        self._place = sockets.Place(self._config.interfaces, group, Path(left) if given else None)
+        if given:
+            self._unix = given
+            self._place.permit()
+        else:
+            self._unix = self._place.bind()
         where = [str(path) for path in self._place.show()]
         if self._tcp and self._config.admin_listen:
             self._tcp.listen(sockets.BACKLOG)
@@ -121,6 +134,8 @@ class Admin:
         known = isinstance(error, OSError | MemoryError)
         why = {"reason": f"{getattr(error, 'filename', None) or ''}: {error}".removeprefix(": ")}
         log.error("the API is not served; the load balancer is", **(why if known else {"exc_info": error}))
+        for name in self._config.interfaces:
+            pins.cannot_be_asked(f"lb-{name}")  # for crablb status
         self.abandon()
 
     def _hear(self, event: Event) -> None:
@@ -129,6 +144,21 @@ class Admin:
                 self._place.name(event.interface)
             except OSError as error:
                 log.warning("the API is asked by the old name", now=event.interface, reason=error.strerror)
+
+    def offer(self) -> dict[Door, int]:
+        """The sockets that are listened at."""
+        found = {}
+        if self._unix and self._place:
+            found[Door("api", str(self._place.path))] = self._unix.fileno()
+        if self._tcp and self._config.admin_listen:
+            found[Door("admin", host_port(*self._config.admin_listen))] = self._tcp.fileno()
+        return found
+
+    async def leave(self) -> None:
+        """Another process listens there: answer who has asked already, and leave the rest to it."""
+        await asyncio.gather(*(listener.leave() for listener in self._listeners))
+        self._place = None
+        await self.close()
 
     async def close(self) -> None:
         """Idempotent."""
@@ -154,6 +184,32 @@ class Admin:
         self._unix = self._tcp = None
 
 
+def check(config: Config) -> tuple[ssl.SSLContext | None, str]:
+    """How ``admin_listen`` is encrypted, and its token, if there is one.
+
+    Raises :class:`ConfigError` with every fault of what the API's settings name: a group, files.
+    """
+    if config.admin is Switch.OFF:
+        return None, ""
+    problems, tls, token = Problems(), None, ""
+    if config.admin_group:
+        problems.attempt("admin_group", _group, config.admin_group)
+    if config.admin_listen:
+        needed = {
+            "admin_cert": config.admin_cert,
+            "admin_key": config.admin_key,
+            "admin_token_file": config.admin_token_file,
+        }
+        for name, value in needed.items():
+            if not value:
+                problems.add("", f"{name} is missing; admin_listen needs a certificate, its key and a token")
+        if all(needed.values()):
+            tls = problems.attempt("admin_cert, admin_key", _tls, config.admin_cert, config.admin_key)
+            token = problems.attempt("admin_token_file", _token, config.admin_token_file) or ""
+    problems.finish()
+    return tls, token
+
+
 def _group(name: str) -> int:
     try:
         return grp.getgrnam(name).gr_gid
@@ -161,16 +217,23 @@ def _group(name: str) -> int:
         raise ConfigError(f"there is no group {name!r}; make it: groupadd --system {name}") from None
 
 
-def join(config: Config) -> None:
+def join(config: Config, before: str | None = None) -> None:
     """Be in the group that the socket is to be given to, while this process may: later it may not give it to others.
 
-    Raises :class:`ConfigError` if there is no such group.
+    ``before``: the group of the process that it takes over from, which may have started it; None: of none.  Raises
+    :class:`ConfigError` if there is no such group, or it is another one, and this process may not.
     """
     if config.admin is Switch.ON and config.admin_group:
         group = _group(config.admin_group)
         if group not in os.getgroups():
-            with suppress(PermissionError):  # an ordinary user, who is in it or not
+            try:
                 os.setgroups([*os.getgroups(), group])
+            except PermissionError:  # an ordinary user, who is in it or not
+                if before not in (None, config.admin_group) and group != os.getegid():
+                    raise ConfigError(
+                        f"admin_group: this process may not join {config.admin_group}, as who serves has given up the"
+                        " right to, and for those whom it starts; restart instead, with keep in the configuration"
+                    ) from None
 
 
 def _tls(certificate: str, key: str) -> ssl.SSLContext:

@@ -25,7 +25,7 @@ from crablb.control.admin.openapi import describe
 from crablb.control.metrics.app import Pages
 from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import ConflictError, NotFoundError, Operator, asking
-from crablb.errors import ConfigError, CrablbError
+from crablb.errors import ConfigError, CrablbError, starved, why
 
 __all__ = ["make"]
 
@@ -136,6 +136,8 @@ class _Path(_Endpoint):
         call = self._calls[_allowed(scope, self._calls)]
         parameters = dict(scope["path_params"]) | _parameters(call.query, QueryParams(scope["query_string"]))
         body = await _body(call, scope, receive)
+        if scope["method"] == "HEAD" and isinstance(call.answer, Stream):
+            return await _head(send, call.answer)
         asking.set(scope.get("state", {}).get("peer", ""))
         try:
             answer = call.do(self._shared.operator, parameters, body)
@@ -149,8 +151,10 @@ class _Path(_Endpoint):
             raise _Refused(400, error.problems) from None
         except CrablbError as error:
             raise _Refused(503, str(error).splitlines()) from None
-        except Exception:  # one request's fault is no other's
-            log.exception("a request failed", method=call.method, path=scope["path"])
+        except Exception as error:  # one request's fault is no other's
+            log.error("a request failed", method=call.method, path=scope["path"], **why(error))
+            if isinstance(error, OSError | MemoryError) or starved(error):
+                raise _Refused(500, [f"the machine refuses something: {error or 'memory'}"]) from None
             raise _Refused(500, ["a fault of crablb's own; its log has more"]) from None
         if isinstance(call.answer, Stream):
             await self._stream(call.answer, answer, scope, receive, send)
@@ -169,8 +173,7 @@ class _Path(_Endpoint):
         prolong = scope.get("state", {}).get("prolong", lambda: None)
         gone = asyncio.ensure_future(_gone(receive))
         try:
-            headers = [(b"content-type", kind.media.encode()), (b"cache-control", b"no-store")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await _begin(send, kind)
             async for chunk in _until(gone, chunks):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 prolong()
@@ -179,6 +182,17 @@ class _Path(_Endpoint):
             shared.streams -= 1
             gone.cancel()
             await chunks.aclose()
+
+
+async def _begin(send: Send, kind: Stream) -> None:
+    headers = [(b"content-type", kind.media.encode()), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _head(send: Send, kind: Stream) -> None:
+    """Of a stream, without a follower's place."""
+    await _begin(send, kind)
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _gone(receive: Receive) -> None:
@@ -222,6 +236,8 @@ def _parameters(known: Mapping[str, Query], given: QueryParams) -> dict[str, Any
         found[name] = query.default
         if len(values) > 1:
             problems.append(f"{name}: is given {len(values)} times")
+        elif values == [""]:  # of a variable that was not set, perhaps: that is not all
+            problems.append(f"{name}: is empty; leave it out, or say which")
         elif values:
             try:
                 found[name] = msgspec.convert(values[0], query.type, strict=False)
@@ -249,7 +265,7 @@ async def _body(call: Call, scope: Scope, receive: Receive) -> Any:
     try:
         if call.body is str:
             return received.decode()
-        return msgspec.json.decode(received, type=call.body)
+        return msgspec.json.decode(received or b"{}", type=call.body)
     except msgspec.ValidationError as error:
         raise _Refused(400, [_placed(str(error))]) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from crablb.api import types
 from crablb.control.operator import MOST_FLOWS, Operator
@@ -45,7 +48,18 @@ class Call:
     body: Any = None  # a type; ``str``: text as it is; None: there is none
     limit: int = BODY  # of its bytes
 
+    @property
+    def body_needed(self) -> bool:
+        """Something of it has no default; else none is an empty object."""
+        try:
+            msgspec.convert({}, self.body or str)
+        except msgspec.ValidationError:
+            return self.body is not None and self.body is not str
+        return False
 
+
+#: Of an event.
+_NUMBER = Annotated[int, Meta(ge=0)]
 _VIP = {"vip": Query(str, "of this service alone")}
 
 CALLS: tuple[Call, ...] = (
@@ -135,7 +149,7 @@ CALLS: tuple[Call, ...] = (
         says="What happens, as it happens: server-sent events, whose data is an Event as JSON",
         do=lambda op, p, body: op.follow(p["since"]),
         answer=Stream("text/event-stream"),
-        query={"since": Query(int, "with those after this number; 0: all that are kept. Else from now on")},
+        query={"since": Query(_NUMBER, "with those after this number; 0: all that are kept. Else from now on")},
     ),
     Call(
         method="GET",
@@ -144,7 +158,7 @@ CALLS: tuple[Call, ...] = (
         says="The last 1,000 events",
         do=lambda op, p, body: op.events(p["since"]),
         answer=list[types.Event],
-        query={"since": Query(int, "only those after this number", 0)},
+        query={"since": Query(_NUMBER, "only those after this number", 0)},
     ),
     Call(
         method="GET",
@@ -230,10 +244,26 @@ CALLS: tuple[Call, ...] = (
         method="POST",
         path="/v1/takeover",
         name="takeover",
-        says="End, and leave the program and its flows in the kernel for the next load balancer",
-        do=lambda op, p, body: op.take_over(body),
+        says="Have the program that is installed now take over: when this is answered it serves, and the old one ends",
+        do=lambda op, p, body: op.take_over(),
         answer=types.Applied,
-        body=types.Takeover,
+    ),
+    Call(
+        method="GET",
+        path="/v1/drain-lb",
+        name="drained",
+        says="Whether open connections are to leave the load balancer, and which are left",
+        do=lambda op, p, body: op.drained(),
+        answer=types.Drained,
+    ),
+    Call(
+        method="POST",
+        path="/v1/drain-lb",
+        name="drainLb",
+        says="Have open connections leave the load balancer, as far as their servers can move them, or no more",
+        do=lambda op, p, body: op.drain_lb(body),
+        answer=types.Drained,
+        body=types.DrainLb,
     ),
     Call(
         method="POST",

@@ -79,7 +79,7 @@ def _operation(call: Call, of: dict[str, Any]) -> dict[str, Any]:
     if call.body is not None:
         text = call.body is str
         made["requestBody"] = {
-            "required": not text,
+            "required": call.body_needed,
             "content": {
                 "text/plain" if text else "application/json": {"schema": of.get(repr(call.body), {"type": "string"})}
             },

@@ -40,11 +40,17 @@ def _answers(path: Path) -> bool:
 class Place:
     """For who owns the interfaces (:func:`crablb.kernel.pins.own`): what others left at their names is stale."""
 
-    def __init__(self, interfaces: Sequence[str], group: int | None) -> None:
+    def __init__(self, interfaces: Sequence[str], group: int | None, path: Path | None = None) -> None:
+        """``path``: of the socket that another process listened at which this one goes on for."""
         self._namespace = pins.namespace()
         self._interfaces = interfaces
         self._group = group
-        self._path = pins.RUN / f"{self._namespace}-{interfaces[0]}.{os.getpid()}.api"
+        self._path = path or pins.RUN / f"{self._namespace}-{interfaces[0]}.{os.getpid()}.api"
+
+    @property
+    def path(self) -> Path:
+        """Of the socket itself."""
+        return self._path
 
     def bind(self) -> socket.socket:
         """The socket, which listens, and has no name yet that anybody asks by.  Raises ``OSError``."""
@@ -55,19 +61,23 @@ class Place:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
             sock.bind(str(self._path))
-            os.chmod(self._path, 0o600)
-            if self._group is not None:
-                try:
-                    os.chown(self._path, -1, self._group)
-                    os.chmod(self._path, 0o660)
-                except OSError as error:  # not root, and not a member
-                    log.warning("the API's socket is not the group's", group=self._group, reason=error.strerror)
+            self.permit()
             sock.listen(BACKLOG)
         except OSError:
             sock.close()
             self._path.unlink(missing_ok=True)
             raise
         return sock
+
+    def permit(self) -> None:
+        """Who may ask.  Raises ``OSError``."""
+        os.chmod(self._path, 0o600)
+        if self._group is not None:
+            try:
+                os.chown(self._path, -1, self._group)
+                os.chmod(self._path, 0o660)
+            except OSError as error:  # not root, and not a member
+                log.warning("the API's socket is not the group's", group=self._group, reason=error.strerror)
 
     def show(self) -> list[Path]:
         """Have it there by its names, which are returned.  Raises ``OSError``."""
@@ -96,7 +106,9 @@ class Place:
 
 
 def _link(path: Path, to: Path) -> None:
-    """A link in place of what is there, without a moment between the two."""
+    """A link in place of what is there, without a moment between the two.  One that is there needs no room."""
+    if path.is_symlink() and os.readlink(path) == to.name:
+        return
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     new.unlink(missing_ok=True)
     new.symlink_to(to.name)

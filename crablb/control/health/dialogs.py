@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import structlog
 
+from crablb.errors import why
 from crablb.seldom import Seldom
 
 __all__ = ["Answer", "Dialog", "Dialogs", "Silent", "room"]
@@ -44,7 +45,8 @@ class Answer(NamedTuple):
 
     ``ok``: None, if it could not be tried, or what came back tells nothing of the backend.  ``reason``: in words.
     ``percent``: of its weight that the backend is to have; ``drain``: whether it is to get nothing new; None: nothing
-    was said of it.  ``decisive``: it holds at once, whatever came before.
+    was said of it.  ``decisive``: it holds at once, whatever came before.  ``own``: this host
+    kept it from being tried, which says nothing of the server.
     """
 
     ok: bool | None
@@ -52,6 +54,7 @@ class Answer(NamedTuple):
     percent: int | None = None
     drain: bool | None = None
     decisive: bool = False
+    own: bool = False
 
 
 #: Yields a descriptor and the events (epoll(7)) to wait for; returns the answer.
@@ -65,7 +68,7 @@ class Silent(Exception):
 def _refused(error: OSError) -> Answer:
     """What an error of a socket says."""
     if error.errno in OWN:
-        return Answer(None, f"could not be tried: {error.strerror}")
+        return Answer(None, f"could not be tried: {error.strerror}", own=True)
     words = {errno.ECONNREFUSED: "refused", errno.ECONNRESET: "reset", errno.ETIMEDOUT: "no answer"}
     return Answer(False, words.get(error.errno or 0, (error.strerror or repr(error)).lower()))
 
@@ -85,12 +88,12 @@ def _ready(held: _Held) -> bool:
 class _Held:
     """One that is under way, or waits for a place."""
 
-    __slots__ = ("began", "dialog", "done", "events", "fd", "late", "timeout", "timer")
+    __slots__ = ("asked", "began", "dialog", "done", "events", "fd", "late", "timeout", "timer")
 
     def __init__(self, dialog: Dialog, timeout: float, done: Callable[[Answer, float], None]) -> None:
         self.dialog, self.timeout, self.done = dialog, timeout, done
         self.fd, self.events = -1, 0  # what it waits for
-        self.began = 0.0
+        self.asked, self.began = time.monotonic(), 0.0
         self.late = False  # it had its time, and was given as much again
         self.timer: asyncio.TimerHandle | None = None
 
@@ -108,6 +111,11 @@ class Dialogs:
 
     def __len__(self) -> int:
         return len(self._held) + len(self._waiting)
+
+    @property
+    def waiting(self) -> tuple[int, float]:
+        """How many wait for a place, and for how many seconds the first of them has."""
+        return len(self._waiting), time.monotonic() - self._waiting[0].asked if self._waiting else 0.0
 
     def start(self) -> None:
         """In the running event loop.  Raises OSError."""
@@ -183,8 +191,8 @@ class Dialogs:
             self._finish(held, _refused(refusal))
         except Exception as fault:  # ours; the others go on
             if times := self._seldom.due("failed"):
-                log.error("a check failed", exc_info=fault, times=times)
-            self._finish(held, Answer(None, f"could not be tried: {fault!r}"))
+                log.error("a check failed", times=times, **why(fault))
+            self._finish(held, Answer(None, f"could not be tried: {fault!r}", own=True))
 
     def _await(self, held: _Held, fd: int, events: int) -> None:
         held.events = events

@@ -12,7 +12,7 @@ import heapq
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -23,7 +23,7 @@ from crablb.control.health.dialogs import Answer, Dialogs, room
 from crablb.control.health.machine import Thought, think
 from crablb.control.health.probes import Target
 from crablb.dataplane.events import Event, HopsChanged, Notice
-from crablb.errors import KernelError
+from crablb.errors import KernelError, why
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import (
     Address,
@@ -54,7 +54,7 @@ log = structlog.get_logger()
 HISTORY = 60
 #: Seconds that what was found out is gathered for, and how much of the time may go into telling the engine.
 GATHERED, TELLING = 0.02, 0.2
-#: Seconds until what the engine could not take is tried again.
+#: Seconds until what the engine could not take is tried again; and what was found out waits no longer, ever.
 AGAIN = 1.0
 #: An interval's part by which one check's is longer or shorter than another's.
 JITTER = 0.1
@@ -62,9 +62,13 @@ JITTER = 0.1
 BEGUN, LEAST = 32, 0.005
 #: Programs (exec) at a time.
 PROGRAMS = 16
+#: Seconds between looks whether checks get their turn, that one may wait for it, and until they do again for certain.
+LOOK, LATE, CALM = 1.0, 2.0, 10.0
 #: Seconds after which what was found out before a restart is not taken for certain, and within which such a backend
 #: is checked.
 CERTAIN, AT_ONCE = 60.0, 0.25
+#: Why a backend is healthy again of which its last check was taken.
+UNCHECKED = "it is not checked any more"
 
 BY_SYN = (CheckKind.REDIRECT, CheckKind.FALLBACK)
 WEIGHING = (CheckKind.AGENT, CheckKind.EXEC)
@@ -314,7 +318,14 @@ class Health:
         self._sounder: Sounder | None = None
         self._asking: set[asyncio.Task[None]] = set()  # by SYNs
         self._seldom = Seldom()
+        self._untried: set[_Job] = set()  # that this host kept from being made, the last time
+        self._looking: asyncio.TimerHandle | None = None
+        self._late_since: float | None = None  # last seen; None: checks are in time
         self._started = False
+        #: Seconds that a check waits for its turn, the longest, a second ago at most.
+        self.late = 0.0
+        #: What keeps checks from being made in time, in words.
+        self.trouble: tuple[str, ...] = ()
         #: Services that have not enough healthy backends to be announced.
         self.withdrawn: set[Vip] = set()
 
@@ -382,6 +393,8 @@ class Health:
         """Check these from now on."""
         for key in self._jobs.keys() - followed.jobs.keys():
             self._jobs[key].gone = True
+            self._jobs[key].backends = []  # a cycle, which perhaps no collector looks for (control/daemon.py)
+        before = self._backends
         self._backends, self._jobs = dict(followed.backends), dict(followed.jobs)
         self._kept = {}
         self._by_address = {}
@@ -392,9 +405,20 @@ class Health:
             for job in backend.jobs:
                 job.backends.append(backend)
         self._dirty = {self._backends[backend.pair] for backend in self._dirty if backend.pair in self._backends}
+        self._untried = {job for job in self._untried if not job.gone}
         self.withdrawn &= {service.vip for service in followed.config.services}
         if self._started:
+            self._tell_changed(before)
             self._begin()
+
+    def _tell_changed(self, before: Mapping[Pair, _Backend]) -> None:
+        """Tell of the backends that other checks, or none, have made healthy, or unhealthy."""
+        at = self._now()
+        for pair, backend in self._backends.items():
+            old = before.get(pair)
+            if old and old is not backend and not backend.asks.dead and not old.asks.dead:
+                for event in self._became(backend, old.found, at):
+                    self._tell(event if event.reason or backend.jobs else replace(event, reason=UNCHECKED))
 
     # ---- life ----
 
@@ -409,6 +433,7 @@ class Health:
         self._started = True
         self._engine.listeners.append(self._hear)
         self._begin()
+        self._looking = self._loop.call_later(LOOK, self._look_at_turns)
 
     def _begin(self) -> None:
         """Whatever is new of what is followed."""
@@ -444,10 +469,10 @@ class Health:
             return
         self._started = False
         self._engine.listeners.remove(self._hear)
-        for handle in (self._timer, self._telling):
+        for handle in (self._timer, self._telling, self._looking):
             if handle:
                 handle.cancel()
-        self._timer = self._telling = None
+        self._timer = self._telling = self._looking = None
         for task in self._asking:
             task.cancel()
         self._dialogs.close()
@@ -496,8 +521,8 @@ class Health:
 
     def _failed(self, job: _Job, fault: Exception) -> None:
         if times := self._seldom.due("failed"):
-            log.error("a check could not be made", exc_info=fault, times=times)
-        self._done(job, Answer(None, f"could not be tried: {fault!r}"), 0.0)
+            log.error("a check could not be made", times=times, **why(fault))
+        self._done(job, Answer(None, f"could not be tried: {fault!r}", own=True), 0.0)
 
     def _run(self, job: _Job, now: float) -> None:
         job.running, job.began = True, now
@@ -511,7 +536,7 @@ class Health:
                 self._asking.add(task)
                 task.add_done_callback(self._asking.discard)
             else:
-                done(Answer(None, "no SYNs can be sent; the log has the reason"), 0.0)
+                done(Answer(None, "no SYNs can be sent; the log has the reason", own=True), 0.0)
         else:
             dialogs = self._programs if job.kind is CheckKind.EXEC else self._dialogs
             dialogs.hold(probes.ask(job.key.check, job.target), job.key.check.timeout, done)
@@ -538,6 +563,7 @@ class Health:
         if job.gone or not self._started:
             return
         now = self._now()
+        (self._untried.add if answer.own else self._untried.discard)(job)
         if job.take(answer, seconds, now):
             self._dirty.update(job.backends)
             self._tell_soon()
@@ -550,6 +576,39 @@ class Health:
         # With the backend's other checks, if one is due about then: to wake up for each costs more than the check.
         together = (other.due for other in job.backends[0].jobs if other.due and abs(other.due - due) < near)
         self._schedule(job, max(now, next(together, due)))
+
+    # ---- whether they get their turn ----
+
+    def _look_at_turns(self) -> None:
+        """Whatever bounds checks, it is by their being late, or not made, that it is seen."""
+        now = self._now()
+        self._looking = self._loop.call_later(LOOK, self._look_at_turns)
+        (sockets, socket_late), (programs, program_late) = self._dialogs.waiting, self._programs.waiting
+        loop_late = now - self._due[0][0] if self._due else 0.0
+        self.late = max(0.0, loop_late, socket_late, program_late)
+        untried = [job for job in self._untried if job.wanted]
+        found = (
+            (socket_late > LATE, f"{sockets} checks wait for one of {self._dialogs.room} descriptors, the first for"
+             f" {socket_late:.0f} s: raise LimitNOFILE= (ulimit -n), or shorten their timeout"),
+            (program_late > LATE, f"{programs} exec checks wait, the first for {program_late:.0f} s, as"
+             f" {PROGRAMS} run at a time: fewer, a longer interval or a shorter timeout"),
+            (loop_late > LATE, f"checks are {loop_late:.0f} s late, for want of CPU time: longer intervals, fewer"
+             " checks, or a faster machine"),
+            (untried, f"{len(untried)} checks cannot be made on this host: {untried[0].reason if untried else ''}"),
+        )  # fmt: skip
+        self.trouble = tuple(text for there, text in found if there)
+        if self.trouble:
+            if self._late_since is None:
+                self._tell(Event("checks-late", reason="; ".join(self.trouble)))
+            self._late_since = now
+        elif self._late_since is not None and now - self._late_since >= CALM:
+            self._late_since = None
+            self._tell(Event("checks-in-time"))
+
+    @property
+    def untried(self) -> int:
+        """Checks that this host kept from being made, the last time."""
+        return sum(job.wanted for job in self._untried)
 
     def _hurry(self, job: _Job, now: float) -> None:
         """Something has changed there: what the backend's other checks say is of interest now."""
@@ -607,26 +666,28 @@ class Health:
     def _tell_engine(self) -> None:
         """All that was found out since the last time, at once."""
         self._telling = None
-        began = self._now()
+        # A machine that has no time for us is no reason to take some more: the thread's own time counts.
+        began, spent = self._now(), time.thread_time()
         found = {backend: backend.look() for backend in self._dirty}
         standings = {backend.pair: now.standing for backend, now in found.items()}
         warm = {backend.pair for backend, now in found.items() if backend.first and now.healthy > backend.found.healthy}
         try:
             self._engine.judge(standings, warm)
-        except Exception:  # for want of memory, perhaps
-            log.exception("what checks found out is not served yet; it is tried again", seconds=AGAIN)
+        except Exception as error:  # for want of memory, perhaps
+            log.error("what checks found out is not served yet; it is tried again", seconds=AGAIN, **why(error))
             self._told = began + AGAIN
             self._tell_soon()
             return
         self._dirty.clear()
         for backend, now in found.items():
-            for event in self._became(backend, now, began):
+            before, backend.found = backend.found, now
+            for event in self._became(backend, before, began):
                 self._tell(event)
         self._look_at_quorums()
-        self._told = self._now() + (self._now() - began) / TELLING
+        self._told = self._now() + min((time.thread_time() - spent) / TELLING, AGAIN)
 
-    def _became(self, backend: _Backend, now: Found, at: float) -> Iterator[Event]:
-        (vip, address), before, backend.found = backend.pair, backend.found, now
+    def _became(self, backend: _Backend, before: Found, at: float) -> Iterator[Event]:
+        (vip, address), now = backend.pair, backend.found
         backend.first = backend.first and not now.known
         if now.healthy is not before.healthy:
             backend.since = at
@@ -654,9 +715,13 @@ class Health:
         return backend.found if backend else None
 
     def since(self, pair: Pair) -> float:
-        """At what time (seconds since 1970) a backend became healthy or unhealthy; 0: it always was."""
+        """At what time (seconds since 1970), of before a restart too, a backend became healthy or unhealthy, or its
+        checks first said what they say; 0: that is not known."""
         backend = self._backends.get(pair)
-        return self._at(backend.since) if backend and backend.since else 0.0
+        if not backend:
+            return 0.0
+        at = backend.since or max((job.since for job in backend.jobs if job.thought.known), default=0.0)
+        return self._at(at) if at else 0.0
 
     def results(self, pair: Pair) -> list[CheckResult]:
         """The checks of a backend of a service; none, if there are none, or it is none."""

@@ -19,7 +19,7 @@ from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from subprocess import DEVNULL, Popen
-from typing import Any, NamedTuple
+from typing import Any
 
 from crablb.control.health.dialogs import Answer, Dialog, Silent
 from crablb.model import Address, Check, CheckKind, Vip, host_port
@@ -35,6 +35,8 @@ LINE, OUTPUT = 1024, 4096
 QUOTED = 100
 #: Of their weight that agents may give backends more, in percent.
 PERCENT = 1000
+#: Looks for processes of a session that is killed, at most: a program that forks without end could be faster.
+PASSES = 20
 TAKEN = "its exit status was taken by somebody else: is SIGCHLD ignored in this process?"
 LINGER_NOT = struct.pack("ii", 1, 0)
 AT_ONCE = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -43,13 +45,17 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 Waits = Generator[tuple[int, int], None, Any]
 
 
-class Target(NamedTuple):
-    """Whom a check concerns, and where it goes."""
+class Target:
+    """Whom a check concerns, and where it goes.
 
-    vip: Vip
-    backend: Address
-    address: Address  # where it connects to
-    port: int
+    ``address`` and ``port``: where it connects to; ``place``: the same, as sockets take it, made once.
+    """
+
+    __slots__ = ("address", "backend", "place", "port", "vip")
+
+    def __init__(self, vip: Vip, backend: Address, address: Address, port: int) -> None:
+        self.vip, self.backend, self.address, self.port = vip, backend, address, port
+        self.place = str(address), port
 
 
 class _Odd(Exception):
@@ -91,7 +97,7 @@ def _socket(address: Address) -> socket.socket:
 
 
 def _connect(sock: socket.socket, target: Target) -> Waits:
-    error = sock.connect_ex((str(target.address), target.port))
+    error = sock.connect_ex(target.place)
     if error == 115:  # EINPROGRESS
         yield sock.fileno(), OUT
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -117,12 +123,11 @@ class _Plain:
         self.sock = sock
 
     def receive(self) -> Waits:
-        """Some bytes; none at the end."""
+        """Some bytes; none at the end.  To try before there are some is nearly always in vain."""
         while True:
-            try:
+            yield self.sock.fileno(), IN
+            with suppress(BlockingIOError):
                 return self.sock.recv(MOST)
-            except BlockingIOError:
-                yield self.sock.fileno(), IN
 
     def send(self, data: bytes) -> Waits:
         while data:
@@ -221,7 +226,7 @@ def _context(verify: bool, ca_file: str, changed: int) -> ssl.SSLContext:
 def _name(check: Check, target: Target) -> str:
     """Whom the certificate is to be for."""
     host = check.host.rsplit(":", 1)[0] if re.search(r"(^[^:]*|\]):[0-9]+$", check.host) else check.host
-    return check.sni or host.strip("[]") or str(target.vip.address)
+    return check.sni or host.strip("[]").rstrip(".") or str(target.vip.address)
 
 
 def _is_name(text: str) -> bool:
@@ -241,7 +246,8 @@ def _secured(channel: _Plain, check: Check, target: Target) -> Waits:
         # Without verification, an address would only be taken for a name that is none.
         secure = _Secure(channel, context, name if check.verify or _is_name(name or "") else None)
     except (OSError, ssl.SSLError, ValueError) as error:
-        return Answer(None, f"could not be tried: ca_file {check.ca_file}, sni {name}: {quoted(str(error))}")
+        reason = f"could not be tried: ca_file {check.ca_file}, sni {name}: {quoted(str(error))}"
+        return Answer(None, reason, own=True)
     channel.stage = secure.stage
     try:
         yield from secure.handshake()
@@ -276,19 +282,71 @@ def _https(channel: _Plain, check: Check, target: Target) -> Dialog:
 
 # ---- HTTP ----
 
+_OTHER = rb"(?:(?!(?i:content-length|transfer-encoding):)[-!#$%&'*+.^_`|~0-9A-Za-z]+:[\t -~]*\r\n)*+"
+_BLANK = rb"[\t ]*"
+#: A whole head of RFC 9112 of which h11 says the same: of the fields that say how long a body is there is one at most.
+_PLAIN = re.compile(
+    rb"HTTP/1\.[01] ([2-9][0-9]{2})(?: [\t -~]*)?\r\n"
+    + _OTHER
+    + rb"(?:(?i:content-length:" + _BLANK + rb"([0-9]{1,20})|transfer-encoding:" + _BLANK + rb"chunked)"
+    + _BLANK + rb"\r\n" + _OTHER + rb")?\r\n"
+)  # fmt: skip
 
-def _http(channel: _Plain | _Secure, check: Check, target: Target) -> Dialog:
-    """By h11, which holds a server to the words of RFC 9112."""
+
+@lru_cache(4096)
+def _request(method: str, path: str, host: str, vip: Vip, usual: int) -> Any:
+    """``h11.Request``, which is checked when it is made, and its bytes: backends of a service have the same."""
     import h11  # no daemon without such checks has it
 
-    vip, plain = target.vip, 443 if check.kind is CheckKind.HTTPS else 80
     bare = f"[{vip.address}]" if vip.address.version == 6 else str(vip.address)
-    host = check.host or (bare if vip.port == plain else host_port(vip.address, vip.port))
-    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD)
+    host = host or (bare if vip.port == usual else host_port(vip.address, vip.port))
     headers = [("Host", host), ("User-Agent", "crablb"), ("Accept", "*/*"), ("Connection", "close")]
-    request = h11.Request(method=check.method, target=check.path, headers=headers)
-    wanted, status, body, read = check.body.encode(), 0, bytearray(), 0
-    yield from channel.send((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
+    request = h11.Request(method=method, target=path, headers=headers)
+    connection = h11.Connection(h11.CLIENT)
+    return request, (connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b"")
+
+
+def _http(channel: _Plain | _Secure, check: Check, target: Target) -> Dialog:
+    """Most answers come in one piece, and are plain; the others are h11's, which takes three times as long."""
+    usual = 443 if check.kind is CheckKind.HTTPS else 80
+    request, said = _request(check.method, check.path, check.host, target.vip, usual)
+    yield from channel.send(said)
+    data = yield from channel.receive()
+    if not data:
+        return Answer(False, "closed without an answer")
+    answer: Answer = _plainly(check, data) or (yield from _by_h11(channel, check, request, data))
+    return answer
+
+
+def _in_range(check: Check, status: int) -> bool:
+    return any(low <= status <= high for low, high in check.status)
+
+
+def _plainly(check: Check, data: bytes) -> Answer | None:
+    """What the first bytes of an answer say; None: that is for h11 to find out."""
+    head = _PLAIN.match(data)
+    if head is None:
+        return None
+    status = int(head[1])
+    if not _in_range(check, status):
+        return Answer(False, f"status {status}")
+    if not check.body:
+        return Answer(True, f"status {status}")
+    bare = status in (204, 304) or check.method in ("HEAD", "CONNECT")  # whatever a Content-Length says
+    if head[2] and not bare and check.body.encode() in data[head.end() : head.end() + int(head[2])]:
+        return Answer(True, f"status {status}, and the body")
+    return None
+
+
+def _by_h11(channel: _Plain | _Secure, check: Check, request: Any, data: bytes) -> Dialog:
+    """By h11, which holds a server to the words of RFC 9112.  ``data``: what has come so far."""
+    import h11
+
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD)
+    connection.send(request)
+    connection.send(h11.EndOfMessage())
+    connection.receive_data(data)
+    wanted, status, body, read = check.body.encode(), 0, bytearray(), len(data)
     try:
         while True:
             event = connection.next_event()
@@ -302,7 +360,7 @@ def _http(channel: _Plain | _Secure, check: Check, target: Target) -> Dialog:
                 connection.receive_data(data)
             elif isinstance(event, h11.Response):
                 status = event.status_code
-                if not any(low <= status <= high for low, high in check.status):
+                if not _in_range(check, status):
                     return Answer(False, f"status {status}")
                 if not wanted:
                     return Answer(True, f"status {status}")
@@ -379,7 +437,7 @@ def _exec(check: Check, target: Target) -> Dialog:
         try:
             child = _start(check.command, environment, writes)
         except OSError as error:
-            return Answer(None, f"cannot be run: {error.strerror}")
+            return Answer(None, f"cannot be run: {error.strerror}", own=True)
         finally:
             os.close(writes)
         held.callback(_clear_away, child)
@@ -416,8 +474,36 @@ def _start(command: tuple[str, ...], environment: Mapping[str, str], writes: int
 
 
 def _kill(leader: int) -> None:
+    """All of its session, which a shell with job control makes several process groups of.
+
+    That number is nobody else's as long as the leader is not waited for, or another one of its session lives.  Who is
+    begun while others are killed is found at the next pass.
+    """
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
+    killed = {leader}
+    for _ in range(PASSES):
+        found = {pid for name in os.listdir("/proc") if name.isdigit() and _session(pid := int(name)) == leader}
+        if not (new := found - killed):
+            return
+        killed |= new
+        for pid in new:
+            _kill_one(pid, leader)
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def _kill_one(pid: int, session: int) -> None:
+    with ExitStack() as held, suppress(OSError):
+        pidfd = os.pidfd_open(pid)
+        held.callback(os.close, pidfd)
+        if os.getsid(pid) == session:  # the number may have become another one's before
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def _read(fd: int, output: bytearray) -> bool:

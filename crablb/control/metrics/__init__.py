@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from crablb.control.estate import Door, Heir
 from crablb.control.metrics.facts import Gatherer
 from crablb.control.ports import bind
+from crablb.errors import why
 from crablb.model import Config, host_port
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ __all__ = ["Metrics"]
 
 log = structlog.get_logger()
 
+#: Connections that wait to be taken.
+BACKLOG = 64
+
 
 class Metrics:
     """Metrics and the status page at ``metrics_listen``, if there is one.
@@ -32,16 +37,25 @@ class Metrics:
     Raises :class:`KernelError` at once if that cannot be bound.
     """
 
-    def __init__(self, gatherer: Gatherer, config: Config) -> None:
+    def __init__(self, gatherer: Gatherer, config: Config, heir: Heir | None = None) -> None:
+        """``heir``: what there is of another process, in whose place this one serves."""
         self._gatherer, self._address = gatherer, config.metrics_listen
-        self._socket: socket.socket | None = bind("metrics", *self._address) if self._address else None
+        self._socket: socket.socket | None = None
+        if self._address:
+            given = heir.door("metrics", host_port(*self._address)) if heir else None
+            self._socket = given or bind("metrics", *self._address)
         self._starting: asyncio.Task[None] | None = None
         self._listener: Listener | None = None
 
     def start(self) -> None:
-        """Begin to serve them, soon."""
+        """From now on whoever connects is answered, as soon as what is needed for it has been imported."""
         if self._socket:
-            self._starting = asyncio.create_task(self._start(self._socket))
+            try:
+                self._socket.listen(BACKLOG)
+            except OSError as error:
+                self._unserved(error)
+            else:
+                self._starting = asyncio.create_task(self._start(self._socket))
 
     async def _start(self, sock: socket.socket) -> None:
         try:
@@ -51,17 +65,32 @@ class Metrics:
             from crablb.control.metrics.app import make
 
             self._listener = await listen(make(self._gatherer), sock)
-        except Exception as error:  # whatever it is, packets are served on
-            known = isinstance(error, OSError | MemoryError)
-            log.error("metrics are not served", **({"reason": str(error)} if known else {"exc_info": error}))
+        except Exception as error:
+            self._unserved(error)
         else:
             assert self._address
             log.info("metrics are served", at=f"http://{host_port(*self._address)}/")
+
+    def _unserved(self, error: Exception) -> None:
+        """Whatever it is, packets are served on."""
+        log.error("metrics are not served", **why(error))
 
     async def ready(self) -> None:
         """Until they are served, or cannot be."""
         if self._starting:
             await asyncio.shield(self._starting)
+
+    def offer(self) -> dict[Door, int]:
+        """The socket that is listened at."""
+        if not (self._socket and self._address):
+            return {}
+        return {Door("metrics", host_port(*self._address)): self._socket.fileno()}
+
+    async def leave(self) -> None:
+        """Another process listens there: answer who has asked already, and leave the rest to it."""
+        if self._listener:
+            await self._listener.leave()
+        await self.close()
 
     async def close(self) -> None:
         """Idempotent."""

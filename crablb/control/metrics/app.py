@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from crablb.control.metrics import exposition, page
 from crablb.control.metrics.facts import Facts, Gatherer
+from crablb.errors import why
 from crablb.seldom import Seldom
 
 __all__ = ["Pages", "make"]
@@ -60,7 +61,7 @@ class Pages:
             body = await self._once((key, packed), (lambda facts: gzip.compress(make(facts), 1)) if packed else make)
         except Exception as error:  # one look's fault is no other's
             if times := self._seldom.due("failed"):
-                log.error("what is asked for cannot be shown", what=request.url.path, times=times, exc_info=error)
+                log.error("what is asked for cannot be shown", what=request.url.path, times=times, **why(error))
             return PlainTextResponse("a fault of crablb's own; its log has more\n", 500)
         if body is None:
             return PlainTextResponse("too many different questions at once; ask again\n", 503)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -71,12 +72,19 @@ def _by_backend(of: Callable[[types.Backend], float | None]) -> Callable[[Facts]
 
 def _by_check(of: Callable[[types.CheckResult], float | None]) -> Callable[[Facts], Iterable[tuple[Labels, float]]]:
     return lambda facts: (
-        ((backend.service, backend.address, check.type), value)
+        ((backend.service, backend.address, check.type, number), value)
         for backend in facts.backends
-        # Of several of one type the first: labels are to be of one sample.
-        for check in {check.type: check for check in reversed(backend.checks)}.values()
+        for number, check in _numbered(backend.checks)
         if (value := of(check)) is not None
     )
+
+
+def _numbered(checks: Iterable[types.CheckResult]) -> Iterator[tuple[str, types.CheckResult]]:
+    """Each with its number among those of its type, from 1, in the configuration's order."""
+    seen: dict[str, int] = {}
+    for check in checks:
+        seen[check.type] = seen.get(check.type, 0) + 1
+        yield str(seen[check.type]), check
 
 
 def _by_counter(where: Literal["xdp", "daemon"]) -> Callable[[Facts], Iterable[tuple[Labels, float]]]:
@@ -105,7 +113,7 @@ SIZES = [float(1 << place) for place in range(lib.CRAB_ROUND_SIZES)]
 TIMES = [(lib.CRAB_ROUND_NS << place) / 1e9 for place in range(lib.CRAB_ROUND_TIMES - 1)]
 
 SERVICE, BACKEND, QUEUE = ("service",), ("service", "backend"), ("interface", "queue")
-CHECK = (*BACKEND, "check")
+CHECK = (*BACKEND, "check", "number")
 
 METRICS: tuple[Metric, ...] = (
     # ---- the daemon ----
@@ -126,6 +134,8 @@ METRICS: tuple[Metric, ...] = (
            _one(lambda facts: facts.reload.since)),
     Metric("runtime_changes", "gauge", (), "Changes at run time that the configuration does not have (crablb diff).",
            _one(lambda facts: facts.status.changes)),
+    Metric("draining", "gauge", (), "1: connections are to leave the load balancer (crablb drain-lb).",
+           _one(lambda facts: facts.status.draining)),
     Metric("daemon_events", "counter", ("event",), "What befell the daemon; a log line told of each.",
            _by_counter("daemon")),
     Metric("snapshots_published", "counter", (), "Times that the workers were given something new to go by.",
@@ -209,6 +219,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("backend_load_ratio", "gauge", BACKEND, "Load that its server reports; 1: full.  None if it does not.",
            _by_backend(lambda b: b.load)),
     # ---- checks ----
+    Metric("checks_late_seconds", "gauge", (), "Longest that a check waits for its turn.",
+           _one(lambda facts: facts.status.checks_late)),
+    Metric("checks_untried", "gauge", (), "Checks that this host keeps from being made.",
+           _one(lambda facts: facts.status.checks_untried)),
     Metric("check_healthy", "gauge", CHECK, "1: the check says that the backend is; none while nothing is known yet.",
            _by_check(lambda c: c.healthy)),
     Metric("check_consecutive_failures", "gauge", CHECK, "Failures in a row up to now.",
@@ -257,7 +271,10 @@ def render(facts: Facts) -> bytes:
     200,000 lines.
     """
     known: dict[Labels, dict[Labels, str]] = {}
-    lines = (line for metric in METRICS for line in _lines(metric, facts, known.setdefault(metric.labels, {})))
+    text = BytesIO()  # by metric, as all of them would be there three times over
+    for metric in METRICS:
+        text.write("".join(_lines(metric, facts, known.setdefault(metric.labels, {}))).encode())
     process = CollectorRegistry()
     ProcessCollector(registry=process)
-    return "".join(lines).encode() + generate_latest(process)
+    text.write(generate_latest(process))
+    return text.getvalue()

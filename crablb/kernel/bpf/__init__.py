@@ -16,7 +16,7 @@ from crablb.kernel.bpf.errors import (
     BpfPermissionError,
 )
 from crablb.kernel.bpf.maps import Map
-from crablb.kernel.bpf.objects import BPFFS, Object, ensure_bpffs, find_bpffs, object_path, pins_last
+from crablb.kernel.bpf.objects import BPFFS, Object, ensure_bpffs, find_bpffs, object_path, outer, pins_last, take_outer
 from crablb.kernel.bpf.programs import Link, Program, TestRun, program_name, programs, tcx_programs, xdp_program
 from crablb.kernel.bpf.ring import Ring
 from crablb.kernel.bpf.tc import TcFilter, attach_tc
@@ -40,9 +40,11 @@ __all__ = [
     "ensure_bpffs",
     "find_bpffs",
     "object_path",
+    "outer",
     "pins_last",
     "program_name",
     "programs",
+    "take_outer",
     "tcx_programs",
     "xdp_program",
 ]

@@ -16,7 +16,7 @@ from crablb.kernel.bpf.errors import BpfLayoutError, BpfLoadError, BpfNotFoundEr
 from crablb.kernel.bpf.maps import Map
 from crablb.kernel.bpf.programs import Program
 
-__all__ = ["BPFFS", "Object", "ensure_bpffs", "find_bpffs", "object_path", "pins_last"]
+__all__ = ["BPFFS", "Object", "ensure_bpffs", "find_bpffs", "object_path", "outer", "pins_last", "take_outer"]
 
 BPFFS = Path("/sys/fs/bpf")
 
@@ -76,14 +76,32 @@ def _outermost() -> str:
     return found
 
 
-@cache
 def _outside() -> Path | None:
     """The BPF file system as the outermost ancestor has it; it may end, this path stays."""
+    return Path(f"/proc/self/fd/{descriptor}") if (descriptor := outer()) >= 0 else None
+
+
+@cache
+def outer() -> int:
+    """A descriptor of that one (O_PATH), which stays open: for :func:`take_outer` of a process that this one starts and
+    that may look less far; -1: this one sees none itself."""
+    if _taken >= 0:
+        return _taken
     with suppress(OSError):
         outermost = _outermost()
         if outermost and _is_bpffs(outermost):
-            return Path(f"/proc/self/fd/{os.open(f'/proc/{outermost}/root/sys/fs/bpf', os.O_PATH | os.O_CLOEXEC)}")
-    return None
+            return os.open(f"/proc/{outermost}/root/sys/fs/bpf", os.O_PATH | os.O_CLOEXEC)
+    return -1
+
+
+def take_outer(descriptor: int) -> None:
+    """Have it from the process that has started this one: :func:`outer`."""
+    global _taken  # noqa: PLW0603 - a process has one
+    _taken = descriptor
+    outer.cache_clear()
+
+
+_taken = -1
 
 
 def object_path(name: str) -> Path:
