@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bench.figures import WIDE, Row, spread
+from crablb.lab.programs import remedy
 
 HERE = Path(__file__).parent
 BUILD = HERE / "build"
@@ -27,7 +28,12 @@ AGAIN = {"full": 2, "quick": 1, "tiny": 0}
 def _make(target: str) -> None:
     with open(HERE / "Makefile") as makefile:
         fcntl.flock(makefile, fcntl.LOCK_EX)  # nobody starts what another one has not finished
-        subprocess.run(["make", "-s", "-C", str(HERE), target], check=True)
+        try:
+            subprocess.run(["make", "-s", "-C", str(HERE), target], check=True)
+        except FileNotFoundError:
+            raise Unavailable(f"make is not installed: {remedy(['make'])}") from None
+        except subprocess.CalledProcessError:
+            raise Unavailable(f"{target} cannot be compiled; make says why: make -C {HERE} {target}") from None
 
 
 class Unavailable(Exception):
@@ -54,7 +60,7 @@ class Context:
         """The path of a program.  Raises :class:`Unavailable` if there is none."""
         path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
         if path is None:
-            raise Unavailable(f"{name} is not installed (make bench installs it)")
+            raise Unavailable(f"{name} is not installed: {remedy([name])}")
         return path
 
     def in_turn(

@@ -32,10 +32,12 @@ REPORTED = "reports its load"  # of the log
 
 @dataclass(frozen=True)
 class Way:
-    """How a virtual address is served.  Not redirected: by DSR, and then always by the hash."""
+    """How a virtual address is served.  Not redirected: by DSR, and then always by the hash; what is begun by MPTCP is
+    led away by the server."""
 
     policy: str = "maglev"
     redirect: bool = True
+    mptcp: bool = False
 
 
 class Farm:
@@ -80,19 +82,22 @@ class Farm:
 
     def _build(self) -> None:
         redirected = [vip for name, vip in self.vips.items() if self.ways[name].redirect]
+        led = [vip for name, vip in self.vips.items() if self.ways[name].mptcp]
         master = self.folder / "master"
         master.write_text(os.urandom(32).hex())
         for node in (*self.servers, *self.clients):
             node.set(SYSCTLS)
         for server, service_us in zip(self.servers, self.service_us, strict=True):
-            start_servers(self.context, server, self.folder / server.name, service_us)
+            start_servers(self.context, server, self.folder / server.name, service_us, mptcp=bool(led))
             # Also for those that are redirected: a SYN that has to be sent again is served by the fallback.
             server.ip(*(f"addr add {vip}/32 dev lo" for vip in self.vips.values()))
-            start_agent(server, "server", redirected, *self._reports(server, master))
+            lead = ["--mptcp", "--mptcp-address", server.ip4] if led else []
+            start_agent(server, "server", redirected + led, *lead, *self._reports(server, master))
         for client in self.clients:
             client.set(CLIENT_SYSCTLS)
             client.ip(*(f"route replace {vip}/32 via {self.lab.lb.ip4}" for vip in self.vips.values()))
-            start_agent(client, "client", redirected, "--backends", "10.0.0.0/24", "--detach")
+            let = ["--mptcp"] if led else []
+            start_agent(client, "client", redirected, "--backends", "10.0.0.0/24", *let, "--detach")
         self._serve(master)
         for name in self.ways:
             # Neighbours are found, and what may be lost meanwhile is not measured.
@@ -152,7 +157,8 @@ class Farm:
         share = (65536 - 1024) // len(self.ways)
         first = 1024 + share * list(self.ways).index(name)
         ports = f"net.ipv4.ip_local_port_range={first} {first + share - 1}"
-        crr = [str(self.context.make("crr")), "load", str(self.vips[name]), str(port), *options]
+        mptcp = ["--mptcp"] if self.ways[name].mptcp else []
+        crr = [str(self.context.make("crr")), "load", str(self.vips[name]), str(port), *mptcp, *options]
         return ["sh", "-c", 'sysctl -qw "$0" && exec "$@"', ports, *crr]
 
     def crr(self, name: str, *options: str, port: int = ECHO, by: Node | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -123,7 +124,6 @@ class Faults:
         cgroup = ["--cgroup", str(self.lab.client.cgroup)]
         command = crablb("agent", "client", *vips, "--backends", "10.0.0.0/24", *cgroup)
         started(self.lab.client, command)
-        self._start_haproxy()
         self.serve()
 
     @property
@@ -135,7 +135,7 @@ class Faults:
         """Start both."""
         backends = ", ".join(f'"{server.ip4}"' for server in self.servers)
         for node in self.lbs:
-            text = f'seed = "{SEED.hex()}"\n'
+            text = f'seed = "{SEED.hex()}"\nkeep = 30\n'
             if node is self.second:
                 text += f'report_listen = "{node.ip4}:7171"\nreport_key_file = "{self.folder / "master"}"\n'
             for way, more in CRABLB.items():
@@ -146,18 +146,43 @@ class Faults:
             config = folder / "lb.toml"
             config.touch(0o600)
             config.write_text(text)
-            self.balancers[node.name] = start_serve(self.lab, folder, config=config, node=node)
-
-    def _start_haproxy(self) -> None:
-        program = self.context.tool("haproxy")
         vip = self.vips[HAPROXY_WAY]
         self.haproxy.ip(f"addr replace {vip}/32 dev lo")
-        path = self.folder / "haproxy.cfg"
         servers = "\n".join(f"  server {server.name} {server.ip4}:{ECHO} check" for server in self.servers)
-        path.write_text(HAPROXY.format(vip=vip, port=ECHO, servers=servers))
-        done = self.haproxy.run(program, "-D", "-f", str(path), check=False)
+        (self.folder / "haproxy.cfg").write_text(HAPROXY.format(vip=vip, port=ECHO, servers=servers))
+        self.start()
+
+    def start(self, *haproxy: str) -> None:
+        """Start all load balancers, of the files that are there, at the same time; arguments are HAProxy's."""
+
+        def start(node: Node) -> None:
+            folder = self.folder / node.name
+            self.balancers[node.name] = start_serve(self.lab, folder, config=folder / "lb.toml", node=node)
+
+        with ThreadPoolExecutor() as threads:
+            begun = [threads.submit(start, node) for node in self.lbs]
+            begun.append(threads.submit(self._start_haproxy, *haproxy))
+            for future in begun:
+                future.result()
+
+    def _start_haproxy(self, *more: str) -> None:
+        program = self.context.tool("haproxy")
+        done = self.haproxy.run(
+            program, "-D", "-f", str(self.folder / "haproxy.cfg"), "-p", str(self.pid), *more, check=False
+        )
         if done.returncode:
             raise Unavailable(f"haproxy did not start: {done.stderr.strip()}")
+
+    @property
+    def pid(self) -> Path:
+        """Where HAProxy says which process it is."""
+        return self.folder / "haproxy.pid"
+
+    def kill_all(self) -> None:
+        """SIGKILL for all load balancers."""
+        for child in self.balancers.values():
+            _end(child)
+        os.kill(int(self.pid.read_text()), signal.SIGKILL)
 
     def echo(self, server: Node) -> None:
         self.echoes[server.name] = started(server, [str(self.context.make("crr")), "serve", str(ECHO)])
@@ -252,10 +277,15 @@ def reload(faults: Faults) -> None:
         command(faults, "reload")
 
 
-def takeover(faults: Faults) -> None:
+def restart(faults: Faults) -> None:
+    faults.kill_all()
+    faults.start()
+
+
+def upgrade(faults: Faults) -> None:
     for child in faults.balancers.values():
-        _end(child)
-    faults.serve()
+        _end(child, signal.SIGTERM)
+    faults.start("-sf", faults.pid.read_text().strip())
 
 
 def nothing(_: Faults) -> None:
@@ -270,7 +300,8 @@ FAULTS = (
     Fault("server's agent gone", agent_gone, agent_back, 10),
     Fault("drain", drain, ready, 4),
     Fault("five reloads", reload, nothing, 4),
-    Fault("load balancer killed, and started again", takeover, nothing, 4),
+    Fault("load balancer stopped, and started again", upgrade, nothing, 4),
+    Fault("load balancer killed, and started again", restart, nothing, 4),
 )
 
 

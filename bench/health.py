@@ -62,7 +62,7 @@ def run(context: Context) -> Suite:
     suite.tables.append(
         Table(
             "health-cpu", f"{checks:,} checks every {INTERVAL:g} s", "of a core", list(found.values()),
-            baseline="connections, bare", note="10,000 tcp checks are to take half of a core at most.",
+            baseline="connections, bare", note="10,000 are to take half of a core at most.",
         )
     )  # fmt: skip
     try:

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address
@@ -28,7 +28,10 @@ HTTP, ECHO = 80, 7
 PORTS = (HTTP, ECHO)
 SEED = bytes(16)
 #: The ways, in the order in which they are reported.
-WAYS = ("direct", "crablb, redirect", "crablb, DSR", "XDP redirect", "nftables DNAT", "HAProxy", "nginx stream")
+WAYS = (
+    "direct", "crablb, redirect", "crablb, DSR", "XDP redirect", "nftables DNAT", "HAProxy", "nginx stream",
+    "MPTCP, direct", "crablb, MPTCP",
+)  # fmt: skip
 
 NGINX_STREAM = """
 load_module {module};
@@ -67,9 +70,12 @@ NGINX_SERVER = """
 daemon on; user root; worker_processes 1; pid {dir}/pid; error_log {dir}/error.log;
 events {{ worker_connections 8192; }}
 http {{
-  access_log off; keepalive_requests 100000000; client_body_temp_path {dir}/b;
+  access_log off; keepalive_requests 100000000; client_max_body_size 0; client_body_temp_path {dir}/b;
   proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
-  server {{ listen 80 backlog=4096; root {dir}/files; }}
+  server {{
+    listen 80 backlog=4096; root {dir}/files;
+    location /put/ {{ alias {dir}/; dav_methods PUT; }}
+  }}
 }}
 """
 #: So that ports do not run out: those of closed connections are used again after a second (tcp(7)).
@@ -85,6 +91,7 @@ class Way:
     client: Node
     host: IPv4Address
     by: Node | None  # the load balancer on it
+    mptcp: bool = False  # by MPTCP sockets
 
 
 def started(node: Node, command: list[str], ready: str = "ready") -> subprocess.Popen[str]:
@@ -96,31 +103,50 @@ def started(node: Node, command: list[str], ready: str = "ready") -> subprocess.
     return child
 
 
-def start_nginx(node: Node, folder: Path, config: str) -> None:
+def mptcpized(context: Context, *command: str) -> list[str]:
+    """An unmodified program, whose sockets are MPTCP's."""
+    return [context.tool("mptcpize"), "run", *command]
+
+
+def counts(text: str, group: str) -> dict[str, int]:
+    """A group of counters in the text of ``/proc/net/netstat`` or ``snmp``; empty for a kernel without it."""
+    names, values = [line.split()[1:] for line in text.splitlines() if line.startswith(f"{group}:")] or ([], [])
+    return dict(zip(names, map(int, values), strict=True))
+
+
+def mptcp_counts(netstat: str) -> dict[str, int]:
+    """MPTCP's, of ``/proc/net/netstat``."""
+    return counts(netstat, "MPTcpExt")
+
+
+def start_nginx(node: Node, folder: Path, config: str, start: Sequence[str] = ("nginx",)) -> None:
     """nginx as a daemon of the node: on return it listens."""
     folder.mkdir(exist_ok=True)
     path = folder / "nginx.conf"
     path.write_text(config)
-    done = node.run("nginx", "-c", str(path), check=False)
+    done = node.run(*start, "-c", str(path), check=False)
     if done.returncode:
         raise Unavailable(f"nginx did not start: {done.stderr.strip()}")
 
 
-def start_servers(context: Context, node: Node, folder: Path, service_us: int = 0) -> None:
-    """nginx on port 80 (``/8`` and ``/8k`` are files of 8 and 8,192 bytes), an echo server on port 7.
+def start_servers(context: Context, node: Node, folder: Path, service_us: int = 0, *, mptcp: bool = False) -> None:
+    """nginx on port 80 (``/8`` and ``/8k`` are files of 8 and 8,192 bytes, ``/put/`` takes others), an echo server on
+    port 7.
 
-    ``service_us``: the echo server answers one request at a time, each in so many microseconds.
+    ``service_us``: the echo server answers one request at a time, each in so many microseconds.  ``mptcp``: by MPTCP
+    sockets, which serve TCP's clients too.
     """
     files = folder / "files"
     files.mkdir(parents=True)
     (files / "8").write_bytes(b"8 bytes\n")
     (files / "8k").write_bytes(b"8 bytes\n" * 1024)
-    start_nginx(node, folder, NGINX_SERVER.format(dir=folder))
-    one_by_one = ["--service", str(service_us)] if service_us else []
-    started(node, [str(context.make("crr")), "serve", str(ECHO), *one_by_one])
+    start = mptcpized(context, "nginx") if mptcp else ["nginx"]
+    start_nginx(node, folder, NGINX_SERVER.format(dir=folder), start)
+    options = [*(["--service", str(service_us)] if service_us else []), *(["--mptcp"] if mptcp else [])]
+    started(node, [str(context.make("crr")), "serve", str(ECHO), *options])
 
 
-def start_agent(node: Node, role: str, vips: list[IPv4Address], *more: str) -> None:
+def start_agent(node: Node, role: str, vips: Sequence[IPv4Address], *more: str) -> None:
     """An agent of these VIPs, for the node's processes; with ``--detach`` no process of it stays."""
     urls = [part for vip in vips for port in PORTS for part in ("--vip", f"tcp://{vip}:{port}")]
     command = crablb("agent", role, *urls, "--cgroup", str(node.cgroup), *more)
@@ -152,7 +178,7 @@ class Peers:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.lab = stack.enter_context(Lab.create(f"bench-peers-{os.getpid()}", "bridge", 9))
+            self.lab = stack.enter_context(Lab.create(f"bench-peers-{os.getpid()}", "bridge", 12))
             self._build(stack)
             self._stack = stack.pop_all()
         return self
@@ -164,10 +190,10 @@ class Peers:
 
     def _build(self, stack: ExitStack) -> None:
         lab = self.lab
-        prepared, other, plain, xdp, dnat, haproxy, stream, client, whole = lab.servers
+        prepared, other, plain, xdp, dnat, haproxy, stream, client, whole, multi, led, stock = lab.servers
         for node in lab.nodes.values():
             node.set(SYSCTLS)
-        for node in (lab.client, client, whole, haproxy, stream, dnat):
+        for node in (lab.client, client, whole, stock, haproxy, stream, dnat):
             node.set(CLIENT_SYSCTLS)
             node.run("sysctl", "-qw", PORT_RANGE)
         # Its packets have their checksums, as from a network: else the XDP program would leave them to user space.
@@ -178,38 +204,52 @@ class Peers:
         behind = {
             "crablb, redirect": lab.lb,
             "crablb, DSR": lab.lb,
+            "crablb, MPTCP": lab.lb,
             "XDP redirect": xdp,
             "nftables DNAT": dnat,
             "HAProxy": haproxy,
             "nginx stream": stream,
         }
         redirected = [vips["crablb, redirect"], vips["XDP redirect"]]
-        users = {"crablb, redirect": lab.client, "XDP redirect": lab.client, "crablb, DSR": whole}
+        users = {
+            "crablb, redirect": lab.client,
+            "XDP redirect": lab.client,
+            "crablb, DSR": whole,
+            "MPTCP, direct": stock,
+            "crablb, MPTCP": stock,
+        }
         starts: dict[str, Callable[[IPv4Address], None]] = {
             "XDP redirect": lambda vip: self._start_xdp(xdp, other, vip),
             "nftables DNAT": lambda vip: self._start_nft(dnat, plain, vip),
             "HAProxy": lambda vip: self._start_haproxy(haproxy, plain, vip),
             "nginx stream": lambda vip: self._start_stream(stream, plain, vip),
+            "MPTCP, direct": lambda _: start_servers(self.context, multi, self.folder / multi.name, mptcp=True),
+            "crablb, MPTCP": lambda vip: self._start_mptcp(stock, led, vip),
         }
         for name in self._wanted:
             if name == "direct":
                 self.ways[name] = Way(client, ip_address(plain.ip4), None)  # type: ignore[arg-type]
                 continue
-            by, user = behind[name], users.get(name, client)
+            user = users.get(name, client)
             try:
                 if name in starts:
                     starts[name](vips[name])
             except (Unavailable, KernelError, bpf.BpfError) as reason:
                 self.left_out[name] = str(reason)
                 continue
-            user.ip(f"route replace {vips[name]}/32 via {by.ip4}")
-            self.ways[name] = Way(user, vips[name], by)
+            mptcp = "MPTCP" in name
+            if name not in behind:
+                self.ways[name] = Way(user, IPv4Address(multi.ip4), None, mptcp)
+                continue
+            user.ip(f"route replace {vips[name]}/32 via {behind[name].ip4}")
+            self.ways[name] = Way(user, vips[name], behind[name], mptcp)
         if "crablb, DSR" in self.ways:
             plain.ip(f"addr add {vips['crablb, DSR']}/32 dev lo")
         if any(name.startswith("crablb") for name in self.ways):
             what = [
                 f"tcp://{vips[name]}:{port}={server.ip4}"
-                for name, server in (("crablb, redirect", prepared), ("crablb, DSR", plain))
+                for name, server in (("crablb, redirect", prepared), ("crablb, DSR", plain), ("crablb, MPTCP", led))
+                if name in self.ways
                 for port in PORTS
             ]
             self.balancer = start_serve(lab, self.folder, "--check", "none", what=what)
@@ -224,6 +264,8 @@ class Peers:
             try:
                 for port, options in ((ECHO, ()), (HTTP, ("--get", "/8"))):
                     self.crr(name, "--samples", "1", "--seconds", "10", "--warmup", "0", *options, port=port)
+                if self.ways[name].mptcp:
+                    self._confirm(name)
             except Unavailable as reason:
                 self.left_out[name] = str(reason)
                 del self.ways[name]
@@ -239,6 +281,19 @@ class Peers:
         assert child.stdout and child.stderr
         if child.stdout.readline().strip() != "ready":
             raise Unavailable(f"the XDP program did not start: {child.stderr.read().strip()[-300:]}")
+
+    def _start_mptcp(self, client: Node, server: Node, vip: IPv4Address) -> None:
+        """What leads a stock client past the load balancer."""
+        start_servers(self.context, server, self.folder / server.name, mptcp=True)
+        server.ip(f"addr add {vip}/32 dev lo")
+        start_agent(server, "server", [vip], "--mptcp", "--mptcp-address", server.ip4)
+        start_agent(client, "client", [], "--mptcp", "--detach")
+
+    def _confirm(self, name: str) -> None:
+        """What is measured is MPTCP, and not TCP in its place."""
+        counts = mptcp_counts(self.ways[name].client.run("cat", "/proc/net/netstat").stdout)
+        if not counts.get("MPCapableSYNACKRX") or counts["MPCapableFallbackSYNACK"]:
+            raise Unavailable("connections fell back to TCP")
 
     def _start_nft(self, node: Node, server: Node, vip: IPv4Address) -> None:
         self.context.tool("nft")
@@ -272,6 +327,7 @@ class Peers:
         """What ``crr load`` says of a way.  Raises :class:`Unavailable` if more than one request in a hundred fails."""
         way = self.ways[name]
         command = [str(self.context.make("crr")), "load", str(way.host), str(port), *options]
+        command += ["--mptcp"] if way.mptcp else []
         return answered(self.context, name, way.client.run(*command, check=False))
 
     def big(self, size: int) -> int:
@@ -286,20 +342,23 @@ class Peers:
         """Bytes a second of a download of ``/big`` by curl."""
         way = self.ways[name]
         url = f"http://{way.host}/big"
-        done = way.client.run(
-            "curl", "-sSf", "-m", "120", "-o", "/dev/null", "-w", "%{speed_download}", url, check=False
-        )
+        command = ["curl", "-sSf", "-m", "120", "-o", "/dev/null", "-w", "%{speed_download}", url]
+        done = way.client.run(*self._by(way, *command), check=False)
         return float(self.context.parsed(done, "curl"))
+
+    def _by(self, way: Way, *command: str) -> list[str]:
+        return mptcpized(self.context, *command) if way.mptcp else list(command)
 
     def wrk(self, name: str, path: str, seconds: float, connections: int, *, close: bool) -> float:
         """Requests a second by wrk."""
         way = self.ways[name]
         # Without the space wrk takes no notice of it.
         header = ["-H", "Connection: close"] if close else []
-        done = way.client.run(
+        command = [
             self.context.tool("wrk"), "-t", "1", "-c", str(connections), "-d", f"{max(1, round(seconds))}s", *header,
-            f"http://{way.host}{path}", check=False,
-        )  # fmt: skip
+            f"http://{way.host}{path}",
+        ]  # fmt: skip
+        done = way.client.run(*self._by(way, *command), check=False)
         match = re.search(r"Requests/sec:\s+([\d.]+)", done.stdout)
         if not match:
             raise Unavailable(f"{name}: wrk failed: {(done.stderr or done.stdout).strip()[-300:]}")

@@ -32,7 +32,9 @@ TABLES = {
 NOTE = (
     "All of it shares one CPU: client, load balancer, server and the kernel's work for them. So a rate is what all of "
     "them cost together, and a time is without the wake-up of another CPU, which costs more here than all else. "
-    "Clients leave checksums to their veth, but for DSR's: its packets come as a network would bring them."
+    "Clients leave checksums to their veth, but for DSR's: its packets come as a network would bring them. MPTCP's "
+    "client is a stock one with a limit raised (`crablb agent client --mptcp`), its programs and nginx unmodified "
+    "(mptcpize); what MPTCP itself costs is seen without a load balancer, and the remark says what crablb adds to it."
 )
 
 
@@ -83,6 +85,8 @@ def subject(context: Context, peers: Peers, name: str, big: int) -> Callable[[],
 
 def table(rows: Mapping[str, Row], figure: str) -> Table:
     key, title, unit, better = TABLES[figure]
+    if figure != "packets" and {"MPTCP, direct", "crablb, MPTCP"} <= rows.keys():
+        rows["crablb, MPTCP"].note = f"{ratio(rows, 'crablb, MPTCP', 'MPTCP, direct'):.2f} of MPTCP, direct"
     return Table(key, title, unit, list(rows.values()), better, "" if figure == "packets" else "direct")  # type: ignore[arg-type]
 
 

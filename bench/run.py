@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -13,11 +14,12 @@ from bench import machine, report
 from bench.context import HERE, Context, Size, Unavailable
 from bench.figures import VERSION, Results, Suite
 from crablb.errors import ConfigError
+from crablb.values import read_text
 
 #: Modules with ``run(context) -> Suite``, in the order in which they run.
-SUITES = ("micro", "xsk", "peers", "policies", "paper")
+SUITES = ("micro", "xsk", "peers", "mptcp", "policies", "paper")
 #: Those that a run has when it is asked for them by name.
-BY_NAME = ("health", "faults")
+BY_NAME = ("health", "faults", "scale", "takeover")
 
 
 def run(size: Size, suites: list[str], out: Path | None) -> Results:
@@ -29,8 +31,11 @@ def run(size: Size, suites: list[str], out: Path | None) -> Results:
     out = out or HERE / "results" / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}; name a folder that can be written") from error
+        with tempfile.TemporaryFile(dir=out):  # before what takes minutes
+            pass
+    except (OSError, ValueError) as error:  # the second: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out {str(out)!r}: {why}; name a folder that can be written") from None
     context = Context(size)
     results = Results(size, machine.describe())
     for name in suites:
@@ -54,9 +59,9 @@ def load(path: Path) -> Results:
     """Results that a run wrote.  Raises ConfigError if the file holds something else."""
     path = path / "results.json" if path.is_dir() else path
     try:
-        data: Any = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name a results.json, or the folder that holds it") from error
+        data: Any = json.loads(read_text(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; name a results.json, or the folder that holds it") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     version = data.get("version") if isinstance(data, dict) else None

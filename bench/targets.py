@@ -34,6 +34,15 @@ TARGETS: dict[str, tuple[str, str]] = {
         "`crablb serve`: start to first SYN forwarded; resident memory",
         "at most 0.5 s; at most 80 MiB, 95 with the API, metrics and the page",
     ),
+    "P13": (
+        "new connections while the load balancer is reloaded and taken over: failed, SYNs lost, the longest that a "
+        "takeover keeps a packet",
+        "zero, zero, at most 5 ms",
+    ),
+    "P15": (
+        "MPTCP client without an agent: packets of a connection by the load balancer",
+        "at most 9, of any length; at 20 ms at most 1.5 % of 10 MB; `leave`: none after the first four round trips",
+    ),
 }
 
 
