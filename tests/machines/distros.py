@@ -46,16 +46,16 @@ CLONE = Path("root/crablb")
 CERTIFICATES = Path("etc/ssl/host-certificates.crt")
 
 
-def base(distro: str, log: Path) -> Path:
-    """The distro's root, fresh from debootstrap; made only if there is none, or an old one."""
-    root = FOLDER / "roots" / distro
+def base(distro: str, log: Path, include: str = BASE) -> Path:
+    """The distro's root with these packages, fresh from debootstrap; made only if there is none, or an old one."""
+    root = FOLDER / "roots" / ("-".join([distro, *include.split(",")]) if include != BASE else distro)
     if root.exists() and time.time() - root.stat().st_mtime < STALE * 86400:
         return root
     made = root.with_suffix(".part")
     shutil.rmtree(made, ignore_errors=True)
     made.parent.mkdir(exist_ok=True)
     print(f"==> {distro}: debootstrap", flush=True)
-    arguments = ["--variant=minbase", f"--include={BASE}", f"--keyring={KEYRING}", distro, str(made), mirror()]
+    arguments = ["--variant=minbase", f"--include={include}", f"--keyring={KEYRING}", distro, str(made), mirror()]
     # Its mounts end with it.
     must(["unshare", "--mount", "--pid", "--fork", "--kill-child", "debootstrap", *filter(None, arguments)], log,
          f"make a root of {distro} by debootstrap")  # fmt: skip

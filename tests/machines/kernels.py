@@ -1,7 +1,8 @@
-"""``make test-kernels``: every BPF program, the whole demo, bonds and VLANs in Debian's kernels, on this very system.
+"""``make test-kernels``: BPF programs, the whole demo and more of the tests in Debian's kernels, on this very system.
 
 Each kernel runs in qemu, which needs neither KVM nor an image: the host's root is mounted read-only (9p) below a tmpfs
-(``init``).  The kernel's packages are fetched by apt and unpacked, not installed.
+(``init``).  It has two network cards on one wire, in a network namespace of its own.  The kernel's packages are fetched
+by apt and unpacked, not installed.
 """
 
 from __future__ import annotations
@@ -14,19 +15,56 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from machine import FOLDER, HERE, KEYRING, LOGS, PROJECT, Failed, Verdict, alone, command, mirror, must, output
 
+sys.path.insert(0, str(PROJECT))
+
+from tests.helpers.verified import LIMIT, clang, differ, kernel, note, noted
+
 # Where Debian has them.  The first is the oldest that the README promises.
 KERNELS = {"6.1": "bookworm", "6.12": "trixie", "newest": "trixie-backports"}
 
+
+def pytest(*what: str) -> list[str]:
+    return [".venv/bin/python", "-m", "pytest", "-q", *what]
+
+
 # What runs in each, as the console's log and the report name it.
+OBJECTS = "BPF objects"
 STEPS = {
-    "BPF objects": [".venv/bin/python", "tests/machines/objects.py"],
+    OBJECTS: [".venv/bin/python", "tests/machines/objects.py"],
     "demo": [".venv/bin/crablb", "demo"],
-    "bonds and VLANs": [".venv/bin/python", "-m", "pytest", "-q", "tests/machines/links.py"],
+    "handshake": pytest(
+        "tests/lab/test_e2e.py",
+        "-k",
+        "test_redirected or test_syn_cookies or forged_syn_acks or four_tuple or unprepared",
+    ),
+    "fallback": pytest(
+        "tests/lab/test_fallback.py", "-k", "everybody_is_served or tunnels_packets or do_not_enter_user_space"
+    ),
+    "MPTCP": pytest("tests/lab/test_mptcp_listeners.py", "tests/lab/test_mptcp.py", "-k", "listeners or all_kinds"),
+    "takeover": pytest("tests/lab/test_takeover.py", "-k", "all_goes_over or killed_in_the_midst"),
+    "links": pytest("tests/machines/links.py"),
+    "IPVS": pytest("-mlong", "tests/lab/test_migration.py", "-k", "ipvs or keepalived"),
+    "cards": pytest("-s", "tests/machines/cards.py"),
 }
+
+# A wire between the cards.  Who runs what follows leaves no interface behind.
+WIRE = """set -e
+sysctl -qw net.ipv6.conf.default.disable_ipv6=1
+ip link add name wire type bridge
+for tap in tap0 tap1; do
+    ip tuntap add dev $tap mode tap multi_queue vnet_hdr
+    ip link set dev $tap master wire up
+done
+ip link set dev wire up
+exec "$@"
+"""
+# Of each card, at most.
+QUEUES = 4
 
 # What the kernel cannot load by itself, as it needs them to find its modules.
 BOOT_MODULES = ["virtio_pci", "9p", "9pnet_virtio", "overlay"]
@@ -108,7 +146,7 @@ def plain_module(path: Path) -> bytes:
     return subprocess.run([tool, "-dc", path], stdout=subprocess.PIPE, check=True).stdout if tool else path.read_bytes()
 
 
-def initramfs(folder: Path, version: str, log: Path) -> Path:
+def initramfs(folder: Path, version: str, steps: Sequence[str], log: Path) -> Path:
     """What boots: busybox, ``init``, the modules that it takes to mount the host's root, and the job."""
     tree, root = folder / "tree", folder / "initramfs"
     shutil.rmtree(root, ignore_errors=True)
@@ -117,7 +155,7 @@ def initramfs(folder: Path, version: str, log: Path) -> Path:
     shutil.copy(HERE / "init", root / "init")
     (root / "init").chmod(0o755)
     (root / "tree").write_text(str(tree))
-    (root / "job").write_text(job())
+    (root / "job").write_text(job(steps))
     order: list[str] = []
     modules = tree / "lib/modules" / version
     for module in BOOT_MODULES:
@@ -136,39 +174,71 @@ def initramfs(folder: Path, version: str, log: Path) -> Path:
     return archive
 
 
-def job() -> str:
+def job(steps: Sequence[str]) -> str:
     """The shell script that runs in the virtual machine.  A step's line on the second serial port: status, name."""
     lines = [
         "export HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         f"cd {shlex.quote(str(PROJECT))}",
     ]
-    for name, step in STEPS.items():
-        lines += [f"echo '==> {name}'", f'{shlex.join(step)} </dev/null; echo "$? {name}" >/dev/ttyS1']
+    for name in steps:
+        lines += [f"echo '==> {name}'", f'{shlex.join(STEPS[name])} </dev/null; echo "$? {name}" >/dev/ttyS1']
     return "\n".join([*lines, "exec /run/busybox poweroff -f", ""])
 
 
-def run(folder: Path, version: str, log: Path) -> dict[str, int]:
+def cards() -> list[str]:
+    """Options of qemu: two cards with what AF_XDP's zero-copy mode needs of virtio (Linux 6.13)."""
+    options = []
+    for n in range(2):
+        options += [
+            "-netdev", f"tap,id=net{n},ifname=tap{n},script=no,downscript=no,vhost=off,queues={QUEUES}",
+            "-device", f"virtio-net-pci,netdev=net{n},mac=52:54:00:00:00:0{n + 1},mq=on,rss=on,rx_queue_size=1024,"
+            "iommu_platform=on,disable-legacy=on,queue_reset=on",
+        ]  # fmt: skip
+    return options
+
+
+def run(folder: Path, version: str, steps: Sequence[str], log: Path) -> dict[str, int]:
     """Boot and do the job.  Returns the exit status of each step that ended."""
-    archive = initramfs(folder, version, log)
-    kernel = next(p for p in folder.glob("tree/**/vmlinuz*"))
+    archive = initramfs(folder, version, steps, log)
+    image = next(p for p in folder.glob("tree/**/vmlinuz*"))
     statuses = folder / "statuses"
     statuses.unlink(missing_ok=True)
     accel = os.environ.get("ACCEL")
     # Time goes by what its one processor does: how busy the host is decides nothing.
     clock = ["-accel", accel, "-smp", "2"] if accel else ["-accel", "tcg,thread=single", "-icount", "shift=1"]
     command(
-        ["qemu-system-x86_64", "-machine", "q35", *clock, "-cpu", "max", "-m", "2048",
-         "-nodefaults", "-display", "none", "-nic", "none", "-no-reboot",
+        ["unshare", "--net", "sh", "-c", WIRE, "sh",
+         "qemu-system-x86_64", "-machine", "q35", *clock, "-cpu", "max", "-m", "2048",
+         "-nodefaults", "-display", "none", *cards(), "-no-reboot",
          "-serial", "stdio", "-serial", f"file:{statuses}",
          "-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
-         "-kernel", kernel, "-initrd", archive, "-append", "console=ttyS0 quiet panic=-1 mitigations=off"],
+         "-kernel", image, "-initrd", archive, "-append", "console=ttyS0 quiet panic=-1 mitigations=off"],
         log,
     )  # fmt: skip
     told = statuses.read_text() if statuses.exists() else ""
     return {name: int(status) for status, name in re.findall(r"^(\d+) (.+?)\r?$", told, re.M)}
 
 
-def check(name: str, verdict: Verdict) -> None:
+def judge(version: str, log: Path, write: bool, verdict: Verdict) -> None:
+    """How many instructions its verifier has followed, by the log, and as noted."""
+    told = re.findall(r"^followed (\S+) (\d+)\r?$", log.read_text(errors="replace"), re.M)
+    found, what = {program: int(count) for program, count in told}, f"Linux {version}: the verifier's instructions"
+    if not found:
+        verdict.fail(what, "none were told", log)
+        return
+    print("      " + ", ".join(f"{program} {count:,}" for program, count in sorted(found.items())))
+    if write:
+        note({clang(): found}, version)
+    before = noted().get(kernel(version), {}).get(clang())
+    near = {program: count for program, count in found.items() if count > LIMIT * 3 // 4}
+    problems = [f"{program}: {count:,}, too near to {LIMIT:,}" for program, count in near.items()]
+    if problems := problems + (differ(before, found) if before else []):
+        verdict.fail(what, "; ".join(problems))
+    else:
+        verdict.ok(what if before else f"{what}, which nothing is noted of: ARGS=--write")
+
+
+def check(name: str, steps: Sequence[str], write: bool, verdict: Verdict) -> None:
     """Run the steps in one kernel."""
     log = LOGS / f"linux-{name}.log"
     log.unlink(missing_ok=True)
@@ -178,12 +248,12 @@ def check(name: str, verdict: Verdict) -> None:
         version = fetch(folder, KERNELS[name], log)
         print(f"==> Linux {version}", flush=True)
         started = time.monotonic()
-        ended = run(folder, version, log)
+        ended = run(folder, version, steps, log)
         seconds = time.monotonic() - started
     except Failed as e:
         verdict.fail(f"Linux {name}", str(e), log)
         return
-    for step in STEPS:
+    for step in steps:
         what = f"Linux {version}: {step}"
         if ended.get(step) == 0:
             verdict.ok(what)
@@ -191,22 +261,29 @@ def check(name: str, verdict: Verdict) -> None:
             verdict.fail(what, f"exit status {ended[step]}", log)
         else:
             verdict.fail(what, f"did not end in {seconds:.0f} s", log)
+    if ended.get(OBJECTS) == 0:
+        judge(version, log, write, verdict)
     print(f"      in {seconds:.0f} s", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)} (all)")
-    given = parser.parse_args().kernels or list(KERNELS)
-    for name in given:
+    parser.add_argument(
+        "--step", action="append", choices=STEPS, metavar="STEP", help=f"of {', '.join(STEPS)} (all); several times"
+    )
+    parser.add_argument("--write", action="store_true", help="note the instructions that the verifier followed")
+    given = parser.parse_args()
+    names = given.kernels or list(KERNELS)
+    for name in names:
         if name not in KERNELS:
             parser.error(f"no kernel {name} is known; known are {', '.join(KERNELS)}")
     if os.uname().machine != "x86_64":
         raise Failed(f"these are kernels for x86_64, and this machine is {os.uname().machine}")
     verdict = Verdict()
     with alone("test-kernels"):
-        for name in given:
-            check(name, verdict)
+        for name in names:
+            check(name, given.step or list(STEPS), given.write, verdict)
     return verdict.end()
 
 

@@ -1,4 +1,4 @@
-"""Bonds and VLANs, which not every kernel has: run by kernels.py, in those that do."""
+"""Bonds, VLANs and netem, which not every kernel has: run by kernels.py, in those that do."""
 
 from __future__ import annotations
 
@@ -109,3 +109,27 @@ def test_backends_in_a_vlan(world: World, fallback: str) -> None:
     everybody_is_served(world)
     link = json.loads(lab.lb.run("ip", "-j", "-s", "link", "show", "dev", "eth0.100").stdout)[0]
     assert link["stats64"]["tx"]["packets"] > 200
+
+
+def test_what_a_bad_link_does(world: World) -> None:
+    """It delays, loses, doubles and disorders, in front of the load balancer and of the client."""
+    lab = world.lab
+    world.servers(dsr=True)
+    agent = world.client()
+    world.serve()
+    for port in ("lb", "client"):
+        lab.middle.run(
+            *f"tc qdisc add dev {port} root netem delay 10ms 5ms loss 3% duplicate 3% reorder 25%".split()
+        )  # fmt: skip
+    for _ in range(4):
+        for family in (4, 6):
+            assert world.echo(VIP[family], "300000")["intact"]
+    assert status(lab)["total"]["redirected"] >= 8
+    agent.terminate()
+    agent.wait()
+    for _ in range(4):
+        for family in (4, 6):
+            assert world.echo(VIP[family], "300000")["intact"]
+    total = status(lab)["total"]
+    assert total["fallback_no_offer"] >= 8
+    assert [name for name, n in total.items() if n and name.startswith("drop")] == []

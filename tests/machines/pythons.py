@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -51,8 +50,7 @@ def build(folder: Path, log: Path) -> tuple[Path, Path]:
     script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     must(["env", "-C", PROJECT, sys.executable, "-c", script, folder], log, "make a source archive")
     [archive] = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)
     must([sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, archive], log, "build it alone")
     [wheel] = folder.glob("*.whl")
     if TAG not in wheel.name:

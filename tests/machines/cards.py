@@ -1,0 +1,214 @@
+"""Network cards instead of veths: several queues, and a driver that has a zero-copy mode (virtio, Linux 6.13), which
+the load balancer leaves alone.  Run by kernels.py, which puts two of them on a wire."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crablb.api import types
+from crablb.api.client import Client, discover
+from crablb.dataplane.statistics import WORKER_COUNTERS
+from crablb.kernel.bpf import Map
+from crablb.kernel.xsk import XskSocket
+from crablb.lab import VIP4, VIP6, Lab
+from crablb.lab.demo import crablb
+from tests.helpers.namespaces import inside, unique
+from tests.helpers.peers import strangers
+from tests.helpers.processes import exchange, until
+from tests.helpers.world import World, status
+
+#: Of kernels.py: the load balancer's card, and the one at the other end of its wire.
+CARDS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
+ZERO_COPY = tuple(int(n) for n in os.uname().release.split(".")[:2]) >= (6, 13)
+#: All that it has: of more the driver sets one aside for what XDP programs send, where sockets receive and cannot send.
+QUEUES = 4
+VIP = {4: str(VIP4), 6: str(VIP6)}
+#: SYNs that may be under way: fewer than any queue on it has room for, so that none is lost.
+AHEAD = 192
+
+
+def name_of(mac: str) -> str:
+    """Of a card that no lab has (any more); empty if one has it."""
+    told = subprocess.run(["ip", "-j", "link"], check=True, capture_output=True, text=True).stdout
+    return next((str(link["ifname"]) for link in json.loads(told) if link.get("address") == mac), "")
+
+
+def plug(lab: Lab) -> None:
+    """The cable between load balancer and switch is one between two cards."""
+    lab.lb.ip("link del eth0")
+    for node, mac, name in ((lab.lb, CARDS[0], "eth0"), (lab.middle, CARDS[1], "lb")):
+        until(lambda mac=mac: name_of(mac))  # it comes back a while after its last lab is gone
+        subprocess.run(["ip", "link", "set", "dev", name_of(mac), "netns", node.netns, "name", name], check=True)
+    lab.middle.ip("link set lb master br0", "link set lb up")
+    lab.lb.ip("link set eth0 up", f"addr add {lab.lb.ip4}/24 dev eth0", f"addr add {lab.lb.ip6}/64 dev eth0 nodad")
+
+
+class Cards(World):
+    """A lab behind a card.  Port 81 is served by server1; what comes to port 80 is for server2, which counts it."""
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        super().__init__(lab, folder)
+        plug(lab)
+        self.servers(dsr=True, port=81)
+        taker = lab.servers[1]
+        taker.run("nft", "add table ip taken; add chain ip taken c { type filter hook prerouting priority -300; };"
+                  " add rule ip taken c tcp dport 80 counter drop")  # fmt: skip
+        self.config = folder / "lb.toml"
+        self.config.write_text(
+            'interface = "eth0"\n'
+            + "".join(
+                f'[[service]]\naddress = "tcp://{address}"\nfallback = "dsr-l2"\ncheck = []\nbackends = ["{backend}"]\n'
+                for address, backend in (
+                    (f"{VIP4}:81", lab.servers[0].ip4),
+                    (f"[{VIP6}]:81", lab.servers[0].ip6),
+                    (f"{VIP4}:80", taker.ip4),
+                )
+            )
+        )
+
+    def set_queues(self, count: int, *, check: bool = True) -> bool:
+        done = self.lab.lb.run("ethtool", "-L", "eth0", "combined", str(count), check=False)
+        assert not check or done.returncode == 0, done.stderr
+        return done.returncode == 0
+
+    def start(self, queues: int) -> subprocess.Popen[str]:
+        """``crablb serve``, which tells where its frames are; in the mode, and with the queues, that there are."""
+        told = [sys.executable, "-m", "tests.helpers.faulted", str(self.folder / "frames")]
+        daemon = self.serve(config=self.config, program=told)
+        self.is_served(queues)
+        return daemon
+
+    def is_served(self, queues: int) -> None:
+        """Also new connections, of both families."""
+        for family in (4, 6):
+            assert self.echo(VIP[family], "100000", port=81)["intact"]
+        with inside(self.lab.lb.netns), Client(discover("eth0")) as client:
+            now = client.get("/v1/status", types.Status)
+        assert (now.queues, now.zero_copy, now.problems) == (queues, False, [])
+
+    def frames(self, pid: int) -> list[dict[str, int]]:
+        """Where those of each queue are."""
+        path = self.folder / "frames"
+        path.unlink(missing_ok=True)
+        os.kill(pid, signal.SIGRTMIN)
+        until(path.exists)
+        found: list[dict[str, int]] = json.loads(path.read_text())
+        return found
+
+    def is_calm(self, pid: int, queues: int) -> bool:
+        """Every frame is free, or with the card to receive into."""
+        found = self.frames(pid)
+        assert len(found) == queues
+        return all(one["free"] + one["receiving"] == one["all"] and not one["held"] for one in found)
+
+    def taken(self) -> int:
+        """SYNs that have come to server2."""
+        told = self.lab.servers[1].run("nft", "-j", "list", "table", "ip", "taken").stdout
+        rules = [entry["rule"]["expr"] for entry in json.loads(told)["nftables"] if "rule" in entry]
+        return int(next(part["counter"]["packets"] for part in rules[0] if "counter" in part))
+
+    def syns(self, count: int, queues: int) -> None:
+        """So many come from strangers, no more at once than there is room for."""
+        received = WORKER_COUNTERS.index("received")
+        with Map.from_pin(self.lab.lb.pins / "lb-eth0/worker_counters") as counters:
+
+            def come() -> int:
+                values = [counters.lookup(queue) or b"" for queue in range(queues)]
+                return sum(int.from_bytes(value[8 * received : 8 * received + 8], sys.byteorder) for value in values)
+
+            length, write = strangers(str(VIP4), self.lab.lb.mac())
+            before = come()
+            with inside(self.lab.client.netns), XskSocket("eth0", load_program=False) as xsk:
+                sent = 0
+                while sent < count:
+                    batch = xsk.allocate(min(64, count - sent), length)
+                    write(batch)
+                    sent += xsk.send(batch)
+                    until(lambda sent=sent: sent - (come() - before) <= AHEAD)
+            until(lambda: come() - before == count)
+
+
+@pytest.fixture
+def cards(tmp_path: Path) -> Iterator[Cards]:
+    subprocess.run(["modprobe", "virtio_net"], check=True)
+    with Lab.create(unique(), "bridge", 2) as lab:
+        made = Cards(lab, tmp_path)
+        yield made
+        made.end()
+
+
+def test_the_driver_has_a_zero_copy_mode(cards: Cards) -> None:
+    """Sockets of other programs' get it if they ask."""
+    with inside(cards.lab.lb.netns), XskSocket("eth0", copy=False if ZERO_COPY else None) as xsk:
+        assert xsk.zero_copy == ZERO_COPY
+
+
+@pytest.mark.parametrize(("queues", "count"), [(QUEUES, 1_000_000)])
+def test_each_syn_is_sent_on_once(cards: Cards, queues: int, count: int) -> None:
+    """By all queues; each is in one counter, and each frame in one place."""
+    cards.set_queues(queues)
+    daemon = cards.start(queues)
+    before, began = status(cards.lab), time.monotonic()
+    cards.syns(count, queues)
+    until(lambda: cards.taken() == count)
+    now = status(cards.lab)
+    print(f"\n{count:,} SYNs by {queues} queues in {time.monotonic() - began:.0f} s of the machine's", end=" ")
+    total = {name: n - before["total"][name] for name, n in now["total"].items() if n != before["total"][name]}
+    assert total["received"] == total["sent"] == count
+    assert not [name for name in total if name.startswith(("drop", "xsk"))]
+    assert now["xdp"]["drop_no_socket"] == before["xdp"]["drop_no_socket"]
+    shares = [w["received"] - b["received"] for w, b in zip(now["workers"], before["workers"], strict=True)]
+    assert sum(shares) == count and min(shares) > count / queues / 4  # RSS
+    until(lambda: cards.is_calm(daemon.pid, queues))
+    cards.is_served(queues)
+
+
+def test_whatever_happens_to_it(cards: Cards) -> None:
+    """Connections go on, and new ones are served."""
+    lab = cards.lab
+    cards.set_queues(QUEUES)
+    daemon = cards.start(QUEUES)
+    held = cards.python(lab.client, "hold_many", VIP[4], "81", "8", ready=True)
+    assert exchange(held, "begun") == "8"
+
+    for count in (1, 2):  # the driver lets nobody, while there is an XDP program
+        assert not cards.set_queues(count, check=False)
+        assert exchange(held, f"asked for {count} queues") == "8"
+    cards.is_served(QUEUES)
+
+    for _ in range(3):
+        lab.lb.ip("link set eth0 down", "link set eth0 up")
+        lab.lb.ip(f"addr replace {lab.lb.ip6}/64 dev eth0 nodad")
+        assert exchange(held, "down and up") == "8"
+        cards.is_served(QUEUES)
+    cards.syns(1000, QUEUES)
+    until(lambda: cards.is_calm(daemon.pid, QUEUES))
+
+    daemon.kill()
+    daemon.wait()
+    assert exchange(held, "killed") == "8"
+    cards.serve(config=cards.config)
+    assert exchange(held, "begun anew") == "8"
+    cards.is_served(QUEUES)
+    for _ in range(2):
+        old = status(lab)["pid"]
+        lab.lb.run(*crablb("takeover"))
+        assert status(lab)["pid"] != old
+        assert exchange(held, "taken over") == "8"
+        cards.is_served(QUEUES)
+    cards.syns(1000, QUEUES)
+
+    os.kill(status(lab)["pid"], signal.SIGTERM)
+    until(lambda: not lab.lb.pins.exists())
+    assert "xdp" not in lab.lb.run("ip", "link").stdout
+    cards.start(QUEUES)
+    assert exchange(held, "served again") == "8"
