@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 #: By what tests need, and in the order that they run in: what fails soonest first.
-ROOMS = ("unit", "bpf", "lab", "stacks", "machines")
+ROOMS = ("unit", "fuzz", "sim", "bpf", "lab", "stacks", "foreign", "machines")
 
 
 def room(item: pytest.Item) -> int:
@@ -40,5 +40,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=room)
     if os.geteuid() != 0:
         for item in items:
-            if room(item):
+            if room(item) > ROOMS.index("fuzz"):
                 item.add_marker(pytest.mark.skip(reason="network namespaces and BPF need root"))

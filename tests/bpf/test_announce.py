@@ -14,9 +14,14 @@ from structlog.testing import capture_logs
 from crablb.control import claim
 from crablb.control.announce import Announcer, announcement, parse, probe
 from crablb.control.claim import State
+from crablb.control.supervisor import Supervisor
+from crablb.dataplane.events import LinksChanged
 from crablb.kernel import rtnetlink
+from crablb.kernel.interface import interface_info
 from crablb.kernel.netlink import _link
 from crablb.kernel.rtnetlink import Netlink
+from crablb.lasting import task
+from crablb.model import Announce, Backend, Config, Service, Vip
 
 VIP4, VIP6, OTHER4, OTHER6 = map(ip_address, ("10.0.0.100", "fd00::100", "10.0.0.101", "fd00::101"))
 STRANGER = b"\0\0\0\0\0\1"  # lower than any that a veth gets
@@ -252,6 +257,111 @@ def test_more_vips_than_a_filter_holds(run, namespace):
         await segment.answered(vips[-1])
 
     play(run, namespace, check, vips)
+
+
+def recreated(namespace) -> None:
+    namespace.ip("link", "add", "veth0", "type", "veth", "peer", "name", "veth1")
+    for name in ("veth0", "veth1"):
+        namespace.ip("link", "set", name, "up")
+
+
+def test_an_interface_that_goes(run, namespace):
+    """Its announcer lives on, says nothing and takes what it is told, until it is ended; the one of the interface that
+    comes back answers."""
+
+    async def check(segment: Segment) -> None:
+        announcer = segment.announcer
+        await until(lambda: held(segment))
+        namespace.ip("link", "del", "veth0")
+        await until(lambda: not announcer.mac)
+        announcer.follow([VIP4, OTHER4, OTHER6])
+        announcer._take(question(VIP4), (0, 0, 0))
+        recreated(namespace)
+        assert not announcer.mac and not announcer._task.done()
+        assert announcer.states[OTHER4] is State.PROBING
+        again = Announcer("veth0")
+        with namespace.wire() as wire:
+            other = Segment(wire, again, namespace)
+            again.start([VIP4, VIP6])
+            try:
+                await until(lambda: held(other))
+                await other.answered(VIP4)
+                await other.answered(VIP6)
+            finally:
+                await again.close()
+
+    play(run, namespace, check)
+
+
+class Engine:
+    """What a supervisor's announcing needs of one: two interfaces, which may be gone."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.task, self.links = config, task, {}
+        self.there = ["veth0", "veth1"]
+        self.befell: list[str] = []
+
+    @property
+    def interfaces(self):
+        return [interface_info(name) for name in self.there]
+
+    @property
+    def modes(self):
+        return dict.fromkeys(self.there, "native")
+
+    def count(self, what: str) -> None:
+        self.befell.append(what)
+
+
+def test_an_announcer_that_cannot_be_started(run, namespace, monkeypatch):
+    """It is tried again, and the other interface's does not wait for it; what it had opened is closed."""
+    config = Config(("veth0", "veth1"), (Service(Vip(VIP4, 80), (Backend(OTHER4),)),), announce=Announce.ARP)
+    start, fails, opened = Announcer.start, {"veth0", "veth1"}, []
+
+    def refused(announcer: Announcer, addresses, *more) -> None:
+        opened.append(announcer)
+        start(announcer, addresses, *more)
+        if announcer.interface in fails:
+            raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(Announcer, "start", refused)
+
+    async def main() -> None:
+        supervisor = Supervisor(config, bytes(16))
+        supervisor.engine = engine = Engine(config)
+        supervisor._announcing = True
+        try:
+            supervisor._tell(LinksChanged({}))
+            assert len(opened) == 2 and not supervisor._announcers
+            await until(lambda: not any(one._sockets for one in opened))
+            fails.discard("veth1")
+            supervisor._tell(LinksChanged({}))
+            assert [name for name, _ in supervisor._announcers] == ["veth1"]
+            fails.clear()
+            supervisor._tell(LinksChanged({}))
+            assert {name for name, _ in supervisor._announcers} == {"veth0", "veth1"}
+            kept = dict(supervisor._announcers)
+            supervisor._tell(LinksChanged({}))
+            assert supervisor._announcers == kept
+            # Both are gone, and come back under their names.
+            namespace.ip("link", "del", "veth0")
+            engine.there = []
+            supervisor._tell(LinksChanged({}))
+            assert not supervisor._announcers
+            await until(lambda: not any(one._sockets for one in kept.values()))
+            recreated(namespace)
+            engine.there = ["veth0", "veth1"]
+            supervisor._tell(LinksChanged({}))
+            assert not supervisor._announcers.keys() & kept.keys() and len(supervisor._announcers) == 2
+        finally:
+            for announcer in opened:
+                await announcer.close()
+
+    with capture_logs() as said:
+        run(main())
+    reasons = [one["reason"] for one in said if one["event"] == "VIPs are not announced"]
+    cannot = "cannot announce VIPs on {}: Cannot allocate memory"
+    assert reasons == [f"{cannot.format('veth0')}; {cannot.format('veth1')}", cannot.format("veth0")]
 
 
 @pytest.mark.parametrize("mac", [bytes(6), b"\xff" * 6, b"\1\0\x5e\0\0\1"])

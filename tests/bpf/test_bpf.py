@@ -14,6 +14,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from crablb.agent import offering, verify
+from crablb.agent.client import start_sweeping
 from crablb.config import parse_vip
 from crablb.dataplane import flows as flowmap
 from crablb.dataplane import paths, statistics
@@ -38,6 +40,7 @@ from crablb.kernel.counters import counter_names
 from crablb.kernel.xsk import XskSocket
 from crablb.model import mapped
 from tests.helpers.frames import a_hop_less, ether
+from tests.helpers.namespaces import Pair
 from tests.helpers.native import compiled
 from tests.helpers.processes import until
 from tests.helpers.programs import LO, forwarding, several_buffers
@@ -513,6 +516,46 @@ def test_client_direct_connection_from_the_ports_of_a_closed_one(client, family)
     assert flow_at(client, key).state == lib.CRAB_CLIENT_FREE
 
 
+@contextmanager
+def direct_connection(namespace: Pair, family: int) -> Iterator[None]:
+    """One to the backend, with the four-tuple of the redirected one."""
+    Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").write_text("0")
+    for host in (CLIENT[family], DIP[family]):
+        namespace.ip("addr", "add", host, "dev", "lo", *(["nodad"] if family == 6 else []))
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    with socket.create_server((DIP[family], 80), family=kind), socket.socket(kind) as direct:
+        direct.bind((CLIENT[family], 4242))
+        direct.connect((DIP[family], 80))
+        yield
+
+
+@pytest.mark.parametrize("flags", ["S", "SA", "SAE", "R", "RA", "FA", "A", "PA"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_forged_packets_end_no_connection(client, family, flags):
+    """By somebody who knows its four-tuple, and no sequence number: the socket is asked, which knows better."""
+    key = pend(client, family)
+    client.programs["crab_ingress"].test_run(bytes(answer(family)))
+    take(client, family)
+    before = flow_at(client, key)
+    frame = bytes(answer(family, flags=flags, seq=4321, ack=0 if flags in ("S", "R") else 4321, options=[]))
+    run = client.programs["crab_ingress"].test_run(frame)
+    assert (run.retval, run.data) == (TC_UNSPEC, as_from_vip(frame, family))
+    after = flow_at(client, key)
+    assert (after.state, after.owner, after.ends_ns) == (lib.CRAB_CLIENT_TAKEN, before.owner, 0)
+    assert not [h for h in healths(client) if h.reason]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_client_direct_connection_from_the_ports_of_one_whose_end_was_not_heard(client, namespace, family):
+    """By a program outside of the cgroup: there is a socket for what comes."""
+    key = redirected(client, family)
+    with direct_connection(namespace, family):
+        frame = bytes(answer(family, ack=4321, options=[]))
+        got = client.programs["crab_ingress"].test_run(frame)
+        assert (got.retval, got.data) == (TC_UNSPEC, frame)
+        assert flow_at(client, key).state == lib.CRAB_CLIENT_FREE
+
+
 def test_client_redirect_after_one_that_the_host_dropped(client):
     """The SYN is sent again: another backend's redirect may be accepted now."""
     pend(client, 4)
@@ -631,13 +674,7 @@ def test_client_icmp_about_a_redirected_syn(client, family):
 @pytest.mark.parametrize("family", [4, 6])
 def test_client_resets_a_collision(client, namespace, family):
     """A direct connection to the backend has this four-tuple: the SYN-ACK is answered by a RST."""
-    Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").write_text("0")
-    for host in (CLIENT[family], DIP[family]):
-        namespace.ip("addr", "add", host, "dev", "lo", *(["nodad"] if family == 6 else []))
-    kind = socket.AF_INET if family == 4 else socket.AF_INET6
-    with socket.create_server((DIP[family], 80), family=kind), socket.socket(kind) as direct:
-        direct.bind((CLIENT[family], 4242))
-        direct.connect((DIP[family], 80))
+    with direct_connection(namespace, family):
         key = pend(client, family)
         frame = answer(family, options=[*redirect(VIP[family]), ("Timestamp", (7, 8)), ("NOP", None), ("NOP", None)])
         run = client.programs["crab_ingress"].test_run(bytes(frame))
@@ -858,7 +895,7 @@ def test_sweep_forgets_closed_connections(client, crowd, gone):
     put(client, 4, 7, owner=0)
     for port in range(crowd):
         redirected(client, 4, 1000 + port)
-    assert client.programs["crab_sweep"].test_run().retval == 0
+    start_sweeping(client.programs["crab_sweep"])
     until(lambda: flow_at(client, place(4, 2)) is None, 15)
     until(lambda: len(list(client.maps["client_flows"].keys())) == 7 - len(gone) + crowd, 5)
     assert {port for port in range(1, 8) if flow_at(client, place(4, port)) is None} == gone

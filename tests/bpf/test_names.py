@@ -101,7 +101,7 @@ def test_one_takes_the_name_of_one_that_is_gone(wired: Pair):
         wired.ip("link", "add", "veth0", "type", "veth", "peer", "name", "veth1")
         for name in ("veth1", "veth0"):
             wired.ip("link", "set", name, "up")
-        until(lambda: folders() == {"lb-veth0", "lb-veth2"})
+        until(lambda: folders() == {"lb-veth0", "lb-veth2"} and (pins.folder("lb-veth0") / "link").exists())
         assert of("lb-veth0") == socket.if_nametoindex("veth0")
         assert pins.owner("lb-veth0") == pins.owner("lb-veth2") == os.getpid()
         assert lb.statistics()

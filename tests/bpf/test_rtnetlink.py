@@ -113,3 +113,42 @@ def test_looks_that_change_nothing(namespace):
         assert rtnetlink.filters(asked, index) == ["u32"]
         assert rtnetlink.filters(asked, socket.if_nametoindex("veth1")) == []
     assert (ethtool.driver("veth0"), ethtool.driver("nowhere")) == ("veth", "")
+
+
+class Stumbling:
+    """A netlink socket whose next answers cannot be read at the moment."""
+
+    def __init__(self, sock: socket.socket, times: int) -> None:
+        self._sock, self._times = sock, times
+        self.send, self.close = sock.send, sock.close
+
+    def recv_into(self, room: bytearray) -> int:
+        if self._times:
+            self._times -= 1
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+        return self._sock.recv_into(room)
+
+
+def test_an_answer_that_is_read_too_late_is_nobody_elses(namespace):
+    for n in (3, 4):
+        namespace.ip("addr", "add", f"10.{n}.0.1/24", "dev", "veth0")
+    with Netlink() as asking:
+        asking._sock = Stumbling(asking._sock, 1)  # type: ignore[assignment]
+        with pytest.raises(OSError, match="buffer"):
+            rtnetlink.route(asking, ip_address("10.3.0.9"))
+        for n in (4, 3, 4):
+            route = rtnetlink.route(asking, ip_address(f"10.{n}.0.9")).attributes(ROUTE)
+            assert rtnetlink.address(route[rtnetlink.RTA_PREFSRC]) == f"10.{n}.0.1"
+
+
+def test_a_kernel_without_room_for_an_answer_has_a_route_all_the_same(namespace):
+    """It is asked again, as no event would tell."""
+    namespace.ip("addr", "add", "10.3.0.1/24", "dev", "veth0")
+    asked = ip_address("10.3.0.9")
+    with Netlink() as asking:
+        links = dict(netlink._link(message, {}) for message in rtnetlink.links(asking))
+        sock = asking._sock
+        asking._sock = Stumbling(sock, 1)  # type: ignore[assignment]
+        with pytest.raises(OSError, match="buffer"):
+            netlink._route(asking, asked, links, {})
+        assert netlink._route(asking, asked, links, {}).state is HopState.RESOLVED

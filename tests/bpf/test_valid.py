@@ -41,11 +41,11 @@ class Both:
         backends = [packets.Backend(DIP[f].packed, MACS[:6], MACS[6:], cr=False) for f in (4, 6)]
         self.core = Core(packets.LoadBalancer(services, backends, SEED, False))
 
-    def forward(self, frame: bytes) -> tuple[bytes | None, bytes | None]:
-        """What either sends; ``None``: nothing."""
+    def forward(self, frame: bytes, known: dict[int, int] = HASHES) -> tuple[bytes | None, bytes | None]:
+        """What either sends; ``None``: nothing.  ``known``: the flows' hashes, by family."""
         self.table.places["hash"] = 0
-        for i, family in enumerate((4, 6)):
-            assert self.table.add(HASHES[family], i, family)
+        for family, hash_ in known.items():
+            assert self.table.add(hash_, (4, 6).index(family), family)
         run = self.program.test_run(frame)
         (out,) = self.core.handle(frame)
         return (run.data if run.retval == XDP_TX else None), out

@@ -13,8 +13,9 @@ pytestmark = pytest.mark.xdist_group("verifier")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, int]:
-    sources = sorted((ROOT / "bpf").glob("*.bpf.c"))
-    return followed([bpf.object_path(source.name.removesuffix(".bpf.c")) for source in sources])
+    names = [source.name.removesuffix(".bpf.c") for source in sorted((ROOT / "bpf").glob("*.bpf.c"))]
+    # A tracing program, which not every machine lets anybody load.
+    return followed([bpf.object_path(name) for name in names if name != "sockets"])
 
 
 def test_far_from_the_limit(found):
@@ -30,11 +31,12 @@ def test_as_noted(found):
 
 
 def test_every_compiler_has_room():
-    """Of all that were tried: clang 14 to the newest."""
-    for by_clang in noted().values():
-        assert {"14", "19"} <= by_clang.keys()
+    """Of all that were tried: clang 14 to the newest on one kernel, what is built here on Debian's."""
+    assert any({"14", "19"} <= by_clang.keys() for by_clang in noted().values())
+    assert {"6.1", "6.12", "7.3"} <= noted().keys()
+    for whose, by_clang in noted().items():
         for version, counts in by_clang.items():
-            assert max(counts.values()) <= LIMIT * 3 // 4, version
+            assert max(counts.values()) <= LIMIT * 3 // 4, (whose, version)
 
 
 def test_a_difference_is_told():

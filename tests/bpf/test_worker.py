@@ -222,6 +222,33 @@ def test_the_interface_goes(namespace):
         assert lib.crab_worker_run(worker.c) == -100  # ENETDOWN
 
 
+def test_the_interface_goes_while_others_wake_it_all_the_time(namespace):
+    """Whoever asks whether it lives does not keep it from seeing that."""
+    ended: list[int] = []
+    with XskSocket("veth0") as xsk:
+        worker = Worker(xsk, reference())
+        thread = threading.Thread(target=lambda: ended.append(lib.crab_worker_run(worker.c)))
+        thread.start()
+        until(lambda: lib.crab_worker_turns(worker.c))
+        namespace.ip("link", "del", "veth0")
+        while thread.is_alive():
+            lib.crab_worker_wake(worker.c)
+            thread.join(0.01)
+    assert ended == [-100]  # ENETDOWN
+
+
+def test_it_turns_when_it_is_woken(namespace):
+    """At once, and each time but once: the sleep in front of the wake-up, and the one behind it."""
+    with XskSocket("veth0") as xsk, Running(xsk, 0) as running:
+        c = running.worker.c
+        for _ in range(50):
+            until(lambda: running.id and running.state() == "S")
+            before = lib.crab_worker_turns(c)
+            lib.crab_worker_wake(c)
+            until(lambda before=before: lib.crab_worker_turns(c) > before)
+        assert lib.crab_worker_turns(c) <= before + 10  # it has gone to sleep again, and does not turn for ever
+
+
 class Running:
     """A worker in a thread, as the daemon has it."""
 

@@ -269,29 +269,35 @@ class Torn(Exception):
 @contextmanager
 def torn(after: int) -> Iterator[None]:
     """Raise where a signal's handler could: behind the n-th call that returns into xsk.py, or function that begins."""
-    left = after
+    left, ours = after, xsk_module.__file__
 
-    def step(frame, event, _):
-        nonlocal left
+    def traced(frame, *_):
+        """Of one frame, which is not held on to: with frames that outlived their calls CPython 3.11 itself crashed now
+        and then, where a generator began."""
+        if frame.f_code.co_filename != ours:
+            return None
+        before = ""
+
+        def step(frame, event, _):
+            nonlocal left, before
+            if event == "opcode":
+                instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+                if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+                    left -= 1
+                    if left < 0:
+                        raise Torn
+                if instruction not in ("CACHE", "EXTENDED_ARG"):
+                    before = instruction
+            return step
+
         frame.f_trace_opcodes = True
-        if event == "opcode":
-            instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if before.get(frame, "").startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
-                left -= 1
-                if left < 0:
-                    raise Torn
-            if instruction not in ("CACHE", "EXTENDED_ARG"):
-                before[frame] = instruction
         return step
 
-    before: dict[object, str] = {}
-    ours = xsk_module.__file__
-    sys.settrace(lambda frame, *_: step(frame, "call", None) if frame.f_code.co_filename == ours else None)
+    sys.settrace(traced)
     try:
         yield
     finally:
         sys.settrace(None)
-        before.clear()
 
 
 def outcome(call: Callable[[], object], after: int) -> tuple[bool, Any]:

@@ -560,7 +560,7 @@ def test_given_once_by_any(two):
 
 
 def test_the_cable_shown(two):
-    cable = run("def cable(").cable
+    cable = run("docs/xsk.md", "def cable(").cable
     ended: list[BaseException] = []
 
     def work() -> None:

@@ -1,14 +1,13 @@
-"""Kills load balancers at each call that changes something (killer.c, which is preloaded), and looks what is left.
+"""Kills load balancers at each call that changes something (shim.c, which is preloaded), and looks what is left.
 
-``python -m tests.helpers.killed SCENARIO``, on veth0 of the network namespace; SCENARIO: see :data:`SCENARIOS`.  Each
-load balancer is a child, forked from here because a new interpreter takes longer to start than it does.  Prints what
-it found, as JSON.
+``python -m tests.helpers.killed SCENARIO RULES``, on veth0 of the network namespace; SCENARIO: see :data:`SCENARIOS`;
+RULES: the shim's.  Each load balancer is a child, forked from here because a new interpreter takes longer to start than
+it does.  Prints what it found, as JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -27,11 +27,12 @@ from crablb.dataplane.flows import Inherited
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.model import Bypass, Config
+from tests.helpers.shim import KILL, Shim
 
 SEED, OTHER_SEED = bytes(16), bytes([1]) * 16
 VIP = "tcp://10.0.0.100:80"
 FLOWS = 60
-killer = ctypes.CDLL(None)
+shim = Shim(Path(sys.argv[2]))
 
 
 def config(*backends: int, **settings: Any) -> Config:
@@ -40,8 +41,11 @@ def config(*backends: int, **settings: Any) -> Config:
 
 
 def kill_at(number: int) -> None:
-    ctypes.c_long.in_dll(killer, "crab_calls").value = 0
-    ctypes.c_long.in_dll(killer, "crab_kill_at").value = number
+    """This process, at the call of this number from now on; 0: at none."""
+    shim.end()
+    shim.only(os.getpid())
+    if number:
+        shim.add("change", does=KILL, first=number)
 
 
 def child(work: Callable[[], Awaitable[None]]) -> bool:

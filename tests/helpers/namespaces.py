@@ -63,6 +63,7 @@ class Pair:
         try:
             with inside(pair.netns):
                 Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+                Path("/proc/sys/net/ipv4/ip_forward").write_text("0")  # a new one has the machine's word
                 pair.ip("link", "set", "lo", "up")
                 pair.ip("link", "add", "veth0", "type", "veth", "peer", "name", "veth1")
                 pair.ip("link", "set", "veth0", "up")

@@ -37,6 +37,8 @@ class Core:
         self.elsewhere = False  # whether the last frame left by another
         self.counters = ffi.new("uint64_t[]", lib.CRAB_COUNTERS)
         self.core = ffi.gc(lib.crab_core_new(flows, self.counters), lib.crab_core_free)
+        self.joins = ffi.gc(lib.crab_joins_new(64), lib.crab_joins_free)
+        lib.crab_core_join(self.core, self.joins)
         backends = ffi.new("struct crab_backend[]", max(1, len(reference.backends)))
         self.reference = reference
         for entry, b in zip(backends, reference.backends, strict=False):
@@ -56,6 +58,7 @@ class Core:
         for entry, s in zip(services, reference.services, strict=False):
             size = len(s.table)
             entry.addr, entry.protocol, entry.mode = mapped(s.vip), 6, MODES[s.mode]
+            entry.index = reference.services.index(s)
             entry.fallback, entry.on_dead = FALLBACKS[s.fallback], ON_DEAD[s.on_dead]
             entry.port_be = int.from_bytes(s.port.to_bytes(2, "big"), "little")
             entry.first_prefix, entry.prefix_count = len(prefixes), len(s.prefixes)
@@ -143,6 +146,7 @@ class Core:
         before = self.counts()
         (sent,) = self.handle(frame)
         aside = {"received", "reassigned", "retransmitted_syn", "forged_option", "flows_full", "encapsulated"}
+        aside |= {"mptcp", "mptcp_join", "mptcp_join_known"}
         changed = [n for n, v in self.counts().items() if v != before.get(n, 0) and n not in aside]
         assert len(changed) == 1, changed
         return changed[0], sent

@@ -13,6 +13,7 @@ from crablb.control.operator import Operator
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.census import Census, FoundFlow
 from crablb.dataplane.events import Event, Notice
+from crablb.dataplane.handover import Gap
 from crablb.dataplane.statistics import DAEMON_COUNTERS, WORKER_COUNTERS, XDP_COUNTERS
 from crablb.dataplane.tap import Tap
 from crablb.filters import Filter
@@ -42,6 +43,7 @@ class StillEngine:
         self.standings: dict[Pair, Standing] = {}
         self.found: dict[Pair, Found] = {}  # what checks say
         self.task_failed: tuple[str, float] | None = None
+        self.gap: Gap | None = None
         self.hops: dict[Address, NextHop] = {
             address: NextHop(HopState.RESOLVED, ifindex=2, dst_mac=MAC, src_mac=MAC) for address in served.backends
         }
@@ -55,10 +57,15 @@ class StillEngine:
         self.flows: list[FoundFlow] = []
         self.refuse: Exception | None = None  # what applying raises
         self.counts = 0  # of censuses
+        self.left_to: dict[Address, dict[str, str]] = {}  # VIPs that others have, as announcers say
 
     @property
     def verdicts(self) -> Mapping[Vip, Verdict]:
         return {service.vip: judge(service, self.standings) for service in self.config.services}
+
+    def prepare(self, served: Config) -> SimpleNamespace:
+        """Nothing else is found out with another configuration."""
+        return SimpleNamespace(standings=self.standings)
 
     def apply(self, served: Config) -> None:
         if self.refuse:
@@ -107,23 +114,45 @@ class StillEngine:
         pairs = [(s.vip, b.address, len(s.backends)) for s in self.config.services for b in s.backends]
         return Census(flows, {(vip, address): 1 / n for vip, address, n in pairs})
 
+    async def open_flows(self) -> dict[tuple[Vip | None, Address], int]:
+        flows: dict[tuple[Vip | None, Address], int] = {}
+        for flow in self.flows:
+            if flow.state == "open":
+                flows[flow.vip, flow.backend] = flows.get((flow.vip, flow.backend), 0) + 1
+        return flows
+
     async def find_flows(
         self, limit: int, vip: Vip | None, backend: Address | None, client: Address | None, port: int | None
-    ) -> tuple[int, list[FoundFlow]]:
+    ) -> tuple[int, int, list[FoundFlow]]:
         found = [f for f in self.flows if vip in (None, f.vip) and backend in (None, f.backend)]
-        return len(found), found[:limit]
+        return len(found), sum(f.state == "ending" for f in found), found[:limit]
 
 
 def still(served: Config | None = None, **more: Any) -> tuple[Operator, StillEngine]:
     """An operator over such an engine."""
     engine = StillEngine(served or config())
-    health = SimpleNamespace(of=engine.found.get, results=lambda pair: [], withdrawn=set())
-    supervisor = SimpleNamespace(engine=engine, listeners=[], apply=engine.apply, health=health)
+    health = SimpleNamespace(
+        of=engine.found.get,
+        results=lambda pair: [],
+        since=lambda pair: 0.0,
+        withdrawn=set(),
+        prepare=engine.prepare,
+        late=0.0,
+        untried=0,
+        trouble=(),
+    )
+    supervisor = SimpleNamespace(engine=engine, listeners=[], apply=engine.apply, health=health, uncut=0)
+    supervisor.takes_reports, supervisor.leading, supervisor.withdrawn, supervisor.leaving = False, set(), False, False
+    supervisor.left_to = lambda address: engine.left_to.get(address, {})
 
     def tell(event: Event) -> None:
         for listener in supervisor.listeners:
             listener(event)
 
-    supervisor.tell = tell
+    def lead_away(leaving: bool, *, withdraw: bool) -> None:
+        supervisor.leaving, supervisor.withdrawn = leaving, withdraw
+
+    supervisor.tell, supervisor.lead_away, supervisor.at_vips = tell, lead_away, {}
+    supervisor.at_vip = supervisor.at_vips.get
     engine.listeners.append(lambda notice: tell(notice) if isinstance(notice, Event) else None)
     return Operator(cast(Supervisor, supervisor), **more), engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -10,6 +11,9 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 CHUNK = 1 << 16
 
@@ -165,6 +169,23 @@ def hold_many(host: str, port: str, count: str) -> None:
             except (OSError, EOFError):
                 pass
         print(intact, flush=True)
+
+
+def connects(host: str, port: str, count: str) -> None:
+    """``count`` connections, each until its server has spoken; how often each sent something again (None: failed)."""
+    total_retrans = struct.Struct("@100xI")  # of struct tcp_info, linux/tcp.h
+
+    def one(_: int) -> int | None:
+        try:
+            with _connect(host, port) as conn:
+                _line(conn)
+                info = conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, total_retrans.size)
+                return int(total_retrans.unpack(info)[0])
+        except (OSError, EOFError):
+            return None
+
+    with ThreadPoolExecutor(int(count)) as pool:
+        print(json.dumps(list(pool.map(one, range(int(count))))), flush=True)
 
 
 def hold_names(host: str, port: str, count: str) -> None:
@@ -409,13 +430,11 @@ def fast_open(host: str, port: str, text: str) -> None:
         print(sock.recv(100).decode(), flush=True)
 
 
-def flood(destination: str, mac: str, count: str) -> None:
-    """Send SYNs to port 80 from random addresses and ports; tell how many."""
+def strangers(destination: str, mac: str) -> tuple[int, Callable[[Iterable[Any]], None]]:
+    """SYNs to port 80 from random addresses and ports: how long each is, and what writes the next ones into frames."""
     import numpy as np
     from scapy.layers.inet import IP, TCP
     from scapy.layers.l2 import Ether
-
-    from crablb.kernel.xsk import XskSocket
 
     random = np.random.default_rng(7)
     syns = []
@@ -426,18 +445,30 @@ def flood(destination: str, mac: str, count: str) -> None:
         syns.append(np.frombuffer(frame, np.uint8).copy())
     words = [s[26:28].view(">u2") for s in syns]  # the first half of the source address
     sums = [s[24:26].view(">u2") for s in syns], [s[50:52].view(">u2") for s in syns]
+    turns = itertools.cycle(range(len(syns)))
+
+    def write(frames: Iterable[Any]) -> None:
+        for view, i in zip(frames, turns, strict=False):
+            view[:] = syns[i]
+            # The next time from another address: one more in a word, one less in both checksums (RFC 1624).
+            words[i][0] += 1
+            for csum in sums:
+                csum[i][0] = csum[i][0] - 1 if csum[i][0] else 0xFFFE
+
+    return len(syns[0]), write
+
+
+def flood(destination: str, mac: str, count: str) -> None:
+    """Send SYNs to port 80 from random addresses and ports; tell how many."""
+    from crablb.kernel.xsk import XskSocket
+
+    length, write = strangers(destination, mac)
     sent = 0
     with XskSocket("eth0", load_program=False) as xsk:
         while sent < int(count):
-            batch = xsk.allocate(64, len(syns[0]))
-            for view in batch:
-                i = sent % len(syns)
-                sent += 1
-                view[:] = syns[i]
-                # The next time from another address: one more in a word, one less in both checksums (RFC 1624).
-                words[i][0] += 1
-                for csum in sums:
-                    csum[i][0] = csum[i][0] - 1 if csum[i][0] else 0xFFFE
+            batch = xsk.allocate(64, length)
+            write(batch)
+            sent += len(batch)
             xsk.send(batch)
     print(sent)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -31,3 +33,9 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
+
+
+def logged(log: Path, event: str = "") -> list[dict[str, Any]]:
+    """What a program logged, as JSON lines, whose event begins so; a line half written does not count yet."""
+    whole = log.read_text().rpartition("\n")[0]
+    return [entry for entry in map(json.loads, whole.splitlines()) if entry["event"].startswith(event)]

@@ -11,15 +11,16 @@ from pathlib import Path
 
 from crablb.kernel import bpf
 
-#: ``{kernel: {clang: {program: instructions}}}``; `make test-compilers ARGS=--write` writes it.
+#: ``{kernel: {clang: {program: instructions}}}``; `make test-compilers ARGS=--write` writes it of the kernel that runs,
+#: `make test-kernels ARGS=--write` of Debian's.
 NOTED = Path(__file__).parent.parent / "bpf/verified.json"
 LIMIT = 1_000_000  # BPF_COMPLEXITY_LIMIT_INSNS
 TOLERATED = 0.10
 
 
-def kernel() -> str:
-    """Whose verifier it is: its counts are its own."""
-    return ".".join(os.uname().release.split(".")[:2])
+def kernel(release: str = "") -> str:
+    """Whose verifier it is (without ``release`` that of the kernel that runs): its counts are its own."""
+    return ".".join((release or os.uname().release).split(".")[:2])
 
 
 def clang(command: Sequence[str | Path] = ("clang",)) -> str:
@@ -43,10 +44,10 @@ def noted() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(NOTED.read_text()) if NOTED.exists() else {}  # type: ignore[no-any-return]
 
 
-def note(found: Mapping[str, Mapping[str, int]]) -> None:
-    """By clang; of this kernel."""
-    known = noted()
-    known[kernel()] = known.get(kernel(), {}) | {version: dict(counts) for version, counts in found.items()}
+def note(found: Mapping[str, Mapping[str, int]], release: str = "") -> None:
+    """By clang; of this kernel, or another one."""
+    known, whose = noted(), kernel(release)
+    known[whose] = known.get(whose, {}) | {version: dict(counts) for version, counts in found.items()}
     NOTED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,13 @@ from tests.helpers.processes import ROOT, answer
 def command(node: Node, *args: str, expected: int | None = 0) -> str:
     """What a command of crablb prints in a node.  In this process: one of its own takes longer to start than to ask."""
     out = io.StringIO()
-    with inside(node.netns), redirect_stdout(out):
-        exited = cli.main(args)
+    # An agent blocks those that end it, and does not let go of them, as its process ends then.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        with inside(node.netns), redirect_stdout(out):
+            exited = cli.main(args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert expected in (None, exited), out.getvalue()
     return out.getvalue()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import io
 import json
 import os
 import shlex
@@ -13,19 +14,23 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crablb import cli
+from crablb.api import client as api
 from crablb.api import types
 from crablb.api.client import ApiError, Client, NotRunning, discover
+from crablb.cli import status as cli_status
 from crablb.kernel import pins
 from crablb.lab import VIP4
 from tests.helpers.namespaces import inside
+from tests.helpers.pages import commands_in, snippets
 from tests.helpers.processes import ROOT, until
 from tests.helpers.world import World, command, status
-from tests.unit.test_documents import commands_in, snippets
 
 VIP = f"tcp://{VIP4}:80"
 
@@ -81,12 +86,14 @@ def test_each_command(world, capsys):
     for _ in range(4):
         world.echo(VIP4)
     assert said(world, "status")["status"]["version"]["pid"] == daemon.pid
-    assert "serving: 2 of 2 backends serve, in 1 services" in command(world.lab.lb, "status")
+    assert "serving: 2 of 2 backends serve, in 1 service" in command(world.lab.lb, "status")
 
     [service] = said(world, "services")
     assert (service["vip"], service["serving"], service["flows"] > 0) == (VIP, 2, True)
     assert service["packets"] > 0
     assert VIP in command(world.lab.lb, "services")
+    assert command(world.lab.lb, "completion", "--list", "vips") == f"{VIP}\n"
+    assert command(world.lab.lb, "completion", "--list", "backends").split() == ["10.0.0.11", "10.0.0.12"]
     backends = said(world, "backends", VIP)
     assert sum(backend["flows"] for backend in backends) == service["flows"]
     assert sum(backend["share"] for backend in backends) == pytest.approx(1)
@@ -144,8 +151,8 @@ def test_each_command(world, capsys):
     assert said(world, "log-level", "debug")["changes"] == ["log level info -> debug"]
     assert '"by": "uid 0 ' in (world.folder / "serve.log").read_text()
 
-    assert "did you mean 10.0.0.11?" in complaint(world, capsys, "weight", "10.0.0.111", "1", expected=2)
-    assert "did you mean tcp://10.0.0.100:80?" in complaint(world, capsys, "backends", f"tcp://{VIP4}:88", expected=2)
+    assert "there are: 10.0.0.11, 10.0.0.12" in complaint(world, capsys, "weight", "10.0.0.111", "1", expected=2)
+    assert "there are: tcp://10.0.0.100:80" in complaint(world, capsys, "backends", f"tcp://{VIP4}:88", expected=2)
     assert "there is one on eth0" in complaint(world, capsys, "services", "--iface", "eth9", expected=3)
 
     daemon.terminate()
@@ -213,8 +220,34 @@ def test_who_may_ask(world):
     assert ", by uid 65534 (process " in event["reason"]
     assert "only root and members of group daemon may ask" in as_other(65534, 65534, ask)
 
+    # Commands do the same; of what only root may look at, the daemon is asked.
+    def told(group: int, *words: str) -> str:
+        made = import_module(f"crablb.cli.{words[0]}")  # while its file may be read
+        assert made
 
-def test_it_is_killed_hangs_and_comes_back(world, capsys):
+        def run() -> None:
+            with io.StringIO() as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                exited = cli.main(words)
+                raise AssertionError(f"{exited}: {out.getvalue()}")
+
+        with inside(world.lab.lb.netns):
+            return as_other(65534, group, run).removeprefix("AssertionError: ")
+
+    mine, root = json.loads(told(group.gr_gid, "status", "--json")[2:]), said(world, "status")
+    assert mine.keys() == root.keys()
+    for key in ("interface", "mode", "pid", "state", "queues", "services", "flows", "problems"):
+        assert mine[key] == root[key], key
+    assert "serving: 4 of 4 backends serve" in told(group.gr_gid, "status", "--iface", "eth0")
+    assert told(group.gr_gid, "drain", "10.0.0.11").startswith(f"0: 10.0.0.11 of {VIP}: state up -> drain")
+    assert told(group.gr_gid, "ready", "10.0.0.11").startswith("0: ")
+    for words in (["status"], ["status", "--iface", "eth0"], ["drain", "10.0.0.11"], ["backends"], ["events"]):
+        refused = told(65534, *words)
+        assert refused.startswith("2: ")
+        assert "only root and members of group daemon may ask: usermod -aG daemon USER" in refused
+    assert {b["state"] for b in said(world, "backends")} == {"up"}
+
+
+def test_it_is_killed_hangs_and_comes_back(world, capsys, monkeypatch):
     daemon = world.serve("--check", "none")
     with inside(world.lab.lb.netns):
         where = discover("eth0")
@@ -224,7 +257,17 @@ def test_it_is_killed_hangs_and_comes_back(world, capsys):
     daemon.send_signal(signal.SIGSTOP)
     with inside(world.lab.lb.netns), pytest.raises(ApiError, match=r"no answer within 0\.5 s"):
         Client(discover("eth0"), timeout=0.5).get("/v1/version", types.Version)
+    monkeypatch.setattr(cli_status, "PATIENCE", 0.5)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(BlockingIOError):
+            while True:  # more wait than it takes connections
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                waiting.connect(str(where))
+        hung = said(world, "status", expected=1)
+        assert (hung["state"], hung["pid"]) == ("degraded", daemon.pid)
+        assert "no answer within 0.5 s" in hung["problems"][0]
     daemon.send_signal(signal.SIGCONT)
+    monkeypatch.setattr(cli_status, "PATIENCE", 30.0)
     assert status(world.lab)["state"] == "serving"
     daemon.kill()
     daemon.wait()
@@ -232,27 +275,56 @@ def test_it_is_killed_hangs_and_comes_back(world, capsys):
     assert (dead["state"], dead["pid"], dead["status"]) == ("dead", None, None)
     assert "no process: new connections are dropped" in command(world.lab.lb, "status", expected=3)
     assert "the load balancer has ended; start it again" in complaint(world, capsys, "backends", expected=3)
+    # One that has just begun cannot be asked yet: what there is of a socket is the dead one's.
+    with inside(world.lab.lb.netns), pins.own("lb-eth0", "a test"):
+        begun = said(world, "status", "--iface", "eth0", expected=3)
+        assert (begun["state"], begun["problems"]) == ("starting", ["it has not begun to serve yet"])
+        pins.begun("lb-eth0")
+        assert pins.has_begun("lb-eth0")
+        assert pins.owner("lb-eth0") == os.getpid()
     again = world.serve("--check", "none")
+    with inside(world.lab.lb.netns):
+        api.forget("eth0")  # of one that lives nothing is removed
     with asking(world) as client:
         assert client.get("/v1/version", types.Version).pid == again.pid
     with inside(world.lab.lb.netns):
         [_] = pins.RUN.glob(f"{pins.namespace()}-*.api")
+    assert command(world.lab.lb, "remove", "--all") == "nothing is left\n"  # of one that lives
+    again.kill()
+    again.wait()
+    assert command(world.lab.lb, "remove", "--all") == "eth0: removed\n"
+    with inside(world.lab.lb.netns):
+        assert [path for path in pins.RUN.iterdir() if path.name.startswith(f"{pins.namespace()}-")] == []
+        links = [path for path in pins.RUN.iterdir() if path.is_symlink()]
+        assert not any(os.readlink(path).startswith(f"{pins.namespace()}-") for path in links)
 
 
-def test_a_takeover(world):
+def test_a_restart_with_keep(world):
     """The next load balancer has the flows, and no connection breaks."""
-    first = world.serve("--check", "none")
+    first = world.serve("--check", "none", "--keep", "120")
     held = world.python(world.lab.client, "hold", str(VIP4), "80", ready=True)
-    with asking(world) as client:
-        applied = client.post("/v1/takeover", types.Applied, types.Takeover(keep=120))
-    assert "its flows are kept for 120 s" in applied.changes[0]
+    mine = next(b["address"] for b in said(world, "backends", VIP) if b["flows"])
+    waiting = world.program(world.lab.lb, *crablb("drain", mine, "--vip", VIP, "--wait"))
+    assert "state up -> drain" in waiting.stdout.readline()
+    follower = world.program(world.lab.lb, *crablb("events", "-f", "--json"))
+    assert json.loads(follower.stdout.readline())["number"] == 1
+    first.terminate()
     assert first.wait() == 0
+    assert follower.wait() == 0
     assert status(world.lab)["state"] == "dead"
+    assert waiting.poll() is None
     world.serve("--check", "none")
     assert "took over fallback flows" in (world.folder / "serve.log").read_text()
     assert status(world.lab)["state"] == "serving"
     out, _ = held.communicate("on\n", timeout=30)
     assert "on" in out
+    # Who waits for a drain waits on.
+    assert {b["state"] for b in said(world, "backends", VIP) if b["address"] == mine} == {"drain"}
+    assert waiting.poll() is None
+    command(world.lab.lb, "ready", mine)
+    _, told = waiting.communicate(timeout=90)
+    assert waiting.returncode == 2
+    assert f"{mine} is not drained any more in {VIP}" in told
 
 
 def test_without_it(world, capsys):

@@ -86,7 +86,7 @@ def test_a_tcx_program_in_front(world: World, accepting: Path):
             said = f"on eth0 the tc program with id {number} comes before the agent's"
             assert agent_status(client, 1)["client"]["faults"] == [said]
             done = repair(client)
-            assert (done.returncode, done.stdout) == (0, f"mended: {said}\n")
+            assert (done.returncode, done.stdout) == (0, f"mended; it was: {said}\n")
             assert len(bpf.tcx_programs(index)) == 2
             assert exchange(held, "one") == "one"
             assert redirected(world)
@@ -121,8 +121,8 @@ def test_what_is_detached_is_attached_again(world: World):
     done = repair(client)
     assert done.returncode == 0
     assert {
-        "mended: the agent's program is not attached to lo",
-        f"mended: the program that offers is not attached to cgroup {client.cgroup}",
+        "mended; it was: the agent's program is not attached to lo",
+        f"mended; it was: the program that offers is not attached to cgroup {client.cgroup}",
     } <= set(done.stdout.splitlines())
     assert exchange(held, "still here") == "still here"
     assert redirected(world)

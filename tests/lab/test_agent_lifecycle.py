@@ -48,7 +48,7 @@ def test_remove_waits_for_connections(world: World):
     agent.kill()
     agent.wait()
     remove = world.program(client, *crablb("agent", "remove", "client"))
-    assert answer(remove) == "client: offers no more; 2 connections go on"
+    assert answer(remove) == "client: offers no more; 2 connections left, to go on"
     assert world.echo(VIP4, "10")["accepted_on"] == str(VIP4)  # by the fallback
     assert agent_status(client)["client"]["withdrawn"] is True
     for one in held:
@@ -69,7 +69,7 @@ def test_a_half_closed_connection_is_waited_for(world: World):
     agent.kill()
     agent.wait()
     remove = world.program(client, *crablb("agent", "remove", "client"))
-    assert answer(remove) == "client: offers no more; 1 connections go on"
+    assert answer(remove) == "client: offers no more; 1 connection left, to go on"
     assert exchange(halfway, "read") == "200000 bytes and the count"
     assert answer(remove) == "client: removed"
 
@@ -83,7 +83,7 @@ def test_remove_does_not_wait_longer_than_told(world: World, how: list[str]):
     agent.kill()
     agent.wait()
     done = client.run(*crablb("agent", "remove", "client", *how))
-    assert done.stdout.splitlines()[-1] == "client: removed, and 1 connections end by it"
+    assert done.stdout.splitlines()[-1] == "client: removed, which ends 1 connection"
     assert (shown(client), left(client)) == (before, [])
     assert held.stdin
     held.stdin.write("gone\n")
@@ -228,7 +228,7 @@ def test_another_version_waits_for_the_connections_of_the_one_before(world: Worl
     args = ["client", "--vip", f"tcp://{VIP4}:80", "--backends", "10.0.0.0/24", "--cgroup", str(client.cgroup)]
     done = client.run(*crablb("agent", *args, "--detach"), check=False)
     assert done.returncode == 2
-    assert "is of another version, and 1 connections need it; let them end: crablb agent remove client" in done.stderr
+    assert "is of another version, and has 1 connection; wait for the end: crablb agent remove client" in done.stderr
     assert (shown(client), left(client)) == before
     assert exchange(held, "still here") == "still here"
     held.communicate()

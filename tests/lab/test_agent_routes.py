@@ -292,7 +292,7 @@ def test_a_detached_agent_is_told_and_mended(make_world: Callable[..., World]):
     )
     client.ip("addr add 10.0.0.1/24 dev eth0", f"route add {VIP4} via {world.lab.lb.ip4}")
     done = client.run(*crablb("agent", "repair"))
-    assert f"mended: the agent's copy of the route to {VIP4} is missing\n" in done.stdout
+    assert f"mended; it was: the agent's copy of the route to {VIP4} is missing\n" in done.stdout
     assert agent_status(client)["client"]["routes"] == {vip: "agent"}
     assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from crablb.lab import VIP4, VIP6, Node
-from crablb.lab.demo import start_agent, start_serve
-from tests.helpers.processes import until
+from crablb.lab.demo import crablb, start_agent, start_serve
+from tests.helpers.processes import logged, until
 from tests.helpers.world import World, status
 
 
@@ -59,9 +59,17 @@ def test_an_address_in_use_is_not_taken(make_world, family):
         other.set({"net.ipv4.conf.all.arp_ignore": 0})
     world.serve("--announce", "arp", what=[f"tcp://{VIP4}:80=10.0.0.11", f"tcp://[{VIP6}]:80=fd00::11"])
     log = world.folder / "serve.log"
-    until(lambda: '"announced"' in log.read_text())
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    until(lambda: logged(log, "announced"))
+    entries = logged(log)
     (conflict,) = [e for e in entries if e["event"].startswith("somebody else")]
+    lb = world.lab.lb
+    told = json.loads(lb.run(*crablb("services", "--json")).stdout)
+    vip = f"tcp://{taken}:80" if family == 4 else f"tcp://[{taken}]:80"
+    assert {one["vip"]: one["in_use"] for one in told if one["in_use"]} == {vip: {"eth0": other.mac()}}
+    (line,) = [line for line in lb.run(*crablb("services")).stdout.splitlines() if line.startswith(vip)]
+    assert line.endswith(f"in use at {other.mac()} on eth0")
+    shown = lb.run(*crablb("status")).stdout.splitlines()  # exit status 0: that is how a standby is
+    assert "standby for 1 VIP: another machine has it (crablb services)" in shown
     assert status(world.lab)["daemon"]["vips_in_use"] == 1
     assert (conflict["vip"], conflict["mac"], conflict["level"]) == (str(taken), other.mac(), "error")
     assert [e["vip"] for e in entries if e["event"] == "announced"] == [str(free)]
@@ -69,8 +77,7 @@ def test_an_address_in_use_is_not_taken(make_world, family):
 
 
 def entries(folder: Path, event: str) -> list[dict[str, object]]:
-    found = [json.loads(line) for line in (folder / "serve.log").read_text().splitlines()]
-    return [entry for entry in found if entry["event"].startswith(event)]
+    return logged(folder / "serve.log", event)
 
 
 def segment(make_world) -> tuple[World, Node, Path]:

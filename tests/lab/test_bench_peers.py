@@ -42,10 +42,11 @@ def test_redirected_connections_pass_the_load_balancer_by(suite):
     assert packets["direct"] == 0
     assert packets["crablb, redirect"] <= 4 * 64
     assert packets["nginx stream"] > 100 * 64
+    assert packets["MPTCP, direct"] == 0
+    assert packets["crablb, MPTCP"] > 0
     programs = {row.name: row.median for row in suite.table("peers-bpf").rows}
     ours = {f"crablb, redirect: crab_{name}" for name in ("server", "offer", "ingress", "egress", "lb")}
     assert {*ours, "XDP redirect: redirect"} <= programs.keys()
-    assert "crablb, DSR: crab_server" not in programs
     p6 = suite.targets[-1]
     assert p6.value.startswith("0 packets beside ")
 
@@ -68,3 +69,32 @@ def test_what_is_not_installed_is_left_out(monkeypatch, tmp_path):
         world.lab.servers[2].ip("link set eth0 down")
         with pytest.raises(lab.Unavailable, match=r"direct: .* failed"):
             world.crr("direct", "--seconds", "0.2")
+
+
+def test_programs_speak_mptcp(tmp_path):
+    """Where it is MPTCP that is measured, and by TCP they do not."""
+    with lab.Peers(quiet(), tmp_path, ("direct", "MPTCP, direct", "crablb, MPTCP")) as world:
+        assert world.left_out == {}
+        world.big(1 << 20)
+
+        def begun(name: str) -> int:
+            counts = lab.mptcp_counts(world.ways[name].client.run("cat", "/proc/net/netstat").stdout)
+            assert counts["MPCapableFallbackSYNACK"] == 0
+            return counts["MPCapableSYNTX"]
+
+        for name in world.ways:
+            for run in (
+                lambda name: world.crr(name, "--samples", "2", "--warmup", "0", "--seconds", "20"),
+                world.download,
+                lambda name: world.wrk(name, "/8", 1, 2, close=False),
+            ):
+                before = begun(name)
+                assert run(name)
+                assert (begun(name) > before) == (name != "direct"), name
+
+
+def test_what_falls_back_to_tcp_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(lab, "mptcp_counts", lambda text: {"MPCapableSYNACKRX": 1, "MPCapableFallbackSYNACK": 1})
+    with lab.Peers(quiet(), tmp_path, ("MPTCP, direct",)) as world:
+        assert world.left_out == {"MPTCP, direct": "connections fell back to TCP"}
+        assert world.ways == {}

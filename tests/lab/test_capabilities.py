@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from crablb.kernel.capabilities import NUMBERS, SERVE
+from crablb.kernel.capabilities import NUMBERS, OF_USE, SERVE
 from crablb.lab import VIP4
 from crablb.lab.demo import crablb
+from tests.helpers.processes import ROOT
 from tests.helpers.world import World
 
 USER = "65534"
@@ -57,7 +62,9 @@ def test_folders_that_are_not_the_users(make_lab):
 def test_it_serves_and_has_given_up_the_rest(make_world, user):
     world: World = make_world()
     world.servers(agents=False)
-    command = as_user(SERVE, PREPARED, *serving()) if user == "another" else serving()
+    # Root may also have a port that others may not.
+    more = ("--metrics-listen", f"{world.lab.lb.ip4}:80") if user == "root" else ()
+    command = as_user(SERVE, PREPARED, *serving()) if user == "another" else serving(*more)
     daemon = world.program(world.lab.lb, *command)
     assert daemon.stderr
     for line in daemon.stderr:
@@ -65,16 +72,51 @@ def test_it_serves_and_has_given_up_the_rest(make_world, user):
             break
     else:
         raise AssertionError("it does not serve")
+    gives_up_the_rest(daemon.pid, user)
+    assert world.echo(VIP4)["intact"]
+    if user == "another":  # who need not be allowed to start this interpreter
+        daemon.terminate()
+        assert daemon.wait() == 0
+        return
+    # So does the process that takes over.
+    daemon.send_signal(signal.SIGUSR2)
+    told = []
+    for line in daemon.stderr:
+        told.append(line)
+        if "another process serves" in line:
+            break
+    assert daemon.wait() == 0, told
+    successor = json.loads(told[-1])["successor"]
+    gives_up_the_rest(successor, user)
+    assert world.echo(VIP4)["intact"]
+    os.kill(successor, signal.SIGTERM)
+    for _ in daemon.stderr:  # to its end
+        pass
+
+
+def test_a_successor_has_what_this_one_has():
+    """Also of another user, whose programs have nothing otherwise."""
+    code = (
+        "import subprocess; from crablb.kernel import capabilities as c; c.keep(c.SERVE)\n"
+        "def told(): return subprocess.check_output(['grep', 'CapEff', '/proc/self/status'], text=True)\n"
+        "before = told()\n"
+        "with c.lent(): between = told()\n"
+        "print(before, between, told())"
+    )
+    command = as_user(SERVE, ":;", sys.executable, "-c", code)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    found = [int(word, 16) for word in done.stdout.split() if word != "CapEff:"]
+    assert found == [0, sum(1 << NUMBERS[name] for name in SERVE), 0], done.stderr
+
+
+def gives_up_the_rest(pid: int, user: str) -> None:
     wanted = sum(1 << NUMBERS[name] for name in SERVE)
-    rest = 1 << NUMBERS["CAP_DAC_READ_SEARCH"] if user == "root" else 0
-    now = held(daemon.pid)
+    rest = sum(1 << NUMBERS[name] for name in OF_USE) if user == "root" else 0
+    now = held(pid)
     assert now["CapEff"] == now["CapPrm"] == now["CapBnd"] == wanted | rest
     assert now["CapAmb"] == 0
-    for thread in Path(f"/proc/{daemon.pid}/task").iterdir():
+    for thread in Path(f"/proc/{pid}/task").iterdir():
         assert held(int(thread.name))["CapEff"] == wanted | rest
-    assert world.echo(VIP4)["intact"]
-    daemon.send_signal(signal.SIGTERM)
-    assert daemon.wait() == 0
 
 
 def test_agents(make_world):

@@ -133,9 +133,12 @@ def test_plan_reload_and_save(world):
     assert changed["backends_changed"] == ["10.0.0.12: weight 1 -> 3"]
     assert 0.2 < changed["moved"] < 0.3  # from a half to three quarters
     assert added["backends_added"] == ["10.0.0.13"]
-    assert (planned["settings"], planned["restart"]) == (["ping: true -> false"], ["queues: the default -> 1"])
+    assert (planned["settings"], planned["restart"]) == (
+        ["ping: true -> false"],
+        ["queues: the default -> 1 (crablb takeover does it)"],
+    )
     told = command(lb, "plan", str(other), expected=1)
-    assert "a reload refuses this; it needs a restart:\n  queues: the default -> 1" in told
+    assert "a reload refuses this:\n  queues: the default -> 1 (crablb takeover does it)\n" in told
     assert status(world.lab)["daemon"]["reloads"] == 0
 
     # Refused whole, and every fault told.
@@ -145,6 +148,11 @@ def test_plan_reload_and_save(world):
     path.write_text("= nothing")
     assert "Invalid statement" in _fails(world, "reload")
     assert "Invalid statement" in _fails(world, "plan")
+    # A fault is the file's that has it.
+    other.write_text('[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = ["x"]\n')
+    place = f"{other}: service 1 (line 1): backends[0]: 'x' is not an IP address"
+    assert place in _fails(world, "plan", str(other))
+    assert place in _fails(world, "explain", "10.0.0.1:4 -> 10.0.0.100:80", "--config", str(other))
     config(world)
     assert command(lb, "reload") == "nothing to do: it is so already\n"
 
@@ -161,6 +169,14 @@ def test_plan_reload_and_save(world):
     assert path.with_name("lb.toml.bak").read_text() == before
     assert said(world, "diff")["changes"] == []
     assert command(lb, "save") == "nothing to do: it is so already\n"
+    # Byte by byte, with the line ends that it has.
+    path.write_bytes(FILE.format(weight=4, more="").replace("\n", "\r\n").encode())
+    command(lb, "reload")
+    command(lb, "weight", "10.0.0.12", "6")
+    kept = path.read_bytes()
+    command(lb, "save")
+    assert path.with_name("lb.toml.bak").read_bytes() == kept
+    assert path.read_bytes() == kept.replace(b"12*4", b"12*6")
     # One that somebody has edited meanwhile is not written over.
     command(lb, "weight", "10.0.0.12", "5")
     config(world, weight=8)

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from crablb.errors import KernelError
 from crablb.kernel import pins
 from crablb.lab import VIP4, Lab, existing
 from crablb.lab.demo import VIPS, crablb, start_agent
+from tests.helpers.namespaces import unique
 from tests.helpers.processes import ROOT, until
 from tests.helpers.world import agent_status, status
 
@@ -45,7 +47,10 @@ def lab(make_lab) -> Lab:
 WRONG = {
     "no-interface": (["--iface", "eth7", "--service", SERVICE], r"interface eth7 does not exist; there are: lo, eth0"),
     "nothing-said": ([], "say which interface to serve: --iface eth0\nsay what to serve: --service tcp://.*"),
-    "no-service": (["--iface", "eth0"], "say what to serve: --service tcp://.*, or --config FILE.toml"),
+    "no-service": (
+        ["--iface", "eth0"],
+        r"say what to serve: --service tcp://.*, or --config FILE.toml \(made by crablb quickstart\)",
+    ),
     "bad-service": (
         ["--iface", "eth0", "--service", "tcp://10.0.0.100:0=10.0.0.11,x"],
         r"--service tcp://10.0.0.100:0=10.0.0.11,x: VIP: '0' is not a port \(1 to 65535\)\n"
@@ -64,7 +69,10 @@ WRONG = {
         ["--iface", "eth0", "--service", SERVICE, "--busy-poll", "-1"],
         "--busy-poll: -1 is not a whole number from 0 to 1000000",
     ),
-    "no-file": (["--config", "/nowhere.toml"], "/nowhere.toml: cannot be read: No such file or directory"),
+    "no-file": (
+        ["--config", "/nowhere.toml"],
+        "/nowhere.toml: cannot be read: No such file or directory; make one: crablb quickstart --output /nowhere.toml",
+    ),
     "both": (
         ["--config", "/nowhere.toml", "--service", SERVICE, "--queues", "1", "--busy-poll", "0"],
         "--service, --queues, --busy-poll cannot be given with --config; say it in /nowhere.toml",
@@ -105,11 +113,19 @@ def test_serve_beside_another_xdp_program(lab, other_xdp_program):
 
 
 def test_serve_twice(standing):
+    """What is told is who serves, and not what of his is in the way."""
     world = standing()
-    child = world.serve()
-    done = world.lab.lb.run(*crablb("serve", "--iface", "eth0", "--service", SERVICE), check=False)
+    listens = ["--metrics-listen", "127.0.0.1:9471"]
+    child = world.serve(*listens)
+    world.lab.lb.run(*crablb("weight", "10.0.0.11", "3"))  # which a second one would find
+    again = [*crablb("serve", "--iface", "eth0", "--service", SERVICE), *listens]
+    done = world.lab.lb.run(*again, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"crablb: the load balancer of eth0 is run already by process {child.pid}; stop it first\n"
+    assert done.stderr == (
+        f"crablb: the load balancer of eth0 is run already by process {child.pid}; have it read its file anew (crablb"
+        " reload) or serve anew (crablb takeover), or this one serve in its place (--takeover), or stop it first:"
+        f" systemctl stop, or kill {child.pid}\n"
+    )
     # and the first serves on
     assert world.echo(VIP4)["intact"]
 
@@ -282,7 +298,7 @@ def test_agent_remove_while_one_runs(lab):
     done = lab.servers[0].run(*crablb("agent", "remove"), check=False)
     assert done.returncode == 2
     assert (
-        f"the server agent is run by process {child.pid}; end that (kill {child.pid}, or systemctl stop)" in done.stderr
+        f"the server agent is run by process {child.pid}; end that (systemctl stop, or kill {child.pid})" in done.stderr
     )
     assert agent_status(lab.servers[0], 1)["server"]["pid"] == child.pid  # nothing listens there
     assert lab.client.run(*crablb("agent", "status")).stdout == "no agent in this network namespace\n"
@@ -300,6 +316,8 @@ def test_labs_of_others_are_let_be():
         for name, user in zip(names, users, strict=True):
             assert run("lab", "up", "--name", name, "--servers", "1", env=user).returncode == 0
         every = run("lab", "down", "--all", env=users[0], stdin=subprocess.DEVNULL)
+        while "there is no lab" in every.stderr:  # other tests' labs end meanwhile
+            every = run("lab", "down", "--all", env=users[0], stdin=subprocess.DEVNULL)
         assert every.returncode == 2
         assert f"lab {names[0]}\n" in every.stdout
         assert f"lab {names[1]}, which somebody else has made\n" in every.stdout
@@ -401,5 +419,21 @@ def test_demo(topology):
     assert sum(report["connections_per_backend"].values()) == 300
     assert report["load_balancer_packets"]["other"] == 0
     assert report["wire_packets"] == {"SYN": 2 * report["connection_attempts"]}
-    assert report["costs"]["prepared"] == 1 < report["costs"]["unprepared"]
+    costs, survival = report["costs"], report["survival"]
+    assert costs["prepared"] == 1 < costs["MPTCP, no agent"] < costs["unprepared"]
+    went_on = {what: {kind for kind, ms in pauses.items() if ms is not None} for what, pauses in survival.items()}
+    assert went_on["load balancer"] == {"prepared", "MPTCP, no agent"}
+    assert went_on["direct way"] == {"unprepared", "MPTCP, no agent"}
     assert report["peers_seen"] == ["10.0.0.100", "fd00::100"]
+
+
+def test_two_who_make_a_lab_of_one_name(monkeypatch):
+    """At the same time, so that neither sees the other's: the second takes nothing of the first's away."""
+    name, exists = unique(), Path.exists
+    with Lab.create(name, servers=1) as lab:
+        with monkeypatch.context() as patched, pytest.raises(KernelError, match=f"lab {name} exists; remove it"):
+            patched.setattr(Path, "exists", lambda path: path.name != f"{name}.json" and exists(path))
+            Lab.create(name, servers=1)
+        assert all(node.run("true").returncode == 0 for node in lab.nodes.values())
+        assert name in existing()
+    assert name not in existing()

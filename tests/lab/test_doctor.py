@@ -137,7 +137,7 @@ def test_a_load_balancer_that_is_ill(doctor):
 
     serving.send_signal(signal.SIGSTOP)
     found = doctor.sick(config=False)
-    assert severities(found) == {"daemon-stopped": "fault"}
+    assert severities(found) == {"daemon-stopped": "fault", "vip-unanswered": "warning"}
     assert found["daemon-stopped"]["remedy"].startswith(f"kill -CONT {serving.pid}")
     serving.send_signal(signal.SIGCONT)
 
@@ -222,6 +222,79 @@ def test_a_server_that_dies(doctor):
     assert found["backend-unhealthy"]["severity"] == "warning"
     assert " is unhealthy: tcp: " in found["backend-unhealthy"]["what"]
     assert "service-down" not in found
+
+
+def test_a_vip_that_is_withdrawn(doctor):
+    """And of a load balancer that is stopped or dead since, whatever came in before."""
+    world, lb = doctor.world, doctor.node
+    world.servers()
+    doctor.file.write_text(FILE.replace("check = []", 'check = ["tcp"]\nquorum = 2'))
+    serving = world.serve(config=doctor.file)
+
+    def services() -> list[types.Service]:
+        with inside(lb.netns), client.Client(client.discover()) as asked:
+            return asked.get("/v1/services", list[types.Service])
+
+    assert world.echo(VIP4, "10")["intact"]
+    until(lambda: "vip-unanswered" not in doctor.sick(config=False))
+    world.lab.servers[0].end()
+    until(lambda: not any(service.announced for service in services()))
+    for config in (True, False):
+        found = doctor.sick(config=config)
+        assert severities(found) == {
+            "quorum-lost": "fault",
+            "backend-unhealthy": "warning",
+            "vip-unanswered": "warning",
+        }
+        assert found["vip-unanswered"]["what"].endswith(" on eth0: it is withdrawn")
+    serving.send_signal(signal.SIGSTOP)
+    found = doctor.sick()
+    assert severities(found) == {"daemon-stopped": "fault", "vip-unanswered": "warning"}
+    assert found["vip-unanswered"]["what"].endswith("its load balancer is stopped")
+    serving.kill()
+    serving.wait()
+    for config in (True, False):
+        found = doctor.finds(config=config)
+        assert found["vip-unanswered"]["what"].endswith("its load balancer does not run")
+        assert {"daemon-dead", "counter"} <= found.keys()
+        assert "service-down" not in found and "quorum-lost" not in found
+        text = lb.run(*crablb("doctor"), check=False).stdout
+        assert "above" not in text and "announced" not in text and "come in" not in text
+
+
+def test_two_load_balancers(doctor):
+    """Each is looked at by its own configuration; an interface that is gone is told once, and others are as they
+    were."""
+    world, lb = doctor.world, doctor.node
+    world.servers()
+    world.serve(config=doctor.file)
+    lb.ip("link add one0 type veth peer name other0", "link set one0 up", "link set other0 up")
+    lb.ip("addr add 10.7.0.1/24 dev one0")
+    other = world.folder / "other.toml"
+    other.write_text('interface = "one0"\n[[service]]\naddress = "tcp://10.7.0.100:80"\nbackends = ["10.7.0.11"]\n')
+    serving = lb.popen(*crablb("serve", "--config", str(other)))
+
+    def finds() -> list[dict[str, Any]]:
+        return json.loads(command(lb, "doctor", "--json", expected=None))["findings"]
+
+    def about(vip: object) -> list[tuple[str, str]]:
+        told = [one for one in finds() if one["what"].startswith("nobody") and str(vip) in one["what"]]
+        return [(one["id"], one["what"]) for one in told]
+
+    announced = [("vip", f"nobody else answers for {VIP4}, and it is announced")]
+    try:
+        with inside(lb.netns):
+            until(lambda: client.found().keys() == {"eth0", "one0"})
+        assert about(VIP4) == announced
+        assert about("10.7.0.100") == [("vip-unanswered", "nobody answers for 10.7.0.100 on one0")]
+        lb.ip("link del one0")
+        found = finds()
+        assert [one["what"] for one in found if one["id"] == "interface-missing"] == ["interface one0 is gone"]
+        assert f"process {serving.pid} waits for one0, since it is gone" in [one["what"] for one in found]
+        assert about(VIP4) == announced
+    finally:
+        serving.terminate()
+        serving.wait()
 
 
 def test_what_was_kept(doctor):
@@ -389,6 +462,7 @@ def test_an_agent_and_what_lies_about(doctor):
     server = doctor.world.lab.servers[0]
     doctor.world.servers()
     assert doctor.sick(node=server, config=False) == {}
+    assert "the kernel's limits" in doctor.finds(node=server, config=False)["mptcp-client"]["what"]
     with inside(server.netns):
         pins.remove(pins.folders()["server"])
         stale = pins.RUN / f"{pins.namespace()}-eth9.sock"
@@ -437,7 +511,9 @@ def test_whatever_is_masked(doctor):
         assert found.keys() & {"xdp-mode", "interface-missing", "unread"}, what
         expected = MASKED[what][1]
         assert expected is None or found[expected] in ("warning", "fault"), what
-        if what not in ("no /proc", "a full /run"):  # where its lock is to be found
+        if what == "a full /run":
+            assert "daemon-elsewhere" in found
+        if what != "no /proc":  # where its lock is to be found
             assert not {"daemon-dead", "kept"} & set(found), what
 
 

@@ -157,10 +157,11 @@ def test_what_is_fixed_at_the_start(make_lab):
         await load_balancer.start()
         try:
             with pytest.raises(ConfigError) as caught:
-                load_balancer.apply(config(FIRST, table_size=251, flows=64))
+                load_balancer.apply(config(FIRST, table_size=251, flows=64, seed=SEED))
             assert caught.value.problems == [
-                "table_size cannot be changed while serving; restart crablb serve",
-                "flows cannot be changed while serving; restart crablb serve",
+                "seed cannot be changed while serving; restart crablb serve",
+                "table_size cannot be changed while serving; crablb takeover does it",
+                "flows cannot be changed while serving; crablb takeover does it",
             ]
             assert load_balancer.config == config(FIRST)
         finally:

@@ -106,7 +106,9 @@ def test_why_not(standing):
         first = explained(lb, "10.0.0.1:40000", few.vip)
         other = explained(lb, "10.0.0.1:40000", few.vip, down=[first.backend])
         assert other.backend not in ("", first.backend)
-        assert f"{first.backend} takes no new connections" in {s.outcome for s in other.steps if s.what == "health"}
+        (health,) = (s for s in other.steps if s.what == "health")
+        assert health.outcome == f"{first.backend} takes no new connections"
+        assert health.why == "it is taken to be unhealthy"
         panicked = explained(lb, "10.0.0.1:40000", few.vip, down=[str(b.address) for b in BACKENDS])
         assert panicked.backend == first.backend
         assert "disregarded" in {s.outcome for s in panicked.steps if s.what == "health"}
@@ -114,6 +116,11 @@ def test_why_not(standing):
             (("10.0.0.1", FOUR), "is not ADDRESS:PORT of a client"),
             (("10.0.0.1:0", FOUR), "is not ADDRESS:PORT of a client"),
             (("10.0.0.256:1", FOUR), "is not an IP address"),
+            (("0.0.0.0:1", FOUR), "is an unspecified address and cannot be a client"),
+            (("[ff02::1]:1", FOUR), "is a multicast address and cannot be a client"),
+            (("255.255.255.255:1", FOUR), "is the broadcast address and cannot be a client"),
+            (("127.0.0.1:1", FOUR), "is a loopback address and cannot be a client"),
+            (("10.0.0.100:1", FOUR), "10.0.0.100 is a VIP"),
             (("[fd00::1]:1", FOUR), "the one is IPv4, the other IPv6"),
         ):
             with pytest.raises(ConfigError, match=says):

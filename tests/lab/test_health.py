@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -21,8 +20,9 @@ from crablb.lab import VIP4, Lab, Node
 from crablb.lab.demo import start_agent, start_nginx
 from crablb.model import Check, CheckKind, Mode
 from tests.helpers.namespaces import inside
-from tests.helpers.processes import until
+from tests.helpers.processes import logged, until
 from tests.helpers.world import World, status
+from tests.unit.test_health_probes import alive, checked
 
 VIP = Vip(VIP4, 80)
 A, B, C = (ip_address(f"10.0.0.1{i}") for i in (1, 2, 3))
@@ -282,7 +282,7 @@ def test_a_vip_without_a_quorum_is_not_announced(make_world):
     log = world.folder / "serve.log"
 
     def said(event: str) -> list[dict[str, str]]:
-        return [e for e in map(json.loads, log.read_text().splitlines()) if e["event"].startswith(event)]
+        return logged(log, event)
 
     until(lambda: said("announced"))
     # Nobody has an agent there: they keep their places, and get the fallback.
@@ -306,3 +306,17 @@ def test_a_vip_without_a_quorum_is_not_announced(make_world):
     until(lambda: said("a VIP is announced again"), 30)
     until(lambda: len(said("announced")) == 2)
     assert found()
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "in time"])
+def test_a_program_with_process_numbers_of_its_own(tmp_path, late):
+    """As docs/health.md has it: what makes a session of its own ends with it too."""
+    told = tmp_path / "pid"
+    # /proc is that of outside, and so are the numbers in it.
+    mine = f"read -r pid rest < /proc/self/stat; echo $pid > {told}; exec sleep 100"
+    starts = f"setsid sh -c '{mine}' & until [ -s {told} ]; do :; done"
+    command = ("/usr/bin/unshare", "--pid", "--fork", "--kill-child", "/bin/sh", "-c")
+    text = f"{starts}; {'sleep 100' if late else 'exit 0'}"
+    check = Check(CheckKind.EXEC, command=(*command, text), timeout=2 if late else 10)
+    assert checked(check, 80).ok is not late
+    until(lambda: not alive(told.read_text().strip()), 10)

@@ -23,6 +23,7 @@ from crablb.kernel.netlink import HopState
 from crablb.kernel.xsk import XskSocket
 from crablb.lab import VIP4, VIP6, Lab
 from crablb.lab.demo import crablb, services
+from tests.helpers import processes
 from tests.helpers.cables import cable, two_networks
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import answer, exchange, until
@@ -38,8 +39,7 @@ GONE = "an interface is gone; it is served again when there is one of its name, 
 
 
 def logged(world: World, event: str) -> list[dict[str, str]]:
-    entries = (json.loads(line) for line in (world.folder / "serve.log").read_text().splitlines())
-    return [entry for entry in entries if entry["event"] == event]
+    return processes.logged(world.folder / "serve.log", event)
 
 
 def number_queues(lab: Lab, count: int) -> None:
@@ -162,8 +162,13 @@ def test_an_upload_and_a_larger_mtu(make_world):
     assert child.wait() == 0
 
 
-def other_status(lab: Lab) -> str:
-    return lab.lb.run(*crablb("status", "--iface", "eth1"), check=False).stderr
+def gone(lab: Lab, name: str, pid: int) -> bool:
+    """What is said where an interface is gone, to people and programs: by the daemon that waits for it."""
+    told = lab.lb.run(*crablb("status", "--iface", name, "--json"), check=False)
+    said = json.loads(told.stdout)
+    shown = lab.lb.run(*crablb("status", "--iface", name), check=False)
+    assert (told.returncode, shown.returncode, said["state"], said["pid"]) == (1, 1, "degraded", pid)
+    return said["problems"][0] == f"interface {name} is gone" and f"  interface {name} is gone\n" in shown.stdout
 
 
 @pytest.mark.parametrize("bypass", ["auto", "off"])
@@ -179,8 +184,7 @@ def test_one_of_two_goes_and_returns(make_world, bypass):
     for turn in (1, 2):
         lab.lb.ip("link del eth1")
         until(lambda n=turn: status(lab)["daemon"]["interfaces_lost"] == n)
-        said = other_status(lab)
-        assert said == f"crablb: interface eth1 is gone; process {serving.pid} serves it again when it is back\n"
+        assert gone(lab, "eth1", serving.pid)
         for family in (4, 6):
             assert world.echo(VIP[family], "100000")["intact"]
         cable(lab.lb, other, 12)
@@ -207,6 +211,8 @@ def test_the_only_one_goes_and_returns(make_world):
     until(lambda: len(logged(world, "announced")) == 2)
     lab.lb.ip("link del eth0")
     until(lambda: logged(world, GONE))
+    assert gone(lab, "eth0", serving.pid)
+    assert lab.lb.run(*crablb("status"), check=False).returncode == 1  # the only one there is
     plug(lab)
     until(lambda: logged(world, "an interface is there again, and served"))
     until(lambda: len(logged(world, "announced")) == 4)

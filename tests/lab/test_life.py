@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crablb.kernel import bpf
+from crablb.kernel import bpf, pins
 from crablb.lab import VIP4, Lab
 from crablb.lab.demo import crablb
 from tests.helpers.namespaces import inside
@@ -31,8 +31,8 @@ def program(lab: Lab) -> int:
 def left(lab: Lab) -> list[str]:
     """What is there of a load balancer."""
     managed = "managed" in lab.lb.run("ip", "neigh").stdout
-    pins = [path.name for path in lab.lb.pins.glob("lb-*")]
-    return pins + ["program"] * bool(program(lab)) + ["managed neighbours"] * managed
+    pinned = [path.name for path in lab.lb.pins.glob("lb-*")]
+    return pinned + ["program"] * bool(program(lab)) + ["managed neighbours"] * managed
 
 
 def test_a_clean_stop_keeps_flows_for_the_next(make_world: Callable[..., World]):
@@ -146,6 +146,30 @@ def test_a_dead_one_is_removed_by_command(make_world: Callable[..., World], how:
     assert command(lab.lb, "remove", "--iface", "eth0") == "eth0: there was none\n"
 
 
+@pytest.mark.parametrize("when", ["while it lives", "afterwards"])
+def test_one_whose_interface_is_gone_is_removed_by_command(make_world: Callable[..., World], when: str):
+    """Its sockets too."""
+    world = make_world()
+    lab = world.lab
+    child = world.serve()
+
+    def sockets() -> list[str]:
+        return sorted(path.name for path in pins.RUN.glob(f"{lab.lb.pins.name}-*") if path.suffix in (".sock", ".api"))
+
+    assert len(sockets()) == 2
+    if when == "while it lives":
+        lab.lb.ip("link del eth0")
+        log = world.folder / "serve.log"
+        until(lambda: "is served again when" in log.read_text())
+    child.kill()
+    child.wait()
+    if when == "afterwards":
+        lab.lb.ip("link del eth0")
+    assert command(lab.lb, "remove", "--iface", "eth0") == "eth0: removed\n"
+    assert sockets() == []
+    assert command(lab.lb, "remove", "--iface", "eth0") == "eth0: there was none\n"
+
+
 def test_an_embedding_program_that_dies(make_world: Callable[..., World]):
     """By a signal that it does not take: what stays is found by the same command."""
     world = make_world()
@@ -197,3 +221,31 @@ def test_signals_that_do_not_end_an_agent(make_world: Callable[..., World], numb
     finally:
         child.kill()
         child.communicate()
+
+
+#: Of whoever starts it, which a program has from it (env of coreutils).
+BLOCKED = ["env", "--block-signal", "--ignore-signal=CHLD"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_signals_that_were_blocked_when_it_was_started(make_world: Callable[..., World], number: signal.Signals):
+    """They end a load balancer, and both agents, here and in another network namespace, all the same."""
+    world = make_world(servers=1)
+    balancer = world.serve(program=[*BLOCKED, *crablb()])
+    server, client = world.lab.servers[0], world.lab.client
+    agents = [
+        world.program(server, *BLOCKED, *crablb("agent", "server", "--vip", f"tcp://{VIP4}:80")),
+        world.program(
+            world.lab.lb,  # which starts ip and tc as well, and waits for them
+            *BLOCKED,
+            *crablb(
+                "agent", "client", "--vip", f"tcp://{VIP4}:80", "--backends", "10.0.0.0/24", "--netns", client.netns
+            ),
+        ),
+    ]
+    assert [answer(agent) for agent in agents] == ["ready", "ready"]
+    for child in [*agents, balancer]:
+        child.send_signal(number)
+    assert [child.wait(60) for child in [*agents, balancer]] == [0, 0, 0]
+    assert left(world.lab) == []
+    assert not [*server.pins.glob("server-*"), *client.pins.glob("client-*")]

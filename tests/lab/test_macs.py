@@ -76,7 +76,7 @@ def test_an_interface_gets_another_mac_address(make_world, family):
     change(world.lab.servers[0])
     fault = "tunnelled packets to the MAC address that eth0 has now are let alone"
     assert agent_status(world.lab.servers[0], 1)["server"]["faults"] == [fault]
-    assert command(world.lab.servers[0], "agent", "repair", "server") == f"mended: {fault}\n"
+    assert command(world.lab.servers[0], "agent", "repair", "server") == f"mended; it was: {fault}\n"
     assert world.echo(VIP[family])["intact"]
 
 

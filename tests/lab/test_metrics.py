@@ -185,7 +185,7 @@ def test_agents(world: World):
     # Where it cannot listen, nothing is installed.
     taken = client.run(*crablb("agent", "server", "--vip", "tcp://10.0.0.200:80", *metrics), check=False)
     assert taken.returncode == 2
-    assert taken.stderr.strip().endswith(f"metrics at 127.0.0.1:{AGENT_PORT}: Address already in use")
+    assert f"metrics at 127.0.0.1:{AGENT_PORT}: Address already in use; see who has it" in taken.stderr
     assert "server" not in agent_status(client)
 
 

@@ -109,7 +109,7 @@ def test_detached_and_changed_from_outside(world: World) -> None:
     assert "not attached" in command(lab.lb, "agent", "status", *both, expected=1)
     mended = command(lab.lb, "agent", "repair", *both)
     lost = f"the program that answers redirects is not attached to cgroup {first.cgroup.parent}"
-    assert mended == f"netns {first.netns}: mended: {lost}\n"
+    assert mended == f"netns {first.netns}: mended; it was: {lost}\n"
     lab.lb.run(*crablb("agent", "server", "--netns", second.netns, "remove", other))
     assert [len(agent_status(server)["server"]["vips"]) for server in lab.servers] == [3, 2]
     gone = command(lab.lb, "agent", "remove", "server", *both)
@@ -360,11 +360,14 @@ def test_detached_in_all_of_them(tmp_path: Path, cgroup: Path) -> None:
             f"  wrong: the agent's copy of the route to {VIP4} is missing",
         ]
         mended = island.run(*crablb("agent", "repair", "--all-netns")).stdout
-        assert mended == f"netns red: mended: the agent's copy of the route to {VIP4} is missing\n"
+        assert mended == f"netns red: mended; it was: the agent's copy of the route to {VIP4} is missing\n"
         gone = island.run(*crablb("agent", "remove", "--all-netns")).stdout
         assert gone == "netns green: client: removed\nnetns red: client: removed\n"
         said = "no agent in any network namespace"
         for ask in ("status", "remove"):
             assert island.run(*crablb("agent", ask, "--all-netns")).stdout == f"{said}\n"
         done = island.run(*crablb("agent", "repair", "--all-netns"), check=False)
-        assert (done.returncode, done.stderr) == (2, f"crablb: there is {said}\n")
+        assert (done.returncode, done.stderr) == (
+            2,
+            f"crablb: there is {said}; install one: crablb agent server --vip ...\n",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 
@@ -58,6 +59,16 @@ def test_addresses_beside(make_world, add, vip):
     world.lab.lb.ip(f"addr add {add}")
     ended, said = serve(world, vip)
     assert ended == 0, said
+    warned = '"the kernel answers for a VIP too"'
+    assert warned not in said
+    ended, said = serve(world, vip, "--announce", "arp")
+    assert (ended, said.count(warned)) == (0, 1), said
+    config = world.folder / "lb.toml"
+    service = f'[[service]]\naddress = "tcp://{vip}:22"\nbackends = ["{BACKEND[6 if "[" in vip else 4]}"]\n'
+    for announce, warnings in (("none", 0), ("arp", 1)):
+        config.write_text(f'interface = "eth0"\nannounce = "{announce}"\n{service}')
+        told = json.loads(world.lab.lb.run(*crablb("check", str(config), "--here", "--json")).stdout)
+        assert sum("the kernel answers for it too" in one for one in told["warnings"]) == warnings, told
 
 
 def test_a_host_address_that_the_machine_sends_from(make_world):

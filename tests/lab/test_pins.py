@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from crablb import cli
 from crablb.agent.base import cgroup_root
+from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.lab import VIP4, Lab
 from crablb.lab.demo import VIPS, crablb
@@ -55,6 +57,36 @@ def test_a_name_is_of_one_namespace(netns: Callable[[], str]):
     assert len(names) == 20
 
 
+WANDER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+there = [os.open(f"/run/netns/{name}", os.O_RDONLY) for name in sys.argv[1:]]
+print("ready", flush=True)
+while True:
+    for one in there:
+        libc.setns(one, 0)
+"""
+
+
+def test_others_look_around_at_the_same_time(netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
+    """A process that goes from one namespace to the next, as one that looks for dead ones does, is in another one the
+    moment after it was looked at: none is missed for it, so nobody's pins are taken for those of the dead."""
+    names = [netns(), netns()]
+    with subprocess.Popen([sys.executable, "-c", WANDER, *names], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout and child.stdout.readline() == "ready\n"
+        places = [Path(f"/proc/{child.pid}/ns/net"), *(Path(f"/run/netns/{name}") for name in names)]
+        monkeypatch.setattr(pins.netns, "places", lambda *_: iter(places))
+        monkeypatch.setattr(pins.netns, "NAMED", Path("/nowhere"))
+        wanted = {pins.namespace_at(place) for place in places[1:]}
+        inodes = {os.stat(place).st_ino for place in places[1:]}
+        try:
+            for _ in range(300):
+                assert wanted <= pins._alive()[1]
+                assert inodes <= {one.inode for one in pins.netns.every()}
+        finally:
+            child.kill()
+
+
 def test_looks_that_change_nothing(netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
     """Who has which role, and what is pinned: nothing is made, renamed, or locked where the kernel says who has it."""
     with inside(netns()):
@@ -66,7 +98,7 @@ def test_looks_that_change_nothing(netns: Callable[[], str], monkeypatch: pytest
             assert pins.folders() == {"lb-eth0.100": folder}
             assert pins.held() == {"lb-eth0.100": os.getpid()}
             tried = []
-            monkeypatch.setattr(pins, "_locked_by", tried.append)
+            monkeypatch.setattr(pins.fcntl, "flock", lambda *args: tried.append(args))
             assert pins.held() == {"lb-eth0.100": os.getpid()}
             assert not tried
             monkeypatch.undo()
@@ -84,6 +116,35 @@ def test_looks_that_change_nothing(netns: Callable[[], str], monkeypatch: pytest
         stale.touch()
         assert pins.held() == {"lb-eth1": None}
         stale.unlink()
+
+
+def test_an_owner_in_another_pid_namespace(netns: Callable[[], str]):
+    """Its id is what it is here, not what it is there; there, ours has none."""
+    name = netns()
+    code = (
+        "import os, sys; from crablb.kernel import pins\n"
+        "with pins.own('lb-veth0', 'it'): print(os.getpid(), pins.owner('lb-veth1'), flush=True); sys.stdin.read()"
+    )
+    entered = ["nsenter", f"--net=/run/netns/{name}"]
+    with inside(name), pins.own("lb-veth1", "it"):
+        hidden = [*entered, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        process = subprocess.Popen([*hidden, sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+        try:
+            assert process.stdout
+            assert process.stdout.readline().split() == ["1", str(pins.ELSEWHERE)]
+            (there,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            assert pins.owner("lb-veth0") == pins.held()["lb-veth0"] == int(there)
+            for refused in (lambda: pins.check_free("lb-veth0", "it"), lambda: pins.own("lb-veth0", "it").__enter__()):
+                with pytest.raises(KernelError, match=rf"by process {there}; .* or kill {there}$"):
+                    refused()
+            told = [*hidden, *crablb("agent", "remove", "server")]
+            with pins.own("server", "it"):
+                refusal = subprocess.run(told, capture_output=True, text=True, check=False)
+            assert refusal.returncode and "by a process of another PID namespace; " in refusal.stderr
+            assert "kill" not in refusal.stderr
+        finally:
+            process.communicate()
+        assert pins.owner("lb-veth0") is None
 
 
 def test_what_a_dead_namespace_left_is_collected(netns: Callable[[], str]):
@@ -256,3 +317,34 @@ def test_an_interface_with_a_dot_in_its_name(make_world):
     second.terminate()
     assert second.wait() == 0
     assert not lab.lb.pins.exists()
+
+
+def test_a_lock_is_taken_and_claimed_back_where_there_is_no_room(tmp_path, monkeypatch):
+    """What somebody else writes takes any page that would be let go of."""
+    place = tmp_path / "run"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], check=True)
+    try:
+        monkeypatch.setattr(pins, "RUN", place)
+        truncate = os.ftruncate
+
+        def other(path: Path) -> None:
+            with open(path, "ab", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+        def truncates(fd: int, size: int) -> None:
+            truncate(fd, size)
+            other(place / "more")
+
+        with pins.own("lb-x", "a test", process=4194303) as lock:
+            pins.begun("lb-x")
+            other(place / "big")
+            monkeypatch.setattr(os, "ftruncate", truncates)
+            for _ in range(2):
+                pins.claim(lock)
+                assert next(place.glob("*-lb-x.lock")).read_text() == str(os.getpid())
+                pins.begun("lb-x")
+                assert pins.has_begun("lb-x")
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)

@@ -169,6 +169,7 @@ def test_least_loaded_sees_a_figure(make_world):
     assert reporting.daemon()["reports"] > 10
 
 
+@pytest.mark.long
 def test_a_backend_that_completes_no_redirects(make_world):
     """It gets the fallback alone, until it completes one; it is named, and so is a server where nothing listens."""
     world = make_world()

@@ -401,4 +401,4 @@ def test_a_kernel_that_lists_no_sockets(make_world: Callable[..., World], monkey
     assert command(client, "agent", "remove", "client", expected=2) == ""  # how long would it wait?
     assert command(client, "agent", "remove", "client", "--now") == "client: removed\n"
     with pytest.raises(KernelError, match="modprobe"):
-        reporter.waiting()
+        reporter.queues()

@@ -159,7 +159,10 @@ def in_mounts(lab: Lab, mounts: str, *args: str) -> subprocess.CompletedProcess[
 
 
 SERVE = ["serve", "--iface", "eth0", "--service", SERVICE]
-SAY_RUN = r"crablb: cannot write /run/crablb[^\n]*: {}; crablb keeps its state in /run/crablb\n"
+SAY_RUN = (
+    r"crablb: cannot write /run/crablb[^\n]*: {}; crablb keeps its state in /run/crablb:"
+    r" (mount -o remount,rw|df) /run[^\n]*\n"
+)
 PROC = r"crablb: /proc[^\n]*: No such file or directory; mount it: mount -t proc proc /proc\n"
 LACKING = {
     "run-read-only": ("mount -t tmpfs -o ro none /run", SERVE, SAY_RUN.format("Read-only file system")),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -13,11 +11,12 @@ from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import VIPS, crablb
+from tests.helpers.earlier import compiled
 from tests.helpers.namespaces import inside
-from tests.helpers.processes import ROOT, answer, exchange
+from tests.helpers.processes import answer, exchange
 from tests.helpers.world import World, status
 
-pytestmark = pytest.mark.xdist_group("upgrade")
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("upgrade")]
 
 #: The first revision whose pins, maps and numbers mean what they mean today.
 OLD = "98157ce405a8f6c225595363775366e3dcd4096d"
@@ -27,16 +26,7 @@ SERVICE = f"tcp://{VIP4}:80=10.0.0.11,10.0.0.12,10.0.0.13"
 @pytest.fixture(scope="session")
 def old(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """``crablb`` of then, compiled here."""
-    if subprocess.run(["git", "cat-file", "-e", OLD], cwd=ROOT, capture_output=True, check=False).returncode:
-        pytest.skip(f"the history is not here (a shallow clone?): git fetch --unshallow brings revision {OLD}")
-    source = tmp_path_factory.mktemp("old")
-    archive = subprocess.run(["git", "archive", OLD], cwd=ROOT, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "x", "-C", source], input=archive, check=True)
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stderr
-    # From its own folder, so that today's is not found first.
-    return ["env", "-C", str(source), sys.executable, "-m", "crablb"]
+    return compiled(OLD, tmp_path_factory.mktemp("old"))
 
 
 def attached(world: World) -> int:
@@ -68,6 +58,24 @@ def test_a_daemon_of_before_is_taken_over(make_world: Callable[..., World], old:
     assert {world.echo(VIP4, "10")["server"] for _ in range(6)} <= {"server2", "server3"}
 
 
+def test_a_daemon_that_knows_no_takeover_goes_on(make_world: Callable[..., World], old: list[str]):
+    """Who asks for one is told so."""
+    world = make_world(servers=3, offload=False)
+    world.servers(dsr=True)
+    first = world.serve(what=[SERVICE], program=old)
+    held = world.python(world.lab.client, "hold_many", str(VIP4), "80", "30", ready=True)
+    before = attached(world)
+    serve = crablb("serve", "--iface", "eth0", "--service", SERVICE, "--check", "none", "--takeover")
+    done = world.lab.lb.run(*serve, check=False)
+    assert done.returncode == 2
+    assert f"process {first.pid} serves eth0 and cannot be taken over" in done.stderr
+    assert "of a version before" in done.stderr
+    assert first.poll() is None
+    assert attached(world) == before
+    assert exchange(held, "one") == "30"
+    world.echo(VIP4, "10")
+
+
 def test_and_takes_over_in_its_turn(make_world: Callable[..., World], old: list[str]):
     """Who goes back to the version before loses nothing either."""
     world = make_world(servers=3, offload=False)
@@ -94,10 +102,10 @@ def test_a_client_agent_of_before_is_taken_over(make_world: Callable[..., World]
     vips = [word for vip in VIPS for word in ("--vip", vip)]
     client.run(*old, "agent", "client", *vips, *args)
     held = [world.python(client, "hold", str(vip), "80", ready=True) for vip in (VIP4, VIP6)]
-    with pytest.raises(KernelError, match="is of another version, and 2 connections need it"):
+    with pytest.raises(KernelError, match="is of another version, and has 2 connections"):
         world.client()
     remove = world.program(client, *crablb("agent", "remove", "client"))
-    assert answer(remove) == "client: offers no more; 2 connections go on"
+    assert answer(remove) == "client: offers no more; 2 connections left, to go on"
     for one in held:
         assert exchange(one, "one") == "one"
         one.communicate()

@@ -42,6 +42,17 @@ class Option(NamedTuple):
         return self.data[0] >> 4 if self.kind == MULTIPATH and self.data else None
 
     @property
+    def key(self) -> bytes | None:
+        """The server's, in the MP_CAPABLE of the third packet: behind the client's (figure 4)."""
+        whole = self.subtype == 0 and len(self.data or b"") in (18, 20, 22) and self.data[0] & 15 == 1
+        return self.data[10:18] if whole else None
+
+    @property
+    def token(self) -> bytes | None:
+        """Of the connection that a SYN joins (figure 5)."""
+        return self.data[2:6] if self.subtype == 1 and len(self.data or b"") == 10 else None
+
+    @property
     def is_signature(self) -> bool:
         return self.kind in (MD5, AUTHENTICATION)
 

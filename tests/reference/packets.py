@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import math
 import struct
@@ -119,6 +120,8 @@ class LoadBalancer:
         self.seed, self.experimental = seed, experimental
         self.settled: dict[bytes, Flow] = {}  # by four-tuple
         self.pending: dict[bytes, Flow] = {}  # those whose SYN's answer was not acknowledged yet
+        self.earlier: dict[bytes, Flow] = {}  # whose SYN was not either when that came: one of the two is the client's
+        self.tokens: dict[tuple[bytes, int, bytes], int] = {}  # MPTCP connections' backends, by VIP, port and token
         self.elsewhere = False  # whether the last frame left by another interface than it came by
 
     def speaks_cr(self, service: Service, backend: int) -> bool:
@@ -196,11 +199,19 @@ class LoadBalancer:
         settled, pending = self.settled.get(four_tuple), self.pending.get(four_tuple)
         if not flags & SYN:
             sequence = int.from_bytes(tcp[4:8], "big")
-            # The window of a SYN-ACK is not scaled.
-            follows = pending and (sequence - int.from_bytes(pending.isn, "big") - 1) % 2**32 < 2**16
-            flow = pending if follows or not settled else settled
-            if flow and flow is pending and flags & ACK and not flags & RST:
-                self.settled[four_tuple] = self.pending.pop(four_tuple)
+
+            def follows(syn: Flow | None) -> bool:
+                # The window of a SYN-ACK is not scaled.
+                return bool(syn) and (sequence - int.from_bytes(syn.isn, "big") - 1) % 2**32 < 2**16
+
+            earlier = self.earlier.get(four_tuple)
+            syn = earlier if follows(earlier) and not follows(pending) else pending
+            flow = syn if follows(syn) or not settled else settled
+            if flow and flow is syn and flags & ACK and not flags & RST:
+                self.settled[four_tuple] = flow
+                self.earlier.pop(four_tuple, None)
+                if flow is pending:
+                    del self.pending[four_tuple]
             if flow:
                 if self.is_usable(service, flow.backend):
                     chosen = flow.backend
@@ -212,19 +223,29 @@ class LoadBalancer:
                     flow.backend = chosen
             if chosen < 0:
                 return "drop_no_backend", None
+            key = next((o.key for o in parse(tcp[20:data_offset])[0] if o.key), None)
+            if key:
+                self.tokens[service.vip, service.port, hashlib.sha256(key).digest()[:4]] = chosen
             packet = ip[:header] + bare[:16] + struct.pack("!H", right) + bare[18:]
             return self.fall_back("fallback_established", frame[:l3], packet, service, four_tuple, chosen)
 
         options, payload = tcp[20:data_offset], tcp[data_offset:]
         found = parse(options)[0]
         offers = offer(self.experimental) in found
+        token = next((o.token for o in found if o.token), None)
+        joined = self.tokens.get((service.vip, service.port, token)) if token else None
+        if joined is not None and self.is_usable(service, joined):
+            chosen = joined
         copies: float = 0
-        flow = next((f for f in (pending, settled) if f and f.isn == tcp[4:8]), None)
+        older = settled or self.earlier.get(four_tuple)
+        flow = next((f for f in (pending, older) if f and f.isn == tcp[4:8]), None)
         if flow and self.is_usable(service, flow.backend):
             chosen = flow.backend
             copies = flow.copies
             flow.copies += 1
         elif chosen >= 0:
+            if pending and not older:  # one more takes the place of the newer one
+                self.earlier[four_tuple] = pending
             flow = self.pending[four_tuple] = Flow(chosen, tcp[4:8], offers)
         else:
             return "drop_no_backend", None

@@ -34,13 +34,14 @@ FETCHED = ROOT / ".stacks"
 class Site(World):
     """Behind the VIPs' ports: whatever is started on the servers.  ``prepared``: whether the client has an agent."""
 
-    def __init__(self, lab: Lab, folder: Path, ports: tuple[int, ...], prepared: bool) -> None:
+    def __init__(self, lab: Lab, folder: Path, ports: tuple[int, ...], prepared: bool, *more: str) -> None:
+        """``more``: options of the servers' agents."""
         super().__init__(lab, folder)
         self.prepared = prepared
         self._numbers = itertools.count()
         vips = [part for port in ports for vip in (VIP4, f"[{VIP6}]") for part in ("--vip", f"tcp://{vip}:{port}")]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda server: start_agent(server, "server", "--dsr", *vips), lab.servers))
+            list(pool.map(lambda server: start_agent(server, "server", "--dsr", *vips, *more), lab.servers))
         four, six = (
             ",".join(addresses) for addresses in zip(*((s.ip4, f"[{s.ip6}]") for s in lab.servers), strict=True)
         )

@@ -1,10 +1,6 @@
-"""PostgreSQL: pgbench, and its own regression tests."""
+"""PostgreSQL: pgbench.  Its own regression tests are in tests/foreign."""
 
 from __future__ import annotations
-
-import re
-import shutil
-import subprocess
 
 from crablb.lab import VIP4, VIP6, Node
 from tests.helpers.processes import until
@@ -18,8 +14,8 @@ def program(name: str) -> str:
     return str(next(FOLDER.glob(f"program/usr/lib/postgresql/*/{name}")))
 
 
-def start_postgres(site: Site, server: Node) -> None:
-    """One whose data are lost if the machine dies."""
+def start_postgres(site: Site, server: Node, *run: str) -> None:
+    """One whose data are lost if the machine dies.  ``run``: the command that runs it."""
     data = site.folder / server.name
     done = server.run(
         *UNPRIVILEGED, program("bin/initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "-E", "UTF8",
@@ -30,7 +26,7 @@ def start_postgres(site: Site, server: Node) -> None:
         access.write("host all all all trust\n")
     settings = {"listen_addresses": "*", "port": PORT, "unix_socket_directories": data, "fsync": "off"}
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    site.start(server, PORT, *UNPRIVILEGED, program("bin/postgres"), "-D", data, *options)
+    site.start(server, PORT, *UNPRIVILEGED, *run, program("bin/postgres"), "-D", data, *options)
     # It listens before it lets anybody in.
     until(lambda: server.run(program("bin/pg_isready"), *at(server.ip4), check=False).returncode == 0, LIMIT)
 
@@ -69,29 +65,3 @@ def test_pgbench_connects(make_site):
         count = "select sessions > 50 from pg_stat_database where datname = 'postgres'"
         said = server.run(program("bin/psql"), "-AtX", "postgres", *at(server.ip4), "-c", count).stdout
         assert said.strip() == "t"
-
-
-def test_regression(make_site):
-    """Its ``make installcheck-parallel``, whole: up to 20 sessions at a time."""
-    site = make_site(PORT, servers=1)
-    start_postgres(site, site.lab.servers[0])
-    suite = site.folder / "suite"
-    shutil.copytree(FOLDER / "source/src/test/regress", suite)
-    # The C functions that it calls.
-    folders = [next(FOLDER.glob("program/usr/include/postgresql/*/server")), FOLDER / "source/src/include"]
-    include = [f"-I{folder}" for folder in folders]
-    subprocess.run(["gcc", "-shared", "-fPIC", "-w", *include, "regress.c", "-o", "regress.so"], cwd=suite, check=True)
-    for name in ("refint.so", "autoinc.so"):
-        shutil.copy(program(f"lib/{name}"), suite)
-    with site.counted():
-        said = site.use(
-            *UNPRIVILEGED, program("lib/pgxs/src/test/regress/pg_regress"), f"--bindir={program('bin')}",
-            f"--dlpath={suite}", "--schedule=parallel_schedule", "--max-concurrent-tests=20",
-            f"--host={VIP4}", f"--port={PORT}", "--user=postgres", cwd=suite,
-        )  # fmt: skip
-    tests = sum(
-        len(line.split()) - 1
-        for line in (suite / "parallel_schedule").read_text().splitlines()
-        if line.startswith("test:")
-    )
-    assert re.search(rf"All {tests} tests passed", said), said

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,17 +16,22 @@ from concurrent.futures import Future
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
+import uvloop
 
+from crablb import cli
 from crablb.api import types
-from crablb.api.client import ApiError, Client, NotRunning
+from crablb.api.client import ApiError, Client, NotRunning, UnansweredError
 from crablb.control.admin import Admin, app, server
+from crablb.control.admin.calls import CALLS, Stream
 from crablb.control.admin.sockets import Place
 from crablb.control.journal import KEPT
 from crablb.control.operator import Operator
+from crablb.dataplane.census import FoundFlow
 from crablb.dataplane.events import Event
 from crablb.errors import ConfigError, KernelError
 from crablb.kernel import pins
@@ -48,14 +54,14 @@ class Served:
 
     async def _run(self) -> None:
         self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        self.operator, self.engine = still(stop=lambda: None)
+        self.operator, self.engine = still()
         sock = socket.socket(socket.AF_UNIX)
         sock.setblocking(False)
         sock.bind(str(self.path))
-        listener = await server.listen(app.make(self.operator, token=self._token), sock)
+        self.listener = await server.listen(app.make(self.operator, token=self._token), sock)
         self._ready.set_result(None)
         await self._end.wait()
-        await listener.close()
+        await self.listener.close()
         self.operator.close()
 
     def do(self, work: Callable[[], Any]) -> Any:
@@ -140,7 +146,7 @@ WRONG = {
     "method": (request("PUT", "/v1/status"), 405, "PUT is not for /v1/status; there is GET, HEAD"),
     "method of several": (request("PUT", "/v1/services"), 405, "there is GET, HEAD, POST"),
     "not JSON": (request("PATCH", "/v1/backends/10.0.0.11", b"{"), 400, "the body is not what it should be"),
-    "no body": (request("PATCH", "/v1/backends/10.0.0.11"), 400, "the body is not what it should be"),
+    "no body": (request("PATCH", "/v1/backends/10.0.0.11"), 400, "nothing is to be changed: give weight or state"),
     "not UTF-8": (request("PATCH", "/v1/backends/10.0.0.11", b'{"state": "\xff"}'), 400, "the body is not"),
     "type": (request("PATCH", "/v1/backends/10.0.0.11", b'{"weight": "3"}'), 400, "weight: Expected `int | null`"),
     "number": (request("PATCH", "/v1/backends/10.0.0.11", b'{"weight": 1e999}'), 400, ""),
@@ -150,8 +156,8 @@ WRONG = {
     "nested": (request("POST", "/v1/services", b'{"a":' * 5000 + b"1" + b"}" * 5000), 400, ""),
     "list": (request("POST", "/v1/services", b"[]"), 400, "Expected `object`"),
     "backend": (request("PATCH", "/v1/backends/10.0.0.1x", b'{"weight": 3}'), 404, "is not an IP address"),
-    "stranger": (request("PATCH", "/v1/backends/10.0.0.19", b'{"weight": 3}'), 404, "did you mean 10.0.0.1"),
-    "service": (request("GET", "/v1/services/tcp%3A%2F%2F10.0.0.100%3A81"), 404, "did you mean tcp://10.0.0.100:80?"),
+    "stranger": (request("PATCH", "/v1/backends/10.0.0.19", b'{"weight": 3}'), 404, "there are: 10.0.0.11, 10.0.0.12"),
+    "service": (request("GET", "/v1/services/tcp%3A%2F%2F10.0.0.100%3A81"), 404, "there are: tcp://10.0.0.100:80, "),
     "parameter": (request("GET", "/v1/backends?vip=" + ONE + "&nothing=1"), 400, "there is no parameter 'nothing'"),
     "parameter's type": (request("GET", "/v1/flows?limit=many"), 400, "limit: Expected `int`"),
     "parameter twice": (request("GET", "/v1/flows?limit=1&limit=2"), 400, "limit: is given 2 times"),
@@ -161,7 +167,21 @@ WRONG = {
         409,
         "is served already",
     ),
-    "takeover": (request("POST", "/v1/takeover", b'{"keep": -1}'), 400, "keep: -1"),
+    "event": (request("GET", "/v1/events/kept?since=-5"), 400, "since: Expected `int` >= 0"),
+    "event of a stream": (request("GET", "/v1/events?since=-5"), 400, "since: Expected `int` >= 0"),
+    "weight and address": (request("PATCH", "/v1/backends/10.0.0.11*3", b'{"state": "up"}'), 404, "has a weight"),
+    "weight twice": (
+        request("POST", f"/v1/services/{ONE}/backends", b'{"address": "10.0.0.14*3", "weight": 2}'),
+        400,
+        "weight: is given twice",
+    ),
+    "blank configuration": (
+        request("POST", "/v1/explain", b'{"client": "10.0.0.1:4", "vip": "10.0.0.100:80", "configuration": "\\n"}'),
+        400,
+        "",
+    ),
+    "blank plan": (request("POST", "/v1/plan", b" \n"), 400, "service"),
+    "takeover": (request("POST", "/v1/takeover"), 409, "within another program"),
 }
 
 
@@ -194,8 +214,13 @@ def test_garbage(served, name):
         with served.connected() as sock:
             sock.sendall(GARBAGE[name])
             assert sock.recv(15).startswith(b"HTTP/1.1 200")
+    elif name == "nothing":
+        with served.connected() as sock:
+            sock.sendall(GARBAGE[name])
     else:
-        assert served.raw(GARBAGE[name])[0] in (0, 400)
+        status, said = served.raw(GARBAGE[name])
+        assert status == 400 or (status == 0 and "endless" in name)  # what was not read resets the connection
+        assert status == 0 or "no HTTP request" in said["problems"][0]
     assert served.raw(request("GET", "/v1/version"))[0] == 200
 
 
@@ -209,6 +234,51 @@ def test_a_fault_of_our_own_is_one_requests(served, capsys):
     served.engine.refuse = ConfigError(["one", "two"])
     status, said = served.raw(request("PATCH", "/v1/backends/10.0.0.11", b'{"weight": 3}'))
     assert (status, said) == (400, {"problems": ["one", "two"]})
+
+
+@pytest.mark.parametrize("where", ["line", "query", "headers"])
+def test_a_long_head_that_comes_in_one_piece(served, where):
+    much = "a" * (17 << 10)
+    asked = {
+        "line": request("GET", f"/{much}"),
+        "query": request("GET", f"/v1/version?{much}"),
+        "headers": request("GET", "/v1/version", b"", b"x: " + much.encode()),
+    }[where]
+    status, said = served.raw(asked)
+    assert (status, said) == (431, {"problems": ["the request's line and headers are longer than 16,384 bytes"]})
+    assert served.raw(request("GET", "/v1/version", b"", b"x: " + b"a" * (15 << 10)))[0] == 200
+
+
+def test_head_of_a_stream_takes_no_place(served):
+    for _ in range(2 * app.STREAMS):
+        with served.connected() as sock:
+            sock.sendall(request("HEAD", "/v1/events"))
+            data = b""
+            while b"\r\n\r\n" not in data:
+                data += sock.recv(65536)
+            assert data.startswith(b"HTTP/1.1 200")
+            sock.sendall(request("GET", "/v1/version"))  # it has come to its end
+            assert b"text/event-stream" in data
+            assert answer(sock)[0] == 200
+
+
+#: Parameters that are not set are not all there is.
+EMPTY = [f"{call.path}?{name}=" for call in CALLS for name in call.query if call.method == "GET"]
+
+
+@pytest.mark.parametrize("path", EMPTY)
+def test_an_empty_parameter_is_refused(served, path):
+    name = path.rpartition("?")[2].removesuffix("=")
+    status, said = served.raw(request("GET", path))
+    assert (status, said["problems"]) == (400, [f"{name}: is empty; leave it out, or say which"])
+
+
+@pytest.mark.parametrize("path", ["/v1/services//backends/10.0.0.11", "/v1/backends/"])
+def test_an_empty_name_is_nothing(served, path):
+    status, _ = served.raw(request("PATCH", path, b'{"state": "drain"}'))
+    assert status == 404
+    with served.client() as client:
+        assert {b.state for b in client.get("/v1/backends", list[types.Backend])} == {"up"}
 
 
 def test_head_has_no_body(served):
@@ -284,12 +354,144 @@ def test_too_many_connections(served):
             assert until_answered(client)
 
 
+def test_another_process_listens_from_now_on(served, monkeypatch):
+    """Who is answered just now has the answer, who has connected may ask once, who follows is ended; the next one waits
+    for the other process."""
+    answered, go = threading.Event(), asyncio.Event()
+
+    async def slow(by: str) -> int:
+        answered.set()
+        await go.wait()
+        return 7
+
+    served.operator.succeed = slow
+    with contextlib.ExitStack() as more:
+        asks, fresh, idle = (more.enter_context(served.connected()) for _ in range(3))
+        follower = more.enter_context(served.connected())
+        follower.sendall(request("GET", "/v1/events"))
+        said = b""
+        while b": crablb" not in said:  # in one piece with the head, or after it
+            said += follower.recv(1 << 16)
+        idle.sendall(request("GET", "/v1/version"))
+        assert answer(idle)[0] == 200
+        asks.sendall(request("POST", "/v1/takeover"))
+        assert answered.wait(30)
+        leaving = asyncio.run_coroutine_threadsafe(served.listener.leave(), served.loop)
+        assert idle.recv(1) == b""
+        with contextlib.suppress(ConnectionResetError):
+            while follower.recv(1 << 16):
+                pass
+        late = more.enter_context(socket.socket(socket.AF_UNIX))
+        with pytest.raises(ConnectionRefusedError):
+            late.connect(str(served.path))
+        fresh.sendall(request("GET", "/v1/version"))
+        assert answer(fresh)[0] == 200
+        served.loop.call_soon_threadsafe(go.set)
+        assert answer(asks) == (
+            200,
+            {"changes": [f"process 7 serves in place of process {os.getpid()}"], "warnings": []},
+        )
+        assert asks.recv(1) == fresh.recv(1) == b""
+        leaving.result(30)
+
+
+def test_who_does_not_ask_is_not_waited_for(served, monkeypatch):
+    monkeypatch.setattr(server, "LEAVE", 0.1)
+    with served.connected() as silent:
+        served.raw(request("GET", "/v1/version"))  # it has been accepted then, and is no matter of a successor's
+        for end in (served.listener.leave, served.listener.close):
+            asyncio.run_coroutine_threadsafe(end(), served.loop).result(30)
+        with contextlib.suppress(ConnectionResetError):
+            assert silent.recv(1) == b""
+
+
 def until_answered(client: Client) -> bool:
     """The end of another connection is seen in a moment."""
     for _ in range(1000):
         with contextlib.suppress(ApiError):
             return bool(client.get("/v1/version", types.Version).api)
     return False
+
+
+#: Those that take a value; a stream's end is not to be waited for.
+TAKE = [call for call in CALLS if call.body not in (None, str) and not isinstance(call.answer, Stream)]
+
+
+@pytest.mark.parametrize("call", TAKE, ids=lambda call: call.name)
+def test_no_body_is_an_empty_one(served, call):
+    path = call.path.format(vip="tcp:10.0.0.100:80", address="10.0.0.11")
+    status, said = served.raw(request(call.method, path))
+    assert status == (200 if call.name == "drainLb" else 400)
+    assert served.raw(request(call.method, path, b"{}")) == (status, said)
+
+
+# ---- commands ----
+
+#: What a variable that is not set makes of commands.
+UNSET = [
+    ["drain", "10.0.0.11", "--vip", ""],
+    ["drain", "10.0.0.11", "--vip", "", "--wait"],
+    ["drain", ""],
+    ["maint", "10.0.0.11", "--vip", ""],
+    ["weight", "10.0.0.11", "3", "--vip", ""],
+    ["backends", ""],
+    ["flows", "--client", ""],
+    ["flows", "--backend", ""],
+    ["flows", "--vip", ""],
+    ["flows", "--count", "--client", ""],
+    ["flows", "--limit", ""],
+    ["events", "--since", ""],
+    ["explain", "10.0.0.1:4 -> 10.0.0.100:80", "--config", ""],
+    ["explain", "10.0.0.1:4 -> 10.0.0.100:80", "--config", "/dev/null"],
+    ["plan", ""],
+    ["plan", "/dev/null"],
+    ["capture", "-w", "/dev/null", ""],
+    ["capture", "-w", ""],
+    ["trace", ""],
+    ["trace", "10.0.0.1", "--vip", ""],
+    ["status", "--iface", ""],
+    ["services", "--iface", ""],
+]
+
+
+@pytest.mark.parametrize("words", UNSET, ids=" ".join)
+def test_what_is_empty_is_not_all(served, monkeypatch, capsys, words):
+    monkeypatch.setattr("crablb.cli.asking.discover", lambda name: served.path)
+    assert cli.main(words) == 2
+    assert capsys.readouterr().out == ""
+    assert {(b.state.value, b.weight) for s in served.engine.config.services for b in s.backends} == {("up", 1)}
+
+
+def test_a_drain_waits_for_flows_of_what_left_the_configuration(served, monkeypatch, capsys):
+    """One flow of the backend goes on, whatever has become of the backend and the service; then it ends."""
+    monkeypatch.setattr("crablb.cli.asking.discover", lambda name: served.path)
+    [vip] = [s.vip for s in served.engine.config.services if str(s.vip) == ONE]
+    flow = FoundFlow(1, vip, ip_address("10.0.0.11"), 5, "open")
+    served.do(lambda: setattr(served.engine, "flows", [flow]))
+    looks = []
+
+    def pause(_: float) -> None:
+        looks.append(None)
+        if len(looks) == 1:
+            served.do(lambda: served.operator.remove_backend(ONE, "10.0.0.11"))
+        elif len(looks) == 2:
+            served.do(lambda: served.operator.remove_service(ONE))
+        else:
+            served.do(
+                lambda: setattr(served.engine, "flows", [replace(flow, state="ending")] if len(looks) < 4 else [])
+            )
+        served.do(lambda: setattr(served.operator, "_counted", None))
+
+    monkeypatch.setattr("crablb.cli.drain.time", SimpleNamespace(monotonic=lambda: 0.0, sleep=pause))
+    assert cli.main(["drain", "10.0.0.11", "--wait"]) == 0
+    gone = "it is not in the configuration any more: redirected connections are not seen"
+    assert [line for line in capsys.readouterr().out.splitlines() if " left" in line] == [
+        "1 connection left (its server does not report: redirected connections are not seen)",
+        f"1 connection left ({gone})",
+        f"1 connection left (ending; forgotten within 2 minutes; {gone})",
+        f"0 connections left ({gone})",
+    ]
+    assert len(looks) == 4
 
 
 # ---- events ----
@@ -444,6 +646,47 @@ def test_nobody_is_there(tmp_path):
         Client(tmp_path / ("long" * 100)).get("/v1/version", types.Version)
 
 
+def test_one_that_takes_no_more_connections_hangs(tmp_path):
+    """It is there: that is another thing than nobody."""
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.ExitStack() as stack:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen(1)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                waiting.connect(str(tmp_path / "s"))
+        client = stack.enter_context(Client(tmp_path / "s", timeout=0.2))
+        with pytest.raises(ApiError, match=r"no answer within 0\.2 s, and nothing was asked") as raised:
+            client.patch("/v1/backends/10.0.0.11", types.Applied, types.Patch(weight=3))
+        assert raised.value.status == 2  # not sent: so nothing was changed
+        client = stack.enter_context(Client(tmp_path / "s", timeout=30))
+        threading.Timer(0.1, lambda: [listening.accept() for _ in range(2)]).start()
+        client._connect()  # waits until there is room
+
+
+@pytest.mark.parametrize("name", ["silence", "nothing", "half"])
+def test_what_became_of_a_change_is_not_known(tmp_path, name):
+    with says(tmp_path / "s", REPLIES[name][0]) as client:
+        for ask in (
+            lambda: client.patch("/v1/backends/10.0.0.11", types.Applied, types.Patch(weight=3)),
+            lambda: client.delete("/v1/services/x", types.Applied),
+            lambda: client.post("/v1/reload", types.Plan),
+            lambda: client.post("/v1/save", types.Applied),
+            lambda: client.post("/v1/services", types.Applied, {}),
+        ):
+            with pytest.raises(UnansweredError, match="it is not known whether the change was made") as raised:
+                ask()
+            assert raised.value.status == 4
+        for ask in (
+            lambda: client.get("/v1/diff", types.Diff),
+            lambda: client.post("/v1/plan", types.Plan, "text"),
+            lambda: client.post("/v1/explain", types.Explanation, {}),
+        ):
+            with pytest.raises(ApiError) as raised:
+                ask()
+            assert raised.value.status == 2
+
+
 @pytest.mark.parametrize("where", ["http://10.0.0.1", "https://", "https://[fd00::1", "ftp://x"])
 def test_where_nothing_can_be_asked(where):
     with pytest.raises(ConfigError, match="neither the path of a socket nor https"):
@@ -478,6 +721,53 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         check=True, capture_output=True,
     )  # fmt: skip
     return certificate, key
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_hands_are_shaken_with_so_many_at_a_time(certified, monkeypatch, run):
+    """Whoever says nothing takes a place until its time is over, and no more than there are."""
+    monkeypatch.setattr(server, "CONNECTIONS", 2)
+    monkeypatch.setattr(server, "HEAD_TIME", 60.0)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*certified)
+    trusting = ssl.create_default_context(cafile=str(certified[0]))
+    trusting.check_hostname = False
+
+    async def ask(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
+        writer.write(b"GET /v1/version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answered = await reader.read()
+        writer.close()
+        return answered
+
+    async def test() -> None:
+        operator, _ = still()
+        sock = socket.create_server(("127.0.0.1", 0))
+        sock.setblocking(False)
+        port = sock.getsockname()[1]
+        listener = await server.listen(app.make(operator), sock, tls)
+        async with asyncio.timeout(30):
+            assert (await ask(port)).startswith(b"HTTP/1.1 200")
+            _, plain = await asyncio.open_connection("127.0.0.1", port)
+            plain.write(b"GET / HTTP/1.1\r\n\r\n")  # no TLS: is let go of
+            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+            while len(listener._server._hands) < 2:
+                await asyncio.sleep(0.001)
+            asked = asyncio.create_task(ask(port))
+            for _ in range(100):
+                await asyncio.sleep(0.001)
+                assert len(listener._server._hands) <= 2
+            assert not asked.done()
+            for _, writer in silent:
+                writer.close()
+            assert (await asked).startswith(b"HTTP/1.1 200")
+            await listener.close()
+            with pytest.raises(OSError):
+                await ask(port)
+        plain.close()
+        operator.close()
+
+    run(test())
 
 
 TOKEN = "0123456789abcdef"

@@ -119,6 +119,9 @@ def test_what_the_kernel_drops():
     assert not list(advice.dropped(0))
     (told,) = advice.dropped(7)
     assert (told.counter, told.facts["packets"]) == ("xsk_dropped", 7)
+    assert not list(advice.unsent(0))
+    (told,) = advice.unsent(3)
+    assert (told.counter, told.facts["packets"]) == (None, 3)
 
 
 def test_packets_that_are_too_long():
@@ -151,10 +154,35 @@ class Engine:
     def __init__(self) -> None:
         self.hops = {B: replace(UP, mtu=1280)}
         self.counted: list[str] = []
+        self.modes, self.too_big = {"eth0": "native"}, 0
+
+    def statistics(self):
+        return {"total": {"too_big": self.too_big}}
 
     def count(self, what: str) -> None:
         assert what in DAEMON_COUNTERS
         self.counted.append(what)
+
+
+def test_uncut_segments():
+    """Said when they begin, in generic mode alone, and known as long as they come."""
+    engine = Engine()
+    adviser = Adviser(engine)  # type: ignore[arg-type]
+
+    def sweep(too_big: int) -> tuple[int, list[str]]:
+        engine.too_big += too_big
+        with capture_logs() as said:
+            adviser.hear(Swept(flows=1, refused=0))
+        return adviser.uncut, [one["event"] for one in said if "not cut yet" in one["event"]]
+
+    assert sweep(1000) == (0, [])
+    engine.modes = {"eth0": "generic", "eth1": "native"}
+    assert sweep(advice.CRAWLING - 1) == (0, [])
+    uncut, said = sweep(200)
+    assert (uncut, len(said)) == (200, 1)
+    assert sweep(300) == (300, [])
+    assert sweep(0) == (0, [])
+    assert len(sweep(20)[1]) == 1
 
 
 def test_when_what_is_told():

@@ -79,6 +79,15 @@ def test_an_echo_request_is_answered(family, tag, payload):
         assert back[ICMPv6EchoReply].data == payload
 
 
+@pytest.mark.parametrize("size", [0, 1, 56])
+def test_an_echo_request_of_zeros_is_answered(size):
+    """A reply of zeros alone has the checksum 0xffff: with 0 its words would add up to no sum at all (RFC 1624, 3)."""
+    sent = ether() / ip(4) / ICMP(id=0, seq=0) / Raw(bytes(size))
+    outcome, got = core().outcome(bytes(sent))
+    assert outcome == "echo"
+    answered(4, sent, got)
+
+
 @FAMILIES
 @pytest.mark.parametrize(
     ("flags", "ack", "seq"), [("S", 1001, 0), ("A", 0, 5), ("FA", 0, 5), ("F", 1001, 0), ("", 1000, 0)]

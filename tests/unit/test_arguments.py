@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from crablb import __version__
 from crablb.cli import COMMANDS, main, make_parser, parsers
 from crablb.options import OPTIONS
-from docs.manpages import write
+from docs.manpages import plain, write
 from tests.helpers.processes import ROOT
 
 ALL = list(parsers(make_parser()))
@@ -41,10 +43,11 @@ def test_help(parser, columns, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     shown = " ".join(parser.format_help().split())
     assert shown.startswith(f"usage: {parser.prog}")
+    assert "(default: )" not in shown
     for action in actions(parser):
         assert action.help, action.dest
         assert all(flag in shown for flag in action.option_strings)
-        if columns == "1000" and action.default not in (None, False, [], argparse.SUPPRESS):
+        if columns == "1000" and action.default not in (None, False, "", [], argparse.SUPPRESS):
             assert f"default: {action.default}" in shown
 
 
@@ -66,7 +69,7 @@ def test_version():
         [sys.executable, "-c", "import sys; from crablb.cli import main; main(['--version'])"],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
-    assert done.stdout == f"crablb {importlib.metadata.version('crablb')}\n"
+    assert done.stdout == f"crablb {__version__}\n"
 
 
 def test_the_version_needs_nothing_compiled():
@@ -89,6 +92,9 @@ WRONG = [
     (["weight", "10.0.0.11", "many"], "N: 'many' is not a whole number from 0 to 65535"),
     (["drain", "10.0.0.11", "--timeout", "5"], "--timeout goes with --wait"),
     (["drain", "10.0.0.11", "--wait", "--timeout", "x"], "--timeout: 'x' is not a number of seconds from 0 to 86400"),
+    (["drain-lb", "--timeout", "-1"], "--timeout: '-1' is not a number of seconds from 0 to 86400"),
+    (["drain-lb", "--cancel", "--timeout", "1"], "--cancel stands alone"),
+    (["drain-lb", "--cancel", "--withdraw"], "--cancel stands alone"),
     (["flows", "--count", "--vip", "x"], "--count is of all flows: leave --vip, --backend and --client out"),
     (["flows", "--limit", "-"], "--limit: '-' is not a whole number"),
     (["events", "--since", "x"], "--since: 'x' is not the number of an event"),
@@ -156,8 +162,11 @@ WRONG = [
         ["key", "backend", "10.0.0.11", "--master", "/nowhere/key"],
         "/nowhere/key: cannot be read: No such file or directory; make a key: crablb key new",
     ),
-    (["config", "check", "/nowhere.toml"], "/nowhere.toml: cannot be read: No such file or directory"),
-    (["config", "check", "/proc"], "/proc: cannot be read: Is a directory"),
+    (
+        ["config", "check", "/nowhere.toml"],
+        "/nowhere.toml: cannot be read: No such file or directory; make one: crablb quickstart --output /nowhere.toml",
+    ),
+    (["config", "check", "/proc"], "/proc: cannot be read: Is a directory; name a file in it"),
     (["config", "check", "/proc/self/mem"], "/proc/self/mem: cannot be read: Input/output error"),
     (["config", "check", "a\0b"], "'a\\x00b': cannot be read: embedded null byte"),
 ]
@@ -265,6 +274,43 @@ def test_bash_completes_interfaces(completion):
     assert all(name.startswith("l") for name in names)
 
 
+@pytest.mark.parametrize(
+    ("words", "line", "expected"),
+    [
+        (["drain", ""], None, {"10.0.0.11", "10.0.0.12", "fd00::11"}),
+        (["drain", "10.0.0.12"], None, {"10.0.0.12"}),
+        (["drain", "11"], "crablb drain fd00::11", {"11"}),  # bash ends a word at a colon
+        (["weight", "10.0.0.11", "3", "--vip", ""], None, {"tcp://10.0.0.100:80"}),
+        (["lab", "down", "--name", "m"], None, {"mine"}),
+    ],
+)
+def test_bash_completes_what_there_is(completion, tmp_path, monkeypatch, words, line, expected):
+    """By asking ``crablb completion --list``."""
+    there = {"backends": "10.0.0.11 10.0.0.12 fd00::11", "vips": "tcp://10.0.0.100:80", "labs": "mine other"}
+    cases = "".join(f'{kind}) printf "%s\\n" {names};; ' for kind, names in there.items())
+    (tmp_path / "crablb").write_text(f'#!/bin/sh\ncase "$3" in {cases}esac\n')
+    (tmp_path / "crablb").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if line:
+        monkeypatch.setenv("COMP_LINE", line)
+    assert completed(completion("bash"), "crablb", *words) == expected
+
+
+def test_what_there_is_to_complete(monkeypatch, capsys, tmp_path):
+    """Silent where nobody answers, and soon where somebody does not."""
+    monkeypatch.setattr("crablb.api.client.found", dict)
+    monkeypatch.setattr("crablb.lab.lab.existing", lambda: ["mine", "other"])
+    assert main(["completion", "--list", "labs"]) == 0
+    assert capsys.readouterr() == ("mine\nother\n", "")
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.bind(str(tmp_path / "deaf"))
+        deaf.listen()
+        monkeypatch.setattr("crablb.api.client.found", lambda: {"eth0": tmp_path / "deaf", "eth1": tmp_path / "none"})
+        for kind in ("backends", "vips"):
+            assert main(["completion", "--list", kind]) == 0
+            assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completions_know_every_argument(completion, shell):
     text = completion(shell).read_text()
@@ -295,3 +341,12 @@ def test_manual_pages(tmp_path, monkeypatch):
             assert all(f"fB{flag}fR" in pages[f"{name}.1"] for flag in action.option_strings), action
     done = subprocess.run([sys.executable, "docs/manpages.py"], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (1, "usage: python docs/manpages.py FOLDER\n")
+
+
+def test_manual_pages_are_what_groff_takes(tmp_path):
+    """All of them, and what of a help text would be a request."""
+    groff = ["groff", "-man", "-ww", "-Wbreak", "-Tutf8"]  # not of lines that cannot be filled
+    for path in write(tmp_path):
+        done = subprocess.run([*groff, str(path)], capture_output=True, text=True, check=True)
+        assert done.stderr == "", path.name
+    assert plain(".SH NAME\n... and more\n.toml\n'tis\na.b") == ".SH NAME\n\\&... and more\n\\&.toml\n\\&'tis\na.b"

@@ -43,6 +43,17 @@ def seen(frame: bytes = syn(5), out: bytes = b"", *counters: str, **more: Any) -
     return Seen(**fields | more)
 
 
+@pytest.mark.parametrize(("flags", "words"), [("FA", "FIN, ACK"), ("RA", "RST, ACK")])
+def test_the_end_of_a_connection_is_told(flags, words):
+    """A worker writes it down for the XDP program as ending."""
+    frame = bytes(Ether() / IP(src="10.0.0.1", dst="10.0.0.100") / TCP(sport=5, dport=80, flags=flags))
+    packet = seen(frame, frame, "fallback_established", "learned")
+    said = outcome.told(packet, outcome.headers(frame), CONFIG.services[0])
+    assert said.startswith(f"fallback: the end of a connection ({words}); to {FIRST}; written down")
+    later = bytes(Ether() / IP(src="10.0.0.1", dst="10.0.0.100") / TCP(sport=5, dport=80, flags="A"))
+    assert outcome.told(packet, outcome.headers(later), None).startswith("fallback: a later packet")
+
+
 class Engine:
     """As much of one as captures ask."""
 
@@ -110,7 +121,7 @@ def test_other_interfaces_are_described_when_they_are_needed(tmp_path):
 @pytest.mark.parametrize(
     ("limits", "why", "count"),
     [
-        ({"packets": 3}, "3 packets have come", 3),
+        ({"packets": 3}, "3 packets came: no more was asked for", 3),
         ({"bytes": 4096}, "4,096 bytes are full", None),
         ({"seconds": 0}, "0 seconds are over", 0),
         ({}, "the load balancer has ended", 40),
@@ -134,7 +145,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     file = captured(tmp_path, [seen(syn(5), syn(6))] * 10)
     assert [p.dropped for p in file.packets] == [6, 0, 0, 0, 0, 0, 0, 0]
     assert file.missing == 6
-    assert "6 packets are missing" in file.ended
+    assert "6 packets missing" in file.ended
 
 
 @settings(max_examples=60, deadline=None)

@@ -73,6 +73,11 @@ class Segment:
         for host in self.hosts:
             self._do(host, host.claim.heard(self.now, mac, host.mac, probe=probe))
 
+    def left_to(self, host: Host) -> bytes:
+        """To whom a host leaves it, a little later."""
+        self.run(0.13)
+        return host.claim.left_to
+
     def holders(self) -> list[bytes]:
         return [host.mac for host in self.hosts if host.claim.state is State.HELD and host.part >= 0]
 
@@ -100,9 +105,25 @@ def test_a_standby_waits_and_takes_over():
     assert set(standby.acts()) == {Act.IN_USE}
     assert first.acts() == [Act.TAKEN]  # it was asked, never claimed
     assert standby.claim.holder == HIGH
+    assert {segment.left_to(standby) for _ in range(40)} == {HIGH}  # also while it is probed again
     first.part = -1
     segment.run(RETRY[1] + PROBES * PROBE_INTERVAL + 0.01)
     assert segment.holders() == [LOW]
+    assert standby.claim.left_to == first.claim.left_to == b""
+
+
+def test_an_address_is_left_to_nobody_when_nothing_is_known():
+    """It is not enough that somebody claimed it once; after its link was down who was there is forgotten."""
+    segment = Segment(HIGH)
+    (host,) = segment.hosts
+    segment.run(5)
+    segment.forge()
+    assert (host.acts(), host.claim.holder, host.claim.left_to) == ([Act.TAKEN, Act.DEFENDED], FORGER, b"")
+    host.claim.begin(segment.now)
+    segment.forge()
+    assert host.claim.left_to == FORGER
+    host.claim.begin(segment.now)
+    assert host.claim.left_to == b""
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -236,3 +257,15 @@ def test_claims_are_counted():
     for _ in range(3):
         claim.heard(0.0, HIGH, LOW, probe=False)
     assert (claim.claims, claim.state, claim.holder) == (3, State.IN_USE, HIGH)
+
+
+def test_one_that_another_process_held_is_held_at_once():
+    """No probe, and an announcement a little later; whoever else claims it is asked as ever."""
+    segment = Segment(HIGH)
+    [host] = segment.hosts
+    host.claim.inherit(segment.now)
+    assert host.claim.state is State.HELD
+    segment.run(ANNOUNCE_INTERVAL + 0.1)
+    assert host.acts(Act.PROBE, Act.ANNOUNCE, Act.TAKEN) == [Act.ANNOUNCE]
+    segment.run(ASK_INTERVAL)
+    assert host.acts(Act.PROBE) == [Act.PROBE]

@@ -131,3 +131,24 @@ def test_it_is_stopped_exactly_in_between(told):
             assert trouble and done and not known.stopped()
             trouble = False
         assert bool(known.back_off(WEB, A)) == trouble
+
+
+def test_another_process_goes_on():
+    """With the backends that it has, through texts."""
+    known = failing()
+    known.report(MAIL, A, 5, 5, 1)
+    known.report(WEB, B, 7, 7, 2)
+    given = known.export()
+    after = Completions()
+    after.adopt(given, [Service(WEB, (Backend(A),)), Service(MAIL, (Backend(A),))])
+    assert after.stopped() == {(WEB, A)}
+    assert after.back_off(WEB, A) == BACK_OFF
+    assert {each[:2] for each in after.export()} == {(str(WEB), str(A)), (str(MAIL), str(A))}
+    assert not after.retry(3 + BACK_OFF - 0.1)
+    assert after.retry(3 + BACK_OFF)
+    # It tries again, and is as strict as the other one was.
+    assert after.report(WEB, A, 107, 50, 20) is None
+    assert after.report(WEB, A, 107, 50, 21) == "stopped"
+    for nonsense in ([("x",)], [("x", "y", "z")], [(*given[0][:2], "a", "b", "c", "d", "e", "f")]):
+        with pytest.raises((TypeError, ValueError)):
+            after.adopt(nonsense, [])

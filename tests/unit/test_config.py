@@ -10,7 +10,16 @@ from crablb._native import lib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crablb.config import config_from_args, load_config, parse_backend, parse_prefix, parse_service, parse_vip
+from crablb.cli import main
+from crablb.config import (
+    config_from_args,
+    load_config,
+    parse_backend,
+    parse_config,
+    parse_prefix,
+    parse_service,
+    parse_vip,
+)
 from crablb.errors import ConfigError
 from crablb.model import Announce, Backend, Bypass, Fallback, Mode, OnDead, OptionForm, State, Vip, XdpMode
 from crablb.values import MAX_MACS, parse_macs
@@ -79,7 +88,10 @@ def test_from_arguments_and_from_a_file_are_the_same(tmp_path):
 BAD_VIPS = {
     "10.0.0.100:80": "'10.0.0.100:80' has no protocol; write tcp://10.0.0.100:80",
     "udp://10.0.0.100:80": "protocol 'udp' is not supported; connection redirection is made for tcp",
-    "tcp://10.0.0.100": "'tcp://10.0.0.100' is not tcp://ADDRESS:PORT",
+    "tcp://10.0.0.100": "'tcp://10.0.0.100' has no port; write tcp://10.0.0.100:80, or"
+    " whatever port clients connect to",
+    "tcp://[fd00::100]": "'tcp://[fd00::100]' has no port; write tcp://[fd00::100]:80, or"
+    " whatever port clients connect to",
     "tcp://fd00::100:80": "'tcp://fd00::100:80' is not tcp://ADDRESS:PORT"
     " (an IPv6 address stands in brackets: tcp://[fd00::100]:80)",
     "tcp://10.0.0.100:0": "'0' is not a port (1 to 65535)",
@@ -314,3 +326,60 @@ def test_a_file_that_never_ends(tmp_path):
     os.mkfifo(tmp_path / "lb.toml")
     with pytest.raises(ConfigError, match="is a pipe"):
         load_config(tmp_path / "lb.toml", ["eth0"])
+
+
+def test_what_is_named_twice_is_told_beside_other_faults():
+    """Also where the services that name it have faults of their own."""
+    text = """
+interface = "eth0"
+table_size = 4
+[[service]]
+address = "tcp://10.0.0.100:80"
+mode = "sometimes"
+backends = ["10.0.0.11", "10.0.0.11*2", { address = "10.0.0.12", wight = 3 }, "10.0.0.12*many"]
+[[service]]
+address = "tcp://10.0.0.100:80"
+backends = []
+[[service]]
+address = "tcp://10.0.0.300:80"
+backends = ["10.0.0.13", 5, "10.0.0.13", "10.0.0.100"]
+"""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, where="lb.toml")
+    told = caught.value.problems
+    first, second, third = (f"lb.toml: service {n} (line {line})" for n, line in ((1, 4), (2, 8), (3, 11)))
+    for where, words in (
+        ("lb.toml: table_size", "is not"),
+        (first, "mode: 'sometimes'"),
+        (first, "backend 10.0.0.11 is named twice"),
+        (first, "backends[2]: unknown key 'wight'"),
+        (first, "backends[3]: "),
+        (first, "backend 10.0.0.12 is named twice"),
+        (second, "tcp://10.0.0.100:80 is served already by service 1 (line 4)"),
+        (second, "has no backends"),
+        (third, "address: "),
+        (third, "backends[1]: "),
+        (third, "backend 10.0.0.13 is named twice"),
+        (third, "backend 10.0.0.100 is also a VIP (service 2 (line 8))"),
+    ):
+        assert [line for line in told if line.startswith(where) and words in line], (where, words, told)
+    assert len(told) == 12, told
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.11 is named twice"):
+        config_from_args("eth0", ["tcp://10.0.0.100:http=10.0.0.11,10.0.0.11"])
+
+
+def test_what_this_machine_says_of_it(tmp_path, capsys, monkeypatch):
+    """By ``crablb check --here``: what would have a start refused."""
+    monkeypatch.setattr("crablb.kernel.rtnetlink.reached_by", lambda _: {"10.0.0.100"})
+    path = tmp_path / "lb.toml"
+    path.write_text(
+        'interface = "crab-none"\nadmin_group = "crab-nobody"\n'
+        '[[service]]\naddress = "tcp://10.0.0.100:80"\nbackends = ["10.0.0.11"]\n'
+    )
+    assert main(["check", str(path)]) == 0
+    assert "admin_group" not in capsys.readouterr().err
+    assert main(["check", str(path), "--here"]) == 0
+    told = capsys.readouterr().err
+    assert "admin_group: there is no group 'crab-nobody'; make it: groupadd" in told
+    assert "10.0.0.100 is this machine's own address" in told
+    assert "interface: " in told

@@ -58,9 +58,9 @@ class Contested:
     def open(self) -> None:
         assert self.send("S", ISN) == self.send("A", ISN + 1) == self.old
 
-    def entries(self, now: int = 1000) -> int:
+    def entries(self, now: int = 1000, open_only: bool = False) -> int:
         counts = ffi.new("uint32_t[8]")
-        lib.crab_core_count(self.core.core, counts, 8, now)
+        lib.crab_core_count(self.core.core, counts, 8, now, open_only)
         return sum(counts)
 
     @property
@@ -90,6 +90,59 @@ def test_a_port_used_again(family, table, end):
     assert world.entries() == 1
     for seq in (LATER + 10**6, ISN + 10):
         assert world.send("PA", seq) == world.new
+
+
+@families
+def test_which_are_open(family):
+    """Those whose client was answered, and has not begun to end them."""
+    world = Contested(family)
+    assert world.send("S", ISN) == world.old
+    assert (world.entries(), world.entries(open_only=True)) == (1, 0)
+    assert world.send("A", ISN + 1) == world.old
+    assert (world.entries(), world.entries(open_only=True)) == (1, 1)
+    assert world.send("FA", ISN + 9) == world.old
+    assert (world.entries(), world.entries(open_only=True)) == (1, 0)
+
+
+@families
+def test_a_flow_is_written_when_its_packets_have_gone(family):
+    """Lest the XDP program sends what follows before them."""
+    world = Contested(family, table=True)
+    core = world.core.core
+    lib.crab_core_put_off(core)
+    world.open()
+    assert world.send("PA", ISN + 1) == world.old
+    assert world.written is None
+    lib.crab_core_settle(core)
+    assert world.written["backend"] == world.old
+    assert world.written["state"] == lib.CRAB_FLOW_OPEN
+    # What is written is kept right at once.
+    world.send("FA", ISN + 2)
+    assert world.written["state"] == lib.CRAB_FLOW_ENDING
+
+
+@families
+def test_what_has_changed_meanwhile_is_not_written(family):
+    """A newer SYN, whose packets only the core can tell from the others; or another snapshot, whose backends may be
+    others."""
+    world = Contested(family, table=True)
+    core = world.core.core
+    lib.crab_core_put_off(core)
+    world.open()
+    world.send("S", LATER)
+    lib.crab_core_settle(core)
+    assert world.written is None
+
+    world = Contested(family, table=True)
+    core = world.core.core
+    lib.crab_core_put_off(core)
+    world.open()
+    world.move()
+    lib.crab_core_settle(core)
+    assert world.written is None
+    assert world.send("A", ISN + 3) == world.old
+    lib.crab_core_settle(core)
+    assert world.written["backend"] == world.old
 
 
 FORGED = ["S", "RS", "RRS", "SR", "FS", "FFS", "SF", "SFR", "SSSS"]
@@ -235,25 +288,42 @@ def fill(world: Contested, count: int, state: int) -> None:
     lib.crab_core_adopt(world.core.core, flows, count, 1000)
 
 
+@families
+@bypass
 @pytest.mark.parametrize("end", ["", "FA"])
-def test_a_port_used_again_in_a_full_bucket(end):
-    """What has ended makes room; what lives does not."""
-    world = Contested(flows=64)
+def test_a_port_used_again_in_a_full_bucket(family, table, end):
+    """What has ended makes room.  Where nothing does, all of the new connection goes where the one before it went."""
+    world = Contested(family, table=table, flows=64)
     world.open()
     if end:
         world.send(end, ISN + 5)
     fill(world, 3, lib.CRAB_FLOW_OPEN)
     world.move()
-    assert world.send("S", LATER) == world.new
-    assert world.core.counts().get("flows_full", 0) == (not end)
-    assert world.send("A", LATER + 1) == (world.new if end else world.old)
+    then = world.new if end else world.old
+    assert [world.send("S", LATER) for _ in range(2)] == [then] * 2
+    assert world.core.counts().get("flows_full", 0) == (0 if end else 2)
+    assert [world.send(flags, LATER + 1) for flags in ("A", "PA", "FA")] == [then] * 3
+
+
+@families
+def test_a_port_used_again_that_the_xdp_program_alone_knows(family):
+    """No room to remember its SYN: it goes where the program's flow goes, as all that follows does."""
+    world = Contested(family, table=True, flows=64)
+    fill(world, 4, lib.CRAB_FLOW_OPEN)
+    assert world.send("S", ISN) == world.send("A", ISN + 1) == world.send("FA", ISN + 2) == world.old
+    assert world.written["backend"] == world.old
+    world.move()
+    assert world.send("S", LATER) == world.send("A", LATER + 1) == world.send("PA", LATER + 1) == world.old
+    world.service.said[world.old] = (True, True)  # dead: nobody is sent there
+    world.core.publish()
+    assert world.send("S", LATER + 10**6) == world.new
 
 
 def test_flows_taken_over_that_have_ended_give_way():
     """As they did in the daemon before."""
     world = Contested(flows=64)
     fill(world, 4, lib.CRAB_FLOW_ENDING)
-    assert world.send("S", ISN, now=1000 + lib.CRAB_AGE_ENDING - 1) == world.old
+    assert world.send("S", ISN, now=1009) == world.old
     assert world.core.counts().get("flows_full") == 1
-    assert world.send("S", ISN, now=1000 + lib.CRAB_AGE_ENDING) == world.old
+    assert world.send("S", ISN, now=1010) == world.old
     assert world.core.counts()["flows_full"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import sys
 
@@ -90,14 +91,20 @@ option = st.one_of(
     st.binary(min_size=8, max_size=8).map(lambda t: b"\x08\x0a" + t),
     st.sampled_from([b"\x22\x02", b"\xfe\x04\xf9\x89", b"\x13\x12" + bytes(16), b"\x1d\x10" + bytes(14)]),
     st.sampled_from([b"\x1e\x04\x01\x01", b"\x1e\x0c\x10\x01" + bytes(8)]),
+    st.builds(
+        lambda version, key, more: b"\x1e" + bytes([20 + len(more), version, 1]) + bytes(8) + key + more,
+        st.sampled_from([0, 1]),
+        st.binary(min_size=8, max_size=8),
+        st.sampled_from([b"", b"\0\1", b"\0\1\2\3", b"\0"]),
+    ),
     st.binary(max_size=6),
 )
 
 
 @st.composite
-def option_lists(draw):
+def option_lists(draw, kinds=option):
     """0 to 40 bytes, whole words: well-formed options, and rubbish."""
-    joined = b"".join(draw(st.lists(option, max_size=10)))[:40]
+    joined = b"".join(draw(st.lists(kinds, max_size=10)))[:40]
     return joined + draw(st.sampled_from([b"\0", b"\1"])) * (-len(joined) % 4)
 
 
@@ -124,6 +131,13 @@ def test_option_find(options, experimental):
     assert bool(flags & lib.CRAB_OPTION_UNSAFE) == any(o.is_unsafe for o in found)
     assert bool(flags & lib.CRAB_OPTION_SIGNED) == any(o.is_signature for o in found)
     assert bool(flags & lib.CRAB_OPTION_MPTCP) == any(o.subtype == 0 for o in found)
+    assert bool(flags & lib.CRAB_OPTION_JOIN) == any(o.subtype == 1 for o in found)
+    memory = ffi.new("uint8_t[]", options or b"\0")
+    for found_, length, wanted in (
+        (lib.crab_option_key(memory, len(options)), 8, [o.key for o in found if o.key is not None]),
+        (lib.crab_option_token(memory, len(options)), 4, [o.token for o in found if o.token is not None]),
+    ):
+        assert (bytes(ffi.buffer(found_, length)) if found_ else None) == (wanted[0] if wanted else None)
 
 
 @pytest.mark.parametrize("experimental", [False, True])
@@ -141,9 +155,19 @@ def test_scapy_reads_the_redirect(vip, experimental):
 # ---- whole frames ----
 
 
+#: MPTCP's: a server's key in the third packet, and the token that is made of it in a SYN that joins.
+KEYS = [bytes([i] * 8) for i in range(3)]
+known = st.one_of(
+    st.sampled_from([b"\x1e\x14\x01\x01" + bytes(8) + key for key in KEYS]),
+    st.sampled_from([b"\x1e\x0c\x10\x01" + hashlib.sha256(key).digest()[:4] + bytes(4) for key in KEYS]),
+)
+
+
 @st.composite
-def frames(draw):
-    """Mostly sound TCP packets to one of the services, made by Scapy, with whatever may go wrong."""
+def frames(draw, kinds=option):
+    """Mostly sound TCP packets to one of the services, made by Scapy, with whatever may go wrong.
+
+    ``kinds``: the options."""
     v6 = draw(st.booleans())
     port = draw(st.sampled_from([80, 80, 80, 443, 81, 9]))
     if v6:
@@ -164,7 +188,7 @@ def frames(draw):
         )
     )
     flags = draw(st.sampled_from(["S", "S", "S", "S", "SE", "A", "PA", "FA", "R", "SA", "SR", "SF"]))
-    options = draw(option_lists())
+    options = draw(option_lists(kinds))
     payload = draw(st.sampled_from([b"", b"", b"x", b"payload " * 20]))
     tcp = TCP(
         sport=draw(st.integers(1, 40)), dport=port, flags=flags,
@@ -203,7 +227,7 @@ def frames(draw):
 
 @settings(max_examples=400)
 @given(
-    st.lists(frames(), min_size=1, max_size=8),
+    st.lists(frames() | frames(option | known), min_size=1, max_size=8),
     st.booleans(),
     st.sampled_from(["negotiated", "always"]),
     st.sampled_from(["auto", "l2", "ipip"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import msgspec
 import pytest
 
 from crablb.api import types
-from crablb.doctor import backends, daemon, filters, interfaces, machine, plan, served, shown, vips
+from crablb.doctor import backends, daemon, filters, interfaces, machine, multipath, plan, served, shown, vips
 from crablb.doctor.examine import Look, examine
 from crablb.doctor.finding import MOST, Finding, Severity, fault, few, note, ok, warning
 from crablb.doctor.interfaces import BASIC, Port, Programs
+from crablb.doctor.vips import Told
 from crablb.errors import ConfigError
+from crablb.kernel import capabilities, pins
 from crablb.kernel.ethtool import ON, Feature
 from crablb.kernel.interface import Interface
 from crablb.kernel.netlink import HopState, NextHop
@@ -92,6 +95,23 @@ def test_rights():
     assert "AmbientCapabilities=CAP_NET_ADMIN" in lacking.remedy
     (namespaced,) = machine.rights(machine.Rights(0, (), "this is a user namespace"))
     assert (namespaced.severity, namespaced.why) == (FAULT, "this is a user namespace")
+
+
+def test_who_is_not_to_serve_is_no_fault(monkeypatch):
+    """A member of admin_group has none of the capabilities; who has some is perhaps a unit's user that lacks one."""
+    users = ((0, ("CAP_BPF",), True), (1001, ("CAP_BPF",), True), (1001, capabilities.SERVE, False))
+    for user, lacking, serves in users:
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        monkeypatch.setattr(capabilities, "lacking", lambda wanted, lacking=lacking: list(lacking))
+        assert machine.serves() is serves
+        (look,) = (one for one in plan._machine([]) if one.what == "rights")
+        assert {one.id: one.severity for one in look.findings()} == {"rights": FAULT if serves else NOTE}
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert told(machine.place(machine.read_place(pins.RUN))) == {}
+    found = [*machine.bpffs((False, False)), *machine.limits(machine.Limits(100, 1 << 20, None, 1 << 20))]
+    whole = {"bpffs": FAULT, "limit-files": WARNING, "limit-memlock": FAULT, "memory": WARNING}
+    assert told(machine.of_process(found, True)) == whole
+    assert told(machine.of_process(found, False)) == dict.fromkeys(whole, NOTE) | {"memory": WARNING}
 
 
 def test_the_bpf_file_system():
@@ -209,6 +229,17 @@ def test_interfaces(port, expected):
     assert told(interfaces.judge(port, None, None)) == expected
 
 
+def test_an_mtu_that_is_less_than_the_usual():
+    def mtu(value: int) -> dict[str, Severity]:
+        port = of("veth")
+        assert port.info
+        found = interfaces.judge(replace(port, info=replace(port.info, mtu=value)), None, None)
+        return {name: severity for name, severity in told(found).items() if name.startswith("mtu-")}
+
+    assert [mtu(value) for value in (1500, 1499, 1280)] == [{}, {"mtu-less": NOTE}, {"mtu-less": NOTE}]
+    assert mtu(1279) == {"mtu-small": WARNING}
+
+
 def test_an_interface_and_its_configuration():
     config = Config(("eth0",), ())
     assert told(interfaces.judge(CARD, replace(config, queues=8), False)) == {"queues-wanted": NOTE}
@@ -249,6 +280,8 @@ NEAR = vips.Place(VIP, segment="eth0")
         (replace(NEAR, local=True), None, {"vip-local": NOTE}),
         (replace(NEAR, local=True, main=True), None, {"vip-own-address": FAULT}),
         (replace(NEAR, local=True, main=True), Config((), (), allow_own_address=True), {"vip-local": NOTE}),
+        (replace(NEAR, local=True), Config((), (), announce=Announce.ARP), {"vip-local": WARNING}),
+        (NEAR, Config((), (), announce=Announce.ARP), {}),
         (replace(NEAR, forwards=True), Config((), ()), {}),
         (replace(NEAR, forwards=True), Config((), (), closed=Closed.PASS), {"vip-loop": WARNING}),
         (replace(NEAR, forwards=True, local=True), Config((), (), closed=Closed.PASS), {"vip-local": NOTE}),
@@ -259,23 +292,61 @@ def test_addresses(place, config, expected):
 
 
 @pytest.mark.parametrize(
-    ("answers", "announced", "arriving", "expected"),
+    ("answers", "told_", "arriving", "expected"),
     [
-        ({}, True, False, {}),
-        ({}, False, True, {}),
-        ({}, False, False, {"vip-unanswered": WARNING}),
-        ({}, None, False, {"vip-unanswered": NOTE}),
-        ({MAC: "eth0"}, True, True, {"vip-at-backend": FAULT}),
-        ({ELSE: "eth0"}, False, False, {"vip-elsewhere": WARNING}),
-        ({ELSE: "eth0", MAC: "eth0"}, False, False, {"vip-elsewhere": WARNING, "vip-at-backend": FAULT}),
+        ({}, Told.ANNOUNCED, False, {}),
+        ({}, Told.PLANNED, False, {}),
+        ({}, Told.NOT, True, {}),
+        ({}, Told.UNKNOWN, True, {}),
+        ({}, Told.NOT, False, {"vip-unanswered": WARNING}),
+        ({}, Told.UNKNOWN, False, {"vip-unanswered": NOTE}),
+        # Whatever came in before: nobody is there to answer.
+        ({}, Told.WITHDRAWN, True, {"vip-unanswered": WARNING}),
+        ({}, Told.NOBODY, True, {"vip-unanswered": WARNING}),
+        ({}, Told.STOPPED, True, {"vip-unanswered": WARNING}),
+        ({MAC: "eth0"}, Told.ANNOUNCED, True, {"vip-at-backend": FAULT}),
+        ({ELSE: "eth0"}, Told.NOT, False, {"vip-elsewhere": WARNING}),
+        ({ELSE: "eth0"}, Told.NOBODY, False, {"vip-elsewhere": WARNING}),
+        ({ELSE: "eth0", MAC: "eth0"}, Told.NOT, False, {"vip-elsewhere": WARNING, "vip-at-backend": FAULT}),
     ],
 )
-def test_whose_a_vip_is(answers, announced, arriving, expected):
-    assert told(vips.whose(NEAR, answers, announced, arriving, {MAC: [SERVER]})) == expected
+def test_whose_a_vip_is(answers, told_, arriving, expected):
+    assert told(vips.whose(NEAR, answers, told_, arriving, {MAC: [SERVER]})) == expected
+
+
+ARP = Config((), (), announce=Announce.ARP)
+RUNS = plan.Subject(("eth0",), ARP, processes=(1,), asked=True)
+
+
+@pytest.mark.parametrize(
+    ("subject", "announced", "expected"),
+    [
+        (plan.Subject(), [], Told.NOT),
+        (plan.Subject(config=Config((), ())), [], Told.NOT),
+        (plan.Subject(config=ARP), [], Told.PLANNED),
+        (plan.Subject(config=ARP, left=True), [], Told.NOBODY),
+        (plan.Subject(left=True), [], Told.NOBODY),
+        (plan.Subject(config=Config((), ()), left=True), [], Told.NOT),
+        (RUNS, [True], Told.ANNOUNCED),
+        (RUNS, [False], Told.WITHDRAWN),
+        (RUNS, [False, True], Told.ANNOUNCED),  # two services have the address
+        (RUNS, [], Told.UNKNOWN),  # it does not answer
+        (replace(RUNS, config=Config((), ())), [True], Told.NOT),
+        (replace(RUNS, config=None), [True], Told.UNKNOWN),
+        (replace(RUNS, asked=False), [], Told.STOPPED),
+    ],
+)
+def test_whether_a_vip_is_announced(subject, announced, expected):
+    services = [
+        msgspec.structs.replace(SERVICE, vip=f"tcp://10.0.0.100:{80 + i}", announced=one)
+        for i, one in enumerate(announced)
+    ]
+    elsewhere = msgspec.structs.replace(SERVICE, vip="tcp://10.0.0.101:80", announced=False)
+    assert subject.told(VIP, [*services, elsewhere] if services else []) is expected
 
 
 def test_a_vip_behind_routers_is_not_expected_to_be_answered_for():
-    assert not list(vips.whose(replace(NEAR, segment=""), {}, False, False, {}))
+    assert not list(vips.whose(replace(NEAR, segment=""), {}, Told.NOT, False, {}))
 
 
 def test_very_many_vips():
@@ -478,6 +549,7 @@ DEAD = replace(ALIVE, pid=None, state="")
         (replace(ALIVE, pinned=PINS - {"flows"}), {"pins-missing": WARNING}),
         (DEAD, {"daemon-dead": FAULT}),
         (replace(DEAD, keeper=4712), {"kept": NOTE}),
+        (replace(DEAD, locked=False), {"daemon-elsewhere": WARNING}),
         (replace(DEAD, there=False, attached=False), {"daemon-dead": FAULT, "left-interface": WARNING}),
         (replace(ALIVE, offloads="rx-vlan-hw-parse"), {}),
         (replace(DEAD, offloads="rx-vlan-hw-parse"), {"daemon-dead": FAULT}),
@@ -554,6 +626,12 @@ def test_counters(name):
     assert told(daemon.counters((counts(), {"xdp": {}, "total": {}, "daemon": {}}))) == {"no-traffic": NOTE}
 
 
+def test_no_remedy_refers_to_what_may_not_be_shown():
+    """Services, VIPs and backends come behind the counters, and of a dead load balancer none may come at all."""
+    meanings = [meaning for found in daemon.MEANINGS.values() for meaning in found.values()]
+    assert not [meaning for meaning in meanings if re.search("above|below", meaning.what + meaning.remedy)]
+
+
 def test_counters_are_those_that_there_are():
     from crablb.dataplane.statistics import DAEMON_COUNTERS, WORKER_COUNTERS, XDP_COUNTERS
 
@@ -602,6 +680,7 @@ def says(status: object = None, service: object = None, backend: object = None) 
     [
         (says(), {}),
         (says(status={"changes": 2}), {"changes": NOTE}),
+        (says(status={"checks_trouble": ["9 checks wait"]}), {"checks-late": WARNING}),
         (replace(says(), installed="2"), {"version": NOTE}),
         (replace(says(), installed="1"), {}),
         (says(service={"serving": 1}), {}),
@@ -628,6 +707,29 @@ def test_an_unhealthy_backend_is_told_with_its_answer():
     assert backend.what == "tcp://10.0.0.100:80, backend 10.0.0.11 is unhealthy: tcp: refused"
 
 
+SICK = {"healthy": False, "checks": [REFUSED], "serving": False, "reason": "tcp: refused"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "panic", "severity", "follows"),
+    [
+        ({}, False, WARNING, "it gets no new connections"),
+        ({"serving": True}, True, WARNING, "it gets new connections all the same, as health is disregarded (panic)"),
+        ({"backup": True}, False, WARNING, "it gets no new connections, and would stand in for no other backend"),
+        ({"backup": True}, True, WARNING, "it gets no new connections, and would stand in for no other backend"),
+        ({"state": "drain"}, False, NOTE, "it gets no new connections anyway, as its state is drain"),
+        ({"state": "drain"}, True, NOTE, "it gets no new connections anyway, as its state is drain"),
+        ({"weight": 0}, True, NOTE, "it gets no new connections anyway, as its weight is 0"),
+    ],
+)
+def test_what_comes_of_an_unhealthy_backend(backend, panic, severity, follows):
+    """As it is served: health may be disregarded, and it may get nothing anyway."""
+    found = served.judge(says(backend=SICK | backend, service={"panic": panic}))
+    (one,) = (one for one in found if one.id == "backend-unhealthy")
+    assert one.severity is severity
+    assert one.why == follows
+
+
 def test_a_configuration_that_is_told():
     """What this process cannot read, as it is nobody's here, is not looked at."""
     vip = {"address": "tcp://10.0.0.100:80", "policy": "nowhere:choose", "backends": ["10.0.0.11*3"], "panic": 20}
@@ -642,6 +744,16 @@ def test_a_configuration_that_is_told():
 def test_agents():
     assert told(plan._agents({"server": []})) == {}
     assert told(plan._agents({"server": ["its pins are gone"]})) == {"agent": WARNING}
+
+
+def test_mptcp():
+    limited = multipath.Mptcp("the limits", ())
+    assert told(multipath.judge(limited, client=True)) == {"mptcp-client": NOTE}
+    assert told(multipath.judge(limited, client=False)) == {}
+    left = multipath.Mptcp("", ("10.0.0.11", "fd00::11"))
+    (found,) = multipath.judge(left, client=True)
+    assert (found.id, found.severity) == ("mptcp-left", NOTE)
+    assert "10.0.0.11, fd00::11" in found.what
 
 
 # ---- together ----

@@ -160,6 +160,84 @@ def service(*backends: Backend, vip: Vip = WEB, checks=(TCP,), **more: object) -
 DOWN = Answer(False, "refused")
 
 
+# ---- whether they get their turn ----
+
+CANNOT = Answer(None, "could not be tried: Too many open files", own=True)
+EXEC = Check(CheckKind.EXEC, command=("/bin/true",))
+
+
+def no_room(kind: str):
+    def hinder(t: Bed, monkeypatch) -> None:
+        getattr(t.health, kind).room = 0
+
+    def relieve(t: Bed, monkeypatch) -> None:
+        held = getattr(t.health, kind)
+        held.room = 8
+        held._fill_soon()
+
+    return hinder, relieve
+
+
+HINDRANCES = {
+    "descriptors": (TCP, *no_room("_dialogs"), "checks wait for one of 0 descriptors, the first for "),
+    "programs": (EXEC, *no_room("_programs"), "exec checks wait, the first for "),
+    "CPU time": (
+        TCP,
+        lambda t, monkeypatch: monkeypatch.setattr(module, "BEGUN", 0),
+        lambda t, monkeypatch: monkeypatch.setattr(module, "BEGUN", 32),
+        "late, for want of CPU time",
+    ),
+    "sockets": (
+        TCP,
+        lambda t, monkeypatch: t.answers.update({(CheckKind.TCP, A): CANNOT}),
+        lambda t, monkeypatch: t.answers.clear(),
+        "1 checks cannot be made on this host: could not be tried: Too many open files",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HINDRANCES)
+def test_checks_that_get_no_turn(name, monkeypatch):
+    """It is said once, while it lasts, and when it is over."""
+    check, hinder, relieve, said = HINDRANCES[name]
+
+    async def main():
+        t = bed(service(checks=(check,))).start()
+        await asyncio.sleep(30)
+        assert t.kinds() == [] and t.health.trouble == () and t.health.late < 1
+        hinder(t, monkeypatch)
+        await asyncio.sleep(30)
+        (event,) = t.events
+        assert event.kind == "checks-late" and said in event.reason
+        (trouble,) = t.health.trouble
+        assert said in trouble
+        assert (t.health.late > 20, t.health.untried) == (name != "sockets", int(name == "sockets"))
+        assert t.healthy() == {} or set(t.healthy().values()) == {True}  # it says nothing of the servers
+        relieve(t, monkeypatch)
+        await asyncio.sleep(module.CALM / 2)
+        assert t.health.trouble == () and t.kinds() == ["checks-late"]
+        await asyncio.sleep(module.CALM)
+        assert t.kinds() == ["checks-late", "checks-in-time"]
+        assert t.health.late < 1 and not t.health.untried
+
+    hours(main())
+
+
+def test_what_nobody_wants_is_no_trouble():
+    async def main():
+        t = bed(service()).start()
+        t.answers[CheckKind.TCP, A] = CANNOT
+        await asyncio.sleep(5)
+        assert t.health.untried == 1
+        t.apply(service(Backend(A, state=State.MAINT), Backend(B)))
+        await asyncio.sleep(2)
+        assert not t.health.untried and t.health.trouble == ()
+        t.apply(service(Backend(B)))
+        assert not t.health._untried
+
+    hours(main())
+
+
 # ---- the schedule ----
 
 
@@ -266,7 +344,7 @@ def test_a_check_that_fails_by_itself_is_nothing(monkeypatch):
         monkeypatch.setattr(module.probes, "ask", broken)
         before = len(t.times(CheckKind.TCP, B))
         await asyncio.sleep(20)
-        assert t.events == []
+        assert t.kinds() == ["checks-late"]
         assert t.health.results((WEB, A))[0].history.endswith("?????")
         assert 8 <= len(t.times(CheckKind.TCP, B)) - before <= 12
         t.health.close()
@@ -283,6 +361,33 @@ def test_the_engine_cannot_take_it_now():
         await asyncio.sleep(10)
         assert t.kinds() == ["backend-unhealthy"]
         assert t.healthy()[A] is False
+        t.health.close()
+
+    hours(main())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_machine_without_time_delays_no_verdict(monkeypatch, own):
+    """Telling the engine took a minute, of others' time or our own: what is found out next does not wait for it."""
+
+    async def main():
+        t = bed(service()).start()
+        told, spent = t.engine.judge, [0.0]
+        monkeypatch.setattr(module.time, "thread_time", lambda: spent[0])
+
+        def slowly(*args):
+            asyncio.get_running_loop().passed += 60
+            spent[0] += 60 * own
+            told(*args)
+
+        t.engine.judge = slowly
+        t.answers[CheckKind.TCP, A] = DOWN
+        while t.healthy()[A] is not False:
+            await asyncio.sleep(0.1)
+        t.engine.judge = told
+        t.answers[CheckKind.TCP, B] = DOWN
+        await asyncio.sleep((TCP.interval + TCP.fall * TCP.fast_interval) * (1 + 2 * module.JITTER) + module.AGAIN)
+        assert t.healthy()[B] is False
         t.health.close()
 
     hours(main())
@@ -451,6 +556,34 @@ def test_a_reload_brings_no_dead_backend_back():
     hours(main())
 
 
+def test_who_is_not_checked_any_more_serves_again_and_it_is_said():
+    async def main():
+        t = bed(service(checks=(TCP, REDIRECT))).start()
+        t.answers[CheckKind.TCP, A] = t.answers[CheckKind.REDIRECT, B] = DOWN
+        await asyncio.sleep(10)
+        assert sorted(t.kinds()) == ["backend-unhealthy", "redirects-stopped"]
+        t.events.clear()
+        prepared = t.health.prepare(replace(t.config, services=(service(checks=()),))).standings
+        assert t.events == []
+        assert t.healthy() == {A: False, B: True}
+        began = time.time()
+        t.apply(service(checks=()))
+        assert t.engine.standings == prepared
+        assert t.healthy() == {A: True, B: True}
+        why = "it is not checked any more"
+        assert t.events == [
+            Event("backend-healthy", A, WEB, why), Event("redirects-resumed", B, WEB, why)
+        ]  # fmt: skip
+        assert t.health.since((WEB, A)) >= began - 1
+        # Somebody's word is no news of its health.
+        t.apply(service(Backend(A, state=State.DEAD), Backend(B), checks=()))
+        t.apply(service())
+        assert len(t.events) == 2
+        t.health.close()
+
+    hours(main())
+
+
 def test_maintenance_is_not_checked_and_ends_at_once():
     async def main():
         t = bed(service(Backend(A, state=State.MAINT), Backend(B))).start()
@@ -493,6 +626,7 @@ def restarted(after: float, *services: Service, then: object = None):
     async def second():
         t = bed(*(services or (service(),)), kept=kept)
         at_once = t.healthy(), t.health.results((WEB, A))[0]
+        t.since = t.health.since((WEB, B))
         t.answers[CheckKind.TCP, A] = then
         t.start()
         await asyncio.sleep(0.3)
@@ -512,6 +646,7 @@ def test_results_outlive_a_daemon():
     assert result.history.endswith("---")
     assert t.kinds() == ["backend-healthy"]
     assert (WEB, A) not in t.engine.warm, "it has recovered"
+    assert t.since, "it has been so since before"
 
 
 def test_old_results_are_not_certain():

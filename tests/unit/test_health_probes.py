@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import uvloop
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crablb.control.health import probes
 from crablb.control.health.dialogs import Answer, Dialogs
 from crablb.control.health.probes import MOST, Target, ask, quoted, said_by_agent
 from crablb.model import Check, CheckKind, Vip
@@ -306,6 +308,132 @@ def test_request(check, vip, head):
     assert "Accept-Encoding" not in heard[0]
 
 
+STATUS_LINES = st.one_of(
+    st.builds(
+        lambda version, status, reason: b"HTTP/%b %d%b" % (version, status, reason),
+        st.sampled_from([b"1.1", b"1.1", b"1.0", b"1.2", b"2.0", b"0.9"]),
+        st.sampled_from([200, 204, 304, 302, 404, 503, 999, 100, 101, 103, 99, 1000]) | st.integers(0, 1200),
+        st.sampled_from([b" OK", b"", b" ", b" No\tContent ", b" caf\xe9", b" \x7f", b" \x01", b"OK"]),
+    ),
+    st.sampled_from([b"HTTP/1.1  200 OK", b"http/1.1 200 OK", b" HTTP/1.1 200 OK", b"ICY 200 OK", b"", b"HTTP/1.1 20"]),
+)
+FIELDS = [
+    b"Connection: close", b"Connection: keep-alive", b"Server:nginx", b"A:", b"A: \t b \t ", b"A: \xff", b"A: b\x0bc",
+    b"A: \x00", b"A: \x1f", b"A: \x7f", b"A : b", b" folded", b"\tfolded", b"no field", b": b", b"A(: b", b"",
+    b"Content-Length: 6", b"content-length:6", b"CONTENT-LENGTH: 14 ", b"Content-Length: 0", b"Content-Length: 6, 6",
+    b"Content-Length: 6, 7", b"Content-Length: -6", b"Content-Length:", b"Content-Length: 6 6", b"Content-Length: 0x6",
+    b"Content-Length: " + b"9" * 20, b"Content-Length: " + b"9" * 21, b"Content-Length : 6", b"Content-Lengths: 6",
+    b"Transfer-Encoding: chunked", b"transfer-encoding:CHUNKED ", b"Transfer-Encoding: gzip, chunked",
+    b"Transfer-Encoding:", b"Transfer-Encoding: chunked\x0b", b"Content-Length: \xb2", b"A: " + b"b" * 9000,
+]  # fmt: skip
+BODIES = st.sampled_from([
+    b"", b"needle", b"hay needle hay", b"hay", b"hay" * 9000, b"6\r\nneedle\r\n0\r\n\r\n",
+    b"3\r\nnee\r\n3\r\ndle\r\n0\r\n\r\n", b"3\r\nneedle", b"needle" + b"-" * 90000,
+])  # fmt: skip
+ENDS = st.sampled_from([b"\r\n"] * 30 + [b"\n", b"\r", b"\r\r\n"])
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> list[bytes]:
+    """Answers of HTTP/1 and what is somewhat like them, in the pieces in which they come; then the connection ends."""
+    said = b""
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):
+        lines = [draw(STATUS_LINES), *draw(st.lists(st.sampled_from(FIELDS), max_size=4))]
+        end = draw(ENDS)
+        said += b"".join(line + end for line in lines) + draw(ENDS) + draw(BODIES)
+    for _ in range(draw(st.sampled_from([0, 0, 1, 3]))):
+        at = draw(st.integers(0, min(len(said), 200)))
+        said = said[:at] + draw(st.binary(max_size=2)) + said[at + draw(st.integers(0, 2)) :]
+    cuts = sorted(draw(st.lists(st.integers(1, max(1, len(said))), max_size=draw(st.sampled_from([0, 0, 3])))))
+    pieces = [said[a:b] for a, b in pairwise([0, *cuts, len(said)])]
+    return [piece[n : n + MOST] for piece in pieces for n in range(0, len(piece), MOST)]
+
+
+class Pieces:
+    """A channel that says what it was given."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = iter(pieces)
+
+    def send(self, data: bytes) -> Iterator[None]:
+        yield from ()
+
+    def receive(self) -> Iterator[None]:
+        yield from ()
+        return next(self.pieces, b"")
+
+
+def run(dialog: Iterator[object]) -> Answer:
+    with pytest.raises(StopIteration) as end:
+        next(dialog)
+    return end.value.value
+
+
+def both(check: Check, pieces: list[bytes]) -> tuple[Answer, Answer]:
+    """What a check says, and what it says by h11 alone."""
+    request, _ = probes._request(check.method, "/", "", VIP, 80)
+    said = run(probes._http(Pieces(pieces), check, Target(VIP, LOCAL, LOCAL, 80)))
+    return said, run(probes._by_h11(Pieces(pieces[1:]), check, request, pieces[0]))
+
+
+@settings(max_examples=500)
+@given(answers().filter(bool), st.sampled_from(["GET", "GET", "HEAD", "POST", "CONNECT"]),
+       st.sampled_from(["", "needle", "6"]), st.sampled_from([((200, 399),), ((204, 204), (503, 503)), ((0, 999),)]),
+)  # fmt: skip
+def test_the_short_way_says_what_h11_does(pieces, method, body, status):
+    said, by_h11 = both(Check(CheckKind.HTTP, method=method, body=body, status=status), pieces)
+    assert said == by_h11
+
+
+@pytest.mark.parametrize(
+    ("method", "status"), [("GET", b"200"), ("GET", b"204"), ("GET", b"404"), ("GET", b"100"), ("HEAD", b"200")]
+)
+def test_any_two_fields(method, status):
+    for body in ("", "needle"):
+        check = Check(CheckKind.HTTP, method=method, body=body)
+        for fields in [(), *((field,) for field in FIELDS), *product(FIELDS, repeat=2)]:
+            lines = [b"HTTP/1.1 " + status + b" It", *fields, b"", b"needle"]
+            said, by_h11 = both(check, [b"\r\n".join(lines)])
+            assert said == by_h11, lines
+
+
+@pytest.mark.parametrize("where", ["version", "phrase", "name", "value", "end"])
+def test_any_byte(where):
+    for byte in range(256):
+        parts = {"version": b"1", "phrase": b"K", "name": b"A", "value": b"b", "end": b"\r"} | {where: bytes([byte])}
+        head = b"HTTP/1.%(version)b 200 O%(phrase)b\r\nA%(name)b: b%(value)bb%(end)b\n\r\n" % {
+            key.encode(): part for key, part in parts.items()
+        }
+        said, by_h11 = both(HTTP, [head])
+        assert said == by_h11, head
+
+
+SHORT = {
+    "without a body": (HTTP, b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"),
+    "until its end": (HTTP, b"HTTP/1.0 200 OK\r\nServer: x (y; z)\r\nX-Empty:\r\n\r\nhay"),
+    "nginx's": (HTTP, b'HTTP/1.1 200 OK\r\nServer: nginx/1.22.1\r\nDate: Fri, 27 Nov 2026 09:00:00 GMT\r\n'
+                b'Content-Type: text/html\r\nContent-Length: 615\r\nETag: "65-267"\r\nAccept-Ranges: bytes\r\n\r\n<h'),
+    "in chunks": (HTTP, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nVary: *\r\n\r\n"),
+    "no phrase": (HTTP, b"HTTP/1.1 503\r\n\r\n"),
+    "a body": (BODY, b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\nhay needle hay"),
+    "a status that is not well": (BODY, b"HTTP/1.1 500 Oh\r\n\r\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_what_goes_the_short_way(name):
+    """Else it would be h11 beside itself that is held above, and 10,000 checks take twice the time."""
+    assert probes._plainly(*SHORT[name]) is not None
+
+
+def test_a_head_of_much_is_looked_at_once():
+    """Nothing that a server says has the pattern try again and again."""
+    for field in (b"a:b\r\n", b"a" * 60, b"Content-Length: 1\r\n", b"Content-Length: \t", b"a: \t "):
+        began = time.process_time()
+        assert probes._plainly(HTTP, (b"HTTP/1.1 200 OK\r\n" + field * MOST)[:MOST]) is None
+        assert time.process_time() - began < 1
+
+
 # ---- TLS ----
 
 
@@ -499,8 +627,11 @@ def script(*words: str, timeout: float = 5) -> Check:
         (script("printf '\\033[31mred\\n'; exit 1"), Answer(False, "exit status 1: [31mred")),
         (script("head -c 30000 /dev/zero | tr '\\0' x; exit 1"), Answer(False, f"exit status 1: {'x' * 100}...")),
         (script("exec cat /dev/zero", timeout=0.3), Answer(False, "did not end in 0.3 s")),
-        (Check(CheckKind.EXEC, command=("/nowhere",)), Answer(None, "cannot be run: No such file or directory")),
-        (Check(CheckKind.EXEC, command=("/etc/passwd",)), Answer(None, "cannot be run: Permission denied")),
+        (
+            Check(CheckKind.EXEC, command=("/nowhere",)),
+            Answer(None, "cannot be run: No such file or directory", own=True),
+        ),
+        (Check(CheckKind.EXEC, command=("/etc/passwd",)), Answer(None, "cannot be run: Permission denied", own=True)),
         (
             script('echo "$CRABLB_VIP $CRABLB_BACKEND $CRABLB_PORT $HOME $(ls /proc/self/fd | wc -l)"; exit 1'),
             Answer(False, "exit status 1: tcp://10.0.0.100:80 127.0.0.1 8080 4"),
@@ -511,16 +642,45 @@ def test_exec(check, answer, loop):
     assert checked(check, 8080, loop=loop) == answer
 
 
+#: How a program starts another one, and writes down its number.
+STARTS = {
+    "group": "sleep 100 & echo $! > {told}",
+    "job control": "set -m; sleep 100 & echo $! > {told}",
+    "two forks": "set -m; (sleep 100 & echo $! > {told}) & wait",
+}
+
+
+def alive(pid: str) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    return False
+
+
+@pytest.mark.parametrize("how", STARTS)
 @pytest.mark.parametrize("late", [True, False], ids=["late", "in time"])
-def test_what_a_program_starts_ends_with_it(tmp_path, late):
+def test_what_a_program_starts_ends_with_it(tmp_path, late, how):
     told = tmp_path / "pid"
-    check = script(f"sleep 100 & echo $! > {told}; {'sleep 100' if late else 'exit 0'}", timeout=1 if late else 5)
+    text = f"{STARTS[how].format(told=told)}; {'sleep 100' if late else 'exit 0'}"
+    check = Check(CheckKind.EXEC, command=("/bin/bash", "-c", text), timeout=1 if late else 5)
     assert checked(check, 80).ok is not late
     pid = told.read_text().strip()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z":
-        assert time.monotonic() < deadline, "it is alive"
-        threading.Event().wait(0.01)
+    until(lambda: not alive(pid), 10)
+
+
+def test_what_a_program_starts_ends_with_the_daemon(tmp_path):
+    told = tmp_path / "pid"
+
+    async def main() -> None:
+        dialogs = Dialogs(8)
+        dialogs.start()
+        check = Check(CheckKind.EXEC, command=("/bin/bash", "-c", f"set -m; sleep 100 & echo $! > {told}; sleep 100"))
+        dialogs.hold(ask(check, Target(VIP, LOCAL, LOCAL, 80)), 60, lambda *_: None)
+        while not told.exists() or not told.read_text().strip():
+            await asyncio.sleep(0)
+        dialogs.close()
+
+    asyncio.run(main())
+    until(lambda: not alive(told.read_text().strip()), 10)
 
 
 def test_a_process_that_waits_for_no_child():

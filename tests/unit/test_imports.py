@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 import crablb
+from tests.helpers.processes import ROOT
 
 
 def loaded(statement: str, *names: str) -> set[str]:
@@ -49,6 +50,22 @@ def test_an_agent_without_metrics_does_not_import_them():
 def test_a_command_imports_only_its_own():
     others = {"crablb.cli.serve", "crablb.lab", "crablb.dataplane.engine", "crablb.agent"}
     assert loaded("from crablb.cli import main; main(['key', 'new'])", "crablb.cli.key", *others) & others == set()
+
+
+def test_what_the_version_takes():
+    """Next to nothing of the package, and of Python's what argparse needs: every module more is time."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from crablb.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: print(*sys.modules)"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code]  # -S: without what is installed, which looks for editable ones
+    version, names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert version == f"crablb {crablb.__version__}"
+    modules = set(names.split())
+    own = {"crablb", "crablb._version", "crablb.cli", "crablb.cli.streams", "crablb.errors", "crablb.version"}
+    assert {name for name in modules if name.startswith("crablb")} == own
+    assert len(modules) < 100
 
 
 UNNEEDED = ("rich", "starlette", "uvicorn", "prometheus_client", "importlib.metadata", "crablb.lab")

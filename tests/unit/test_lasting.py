@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
+import threading
 
 import pytest
 from structlog.testing import capture_logs
@@ -11,6 +13,7 @@ from structlog.testing import capture_logs
 from crablb import lasting, seldom
 from crablb.lasting import Pauses
 from crablb.seldom import Seldom
+from tests.helpers.processes import until
 
 
 def test_pauses():
@@ -99,6 +102,18 @@ def test_in_a_thread(at_once):
     os.close(stop)
 
 
+def test_a_thread_survives_that_it_cannot_wait(at_once, monkeypatch):
+    def none(*_: object) -> None:
+        raise OSError("no memory for poll(2)")
+
+    monkeypatch.setattr(lasting, "wait", none)
+    work, (stop, stopped) = Work(3), os.pipe()
+    lasting.keep_in_thread("work", work.run, stop)
+    assert work.tries == 4
+    for end in (stop, stopped):
+        os.close(end)
+
+
 def test_seldom():
     lines = Seldom(10)
     assert [lines.due("a", at) for at in (0, 0, 1, 9.9)] == [1, 0, 0, 0]
@@ -126,3 +141,97 @@ def test_kinds_are_bounded():
         lines.due(i, 0.0)
     lines.due("new", 11.0)
     assert lines.due("kept", 11.0) == 3
+
+
+# ---- whether threads live ----
+
+
+class Waiting:
+    """A thread that waits, and works when it is told to, until it is told that it is done."""
+
+    def __init__(self, name: str, last: BaseException | None = None) -> None:
+        self.stop, self.stopped = os.pipe()
+        self.order, self.ordered = os.pipe()
+        self.done, self.working = threading.Event(), threading.Event()
+        self._last = last
+        self.thread = threading.Thread(target=lasting.keep_in_thread, args=(name, self._work, self.stop))
+        self.thread.start()
+
+    def _work(self) -> None:
+        poll = select.poll()
+        poll.register(self.stop, select.POLLHUP)
+        poll.register(self.order, select.POLLIN)
+        while self.stop not in dict(lasting.wait(poll)):
+            os.read(self.order, 1)
+            self.working.set()
+            if self._last:
+                raise self._last
+            self.done.wait()
+
+    def hang(self) -> None:
+        os.write(self.ordered, b"x")
+        self.working.wait()
+
+    def end(self) -> None:
+        self.done.set()
+        os.close(self.stopped)
+        self.thread.join()
+        for fd in (self.stop, self.order, self.ordered):
+            os.close(fd)
+
+
+@pytest.fixture
+def often(monkeypatch):
+    monkeypatch.setattr(lasting, "BEAT", 0.001)
+    monkeypatch.setattr(lasting, "_pulses", {})
+
+
+def settled(names: list[str]) -> None:
+    """Only these are late, however often one looks."""
+    until(lambda: lasting.late() == names)
+    for _ in range(1000):
+        assert set(lasting.late()) >= set(names)
+
+
+def test_who_waits_lives_and_who_works_for_ever_does_not(often):
+    threads = [Waiting("one"), Waiting("two")]
+    try:
+        for _ in range(3):
+            until(lambda: lasting.late() == [])
+        threads[1].hang()
+        settled(["two"])
+        threads[1].done.set()
+        for _ in range(3):
+            until(lambda: lasting.late() == [])
+    finally:
+        for one in threads:
+            one.end()
+    assert lasting.late() == []
+    assert lasting._pulses == {}
+
+
+def test_who_fails_lives_while_it_waits_to_begin_anew(often, monkeypatch):
+    monkeypatch.setattr(lasting, "FIRST", 600.0)
+    one = Waiting("one", MemoryError("none left"))
+    try:
+        one.hang()
+        for _ in range(3):
+            until(lambda: lasting.late() == [])
+    finally:
+        one.end()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_ended_otherwise_does_not(often):
+    one = Waiting("one", SystemExit(1))
+    one.hang()
+    one.thread.join()
+    lasting.late()
+    assert lasting.late() == ["one"]
+    one.end()
+
+
+def test_waiting_ends_at_its_time(often):
+    poll = select.poll()
+    assert lasting.wait(poll, 0) == []
+    assert lasting.wait(poll, 0.01) == []

@@ -6,8 +6,8 @@
     selection < dataplane                   which backend; what the workers see
     kernel                                  ways into the kernel
     api        what is said between a daemon and those who ask it
-    ground     errors model values options config filters lint overlay reference schema log lasting seldom
-               carried
+    ground     errors model values options config filters lint overlay reference schema trust log lasting seldom
+               carried version
 
 An arrow only goes down.  On one floor, a room uses another one where it says so here.
 """
@@ -30,6 +30,7 @@ GROUND = {
     "config",
     "filters",
     "lint",
+    "trust",
     "overlay",
     "reference",
     "schema",
@@ -37,6 +38,8 @@ GROUND = {
     "lasting",
     "seldom",
     "carried",
+    "version",
+    "_version",
 }
 BELOW_CONTROL = GROUND | {"_native", "kernel", "selection", "dataplane"}
 #: Room -> the rooms that it may import from, beside itself.  `_native` is the compiled hot loop.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pty
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from crablb.cli import streams
 from crablb.log import LINES, _Writer
 from tests.helpers.processes import until
 
@@ -145,3 +149,52 @@ def test_no_thread_to_be_had(pipe, monkeypatch):
         writer.write(line(2))
     writer.write(line(3))
     assert [entry["n"] for entry in read(there, 2)] == [2, 3]
+
+
+# ---- what others have a line say ----
+
+HOSTILE = '\x1b]0;mine\x07\x1b[2Ja\nb\r{"event": "forged"}\x9b31m\u2028\x7f'
+LOGS = f"""
+import structlog
+from crablb import log
+log.set_up()
+structlog.get_logger().info("told", reason={HOSTILE!r}, parts=[{HOSTILE!r}])
+try:
+    raise ValueError({HOSTILE!r})
+except ValueError:
+    structlog.get_logger().exception("failed")
+"""
+
+
+def logged(to: int) -> None:
+    subprocess.run([sys.executable, "-c", LOGS], stderr=to, check=True, env={**os.environ, "NO_COLOR": "1"})
+
+
+def test_nobody_writes_lines_of_his_own_into_the_log(pipe):
+    there, here = pipe
+    logged(here)
+    entries = read(there, 2)
+    assert [entry["event"] for entry in entries] == ["told", "failed"]
+    assert entries[0]["reason"] == HOSTILE
+
+
+def test_a_terminal_obeys_nobody_who_is_logged():
+    terminal, here = pty.openpty()
+    try:
+        logged(here)
+        text = os.read(terminal, 1 << 16).decode()
+    finally:
+        os.close(here)
+        os.close(terminal)
+    for control in ("\x1b]0", "\x1b[2J", "\x07", "\x9b", "\x7f"):
+        assert control not in text
+    [told] = [line for line in text.splitlines() if "told" in line]
+    assert "forged" in told
+    assert "ValueError" in text
+
+
+def test_nor_who_is_named_in_an_error(capsys):
+    streams.complain(f"first {HOSTILE}\nsecond")
+    said = capsys.readouterr().err
+    assert all(line.startswith("crablb: ") and line.isprintable() for line in said.splitlines())
+    assert "crablb: second" in said

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import socket
 import subprocess
 import time
+from ipaddress import ip_address
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from crablb.agent.metrics import METRICS as AGENT_METRICS
 from crablb.api import types
-from crablb.control.metrics import exposition
+from crablb.control import metrics
+from crablb.control.metrics import Metrics, exposition
 from crablb.control.metrics.exposition import METRICS, OUTCOMES, SEEN, SOCKET, render
 from crablb.control.metrics.facts import Gatherer
 from crablb.dataplane.events import Event
 from crablb.dataplane.statistics import DAEMON_COUNTERS, WORKER_COUNTERS, XDP_COUNTERS, Rounds
+from crablb.model import Config
 from tests.helpers import facts as made
 from tests.helpers.processes import ROOT
 from tests.helpers.showing import showing
@@ -61,9 +67,9 @@ def test_what_it_says_is_what_there_is():
     assert named(found, "crablb_backend_share_ratio", **one) == 0.625
     assert named(found, "crablb_backend_state", **other, state="drain") == 1
     assert named(found, "crablb_backend_serving", **other) == 0
-    assert named(found, "crablb_check_consecutive_failures", **one, check="tcp") == 0
-    assert named(found, "crablb_check_consecutive_failures", **other, check="tcp") == 4
-    assert named(found, "crablb_check_duration_seconds", **other, check="tcp") == 1.5
+    assert named(found, "crablb_check_consecutive_failures", **one, check="tcp", number="1") == 0
+    assert named(found, "crablb_check_consecutive_failures", **other, check="tcp", number="1") == 4
+    assert named(found, "crablb_check_duration_seconds", **other, check="tcp", number="1") == 1.5
     assert named(found, "crablb_service_panic", service=VIP) == 1
     assert named(found, "crablb_start_time_seconds") == facts.status.version.started
     # Of what is not known there is nothing, rather than a nought.
@@ -117,7 +123,7 @@ def test_names_are_prometheus_own_kind(tmp_path):
         assert not re.search(r"_(ms|us|kb|percent|milliseconds)\b", metric.name)
         assert set(metric.labels) <= {
             "service", "backend", "check", "interface", "queue", "reason", "event", "state", "version", "python",
-            "mode", "fallback", "policy",
+            "mode", "fallback", "policy", "number",
         }  # fmt: skip
 
 
@@ -131,10 +137,13 @@ def test_nothing_that_a_configuration_says_breaks_the_text():
     )
 
 
-def test_of_two_checks_of_one_type_there_is_one_sample():
-    twice = made.backend(VIP, "10.0.0.11", checks=[made.check("http", seconds=1.0), made.check("http", seconds=2.0)])
+def test_checks_of_one_type_are_told_apart():
+    seconds = [("http", 1.0), ("tcp", 2.0), ("http", 3.0)]
+    twice = made.backend(VIP, "10.0.0.11", checks=[made.check(kind, seconds=took) for kind, took in seconds])
     found = samples(render(made.facts([made.service(VIP)], [twice])))
-    assert named(found, "crablb_check_duration_seconds", service=VIP, backend="10.0.0.11", check="http") == 1.0
+    where = {"service": VIP, "backend": "10.0.0.11"}
+    for kind, number, took in (("http", "1", 1.0), ("tcp", "1", 2.0), ("http", "2", 3.0)):
+        assert named(found, "crablb_check_duration_seconds", **where, check=kind, number=number) == took
 
 
 def test_ten_thousand_backends():
@@ -281,3 +290,34 @@ def test_different_questions_are_bounded():
         assert set(answers[16:]) == {503}
         facts = two()
         assert shown.get("/status.json?q=50")[0] == 200
+
+
+def test_nobody_who_comes_early_is_refused(monkeypatch):
+    """As soon as it has started, which is before a successor says that it serves."""
+
+    async def test() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        made = Metrics(
+            cast(Gatherer, SimpleNamespace()), Config((), (), metrics_listen=(ip_address("127.0.0.1"), port))
+        )
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        made.start()
+        socket.create_connection(("127.0.0.1", port)).close()
+        await made.close()
+        # What another one listens at is told, and not served.
+        made = Metrics(
+            cast(Gatherer, SimpleNamespace()), Config((), (), metrics_listen=(ip_address("127.0.0.1"), port))
+        )
+        told: list[str] = []
+        monkeypatch.setattr(metrics, "log", SimpleNamespace(error=lambda event, **_: told.append(event)))
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", port))
+            other.listen()
+            made.start()
+        assert told == ["metrics are not served"]
+        await made.close()
+
+    asyncio.run(test())

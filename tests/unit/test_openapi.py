@@ -17,7 +17,7 @@ from crablb.control.admin.openapi import describe
 from tests.helpers.operating import still
 from tests.helpers.processes import ROOT
 
-operator, _ = still(stop=lambda: None)
+operator, _ = still()
 #: Not the streams, which need not end: tests/unit/test_admin.py, tests/lab.
 schema = schemathesis.openapi.from_asgi("/openapi.json", app.make(operator)).exclude(
     path=["/v1/events", "/v1/capture", "/v1/trace"]

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from crablb.api import types
+from crablb.control.estate import Rest, Told
 from crablb.control.health.health import Found
 from crablb.control.journal import KEPT, Journal
-from crablb.control.operator import ConflictError, NotFoundError, Operator
+from crablb.control.operator import ConflictError, NotFoundError, Operator, asking
 from crablb.dataplane.census import FoundFlow
 from crablb.dataplane.events import Event
 from crablb.errors import ConfigError
 from crablb.kernel.netlink import HopState, NextHop
-from crablb.model import State
+from crablb.model import Announce, State
 from crablb.selection.standing import Standing
 from tests.helpers.operating import ONE, TWO, StillEngine, config, still
 
@@ -76,7 +81,7 @@ async def test_why_one_does_not_serve(operator, engine):
     assert (await of(operator, A)).reason == "10.0.0.11 does not answer on eth0"
     status = await operator.status()
     assert status.state == "degraded"
-    assert status.problems == [f"{ONE}: 1 of 2 backends do not serve: 10.0.0.11: 10.0.0.11 does not answer on eth0"]
+    assert status.problems == [f"{ONE}: 1 of 2 backends does not serve: 10.0.0.11: 10.0.0.11 does not answer on eth0"]
     engine.standings[vip, B] = Standing(healthy=False)
     engine.found[vip, B] = Found(healthy=False, known=True, reason="tcp: refused")
     assert (await operator.status()).problems[0].startswith(f"{ONE}: no backend serves: ")
@@ -91,6 +96,19 @@ async def test_why_one_does_not_serve(operator, engine):
     del engine.standings[vip, B]
     engine.unredirected = frozenset({(vip, B)})
     assert ((told := await of(operator, B)).cr, told.cr_reason) == (False, "its clients complete no redirects")
+
+
+@asked
+async def test_a_standby_is_well(operator, engine):
+    """What another machine has is told of each service, and counted by address."""
+    address, holder = ip_address("10.0.0.100"), {"eth0": "02:00:00:00:00:99"}
+    engine.left_to[address] = holder
+    status = await operator.status()
+    assert (status.state, status.problems, status.standby) == ("serving", [], 1)
+    assert [s.in_use for s in await operator.services()] == [
+        holder if f"//{address}:" in s.vip else {} for s in await operator.services()
+    ]
+    assert (await operator.service(ONE)).in_use == holder
 
 
 @asked
@@ -109,7 +127,62 @@ async def test_panic_is_told(operator, engine):
 @asked
 async def test_an_interface_that_is_gone(operator, engine):
     engine.modes["eth0"] = ""
-    assert "interface eth0 is gone" in (await operator.status()).problems
+    engine.hops = dict.fromkeys(engine.hops, NextHop(HopState.UNRESOLVED, "no way"))
+    assert (problems := (await operator.status()).problems)[0] == "interface eth0 is gone"
+    assert "no backend serves" in problems[1]  # which comes of it
+
+
+@asked
+async def test_an_interface_that_is_down(operator, engine):
+    engine.links = {n: link._replace(running=False) for n, link in engine.links.items()}
+    engine.hops = dict.fromkeys(engine.hops, NextHop(HopState.UNRESOLVED, "no way"))
+    assert (problems := (await operator.status()).problems)[0] == "interface eth0 is down, or has no carrier"
+    assert "no backend serves" in problems[1]
+
+
+@asked
+async def test_since_when_it_serves_outlives_a_restart(operator, engine):
+    """As checks know it, where they know what it does; what changes from then on is from then."""
+    vip = engine.config.services[0].vip
+    operator._clock = lambda: 5000.0
+    operator._supervisor.health.since = {(vip, A): 1000.0, (vip, B): 2000.0}.get
+    engine.found |= {(vip, A): Found(known=True), (vip, B): Found(known=True)}
+    engine.hops[B] = NextHop(HopState.UNRESOLVED, "no way")  # which no check says
+    assert ((await of(operator, A)).since, (await of(operator, B)).since) == (1000.0, 5000.0)
+    operator._look()
+    engine.hops[A] = engine.hops[B]
+    assert (await of(operator, A)).since == 5000.0
+
+
+@asked
+async def test_checks_that_get_no_turn(operator, engine):
+    health = operator._supervisor.health
+    health.late, health.untried, health.trouble = 7.5, 3, ("900 checks wait",)
+    told = await operator.status()
+    assert (told.state, told.problems[-1]) == ("degraded", "900 checks wait")
+    assert (told.checks_late, told.checks_untried, told.checks_trouble) == (7.5, 3, ["900 checks wait"])
+
+
+@asked
+async def test_changes_of_before_that_are_lost(operator, engine):
+    operator.wanted._store = SimpleNamespace(lost="/f.unreadable: put aside by a start", trouble="")
+    status = await operator.status()
+    assert status.state == "degraded"
+    assert status.problems[0].startswith("changes at run time of before are not in force: /f.unreadable: put aside")
+
+
+@asked
+async def test_a_backend_is_added_with_the_weight_in_its_address(operator, engine):
+    operator.add_backend(ONE, types.AddBackend(address="10.0.0.14*3"))
+    operator.add_backend(ONE, types.AddBackend(address="10.0.0.15"))
+    operator.add_backend(ONE, types.AddBackend(address="10.0.0.16", weight=0))
+    assert [b.weight for b in engine.config.services[0].backends] == [1, 1, 3, 1, 0]
+
+
+@asked
+async def test_uncut_segments_are_a_problem(operator, engine):
+    operator._supervisor.uncut = 211
+    assert "211 packets between two sweeps were too long" in (await operator.status()).problems[-1]
 
 
 def test_a_backup_is_no_problem():
@@ -127,8 +200,8 @@ def test_a_backup_is_no_problem():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("tcp://10.0.0.100:81", "did you mean tcp://10.0.0.100:80?"),
-        ("tcp:10.0.0.100:8", "did you mean"),
+        ("tcp://10.0.0.100:81", "there are: tcp://10.0.0.100:80, "),
+        ("tcp:10.0.0.100:8", "there are: "),
         ("nonsense", "nonsense"),
         ("", ""),
     ],
@@ -173,8 +246,10 @@ async def test_flows(operator, engine):
     assert found.flows[0].hash == "0000000000000001"
     assert (await operator.flows(backend="10.0.0.11")).total == 4
     assert (await operator.count_flows()).services == {ONE: {"10.0.0.11": 4, "10.0.0.12": 3}}
-    with pytest.raises(NotFoundError, match=r"there is no backend 10\.0\.0\.99; did you mean 10\.0\.0\.1"):
+    with pytest.raises(NotFoundError, match=r"there is no backend 10\.0\.0\.99; there are: 10\.0\.0\.11, 10\.0\.0\.12"):
         await operator.flows(backend="10.0.0.99")
+    engine.flows.append(FoundFlow(9, vips[0], ip_address("10.0.0.99"), 5, "ending"))  # of one that was removed
+    assert ((found := await operator.flows(backend="10.0.0.99")).total, found.ending) == (1, 1)
     with pytest.raises(ConfigError, match="limit: 10001"):
         await operator.flows(limit=10001)
     with pytest.raises(ConfigError, match="say which"):
@@ -189,7 +264,7 @@ async def test_a_change_is_told_counted_and_an_event(operator, engine):
     applied = operator.patch("10.0.0.11", types.Patch(weight=5, state="drain"))
     assert applied.changes == [f"10.0.0.11 of {ONE}: weight 1 -> 5", f"10.0.0.11 of {ONE}: state up -> drain"]
     assert engine.counted == {"changes": 1}
-    assert [event.kind for event in operator.events()] == ["changed", "weight", "state"]
+    assert [event.kind for event in operator.events()] == ["weight", "state"]
     assert ((told := await of(operator, A)).changed, told.state, told.reason) == (True, "drain", "drain")
     assert not (await of(operator, B)).changed
     assert (await operator.status()).changes == 2
@@ -260,7 +335,6 @@ WRONG = {
         ),
         "comes from the configuration file alone",
     ),
-    "takeover": (lambda op: op.take_over(types.Takeover()), "within another program"),
 }
 
 
@@ -290,21 +364,53 @@ async def test_a_background_task_that_failed_is_a_problem_for_a_while(operator, 
     assert (await operator.status()).state == "serving"
 
 
-def test_takeover():
-    ended: list[bool] = []
+@asked
+async def test_takeover(operator, engine):
+    """By whom it is asked for is told; what goes wrong is the answer."""
+    with pytest.raises(ConflictError, match="within another program"):
+        await operator.take_over()
+    asking.set("uid 0 (process 7)")
+    told: list[str] = []
 
-    async def test(operator: Operator, engine: StillEngine) -> None:
-        with pytest.raises(ConfigError):
-            operator.take_over(types.Takeover(keep=0))
-        assert operator.take_over(types.Takeover(keep=5)).changes == [
-            "ends; its flows are kept for 5 s, for the next load balancer"
+    async def succeed(by: str) -> int:
+        told.append(by)
+        return 4711
+
+    operator.succeed = succeed
+    assert (await operator.take_over()).changes == [f"process 4711 serves in place of process {os.getpid()}"]
+    assert told == ["uid 0 (process 7)"]
+
+
+def test_what_another_process_knew():
+    """It is gone on with, as plain values that went through a message."""
+    given: list[Rest] = []
+
+    async def before(operator: Operator, engine: StillEngine) -> None:
+        engine.tell(Event("one"))
+        engine.tell(Event("two", backend=A, vip=engine.config.services[0].vip, reason="why"))
+        engine.standings[engine.config.services[0].vip, A] = Standing(healthy=False)
+        operator._look()
+        operator._leaving._draining, operator._leaving._first = True, 9
+        values = msgspec.msgpack.decode(msgspec.msgpack.encode(Rest(**operator.export())))
+        given.append(msgspec.convert(values, Rest))
+
+    async def after(operator: Operator, engine: StillEngine) -> None:
+        engine.tell(Event("three"))
+        operator.adopt(given[0])
+        assert [(e.number, e.kind, e.reason) for e in operator.events()] == [
+            (1, "one", ""),
+            (2, "two", "why"),
+            (3, "three", ""),
         ]
-        assert engine.config.keep == 5
-        async with asyncio.timeout(5):
-            while not ended:
-                await asyncio.sleep(0.01)
+        assert (await of(operator, B)).since == 1.0
+        status = await operator.drained()
+        assert (status.draining, status.first) == (True, 9)
+        # Of another version, or nonsense: what is of no use is left out.
+        operator.adopt(Rest(journal=Told(5, [{"x": 1}]), serving=[("x", "y", True, 1.0)], log_level="loud"))
+        assert operator.journal.last == 3
 
-    run(test, stop=partial(ended.append, True))
+    run(before, clock=lambda: 1.0)
+    run(after, clock=lambda: 2.0)
 
 
 # ---- events ----
@@ -315,9 +421,10 @@ def test_the_journal_tells_what_is_missed():
     for n in range(KEPT + 7):
         journal.add(Event("weight", reason=str(n)))
     told = journal.since(3)
-    assert (told[0].kind, told[0].number, told[0].reason) == ("missed", 7, "4 events before this are not kept any more")
+    assert (told[0].kind, told[0].number, told[0].reason) == ("missed", 7, "4 events before this, not kept any more")
     assert [event.number for event in told[1:]] == list(range(8, KEPT + 8))
     assert journal.since(KEPT + 7) == []
+    assert journal.since(-5) == journal.since(0)
     # Of a daemon before: all that there is.
     assert journal.since(10**9)[-1].number == KEPT + 7
     assert len(journal.since(0)) == KEPT + 1
@@ -354,3 +461,51 @@ def test_nothing_comes_after_a_pause():
                 return
 
     asyncio.run(test())
+
+
+@asked
+async def test_draining_the_load_balancer(operator, engine):
+    """Servers are told, for as long as it is; whose flows stay, and why; the VIPs are announced again in the end."""
+    one, two = (service.vip for service in engine.config.services)
+    supervisor = operator._supervisor
+    flow = partial(FoundFlow, 1, idle=0)
+    engine.flows = [flow(one, A, state="open")] * 4 + [flow(one, B, state="open"), flow(two, SIX, state="open")]
+    engine.flows += [flow(one, A, state="ending")] * 3
+    told = await operator.drained()
+    assert (told.draining, told.first, told.flows, supervisor.leaving) == (False, 0, 6, False)
+    with pytest.raises(ConfigError, match="withdraw: the VIPs are not announced"):
+        await operator.drain_lb(types.DrainLb(withdraw=True))
+    assert not (await operator.status()).draining
+    told = await operator.drain_lb(types.DrainLb())
+    assert (told.draining, told.told, told.first, supervisor.leaving) == (True, False, 6, True)
+    assert {each.reason for each in told.left} == {"its server does not report by this address"}
+    assert (await operator.status()).draining
+    supervisor.takes_reports = True
+    engine.reporting |= {A, B}
+    supervisor.leading.add((one, A))
+    engine.flows = engine.flows[3:6]
+    told = await operator.drained()
+    assert (told.first, told.flows) == (6, 3)
+    assert [(each.backend, each.flows, each.reason.split()[0]) for each in told.left] == [
+        ("10.0.0.11", 1, "TCP,"),
+        ("10.0.0.12", 1, "its"),
+        ("fd00::11", 1, "its"),
+    ]
+    assert "does not lead MPTCP clients" in told.left[1].reason
+    assert "does not report" in told.left[2].reason
+    # A server that says how many it has has no more, whatever flows there are: those that it has ended itself.
+    supervisor.at_vips |= {(one, A): 0, (one, B): 5}
+    told = await operator.drained()
+    assert [(each.backend, each.flows) for each in told.left] == [("10.0.0.12", 1), ("fd00::11", 1)]
+    supervisor.at_vips.clear()
+    # Said again it goes on: how many there were stays what it was.
+    engine.config = replace(engine.config, announce=Announce.ARP)
+    told = await operator.drain_lb(types.DrainLb(withdraw=True))
+    assert (told.first, told.withdrawn, (await operator.services())[0].announced) == (6, True, False)
+    assert (await operator.drain_lb(types.DrainLb())).withdrawn
+    with pytest.raises(ConfigError, match="exclude"):
+        await operator.drain_lb(types.DrainLb(cancel=True, withdraw=True))
+    for _ in range(2):
+        told = await operator.drain_lb(types.DrainLb(cancel=True))
+        assert (told.draining, told.withdrawn, told.first, supervisor.leaving) == (False, False, 6, False)
+    assert (await operator.services())[0].announced

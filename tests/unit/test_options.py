@@ -62,7 +62,9 @@ def test_every_row_has_a_flag_or_says_why_not():
 def test_the_flags_of_serve_are_those_of_the_table():
     (parser,) = (each for each in parsers(make_parser(["serve"])) if each.prog == "crablb serve")
     there = {flag for action in parser._actions for flag in action.option_strings}
-    assert there - {"-h", "--help", "--config", "--log-level"} == {flag for o in OPTIONS for flag in o.flags}
+    assert there - {"-h", "--help", "--config", "--log-level", "--takeover"} == {
+        flag for o in OPTIONS for flag in o.flags
+    }
 
 
 def test_what_must_be_there_and_what_need_not():
@@ -126,6 +128,7 @@ SAME = {
     "policy": (["--policy", "source-hash"], "source-hash", "source-hash"),
     "source_prefix": (["--source-prefix", "24,56"], [24, 56], (24, 56)),
     "slow_start": (["--slow-start", "2.5"], 2.5, 2.5),
+    "syn_rate": (["--syn-rate", "20000"], 20000, 20000),
     "admin": (["--admin", "off"], "off", Switch.OFF),
     "admin_group": (["--admin-group", "adm"], "adm", "adm"),
     "admin_listen": (["--admin-listen", "10.0.0.2"], "10.0.0.2", (ip_address("10.0.0.2"), 7172)),
@@ -199,7 +202,8 @@ def test_with_a_file_it_is_the_file_that_says_it(name, tmp_path):
     flag = SAME[name][0][0]
     with pytest.raises(ConfigError) as caught:
         read_config(serve(*arguments, *SAME[name][0]))
-    assert caught.value.problems == [f"{flag} cannot be given with --config; say it in {path}"]
+    called = flag if name == flag[2:].replace("-", "_") else f"{flag} (key: {name})"
+    assert caught.value.problems == [f"{called} cannot be given with --config; say it in {path}"]
 
 
 def test_what_a_reload_may_change():

@@ -200,6 +200,19 @@ def test_comments_order_and_notation_stay():
     ).replace('backends = ["10.0.0.11"]', 'backends = ["10.0.0.11*2"]')
 
 
+@pytest.mark.parametrize("bare", [0, 1])
+def test_line_ends_stay(bare):
+    """Those that a line has; of a new one, what all have."""
+    before = FILE.replace("\n", "\r\n").replace("\r\n", "\n", bare)
+    config = parse_config(before)
+    wanted = changed(config, VIPS[0], "10.0.0.12", weight=5)
+    assert save(before, between(config, wanted)) == before.replace("12*3", "12*5")
+    more = replace(wanted.services[0], vip=parse_vip(VIPS[2]))
+    saved = save(before, between(config, replace(wanted, services=(*wanted.services, more))))
+    assert (saved.count("\r\n") == saved.count("\n")) is (not bare)
+    assert saved.count("\r\n") > before.count("\r\n") - 1
+
+
 def weight(config: Config, address: str) -> int:
     return next(b.weight for b in config.services[0].backends if str(b.address) == address)
 

@@ -26,6 +26,7 @@ from tests.helpers.operating import still
 from tests.helpers.showing import Made, Shown, showing
 
 VIP, OTHER = "tcp://10.0.0.100:80", "tcp://[fd00::100]:443"
+HOLDER = "02:00:00:00:00:99"
 ROWS = "document.querySelectorAll('tbody tr').length"
 
 
@@ -44,7 +45,11 @@ def some(**more: object) -> Facts:
     )
     status = made.status(state="degraded", problems=["one backend is ill"], backends=4, backends_serving=2, services=2)
     facts = made.facts(
-        [made.service(VIP), made.service(OTHER)], backends, at=time.time(), status=status, events=[event]
+        [made.service(VIP), made.service(OTHER, in_use={"eth0": HOLDER})],
+        backends,
+        at=time.time(),
+        status=status,
+        events=[event],
     )
     return dataclasses.replace(facts, **more)  # type: ignore[arg-type]
 
@@ -82,6 +87,8 @@ def test_what_it_shows(browser):
         assert ill[1:4] == ["unhealthy tcp: refused", "tcp fails", "0 of 1"]
         assert cells(page, "10.0.0.13")[:2] == ["10.0.0.13 fallback only: no echo", "draining"]
         assert cells(page, "fd00::11")[2] == "not checked"
+        notices = "[...document.querySelectorAll('.notice')].filter(n => !n.hidden).map(n => n.textContent)"
+        assert page.run(notices) == [f"standby: in use at {HOLDER} on eth0"]
         assert page.run("document.querySelector('#events li').innerText.includes('10.0.0.12')")
         # Nothing but itself is asked for, nothing goes wrong, and nothing can be changed here.
         assert {url.split("?")[0] for url in page.requested} - {"data:,"} == {
@@ -131,6 +138,22 @@ def test_changes_are_said(browser):
         assert page.run("document.getElementById('said').getAttribute('aria-live')") == "polite"
         # What was open is, and where the focus was it is.
         assert page.run("document.querySelector('details').open && document.activeElement.id") == "q"
+
+
+def test_long_names_stay_within_a_telephone(browser):
+    vip, address = "tcp://[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:65535", "2001:db8:1111:2222:3333:4444:5555:6662"
+    why = f"http: status 503 from https://{'a-very-long-name.' * 6}example.org/healthz/deep/check?with=query"
+    ill = [made.check("http", healthy=False, ok=False, reason=why)] * 2
+    backend = made.backend(vip, address, serving=False, healthy=False, reason=why, connections=1_234_567, checks=ill)
+
+    def long() -> Facts:
+        status = made.status(state="degraded", problems=[f"{vip}: 1 of 1 backend does not serve: {address}: {why}"])
+        return made.facts([made.service(vip, policy="a.module.with_a_long_name:choose")], [backend], status=status)
+
+    with showing(long) as shown:
+        page = opened(browser, shown, rows=1, width=390)
+        assert page.run("document.documentElement.scrollWidth") == 390
+        assert cells(page, address)[2] == "http fails"
 
 
 @pytest.mark.parametrize("dark", [False, True])

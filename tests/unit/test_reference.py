@@ -82,7 +82,7 @@ def test_the_example_is_accepted_with_everything_in_it(tmp_path):
 
 # ---- the ground floor ----
 
-GROUND = {"crablb", "crablb.config", "crablb.errors", "crablb.model", "crablb.options", "crablb.values"}
+GROUND = {f"crablb.{name}" for name in ("config", "errors", "model", "options", "trust", "values")} | {"crablb"}
 
 
 @pytest.mark.parametrize("module", ["crablb.config", "crablb.options", "crablb.values", "crablb.model"])

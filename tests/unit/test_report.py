@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import subprocess
+import threading
 from ipaddress import ip_address
 
 import pytest
@@ -17,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crablb import cli, lasting
+from crablb.agent import reporter
 from crablb.agent.reporter import Reporter
 from crablb.config import config_from_args
 from crablb.control import reports as receiver
 from crablb.control.reports import Reports
+from crablb.errors import KernelError
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import crablb
 from crablb.model import Vip
@@ -40,7 +43,7 @@ numbers = st.integers(0, 2**32 - 1)
 def versions(version: int, *more: st.SearchStrategy[object]) -> st.SearchStrategy[report.Message]:
     return st.builds(
         report.Message,
-        st.sampled_from([report.REPORT, report.CHALLENGE]),
+        st.sampled_from([report.REPORT, report.CHALLENGE, report.LEAVE]),
         st.sampled_from([A, B]),
         st.binary(min_size=8, max_size=8),
         st.binary(min_size=24, max_size=24),
@@ -54,7 +57,8 @@ def versions(version: int, *more: st.SearchStrategy[object]) -> st.SearchStrateg
     )
 
 
-messages = versions(1) | versions(2, st.tuples(numbers, numbers), st.booleans())
+ATVIP = st.none() | st.integers(0, report.MOST_AT_VIP)
+messages = versions(1) | versions(2, st.tuples(numbers, numbers), st.booleans(), st.booleans(), ATVIP)
 
 
 @given(messages, st.data())
@@ -320,6 +324,26 @@ def test_bad_arguments(name):
     assert "Traceback" not in done.stderr
 
 
+def test_another_process_believes_who_was_believed():
+    """Without another challenge; what was said before is not believed again, nor a backend that comes back."""
+    judge, sender = acquainted()
+    wire = sender.report(3)
+    assert believed(judge, wire) == 3
+    judge.follow([A])  # B is gone
+    judge.follow([A, B])
+    after = report.Judge(MASTER)
+    after.follow([A, B])
+    after.adopt(**judge.export())
+    assert believed(after, wire) == "reports_replayed"
+    assert believed(after, sender.report(4)) == 4
+    assert after.export()["floors"] == judge.export()["floors"]
+    alone = report.Judge(MASTER)
+    alone.follow([B])
+    alone.adopt(**judge.export())
+    assert believed(alone, sender.report(5)) == "reports_unknown"
+    assert alone.export()["sessions"] == []
+
+
 class OldJudge(report.Judge):
     """A load balancer of before."""
 
@@ -357,6 +381,64 @@ def test_a_load_balancer_of_before_and_its_successor(monkeypatch):
         finally:
             told.stop()
     assert heard == [(1, 7, None), (2, 7, (5, 3))]
+
+
+def test_a_load_balancer_that_comes_up_late_is_told_in_todays_words():
+    """It is not heard of at first, so the words of before are tried; that it understands them too is not the end."""
+    here = ip_address("127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((str(here), 0))
+        sock.settimeout(20)
+        told = Reporter(lambda: {VIPS[0]: 7}, lambda: {}, [(here, sock.getsockname()[1])], report.derive(MASTER, here))
+        judge = report.Judge(MASTER)
+        judge.follow([here])
+        told.start()
+        try:
+            versions = []
+            while versions[-1:] != [2]:
+                data, sender = sock.recvfrom(2048)
+                if not versions and data[4] == 2:
+                    continue  # it is not up yet
+                message, answer = judge.judge(data)
+                if answer:
+                    sock.sendto(answer, sender)
+                if message and message.vips:
+                    versions.append(message.version)
+        finally:
+            told.stop()
+    assert versions[0] == 1
+
+
+def test_that_nothing_listens_any_more_is_told_at_once(monkeypatch):
+    """And that something does again: neither waits for the next full report."""
+    monkeypatch.setattr("crablb.agent.reporter.FULL_INTERVAL", 1e6)
+    here = ip_address("127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.create_server(("127.0.0.1", 0)) as server:
+        sock.bind((str(here), 0))
+        sock.settimeout(20)
+        vip = Vip(here, server.getsockname()[1])
+        told = Reporter(lambda: {vip: 7}, lambda: {}, [(here, sock.getsockname()[1])], report.derive(MASTER, here))
+        judge = report.Judge(MASTER)
+        judge.follow([here])
+
+        def listening(wanted: bool) -> None:
+            while True:
+                data, sender = sock.recvfrom(2048)
+                message, answer = judge.judge(data)
+                if answer:
+                    sock.sendto(answer, sender)
+                if message and message.vips[0].listening is wanted:
+                    return
+
+        told.start()
+        try:
+            listening(True)
+            server.close()
+            listening(False)
+            with socket.create_server((str(here), vip.port)):
+                listening(True)
+        finally:
+            told.stop()
 
 
 def test_reports_go_on_after_a_failure(monkeypatch):
@@ -405,7 +487,8 @@ def test_taking_reports_goes_on_after_a_failure(run):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        await taker.start(ip_address("127.0.0.1"), port)
+        taker.bind(ip_address("127.0.0.1"), port)
+        await taker.start()
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -418,3 +501,175 @@ def test_taking_reports_goes_on_after_a_failure(run):
 
     run(main())
     assert not failures
+
+
+# ---- "leave" ----
+
+
+class Served:
+    """In place of an engine and of a socket."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def count(self, what):
+        pass
+
+    def report(self, *_):
+        return False
+
+    def sendto(self, data, _):
+        self.sent.append(data)
+
+
+def drained(vips=VIPS) -> tuple[Reports, Served]:
+    """A load balancer that is being drained, of which A and B serve VIPs."""
+    served = Served()
+    reports = Reports(served, MASTER)
+    reports.follow(
+        config_from_args(["eth0"], [f"{vip}={A if vip.address.version == 4 else B}" for vip in vips]).services
+    )
+    reports.connection_made(served)
+    reports.leaving = True
+    return reports, served
+
+
+def answers(reports: Reports, served: Served, wire: bytes, key: bytes) -> list[report.Message]:
+    served.sent.clear()
+    reports.datagram_received(wire, ("10.0.0.11", 1))
+    return [report.Message.decode(data, key) for data in served.sent]
+
+
+def test_who_is_told_to_leave():
+    """Whoever is believed, of the services' VIPs that it speaks of; and nobody once it is over."""
+    reports, served = drained()
+    sender = Sender()
+    (challenge,) = answers(reports, served, sender.report(), sender.key)
+    assert challenge.kind == report.CHALLENGE
+    sender.challenge = challenge.challenge
+    wire = sender.report()
+    (leave,) = answers(reports, served, wire, sender.key)
+    assert (leave.kind, leave.session, leave.number) == (report.LEAVE, sender.session, sender.number)
+    assert leave.challenge == sender.challenge
+    assert [v.vip for v in leave.vips] == VIPS[:1]
+    assert answers(reports, served, wire, sender.key) == []  # replayed
+    assert answers(reports, served, Sender(master=bytes(32)).report(), sender.key) == []
+    # Of no service.
+    sender.number += 1
+    other = report.VipReport(Vip(VIP4, 81), 3)
+    wire = report.Message(
+        report.REPORT, A, sender.session, sender.challenge, sender.number, 0, (other,)
+    ).encode(sender.key)  # fmt: skip
+    assert answers(reports, served, wire, sender.key) == []
+    reports.leaving = False
+    assert answers(reports, served, sender.report(), sender.key) == []
+
+
+def test_who_leads_clients_away():
+    """As each report says; a load balancer forgets it with the service."""
+    reports, served = drained()
+    sender = Sender()
+    sender.hear((reports.datagram_received(sender.report(), ("10.0.0.11", 1)), served.sent[-1])[1])
+    for leads in (True, False, True):
+        sender.number += 1
+        said = (report.VipReport(VIPS[0], 1, redirects=(0, 0), listening=True, leads=leads),)
+        told = report.Message(report.REPORT, A, sender.session, sender.challenge, sender.number, 0, said)
+        reports.datagram_received(told.encode(sender.key), ("10.0.0.11", 1))
+        assert reports.leading == ({(VIPS[0], A)} if leads else set())
+    reports.follow([])
+    assert not reports.leading
+
+
+class Target:
+    """An agent's idea of one load balancer, at given times."""
+
+    def __init__(self, challenge: bytes = b"c" * 24) -> None:
+        self.target = reporter._Target(ip_address("127.0.0.1"), 7171, A)
+        self.target.socket.close()
+        self.target.challenge = challenge
+
+    def send(self, now: float, parts: int = 1) -> None:
+        self.target.sends(now)
+        self.target.number += parts
+
+    def leave(self, number: int, now: float, *, challenge: bytes = b"c" * 24, vips=VIPS[:1]) -> bool:
+        told = tuple(report.VipReport(vip, 0) for vip in vips)
+        return self.target.hears_leave(report.Message(report.LEAVE, A, b"s" * 8, challenge, number, 0, told), now)
+
+    def held(self, now: float) -> set[Vip]:
+        return {vip for vip, until in self.target.leaving.items() if until >= now}
+
+
+def test_what_an_agent_believes():
+    """Of a report of the last seconds that no later one was answered of; by the load balancer that it was sent to."""
+    one = Target()
+    for second in range(20):
+        one.send(float(second))
+    assert not one.leave(21, 19.5)  # a number that was not sent
+    assert not one.leave(20, 19.5, challenge=b"d" * 24)  # another load balancer's, or one's that was before
+    assert not one.leave(14, 19.5)  # sent at 13: too old
+    assert not one.held(19.5)
+    assert one.leave(18, 19.5)
+    assert one.held(19.5) == {VIPS[0]}
+    for replayed in (18, 17):
+        assert not one.leave(replayed, 19.6, vips=VIPS)
+        assert one.held(19.6) == {VIPS[0]}
+    assert not one.leave(19, 20.0)  # nothing new, but it holds longer
+    assert one.held(25.0) == {VIPS[0]}
+    assert not one.held(25.1)
+    # A VIP more, in the parts of one report.
+    one.send(26.0, parts=3)
+    assert one.leave(21, 26.1)
+    assert one.leave(23, 26.1, vips=VIPS[1:])
+    assert one.held(26.2) == set(VIPS)
+    # After a silence nothing that was sent before it is believed.
+    assert not one.leave(23, 40.0)
+    one.send(40.0)
+    assert one.leave(24, 40.0)
+
+
+def test_an_agent_moves_what_is_to_leave(monkeypatch):
+    """At once, each second for as long as it is said, and no more when it is over; whatever comes of it."""
+    monkeypatch.setattr(reporter, "FULL_INTERVAL", 0.02)
+    monkeypatch.setattr(reporter, "HOLD", 0.5)
+    here = ip_address("127.0.0.1")
+    results = [None, KernelError("no MPTCP"), None, None]
+    moved: list[list[Vip]] = []
+    over = threading.Event()
+
+    def leave(vips):
+        moved.append(list(vips))
+        if len(moved) == 4:
+            over.set()
+        if results and (result := results.pop(0)):
+            raise result
+
+    reports, served = drained([Vip(VIP4, 80)])
+    with structlog.testing.capture_logs() as logs, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((str(here), 0))
+        sock.settimeout(20)
+        told = Reporter(lambda: {VIPS[0]: 7, VIPS[1]: 1}, lambda: {}, [(here, sock.getsockname()[1])],
+                        report.derive(MASTER, A), A, None, leave, leads=True)  # fmt: skip
+        told.start()
+        try:
+            while not over.is_set():
+                data, sender = sock.recvfrom(2048)
+                served.sent.clear()
+                reports.datagram_received(data, sender)
+                for answer in served.sent:
+                    sock.sendto(answer, sender)
+            reports.leaving = False
+            while not any(line["event"].startswith("no load balancer") for line in logs):
+                reports.datagram_received(*sock.recvfrom(2048))
+        finally:
+            told.stop()
+    assert {tuple(vips) for vips in moved} == {(VIPS[0],)}
+    assert (VIPS[0], A) in reports.leading
+    lines = [line for line in logs if "load balancer" in line["event"]]
+    assert [line["event"].split()[:3] for line in lines] == [
+        ["a", "load", "balancer"],
+        ["connections", "cannot", "leave"],
+        ["no", "load", "balancer"],
+    ]
+    assert lines[0]["vips"] == [str(VIPS[0])]
+    assert lines[1]["reason"] == "no MPTCP"

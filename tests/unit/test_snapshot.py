@@ -451,3 +451,80 @@ def test_one_change_makes_one_service_anew(monkeypatch):
     assert set(np.unique(last.chosen[vips[0]])) == {0}
     for each in (before, after, last):
         each.free()
+
+
+# ---- bit by bit ----
+
+SITES = [Vip(ip_address("10.0.0.100"), port) for port in range(8001, 8007)]
+
+
+def shares(snapshot: Snapshot) -> dict[Vip, bytes]:
+    return {vip: table.tobytes() for vip, table in snapshot.chosen.items()}
+
+
+def weighed(weights: Iterable[int], **settings: object) -> Config:
+    return config(
+        *(Service(vip, (Backend(A), Backend(B, weight))) for vip, weight in zip(SITES, weights, strict=False)),
+        **settings,
+    )
+
+
+def test_what_is_owed_comes_first():
+    """Even if others change again and again."""
+    state = sight(weighed([1] * 6))
+    snapshot = build(weighed([1] * 6), state)
+    old = shares(snapshot)
+    wanted = weighed([2, 3, 4, 5, 6, 7])
+    whole = shares(build(wanted, state))
+    for owed in ({*SITES[2:]}, {*SITES[4:]}, set()):
+        snapshot = build(wanted, state, snapshot, 2)
+        assert snapshot.owed == owed
+        assert shares(snapshot) == {vip: (old if vip in owed else whole)[vip] for vip in SITES}
+    for n in range(4):  # the first two change all the time
+        wanted = weighed([20 + n, 30 + n, *([40, 50, 60, 70] if n else [4, 5, 6, 7])])
+        snapshot = build(wanted, state, snapshot, 2)
+    assert shares(snapshot).items() >= {vip: shares(build(wanted, state))[vip] for vip in SITES[2:]}.items()
+
+
+def test_a_new_service_is_owed_nothing():
+    wanted = weighed([2, 3, 4, 5, 6, 7])
+    state = sight(wanted)
+    snapshot = build(wanted, state, build(weighed([1, 1]), state), 1)
+    assert snapshot.owed == {SITES[1]}
+    assert shares(snapshot).items() - shares(build(wanted, state)).items() == {(SITES[1], shares(snapshot)[SITES[1]])}
+
+
+def test_what_is_known_of_backends_is_owed_to_nobody():
+    """Of a service that waits for its table SYNs are reset, and what is dead gets nothing, at once."""
+    first, second, third = SITES[:3]
+
+    def of(weight: int, state: State) -> Config:
+        return config(
+            Service(first, (Backend(A), Backend(B, weight))),
+            Service(second, (Backend(A), Backend(B, state=state))),
+            Service(third, (Backend(C),)),
+            closed=Closed.RESET,
+        )
+
+    state = sight(of(1, State.UP))
+    before = build(of(1, State.UP), state)
+    lost = replace(state, hops={**state.hops, C: NextHop(HopState.UNRESOLVED)})
+    snapshot = build(of(2, State.DEAD), lost, before, 1)
+    assert snapshot.owed == {second, third}
+    core = Core(snapshot)
+    assert core.send(third, 4000) == ("reset", None)
+    assert not all_of(core, second).keys() & redirected(B)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.integers(1, 3)), max_size=6))
+def test_in_the_end_all_is_as_if_made_at_once(changes):
+    state = sight(weighed([1] * 6))
+    wanted = weighed([1] * 6)
+    snapshot = build(wanted, state)
+    for weights, most in changes:
+        wanted = weighed(weights)
+        snapshot = build(wanted, state, snapshot, most)
+    for _ in range(6):
+        snapshot = build(wanted, state, snapshot, 1)
+    assert not snapshot.owed
+    assert shares(snapshot) == shares(build(wanted, state))

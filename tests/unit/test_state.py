@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -34,6 +35,13 @@ def path(tmp_path) -> Path:
 
 def store(path: Path, interface: str = "eth0", seed: bytes = SEED) -> Store:
     return Store(path, (interface,), seed)
+
+
+def loaded(path: Path) -> Store:
+    """One that has found nothing of use."""
+    one = store(path)
+    assert one.load() == Saved(interfaces=("eth0",), deployment=one._deployment)
+    return one
 
 
 async def kept(one: Store, *all_: Changes, seconds: float = 10.0) -> bool:
@@ -106,13 +114,13 @@ def test_a_corrupt_one_is_put_aside(path, held):
     path.parent.mkdir()
     path.write_bytes(held)
     with capture_logs() as logs:
-        assert store(path).load().changes == Changes()
+        begun = loaded(path)
     assert "of no use" in logs[0]["event"]
+    assert path.read_bytes() == held  # until something is written: it may be another daemon's
     aside = path.with_name(f"{path.name}.corrupt")
-    assert not path.exists()
+    assert asyncio.run(kept(begun, changes(2)))
     assert aside.read_bytes() == held
-    assert asyncio.run(kept(store(path), changes(2)))
-    assert aside.read_bytes() == held
+    assert store(path).load().changes == changes(2)
 
 
 @pytest.mark.parametrize(("version", "suffix"), [(0, "v0"), (2, "v2"), (999, "v999")])
@@ -120,8 +128,9 @@ def test_one_of_another_version_is_put_aside(path, version, suffix):
     path.parent.mkdir()
     path.write_text(json.dumps({"version": version, "what": "ever"}))
     with capture_logs() as logs:
-        assert store(path).load().changes == Changes()
+        begun = loaded(path)
     assert f"version {version}" in logs[0]["reason"]
+    assert asyncio.run(kept(begun, changes(2)))
     assert path.with_name(f"{path.name}.{suffix}").exists()
 
 
@@ -129,8 +138,9 @@ def test_one_of_another_version_is_put_aside(path, version, suffix):
 def test_one_of_another_load_balancer_is_put_aside(path, other: dict[str, Any]):
     assert asyncio.run(kept(store(path, **other), changes(2)))
     with capture_logs() as logs:
-        assert store(path).load().changes == Changes()
+        begun = loaded(path)
     assert "another" in logs[0]["reason"]
+    assert asyncio.run(kept(begun, changes(3)))
     assert path.with_name(f"{path.name}.other").exists()
 
 
@@ -154,12 +164,115 @@ def link(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("odd", [folder, pipe, others_may_write, link])
-def test_what_is_no_file_of_ours_is_not_read(path, odd):
+def link_to_nowhere(path: Path) -> None:
+    path.parent.mkdir()
+    path.symlink_to("nowhere")
+
+
+def group_may_write(path: Path) -> None:
+    asyncio.run(kept(store(path), changes(2)))
+    path.chmod(0o664)
+
+
+def anothers(path: Path) -> None:
+    asyncio.run(kept(store(path), changes(2)))
+    os.chown(path, 65534, 65534)
+
+
+def too_long(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+    os.truncate(path, state.MOST + 1)
+
+
+UNREADABLE = [folder, pipe, others_may_write, group_may_write, anothers, link, link_to_nowhere, too_long]
+
+
+@pytest.mark.parametrize("odd", UNREADABLE if os.geteuid() == 0 else [o for o in UNREADABLE if o is not anothers])
+def test_what_is_no_file_of_ours_is_put_aside_unread(path, odd):
+    """And that is a problem until somebody has looked into it."""
     odd(path)
+    before = path.lstat()
     with capture_logs() as logs:
-        assert store(path).load().changes == Changes()
-    assert "cannot be read" in logs[0]["event"]
+        begun = loaded(path)
+    assert "it cannot be read" in logs[0]["reason"]
+    assert logs[0]["remedy"] == state.REMEDY
+    assert begun.lost.startswith(f"{path}: it cannot be read")
+    assert path.lstat().st_ino == before.st_ino
+    assert asyncio.run(kept(begun, changes(3)))
+    aside = path.with_name(f"{path.name}.unreadable")
+    assert (aside.lstat().st_ino, aside.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert begun.lost == f"{aside}: put aside by a start"
+    again = store(path)
+    assert (again.load().changes, again.lost) == (changes(3), begun.lost)
+    aside.rename(path.parent.parent / "elsewhere")
+    assert asyncio.run(kept(again, changes(4)))
+    assert again.lost == ""
+
+
+def test_the_remedy_brings_back_what_was_lost(path):
+    group_may_write(path)
+    asyncio.run(kept(loaded(path), changes(3)))
+    aside = path.with_name(f"{path.name}.unreadable")
+    aside.chmod(0o600)
+    aside.rename(path)
+    again = store(path)
+    assert (again.load().changes, again.lost) == (changes(2), "")
+
+
+def test_it_is_put_aside_though_nothing_changes(path):
+    """It is not to be found in the way by a later start, nor written over."""
+    path.parent.mkdir()
+    path.write_bytes(b"{")
+
+    async def run() -> None:
+        one = loaded(path)
+        task = asyncio.create_task(one.run())
+        async with asyncio.timeout(30):
+            while not one.lost.endswith("put aside by a start"):
+                await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    assert path.with_name(f"{path.name}.corrupt").read_bytes() == b"{"
+
+
+def test_each_that_is_put_aside_is_kept(path):
+    path.parent.mkdir()
+    for n in range(4):
+        path.write_text(f"{{{n}")
+        assert asyncio.run(kept(loaded(path), changes(2)))
+    found = sorted(aside.name.removeprefix(path.name) for aside in path.parent.iterdir())
+    assert found == ["", ".corrupt", ".corrupt-2", ".corrupt-3", ".corrupt-4"]
+    assert path.with_name(f"{path.name}.corrupt").read_text() == "{0"
+
+
+def test_what_cannot_be_put_aside_is_not_written_over(path, monkeypatch):
+    monkeypatch.setattr(state, "AGAIN", 0.01)
+    others_may_write(path)
+    before, rename = path.read_bytes(), Path.rename
+    begun = loaded(path)
+
+    def refused(self: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    async def run() -> None:
+        monkeypatch.setattr(Path, "rename", refused)
+        task = asyncio.create_task(begun.run())
+        begun.keep(changes(3))
+        assert not await begun.written(10)
+        assert begun.trouble == "Operation not permitted"
+        assert begun.lost.startswith(f"{path}: ")
+        assert path.read_bytes() == before
+        monkeypatch.setattr(Path, "rename", rename)
+        async with asyncio.timeout(10):
+            while not await begun.written(0.01):
+                await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(run())
+    assert path.with_name(f"{path.name}.unreadable").read_bytes() == before
 
 
 def no_room(path: Path) -> Iterator[None]:
@@ -251,37 +364,54 @@ def test_close_writes_what_is_left(path):
     assert store(path).load().changes == changes(4)
 
 
-def test_killed_in_the_middle_of_a_write_it_is_the_one_or_the_other(path):
-    """At every call that changes something (strace would be slower): the file is there, whole."""
+#: What of os changes something.
+CALLS = ("mkdir", "open", "write", "fsync", "fchmod", "rename", "replace", "unlink")
+
+
+@pytest.mark.parametrize("how", ["killed", "fails"])
+@pytest.mark.parametrize("usable", [True, False])
+def test_at_whatever_step_it_ends_nothing_is_lost(path, how, usable):
+    """Before each call that changes something: what was there is there, whole, in its place or aside."""
     assert asyncio.run(kept(store(path), changes(1)))
-    before, after = path.read_bytes(), path.read_bytes().replace(b'"now":1', b'"now":2')
-    calls = ["open", "fsync", "fchmod", "replace", "unlink"]
-    found = set()
-    for name in calls:
-        for when in range(3):
+    before = path.read_bytes()
+    seen = set()
+    for name in CALLS:
+        for when in range(4):
+            for left in path.parent.iterdir():
+                left.unlink()
             path.write_bytes(before)
+            path.chmod(0o600 if usable else 0o666)
             pid = os.fork()
             if not pid:
-                _die_at(name, when)
-                write(path, after)
+                _end_at(name, when, how)
+                with contextlib.suppress(OSError):
+                    asyncio.run(kept(loaded(path) if not usable else store(path), changes(2), seconds=5))
                 os._exit(0)
             os.waitpid(pid, 0)
-            assert path.read_bytes() in (before, after)
-            found.add(path.read_bytes())
-            assert store(path).load().changes in (changes(1), changes(2))
-            write(path, after)  # what a crash has left is in nobody's way
-            assert os.listdir(path.parent) == [path.name]
-    assert found == {before, after}
+            asides = [aside.read_bytes() for aside in path.parent.glob(f"{path.name}.*")]
+            there = path.read_bytes() if path.exists() else None
+            if usable:
+                assert there is not None, (name, when)
+                assert not asides
+            else:
+                assert before in (there, *asides), (name, when)
+            if there and there != before:
+                assert store(path).load().changes == changes(2), (name, when)
+            seen.add(there == before)
+            write(path, before)  # what is left of a crash is in nobody's way
+    assert seen == {True, False}
 
 
-def _die_at(name: str, when: int) -> None:
-    """Die before the ``when``-th call of a function of os."""
+def _end_at(name: str, when: int, how: str) -> None:
+    """Before the ``when``-th call of a function of os."""
     real, left = getattr(os, name), [when]
 
-    def dying(*args: Any, **more: Any) -> Any:
-        if not left[0]:
-            os._exit(1)
+    def ending(*args: Any, **more: Any) -> Any:
         left[0] -= 1
+        if left[0] == -1:
+            if how == "killed":
+                os._exit(1)
+            raise OSError(5, "Input/output error")
         return real(*args, **more)
 
-    setattr(os, name, dying)
+    setattr(os, name, ending)

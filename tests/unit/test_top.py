@@ -88,6 +88,15 @@ def test_it_fits(width, height, count):
         view.move(count)
 
 
+def test_the_keys_are_told_whole():
+    """80 columns are enough."""
+    view = View()
+    view.see(seen())
+    view.press("?", nothing)
+    shown = lines(view)[-1]
+    assert (shown[:6], shown[-9:]) == ("q quit", "+- weight")
+
+
 def test_keys_that_come_together():
     assert keys("/13\r\x1b[A\x1bOBq\x1b") == ["/", "1", "3", "\r", "k", "j", "q", "\x1b"]
 

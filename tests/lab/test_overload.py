@@ -1,0 +1,68 @@
+"""More SYNs than can be taken, from addresses that are nobody's: honest clients, the API, memory, and afterwards."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from crablb.lab import VIP4
+from tests.helpers.processes import answer, until
+from tests.helpers.world import World, command, status
+
+HONEST = 200
+SYNS = 100_000  # at least, while they connect
+#: Of the kernel: what SYNs wait for, on a server that is to be found at its limit.
+COOKIES = {"net.ipv4.tcp_syncookies": 1, "net.ipv4.tcp_max_syn_backlog": 1024, "net.core.somaxconn": 1024}
+
+
+def resident(pid: int) -> int:
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("rate", [0, 5000], ids=["all", "syn_rate"])
+def test_honest_clients_in_a_flood(make_world, rate):
+    """99 % need one retransmission at most: of the service that is flooded, or, if that is limited, of another one."""
+    world: World = make_world(servers=2, offload=False)
+    lab = world.lab
+    for server in lab.servers:
+        server.set(COOKIES)
+    world.servers()
+    for port in (81,) if rate else ():
+        for server in lab.servers:
+            world.python(server, "serve", server.name, str(port), ready=True)
+    backends = ", ".join(f'"{s.ip4}"' for s in lab.servers)
+    path = world.folder / "lb.toml"
+    services = "".join(
+        f'[[service]]\naddress = "tcp://{VIP4}:{port}"\nbackends = [{backends}]\ncheck = []\nsyn_rate = {limit}\n'
+        for port, limit in ((80, rate), (81, 0))
+    )
+    path.write_text(f'interface = "eth0"\nflows = 4096\n{services}')
+    daemon = world.serve(config=path)
+    flood = world.python(lab.client, "flood", str(VIP4), lab.lb.mac(), str(10**9))
+    until(lambda: status(lab)["total"]["received"] > 5000)
+    before = resident(daemon.pid)  # the API has been imported
+    honest = world.python(lab.client, "connects", str(VIP4), "81" if rate else "80", str(HONEST))
+    asked = []
+    while honest.poll() is None and len(asked) < 50:
+        begun = time.monotonic()
+        command(lab.lb, "services", "--iface", "eth0", "--json")
+        asked.append(time.monotonic() - begun)
+    retransmitted = json.loads(answer(honest))
+    assert len(retransmitted) == HONEST
+    assert sum(n is not None and n <= 1 for n in retransmitted) >= HONEST * 0.99, retransmitted
+    until(lambda: status(lab)["total"]["received"] > SYNS)
+    assert flood.poll() is None
+    flood.kill()
+    flood.wait()
+    # How long it takes is for the report; that it is answered at all, in a flood, is for this test.
+    assert asked
+    took = sorted(asked)[len(asked) // 2]
+    print(f"{status(lab)['total']['received']} packets, {sum(retransmitted)} sent again, the API after {took:.3f} s")
+    assert resident(daemon.pid) < before + (8 << 20)
+    total = status(lab)["total"]
+    assert bool(total.get("drop_rate")) == bool(rate)
+    assert world.echo(VIP4, "100000")["intact"]
+    assert not status(lab)["problems"]
