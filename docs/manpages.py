@@ -6,30 +6,38 @@ One for crablb, and one for each of its commands, made by argparse-manpage of th
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from argparse_manpage.manpage import Manpage
 
+from crablb import __version__
 from crablb.cli import COMMANDS, make_parser
 
 TITLE = "crablb manual"
+#: Those that argparse-manpage makes.
+REQUESTS = "TH|SH|SS|TP|PP|RS|RE|BR|B|EX|EE|br|nf|fi"
 
 
 def page(parser: argparse.ArgumentParser, name: str, what: str, see: Iterable[str], form: str) -> Manpage:
     data = {
         "description": what,
         "project_name": "crablb",
-        "version": importlib.metadata.version("crablb"),
+        "version": __version__,
         "manual_title": TITLE,
     }
     made = Manpage(parser, data, format=form)
     made.prog = name
     made.add_section("see also", "=", ",\n".join(f".BR {other} (1)" for other in see))
     return made
+
+
+def plain(text: str) -> str:
+    """A line of text that begins with a dot or an apostrophe is no request of groff: by ``\\&``, which has no width."""
+    return re.sub(rf"^(?=['.])(?!\.(?:{REQUESTS})\b)", r"\\&", text, flags=re.MULTILINE)
 
 
 def subcommands(parser: argparse.ArgumentParser) -> argparse._SubParsersAction[argparse.ArgumentParser]:
@@ -49,11 +57,13 @@ def write(folder: Path) -> list[Path]:
     for told in commands._choices_actions:
         name = names[told.dest]
         parser = commands.choices[told.dest]
-        pages[name] = page(parser, name, told.help or "", ["crablb"], "single-commands-section")
+        said = re.findall(r"crablb ([a-z][a-z-]*)", " ".join([told.help or "", *parser.format_help().split()]))
+        others = [names[other] for other in dict.fromkeys(said) if other in names and other != told.dest]
+        pages[name] = page(parser, name, told.help or "", ["crablb", *others], "single-commands-section")
     written = []
     for name, made in pages.items():
         written.append(folder / f"{name}.1")
-        written[-1].write_text(str(made))
+        written[-1].write_text(plain(str(made)))
     return written
 
 
