@@ -4,12 +4,21 @@
 # And
 #   make demo-often    the demo again and again, up to its first failure (TIMES=30)
 #   make man     manual pages, into build/man
+#   make docs    the documentation site, into build/docs/html (ARGS=linkcheck: whether what it links to elsewhere is there)
+#   make sdist, make wheel, make deb     what crablb is installed from, into build/ (docs/packages.md)
 #   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
 #   make test-long     what takes minutes: no byte twice, nobody worse off, load balancers of others
-#   make test-stacks   other people's programs and test suites through the load balancer: nginx, OpenSSH, PostgreSQL, ...
+#   make test-stacks   other people's programs through the load balancer: nginx, OpenSSH, PostgreSQL, ...
+#   make test-foreign   other people's own test suites, by redirection, fallback and MPTCP, beside the same without a load balancer
 #   make test-distros   those two on fresh Debian systems (DISTROS='bookworm trixie sid' COMMANDS='demo test')
-#   make test-kernels   every BPF program, the demo, bonds and VLANs in Debian's kernels (KERNELS='6.1 6.12 newest'), by qemu
+#   make test-install   docs/install.md in empty roots (DISTROS='bookworm trixie' ARGS='--ways apt'), of build/deb and build/wheel
+#   make test-container   docs/containers.md by Podman, of build/deb
+#   make test-kernels   every BPF program, the demo, and what else goes by the kernel, in Debian's (KERNELS='6.1 6.12 newest', ARGS='--step cards'), by qemu
 #   make test-pythons   one wheel, from the source archive alone, with every Python here (PYTHONS='3.11 3.12 3.13 3.14')
+#   make test-packages   made on fresh Debian systems, installed, upgraded, removed and purged on others (DISTROS='bookworm trixie')
+#   make test-units    the systemd units on fresh Debian systems, booted in containers (DISTROS='bookworm trixie')
+#   make fuzz    libFuzzer over native/, from the corpora in tests/fuzz (ARGS='--seconds 600 --jobs 2', ARGS=--coverage)
+#   make sim    a farm in one process, seed by seed: a million connections, and what befalls them (ARGS='--seed 7 --each 2000')
 #   make test-compilers   the BPF programs by every clang here and of the package index, through the verifier (CLANGS='14 19')
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
 
@@ -23,7 +32,7 @@ ARGS ?=
 TIMES ?= 30
 # Processes that run tests: so many that some wait and some work.
 WORKERS ?= $(shell echo $$(($$(nproc) + 2)))
-# Of test-distros and test-kernels, which get ARGS, MIRROR, ACCEL and proxies by the environment; none: all.
+# Of test-distros, test-units and test-kernels, which get ARGS, MIRROR, ACCEL and proxies by the environment; none: all.
 DISTROS ?=
 COMMANDS ?= demo test
 KERNELS ?=
@@ -32,14 +41,22 @@ CLANGS ?=
 
 PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make pkg-config python3-dev python3-venv \
             iproute2 ethtool procps nftables nginx-light curl iperf3 tcpdump keepalived
-# What tests look at metrics, the status page and captures with.
-TEST_PACKAGES := chromium fonts-dejavu-core prometheus tshark
+# What tests look at metrics, the status page, manual pages, captures and units with; what docs/migration.md is run with.
+TEST_PACKAGES := chromium fonts-dejavu-core groff-base prometheus systemd tshark haproxy ipvsadm kmod openssl
 # What the benchmarks measure beside crablb, and with.
-BENCH_PACKAGES := haproxy libnginx-mod-stream wrk valgrind
+BENCH_PACKAGES := haproxy libnginx-mod-stream mptcpize wrk valgrind
+# What Debian's packages are made and looked at with.
+DEB_PACKAGES := build-essential debhelper dpkg-dev lintian python3-pip
 # Whose connections tests/stacks makes; two more are fetched with their sources.
-STACK_PACKAGES := apache2-bin debian-archive-keyring litmus mptcpize openssh-client openssh-server openssl tcl
+STACK_PACKAGES := debian-archive-keyring mptcpize openssh-client openssh-server openssl tcl
+# Whose own test suites tests/foreign runs; some are fetched with their sources.
+FOREIGN_PACKAGES := apache2-bin haproxy litmus nghttp2-client testssl.sh xz-utils
 # What other machines are made with (tests/machines).
 DISTRO_PACKAGES := debootstrap debian-archive-keyring git
+CONTAINER_PACKAGES := podman runc
+UNIT_PACKAGES := debootstrap debian-archive-keyring git systemd-container
+# Clang's own libraries: sanitizers, libFuzzer, counters.
+FUZZ_PACKAGES = libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev
 KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zstd
 
 # Tests of a group (pytest.mark.xdist_group) share something dear, or what the machine has one of: one process runs them.
@@ -47,7 +64,7 @@ PARALLEL = -n $(WORKERS) --dist loadgroup
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo demo-often test test-long bench man test-stacks test-distros test-kernels test-pythons test-compilers lint c-test clean help
+.PHONY: demo demo-often test test-long bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -71,20 +88,54 @@ bench: $(STAMPS)/bench-tools
 man: $(STAMPS)/man-tools
 	@$(VENV)/bin/python docs/manpages.py build/man
 
+# Warnings are errors; all is made anew, as pages are made of the program too.
+docs: $(STAMPS)/docs-tools
+	@$(VENV)/bin/python -m sphinx -E -W --keep-going -q -d build/docs/doctrees -b $(or $(ARGS),html) docs build/docs/$(or $(ARGS),html)
+	@echo "==> build/docs/$(or $(ARGS),html)"
+
+sdist: $(STAMPS)/package-tools
+	@$(VENV)/bin/python deploy/package.py $@
+
+wheel: $(STAMPS)/package-tools
+	@$(VENV)/bin/python deploy/package.py $@
+
+deb: $(STAMPS)/package-tools $(STAMPS)/deb-packages
+	@$(VENV)/bin/python deploy/package.py $@
+
 test-stacks: $(STAMPS)/tested-tools $(STAMPS)/stacks
 	$(SUDO) $(VENV)/bin/python -m pytest tests/stacks --durations=10 -o tmp_path_retention_policy=failed $(ARGS)
+
+test-foreign: $(STAMPS)/tested-tools $(STAMPS)/foreign
+	$(SUDO) $(VENV)/bin/python -m pytest tests/foreign --timeout=1800 --durations=10 -o tmp_path_retention_policy=failed $(ARGS)
 
 test-distros: $(STAMPS)/distro-packages $(VENV)/bin/python
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/distros.py --commands='$(COMMANDS)' $(DISTROS)
 
+test-install: $(STAMPS)/tested-tools $(STAMPS)/distro-packages
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/install.py $(ARGS) $(DISTROS)
+
+test-container: $(STAMPS)/tested-tools $(STAMPS)/distro-packages $(STAMPS)/container-tools
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/container.py
+test-units: $(STAMPS)/tested-tools $(STAMPS)/unit-packages
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/units.py $(DISTROS)
+
 test-kernels: $(STAMPS)/tested-tools $(STAMPS)/kernel-packages
-	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/kernels.py $(KERNELS)
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/kernels.py $(ARGS) $(KERNELS)
 
 test-pythons: $(STAMPS)/tested-tools
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/pythons.py $(PYTHONS)
 
+test-packages: $(STAMPS)/distro-packages $(VENV)/bin/python
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/packages.py $(ARGS) $(DISTROS)
+
 test-compilers: $(STAMPS)/tested-tools $(STAMPS)/compiler-packages
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/compilers.py $(ARGS) $(CLANGS)
+
+fuzz: $(STAMPS)/tested-tools $(STAMPS)/fuzz-packages
+	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python -m tests.fuzz $(ARGS)
+
+sim: $(STAMPS)/packages $(VENV)/bin/python
+	@$(VENV)/bin/python -m tests.sim $(ARGS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages
@@ -119,6 +170,9 @@ $(STAMPS)/bench-packages: Makefile
 $(STAMPS)/test-packages: Makefile
 	$(call install,$(TEST_PACKAGES))
 
+$(STAMPS)/deb-packages: Makefile
+	$(call install,$(DEB_PACKAGES))
+
 $(STAMPS)/stack-packages: Makefile
 	$(call install,$(STACK_PACKAGES))
 
@@ -127,12 +181,34 @@ $(STAMPS)/stacks: tests/stacks/fetch.py $(STAMPS)/stack-packages $(VENV)/bin/pyt
 	@$(SUDO) $(VENV)/bin/python tests/stacks/fetch.py .stacks
 	@touch $@
 
+$(STAMPS)/foreign-packages: Makefile
+	$(call install,$(FOREIGN_PACKAGES))
+
+# After tests/stacks, which makes .stacks anew.
+$(STAMPS)/foreign: tests/foreign/fetch.py $(STAMPS)/stacks $(STAMPS)/foreign-packages
+	@echo "==> fetching test suites into .stacks/foreign"
+	@$(SUDO) $(VENV)/bin/python -m tests.foreign.fetch .stacks/foreign
+	@touch $@
+
 $(STAMPS)/distro-packages: Makefile
 	$(call install,$(DISTRO_PACKAGES))
+
+$(STAMPS)/container-packages: Makefile
+	$(call install,$(CONTAINER_PACKAGES))
+
+$(STAMPS)/container-tools: $(STAMPS)/container-packages $(VENV)/bin/python
+	@echo "==> installing podman-compose into $(VENV)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check 'podman-compose>=1.2'
+	@touch $@
+$(STAMPS)/unit-packages: Makefile
+	$(call install,$(UNIT_PACKAGES))
 
 # All clangs that apt knows from 14 on.
 $(STAMPS)/compiler-packages: Makefile
 	$(call install,$$(apt-cache search --names-only '^clang-[0-9]+$$' | sed -n 's/^\(clang-\(1[4-9]\|[2-9][0-9]\)\) .*/\1/p'))
+
+$(STAMPS)/fuzz-packages: Makefile $(STAMPS)/packages
+	$(call install,$(FUZZ_PACKAGES))
 
 $(STAMPS)/kernel-packages: Makefile
 	$(call install,$(KERNEL_PACKAGES))
@@ -156,6 +232,16 @@ $(STAMPS)/bench-tools: $(STAMPS)/built $(STAMPS)/bench-packages
 $(STAMPS)/man-tools: $(STAMPS)/built
 	@echo "==> installing what makes manual pages into $(VENV)"
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[man]'
+	@touch $@
+
+$(STAMPS)/docs-tools: $(STAMPS)/built
+	@echo "==> installing what makes the documentation site into $(VENV)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+$(STAMPS)/package-tools: $(STAMPS)/built
+	@echo "==> installing what makes packages into $(VENV)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[package]'
 	@touch $@
 
 $(STAMPS)/tested-tools: $(STAMPS)/bench-tools $(STAMPS)/test-packages
