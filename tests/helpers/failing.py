@@ -8,9 +8,11 @@ each STEP-th, of those by which a start asks the kernel for something.  Each loa
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -23,7 +25,7 @@ from crablb import cli
 from crablb.kernel import bpf, pins
 from tests.helpers.shim import Shim
 
-#: Seconds in which a start is over, or has failed.
+#: Seconds in which a start is over, or has failed, and so is the end.
 LONG = 60.0
 #: What a child ends with that came to serve, and was told to end.
 SERVED = 0
@@ -38,11 +40,18 @@ def left() -> list[str]:
 
 
 def child(shim: Shim, does: int, number: int, log: Path) -> int:
-    """The wait status of one whose call of this number fails."""
+    """The wait status of one whose call of this number fails; one that hangs is ended, and the log has its stacks."""
     shim.end()
     pid = os.fork()
     if pid:
+        fd = os.pidfd_open(pid)
+        if not select.select([fd], [], [], LONG)[0]:
+            os.kill(pid, signal.SIGABRT)
+            if not select.select([fd], [], [], LONG)[0]:
+                os.kill(pid, signal.SIGKILL)
+        os.close(fd)
         return os.waitpid(pid, 0)[1]
+    faulthandler.enable()
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 2)
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -51,15 +60,11 @@ def child(shim: Shim, does: int, number: int, log: Path) -> int:
     me = os.getpid()
 
     def end() -> None:
-        """When it serves; whoever waits for ever is killed."""
-        receiver.settimeout(LONG)
-        with contextlib.suppress(TimeoutError):
-            while b"READY=1" not in receiver.recv(4096):
-                pass
-            shim.end()
-            os.kill(me, signal.SIGTERM)
-            return
-        os.kill(me, signal.SIGKILL)
+        """When it serves."""
+        while b"READY=1" not in receiver.recv(4096):
+            pass
+        shim.end()
+        os.kill(me, signal.SIGTERM)
 
     threading.Thread(target=end, daemon=True).start()
     shim.only(me)
@@ -85,7 +90,7 @@ def main(does: int, first: int, step: int, rules: Path) -> None:
         said = log.read_text()
         where = f"{number}: {rule}"
         if os.WIFSIGNALED(status):
-            faults[where] = f"killed by {os.WTERMSIG(status)}: {said[-500:]}"
+            faults[where] = f"killed by {os.WTERMSIG(status)}: {said[-4000:]}"
         elif os.WEXITSTATUS(status) not in (0, 2):
             faults[where] = f"status {os.WEXITSTATUS(status)}: {said[-1500:]}"
         elif "Traceback" in said:

@@ -19,7 +19,7 @@ THREADLESS = "Exception ignored in thread started by"
 
 
 def start(folder: Path, does: int, first: int, step: int) -> None:
-    found = tried(folder, "failing", does, first, step, backends=range(11, 13), seconds=900)
+    found = tried(folder, "failing", does, first, step, backends=range(11, 13), seconds=1400)
     assert found["refused"] and found["points"] > 300
     faults = {
         at: what
@@ -34,6 +34,7 @@ def test_some_calls_of_a_start_fail(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("does", [ENOMEM, EPERM, EMFILE], ids=NAMES.get)
 def test_the_calls_of_a_start_fail_one_after_the_other(tmp_path, does):
     """Of 29 one; CRABLB_LONG=29: each."""
