@@ -35,8 +35,9 @@ log = structlog.get_logger()
 #: Connections that have been told, and have not come yet, that are remembered; the oldest are forgotten first, and
 #: found again by a look at all there are.
 ROOM = 1 << 16
-#: Seconds between looks at all connections, at least, when events are lost.
-LOOK = 1.0
+#: Seconds between looks at all connections, at least, when events are lost; and at most, while it is not clear yet
+#: what is to be done of some.
+LOOK, LONGEST = 1.0, 10.0
 #: Events that are read before something else is looked at.
 BATCH = 64
 #: Seconds that it may take to begin.
@@ -74,6 +75,8 @@ class Paths:
         self._vips, self._choose, self._clients = vips, choose, clients
         #: The first subflows of connections that have been told, by their token.
         self._told: dict[int, Subflow] = {}
+        #: Whether the last :meth:`see` left some as they are that another one may do something for: no event will tell.
+        self.unsure = False
 
     def hear(self, event: Event) -> Command | None:
         """What an event asks for."""
@@ -94,8 +97,10 @@ class Paths:
     ) -> Iterator[Command]:
         """What is to be done of all there is, when what happened is not known.  ``prove`` gives the ends of subflows
         that work: of one that has just come about it is known, of others it is not."""
-        places, first, others = self._places(), dict[int, Subflow](), list[Subflow]()
+        places, first, others, unsure = self._places(), dict[int, Subflow](), list[Subflow](), set[int]()
         for one in subflows:
+            if not one.established:
+                unsure.add(one.token)
             if (one.local, one.local_port) in places:
                 first[one.token] = one
             elif one.established:
@@ -104,6 +109,7 @@ class Paths:
         others = [one for one in others if one.token in first]
         proven = prove(others) if others else ()
         work = {one.token for one in others if one.ends in proven}
+        self.unsure = not first.keys().isdisjoint((unsure | come) - work)
         self._told = {token: one for token, one in self._told.items() if token in first.keys() - come}
         for token, one in first.items():
             if token in work:
@@ -186,28 +192,29 @@ class PathLeader:
         with Events() as events, PathManager() as manager:
             # Who was told by one that failed may have come in vain.
             paths = Paths(self._vips, self._choose, self._clients)
-            lost, looked = True, -math.inf
+            lost, looked, pause = True, -math.inf, LOOK
             poll = select.poll()
             for sock in (self._wake, self._again, events):
                 poll.register(sock, select.POLLIN)
             while True:
-                wait = max(looked + LOOK - time.monotonic(), 0) if lost else math.inf
+                wait = max(looked + pause - time.monotonic(), 0) if lost else math.inf
                 found = dict(lasting.wait(poll, wait))
                 if self._wake.fileno() in found:
                     return
                 if self._again in found:
                     os.eventfd_read(self._again)
-                    lost = True
+                    lost, pause = True, LOOK
                 try:
                     more = self._heard(events, paths, manager)
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
-                    lost = more = True
-                if lost and time.monotonic() - looked >= LOOK:
+                    lost, more, pause = True, True, LOOK
+                if lost and time.monotonic() - looked >= pause:
                     for command in paths.see(mptcp.subflows(), mptcp.answering):
                         self._do(manager, command)
-                    looked, lost = time.monotonic(), more
+                    looked, lost = time.monotonic(), more or paths.unsure
+                    pause = min(2 * pause, LONGEST) if paths.unsure else LOOK
                     ready.set()
 
     def _heard(self, events: Events, paths: Paths, manager: PathManager) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,6 +88,25 @@ def test_a_way_that_is_not_proven_is_not_left_by():
     assert list(core.see([first(1), second(1), second(2)], lambda ways: asked.extend(ways) or set())) == []
     assert asked == [second(1)]
     assert list(core.see([first(1), second(1)], work)) == [Close(first(1))]
+
+
+@pytest.mark.parametrize(
+    ("there", "unsure"),
+    [
+        ([first(), second()], True),  # nobody has answered there in time
+        ([first(), replace(second(), established=False)], True),  # who has told of itself already, perhaps
+        ([replace(first(), established=False)], True),
+        ([first()], False),  # it is told, and will come or not
+        ([second(), replace(second(2), established=False)], False),  # they have left
+    ],
+)
+def test_what_is_not_clear_yet_is_looked_at_again(there, unsure):
+    """On a busy machine nothing that works answers in half a second, and no event comes any more."""
+    core = made()
+    list(core.see(there, lambda ways: set()))
+    assert core.unsure == unsure
+    list(core.see([first(), second()], work))
+    assert not core.unsure
 
 
 def test_memory_is_bounded(monkeypatch):
