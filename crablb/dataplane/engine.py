@@ -1050,6 +1050,7 @@ class Engine:
             pools = self._queues.snapshot.pools if self._queues.snapshot else {}
             if now - aged >= AGE_INTERVAL:
                 aged = now
+                self._queues.miss()
                 if silent := self._balance.silent(now):
                     for backend in silent & self.config.backends:
                         self._tell(Event("server-silent", backend))

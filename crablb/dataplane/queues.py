@@ -89,7 +89,7 @@ class _Worker:
                 os.sched_setaffinity(0, {cpu})
             rc = lib.crab_worker_run(self.c)  # without the GIL
             if rc:
-                failed(self.failure(-rc))
+                failed(self.failure(os.strerror(-rc)))
 
         thread = threading.Thread(target=run, name=f"crablb-{self.xsk.interface}/{self.xsk.queue}", daemon=True)
         self._turns = 0
@@ -107,16 +107,23 @@ class _Worker:
     def wake(self) -> None:
         lib.crab_worker_wake(self.c)
 
-    def failure(self, number: int) -> str:
+    def failure(self, what: str) -> str:
         assert self.xsk
-        return f"queue {self.xsk.queue} of {self.xsk.interface} failed: {os.strerror(number)}"
+        return f"queue {self.xsk.queue} of {self.xsk.interface} failed: {what}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether its thread is no more, though nobody has stopped it: an oops in the kernel takes the thread that was
+        there, and no other, without a word."""
+        return bool(self._thread) and not os.path.exists(f"/proc/self/task/{self._thread.native_id}")
 
     def stop(self) -> None:
         """End the thread; the socket stays, for :meth:`bind` to begin anew with.  Idempotent."""
         if self.c:
             lib.crab_worker_stop(self.c)
         if self._thread:
-            self._thread.join()
+            if not self.ended:  # CPython would wait for what such a thread had yet to do
+                self._thread.join()
             self._thread = None
 
     def unbind(self) -> None:
@@ -581,6 +588,13 @@ class Queues:
         worker.failed = True
         self._failed(name, reason)
 
+    def miss(self) -> None:
+        """Tell of those whose threads have ended by themselves, as of those whose sockets have failed."""
+        for name, port in self._ports.items():
+            for worker in port.workers.values():
+                if not worker.failed and worker.ended:
+                    self._has_failed(worker, name, worker.failure("its thread has ended"))
+
     def late(self) -> list[str]:
         """The queues whose threads have not turned since the last time that there were none of those.  They are woken:
         they may merely sleep.  Whoever has failed is another matter."""
@@ -624,7 +638,7 @@ class Queues:
                     with carried.carrying():
                         n = lib.crab_worker_once(worker.c, 0)
                     if n < 0:
-                        self._has_failed(worker, name, worker.failure(-n))
+                        self._has_failed(worker, name, worker.failure(os.strerror(-n)))
                         continue
                     done += n
                     waiting.append(worker.xsk.fd)

@@ -182,6 +182,14 @@ def cannot_be_asked(role: str) -> None:
         file.write(mark)
 
 
+def can_be_asked(role: str) -> None:
+    """It can again."""
+    with suppress(OSError), open(_lock_path(role), "r+") as file:
+        said = file.read().replace("\t", " ")
+        file.seek(0)
+        file.write(said)  # as long as before, so that whoever reads meanwhile reads a number
+
+
 def says_it_cannot_be_asked(role: str) -> bool:
     with suppress(OSError):
         return "\t" in _lock_path(role).read_text()

@@ -1,5 +1,6 @@
-/* Preloaded into a Python program: counts its calls of libc, and has some fail, come short, or be the process's last, as a
- * file of rules says that a test writes while the program runs (shim.py).  Programs that it starts are left alone. */
+/* Preloaded into a Python program: counts its calls of libc, and has some fail, come short, or be the thread's or the
+ * process's last, as a file of rules says that a test writes while the program runs (shim.py).  Programs that it starts
+ * are left alone. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -45,7 +46,7 @@ struct rules {
 	struct rule rules[RULES];
 };
 
-enum { KILLED = -1, SHORT = -2 }; /* `does`; otherwise an errno, or 0 to count only */
+enum { KILLED = -1, SHORT = -2, ENDED = -3 }; /* `does`; otherwise an errno, or 0 to count only */
 
 static struct rules *rules;
 
@@ -165,6 +166,8 @@ static int struck(const char *call, bool changes, struct of of)
 			for (;;)
 				pause(); /* other threads do not get on either */
 		}
+		if (r->does == ENDED)
+			syscall(SYS_exit, 0); /* this thread, as by an oops in the kernel */
 		does = r->does;
 	}
 	errno = before;

@@ -21,10 +21,10 @@ from typing import Any, Self
 from tests.helpers.namespaces import Pair
 from tests.helpers.processes import ROOT
 
-__all__ = ["KILL", "SHORT", "Rule", "Shim", "build", "tried"]
+__all__ = ["END", "KILL", "SHORT", "Rule", "Shim", "build", "tried"]
 
 #: What a rule does, beside an errno.
-KILL, SHORT = -1, -2
+KILL, SHORT, END = -1, -2, -3
 ALWAYS = 2**64 - 1
 CERTAIN = 2**32 - 1
 
@@ -49,7 +49,7 @@ class Rule(ctypes.Structure):
         """Be about calls of a function (or ``ask``, or ``change``: see shim.c) whose description has ``of`` in it.
 
         Of these, counted from now on, those from the ``first`` one on, ``count`` in all, get ``does`` with this
-        ``chance``: an errno, SHORT, KILL; 0: they are merely counted.
+        ``chance``: an errno, SHORT, KILL, END (of the thread); 0: they are merely counted.
         """
         self.on = 0
         self.call, self.of = call.encode(), of.encode()

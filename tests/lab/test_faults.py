@@ -28,7 +28,7 @@ import pytest
 
 from tests.helpers.faulted import Faulted
 from tests.helpers.processes import until
-from tests.helpers.shim import SHORT
+from tests.helpers.shim import END, SHORT
 
 FAILED = "a socket failed; it is made anew"
 
@@ -108,6 +108,21 @@ def test_a_call_of_a_worker_fails(faulted, case):
 def test_every_call_of_a_worker_fails_for_a_while(faulted, case):
     """As often as it takes for whoever would loop to be seen; a socket that has failed fails when it is made anew."""
     strike(faulted, case, 3 if case[3] else 1000 if case[1] == "xdp" and case[0] == "sendto" else 10)
+
+
+@pytest.mark.xdist_group("faulted")
+def test_the_thread_of_a_worker_ends(faulted):
+    """Without a word, as by an oops in the kernel: it is named, and another one is begun."""
+
+    def told() -> bool:
+        for call in ("poll", "sendto"):
+            calm(faulted)
+            with faulted.shim.rule(call, "xdp", END, count=1) as rule:
+                until(lambda rule=rule: faulted.syns(1) or rule.hits)
+            calm(faulted)
+        return any(line["reason"] == "queue 0 of veth0 failed: its thread has ended" for line in faulted.logged(FAILED))
+
+    until(told)  # one line in ten seconds, of whatever fails
 
 
 #: Calls of all that is not a worker, as links, routes, files and people have it work.

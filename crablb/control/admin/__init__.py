@@ -10,6 +10,7 @@ import grp
 import os
 import socket
 import ssl
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from crablb import lasting
 from crablb.control.admin import sockets
 from crablb.control.estate import Door, Heir
 from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import Operator
 from crablb.control.ports import bind
 from crablb.dataplane.events import Event
-from crablb.errors import ConfigError, KernelError, Problems
+from crablb.errors import ConfigError, KernelError, Problems, why
 from crablb.kernel import pins
 from crablb.model import Config, Switch, host_port
 from crablb.values import guarded, read_text
@@ -61,6 +63,7 @@ class Admin:
         self._starting: asyncio.Task[None] | None = None
         self._place: sockets.Place | None = None
         self._listeners: list[Listener] = []
+        self._hindered = ""  # why it is not served now
         if self._on:
             self._check()
 
@@ -81,7 +84,7 @@ class Admin:
             sockets.Place(self._config.interfaces, None, Path(left)).remove()
         if self._on:
             try:
-                self._bind(heir, left)
+                self._show(self._bind(heir, left))
             except OSError as error:
                 if heir:
                     if self._place and self._place.path == Path(left):
@@ -91,12 +94,14 @@ class Admin:
                         f"the API could not be served: {error.filename or ''}: {error.strerror}"
                     ) from None
                 self._unserved(error)
-            else:
-                self._starting = asyncio.create_task(self._start())
+            self._starting = asyncio.create_task(self._start())
 
-    def _bind(self, heir: Heir | None, left: str) -> None:
-        """``left``: the path at which another process listens, whose socket ``heir`` has."""
+    def _bind(self, heir: Heir | None = None, left: str = "") -> list[str]:
+        """Where it is from now on; ``left``: the path at which another process listens, whose socket ``heir`` has."""
         group = _group(self._config.admin_group) if self._config.admin_group else None
+        listen = self._config.admin_listen
+        if listen and not self._tcp:
+            self._tcp = bind("the API", *listen)
         given = heir.door("api", left) if heir and os.path.exists(left) else None  # else somebody has removed it
         self._place = sockets.Place(self._config.interfaces, group, Path(left) if given else None)
         if given:
@@ -105,19 +110,37 @@ class Admin:
         else:
             self._unix = self._place.bind()
         where = [str(path) for path in self._place.show()]
-        if self._tcp and self._config.admin_listen:
+        if self._tcp and listen:
             self._tcp.listen(sockets.BACKLOG)
-            where.append(host_port(*self._config.admin_listen))
-        self._operator.listeners.append(self._hear)
+            where.append(host_port(*listen))
+        if self._hear not in self._operator.listeners:
+            self._operator.listeners.append(self._hear)
+        return where
+
+    def _show(self, where: Sequence[str]) -> None:
+        """Have people know that it is served."""
         log.info("the API is served", at=where)
+        if self._hindered:
+            self._hindered = ""
+            for name in self._config.interfaces:
+                pins.can_be_asked(f"lb-{name}")
 
     async def _start(self) -> None:
-        try:
-            for name in ("server", "app"):
-                await asyncio.to_thread(import_module, f"{__name__}.{name}")
-            await self._serve()
-        except Exception as error:
-            self._unserved(error)
+        """Until it is served: what hinders, as no memory or a full disk, passes."""
+        pauses = lasting.Pauses()
+        while True:
+            try:
+                anew = [] if self._unix else self._bind()
+                for name in ("server", "app"):
+                    await asyncio.to_thread(import_module, f"{__name__}.{name}")
+                await self._serve()
+                if anew:
+                    self._show(anew)
+                return
+            except Exception as error:
+                await self._end_listeners()
+                self._unserved(error)
+            await asyncio.sleep(pauses.after(0))
 
     async def _serve(self) -> None:
         from crablb.control.admin import app, server
@@ -131,11 +154,13 @@ class Admin:
 
     def _unserved(self, error: Exception) -> None:
         """Whatever it is, packets are served on."""
-        known = isinstance(error, OSError | MemoryError)
-        why = {"reason": f"{getattr(error, 'filename', None) or ''}: {error}".removeprefix(": ")}
-        log.error("the API is not served; the load balancer is", **(why if known else {"exc_info": error}))
-        for name in self._config.interfaces:
-            pins.cannot_be_asked(f"lb-{name}")  # for crablb status
+        told = why(error)
+        if not self._hindered:
+            for name in self._config.interfaces:
+                pins.cannot_be_asked(f"lb-{name}")  # for crablb status
+        if str(told) != self._hindered:  # once, however often it is tried
+            self._hindered = str(told)
+            log.error("the API is not served; the load balancer is", **told)
         self.abandon()
 
     def _hear(self, event: Event) -> None:
@@ -168,10 +193,13 @@ class Admin:
                 await self._starting
             self._starting = None
         self.abandon()
+        await self._end_listeners()
+        self._operator.close()
+
+    async def _end_listeners(self) -> None:
         for listener in self._listeners:
             await listener.close()
         self._listeners.clear()
-        self._operator.close()
 
     def abandon(self) -> None:
         """Leave no socket behind, also where there is no event loop any more to :meth:`close` in.  Idempotent."""

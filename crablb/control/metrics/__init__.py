@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from crablb import lasting
 from crablb.control.estate import Door, Heir
 from crablb.control.metrics.facts import Gatherer
 from crablb.control.ports import bind
@@ -46,6 +47,7 @@ class Metrics:
             self._socket = given or bind("metrics", *self._address)
         self._starting: asyncio.Task[None] | None = None
         self._listener: Listener | None = None
+        self._hindered = ""  # why they are not served now
 
     def start(self) -> None:
         """From now on whoever connects is answered, as soon as what is needed for it has been imported."""
@@ -54,31 +56,38 @@ class Metrics:
                 self._socket.listen(BACKLOG)
             except OSError as error:
                 self._unserved(error)
+            self._starting = asyncio.create_task(self._start())
+
+    async def _start(self) -> None:
+        """Until they are served: what hinders may pass."""
+        pauses, where = lasting.Pauses(), self._address
+        assert where
+        while True:
+            try:
+                if not self._socket:
+                    self._socket = bind("metrics", *where)
+                    self._socket.listen(BACKLOG)
+                for name in ("admin.server", "metrics.app"):
+                    await asyncio.to_thread(import_module, f"crablb.control.{name}")
+                from crablb.control.admin.server import listen
+                from crablb.control.metrics.app import make
+
+                self._listener = await listen(make(self._gatherer), self._socket)
+            except Exception as error:
+                self._unserved(error)
             else:
-                self._starting = asyncio.create_task(self._start(self._socket))
-
-    async def _start(self, sock: socket.socket) -> None:
-        try:
-            for name in ("admin.server", "metrics.app"):
-                await asyncio.to_thread(import_module, f"crablb.control.{name}")
-            from crablb.control.admin.server import listen
-            from crablb.control.metrics.app import make
-
-            self._listener = await listen(make(self._gatherer), sock)
-        except Exception as error:
-            self._unserved(error)
-        else:
-            assert self._address
-            log.info("metrics are served", at=f"http://{host_port(*self._address)}/")
+                self._hindered = ""
+                log.info("metrics are served", at=f"http://{host_port(*where)}/")
+                return
+            await asyncio.sleep(pauses.after(0))
 
     def _unserved(self, error: Exception) -> None:
         """Whatever it is, packets are served on."""
-        log.error("metrics are not served", **why(error))
-
-    async def ready(self) -> None:
-        """Until they are served, or cannot be."""
-        if self._starting:
-            await asyncio.shield(self._starting)
+        told = why(error)
+        if str(told) != self._hindered:
+            self._hindered = str(told)
+            log.error("metrics are not served", **told)
+        self.abandon()
 
     def offer(self) -> dict[Door, int]:
         """The socket that is listened at."""
