@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import errno
+import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
@@ -21,6 +25,10 @@ from crablb.kernel import capabilities, pins
 from crablb.model import Config, Service, Switch
 from crablb.options import OPTIONS, Option
 
+#: As many as an event loop has descriptors, and some more.
+PIPES = 8
+#: Errors that tell of a lack of descriptors.
+DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 DIED = "who served has ended before this one took over; it is as after a death"
 
 
@@ -150,4 +158,27 @@ def _serve(args: argparse.Namespace, settings: Config, known: str, heir: Heir | 
     store = Store(place(names[0]), names, key) if settings.persist is Switch.ON else None
     read = (lambda: read_config(args)) if args.config else None
     command = again() if args.program else None
-    return uvloop.run(serve(settings, key, read, args.config or "", known, store, heir, command))
+    loop = _event_loop()
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            return runner.run(serve(settings, key, read, args.config or "", known, store, heir, command))
+    except RuntimeError as error:  # a loop that could not begin to run cannot be closed either
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One that has all it needs of the kernel.  Raises :class:`KernelError`."""
+    try:
+        with ExitStack() as stack:  # libuv aborts, without a word, if it gets no pipe
+            for fd in (fd for _ in range(PIPES) for fd in os.pipe()):
+                stack.callback(os.close, fd)
+        loop = uvloop.new_event_loop()
+        loop.call_soon(loop.stop)
+        loop.run_forever()  # it takes what signals come by when it runs for the first time
+    except OSError as error:
+        remedy = "ulimit -n, LimitNOFILE= in a systemd unit" if error.errno in DESCRIPTORS else "ulimit -v, MemoryMax="
+        raise KernelError(f"no event loop can be made: {error.strerror}; raise the limit: {remedy}") from None
+    return loop

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
 from collections.abc import Callable
 
 import structlog
@@ -14,6 +16,9 @@ log = structlog.get_logger()
 
 #: Seconds that a service manager may leave a word unread.
 PATIENCE = 1.0
+#: What passes, and seconds before each try: a service manager waits in vain for a word that is lost.
+PASSING = {errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.EINTR}
+AGAIN = (0.0, 0.01, 0.1)
 #: How often within the service manager's patience we say that we live.
 OFTEN = 4
 
@@ -28,13 +33,17 @@ def notify(state: str) -> bool:
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return False
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.settimeout(PATIENCE)
-            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-    except OSError:
-        return False
-    return True
+    for pause in AGAIN:
+        time.sleep(pause)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+                sock.settimeout(PATIENCE)
+                sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+            return True
+        except OSError as error:
+            if error.errno not in PASSING:
+                break
+    return False
 
 
 def status(text: str) -> bool:

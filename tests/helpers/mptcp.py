@@ -225,6 +225,19 @@ def hold_many(host: str, port: str, count: str, protocol: str = "mptcp") -> None
         print(json.dumps(told), flush=True)
 
 
+def visit(port: str) -> None:
+    """For each line, a host and a protocol, connect and send some bytes; tell what it was, as JSON.  The last connection
+    of each host stays."""
+    held: dict[str, Connection] = {}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        host, protocol = line.split()
+        if host in held:
+            held.pop(host).close()
+        held[host] = one = Connection(host, int(port), protocol)
+        print(json.dumps({**one.about(), "intact": one.up(1000)}), flush=True)
+
+
 def echoes(host: str, port: str, count: str, size: str, protocol: str = "mptcp") -> None:
     """``count`` connections, one after the other, each with so many bytes up and down; tell what each was."""
     told = []
@@ -286,6 +299,10 @@ class Ends:
     def hold_many(self, host: str, count: int, *, port: int = 80, protocol: str = "mptcp") -> Held:
         many = (host, str(port), str(count), protocol)
         return Held(self.world.python(self.world.lab.client, "hold_many", *many, module="mptcp", ready=True))
+
+    def visitor(self, *, port: int = 80) -> Held:
+        """Who connects when he is told: ``tell(host, protocol)``."""
+        return Held(self.world.python(self.world.lab.client, "visit", str(port), module="mptcp", ready=True))
 
     def echoes(
         self, host: str, count: int = 1, size: int = 100000, *, port: int = 80, protocol: str = "mptcp"
@@ -431,4 +448,4 @@ def subflows(node: Node) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (serve, hold, hold_many, echoes, forge_joins)}[sys.argv[1]](*sys.argv[2:])
+    {f.__name__: f for f in (serve, hold, hold_many, visit, echoes, forge_joins)}[sys.argv[1]](*sys.argv[2:])
