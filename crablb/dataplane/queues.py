@@ -115,7 +115,7 @@ class _Worker:
     def ended(self) -> bool:
         """Whether its thread is no more, though nobody has stopped it: an oops in the kernel takes the thread that was
         there, and no other, without a word."""
-        return bool(self._thread) and not os.path.exists(f"/proc/self/task/{self._thread.native_id}")
+        return self._thread is not None and not os.path.exists(f"/proc/self/task/{self._thread.native_id}")
 
     def stop(self) -> None:
         """End the thread; the socket stays, for :meth:`bind` to begin anew with.  Idempotent."""

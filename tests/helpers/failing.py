@@ -1,4 +1,4 @@
-"""Starts load balancers and agents each of whose calls fails in turn (shim.c, which is preloaded), and looks what is left.
+"""Starts load balancers and agents, each with another call that fails (shim.c, which is preloaded); looks what is left.
 
 ``python -m tests.helpers.failing WHAT ERRNO FIRST STEP RULES``, on veth0 of the network namespace; WHAT: see
 :data:`STARTED`.  The FIRST call fails, and then each STEP-th, of those by which a start asks the kernel for something.
@@ -105,7 +105,7 @@ class Ground:
     """What there is in the kernel and in folders where nobody serves, and no agent is."""
 
     def __init__(self, cgroup: Path) -> None:
-        self._cgroup = cgroup
+        self.cgroup = cgroup
         self._shown = self._show()
 
     def _show(self) -> list[str]:
@@ -122,7 +122,7 @@ class Ground:
                 for number in (program, *bpf.tcx_programs(socket.if_nametoindex(name)))
                 if number
             ]
-        found += [f"program {number} in the cgroup" for number in sock_ops(self._cgroup)]
+        found += [f"program {number} in the cgroup" for number in sock_ops(self.cgroup)]
         now = self._show()
         return (
             found
@@ -227,6 +227,7 @@ def sweep(
             faults[where] = f"{faults.get(where, '')} left: {there}; {said[-1500:]}"
             with contextlib.redirect_stdout(io.StringIO()):
                 cli.main(remove)
+            ground = Ground(ground.cgroup)  # what could not be removed is told once
         served += status == SERVED
         refused += os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2
         if trace := os.environ.get("FAILING_TRACE"):

@@ -226,8 +226,8 @@ def hold_many(host: str, port: str, count: str, protocol: str = "mptcp") -> None
 
 
 def visit(port: str) -> None:
-    """For each line, a host and a protocol, connect and send some bytes; tell what it was, as JSON.  The last connection
-    of each host stays."""
+    """For each line, a host and a protocol, connect and send some bytes; tell what it was, as JSON.  A host's last
+    connection stays."""
     held: dict[str, Connection] = {}
     print("ready", flush=True)
     for line in sys.stdin:

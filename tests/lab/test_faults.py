@@ -224,24 +224,21 @@ def test_something_flaps(faulted, what):
     assert len(lines) < 60
 
 
-@pytest.mark.xdist_group("faulted")
-def test_the_clock_steps(faulted):
-    """A month ahead, and behind: CLOCK_REALTIME; CLOCK_MONOTONIC never does."""
-    calm(faulted)
-    before = len(faulted.lines())
-    for month in (1, -1):
-        faulted.shim.step_clock(month * 30 * 86400)
-        assert faulted.answered("weight", "10.0.1.11", "50", "--iface", "veth0") == 0
-        reloads = len(faulted.logged("reloaded"))
-        faulted.reload(weight=2)
-        until(lambda n=reloads: len(faulted.logged("reloaded")) > n)
+def test_the_clock_steps(tmp_path):
+    """A month ahead, and behind: CLOCK_REALTIME; CLOCK_MONOTONIC never does.  Nothing is said of it, by a daemon of its
+    own: others tell at their next sweep, half a minute later, of what befell them before."""
+    with Faulted.made(tmp_path) as faulted:
         calm(faulted)
-    faulted.shim.step_clock(0)
-    assert faulted.answered("weight", "10.0.1.11", "100", "--iface", "veth0") == 0
-    faulted.reload(weight=1)
-    calm(faulted)
-    said = {line["event"] for line in faulted.logged()[before:] if line["level"] != "info"}
-    assert said <= {"the kernel dropped packets in front of the workers"}  # on a busy machine
+        before = len(faulted.lines())
+        for month in (1, -1, 0):
+            faulted.shim.step_clock(month * 30 * 86400)
+            assert faulted.answered("weight", "10.0.1.11", "50", "--iface", "veth0") == 0
+            reloads = len(faulted.logged("reloaded"))
+            faulted.reload(weight=2 + month)
+            until(lambda n=reloads: len(faulted.logged("reloaded")) > n)
+            calm(faulted)
+        assert [line for line in faulted.logged()[before:] if line["level"] != "info"] == []
+        faulted.close()
 
 
 @pytest.mark.long

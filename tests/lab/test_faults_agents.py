@@ -46,11 +46,12 @@ class Agents:
         world.serve("--report-listen", world.lab.lb.ip4, "--report-key", str(master))
         four, six = SERVICES
         prefixes = [part for prefix in world.lab.prefixes() for part in ("--backends", prefix)]
+        report = ["--report", world.lab.lb.ip4, "--report-key", str(own)]
         started = {
             # As the system does: on a busy machine what comes late would be taken for lost, and nothing offered.
             "client": ["--vip", four, *prefixes, "--retransmission", "0"],
-            "server": ["--vip", four, "--vip", six, "--mptcp=leave", "--report", world.lab.lb.ip4, "--report-key", str(own)],
-        }  # fmt: skip
+            "server": ["--vip", four, "--vip", six, "--mptcp=leave", *report],
+        }
         self.shims = {role: Shim.made(world.folder, role) for role in started}
         self.logs = {role: world.folder / f"{role}.log" for role in started}
         self.processes = {}

@@ -1,4 +1,4 @@
-"""A start whose calls of the kernel fail, each in turn: of a load balancer and of agents. It works all the same, or says
+"""A start, of a load balancer or an agent, whose calls of the kernel fail, each in turn: it works all the same, or says
 why not, and leaves nothing."""
 
 from __future__ import annotations

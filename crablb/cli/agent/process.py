@@ -20,6 +20,7 @@ from crablb import log as logging
 from crablb.agent.base import Agent
 from crablb.cli import streams
 from crablb.control import notify
+from crablb.kernel.signals import caught
 
 log = structlog.get_logger()
 
@@ -143,10 +144,10 @@ class Signals:
     def until_end(self, summary: Callable[[], str]) -> bool:
         manager = Manager(summary)
         manager.ready()
-        while not signal.sigtimedwait(SIGNALS, manager.left()):
+        while not caught(SIGNALS, manager.left()):
             manager.tell()
         notify.notify("STOPPING=1")
         return True
 
     def asked(self, seconds: float) -> bool:
-        return signal.sigtimedwait(SIGNALS, seconds) is not None
+        return bool(caught(SIGNALS, seconds))

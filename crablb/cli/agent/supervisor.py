@@ -26,6 +26,7 @@ from crablb.control import notify
 from crablb.errors import ConfigError, CrablbError, KernelError, Problems
 from crablb.kernel import netns, pins
 from crablb.kernel.netns import Namespace
+from crablb.kernel.signals import caught
 from crablb.values import counted
 
 log = structlog.get_logger()
@@ -244,8 +245,7 @@ class Supervisor:
         while self._every or self._names or self._children or self._failures:
             self._manager.tell()
             pause = min(max(next_look - time.monotonic(), 0), self._manager.left())
-            caught = signal.sigtimedwait(SIGNALS | {signal.SIGCHLD}, pause)
-            if caught and caught.si_signo in SIGNALS:
+            if caught(SIGNALS | {signal.SIGCHLD}, pause) in SIGNALS:
                 return
             for inode, child in list(self._children.items()):
                 if child.ended():

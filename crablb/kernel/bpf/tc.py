@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crablb.kernel._libbpf import ffi, lib
-from crablb.kernel.bpf.errors import check
+from crablb.kernel.bpf.errors import BpfError, check
 from crablb.kernel.bpf.programs import Program
 
 __all__ = ["TcFilter", "attach_tc"]
@@ -70,11 +70,20 @@ def attach_tc(
     """
     hook = _tc_hook(ifindex, direction)
     rc = lib.bpf_tc_hook_create(hook)
-    if rc != -errno.EEXIST:
-        check(rc, f"cannot make a clsact qdisc on interface {ifindex}")
+    made = rc == 0
+    if rc not in (0, -errno.EEXIST):  # perhaps only the answer was lost, and it is there
+        rc = lib.bpf_tc_hook_create(hook)
+        made = rc in (0, -errno.EEXIST)
+        check(0 if made else rc, f"cannot make a clsact qdisc on interface {ifindex}")
     opts = ffi.new("struct bpf_tc_opts *")
     opts.sz = ffi.sizeof("struct bpf_tc_opts")
     opts.handle, opts.priority, opts.prog_fd = handle, priority, program.fd
     opts.flags = lib.BPF_TC_F_REPLACE
-    check(lib.bpf_tc_attach(hook, opts), f"cannot attach to clsact on interface {ifindex}")
-    return TcFilter(ifindex, direction, handle, priority), rc == 0
+    filters = TcFilter(ifindex, direction, handle, priority)
+    try:
+        check(lib.bpf_tc_attach(hook, opts), f"cannot attach to clsact on interface {ifindex}")
+    except BpfError:
+        if made:
+            filters.destroy_hook()
+        raise
+    return filters, made
