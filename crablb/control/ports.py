@@ -7,7 +7,7 @@ import socket
 from crablb.errors import KernelError, unbound
 from crablb.model import Address, host_port
 
-__all__ = ["bind"]
+__all__ = ["bind", "listen"]
 
 
 def bind(what: str, address: Address, port: int) -> socket.socket:
@@ -19,5 +19,17 @@ def bind(what: str, address: Address, port: int) -> socket.socket:
         sock.bind((str(address), port))
     except OSError as error:
         sock.close()
-        raise KernelError(f"cannot serve {what} at {host_port(address, port)}: {unbound(error, port)}") from None
+        raise _refused(what, address, port, error) from None
     return sock
+
+
+def listen(sock: socket.socket, what: str, address: Address, port: int, backlog: int) -> None:
+    """Have what :func:`bind` has made take connections.  Raises :class:`KernelError`."""
+    try:
+        sock.listen(backlog)
+    except OSError as error:
+        raise _refused(what, address, port, error) from None
+
+
+def _refused(what: str, address: Address, port: int, error: OSError) -> KernelError:
+    return KernelError(f"cannot serve {what} at {host_port(address, port)}: {unbound(error, port)}")

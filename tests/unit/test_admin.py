@@ -23,7 +23,7 @@ import pytest
 import structlog
 import uvloop
 
-from crablb import cli
+from crablb import cli, lasting
 from crablb.api import types
 from crablb.api.client import ApiError, Client, NotRunning, UnansweredError
 from crablb.control.admin import Admin, app, server
@@ -884,19 +884,54 @@ def test_what_is_anothers_is_let_be(run):
         ]  # fmt: skip
 
 
-def test_where_there_can_be_no_socket_packets_are_served_on(run, capsys):
+UNSERVED = "the API is not served; the load balancer is"
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["", "admin_listen"])
+def test_where_there_can_be_no_socket_packets_are_served_on(run, tmp_path, certified, monkeypatch, remote):
+    """It is told once, and the API is served when there can be one."""
     run.write_text("a file, where a folder should be")
+    monkeypatch.setattr(lasting, "FIRST", 0.01)
+    marks: list[str] = []
+    monkeypatch.setattr(pins, "cannot_be_asked", marks.append)
+    monkeypatch.setattr(pins, "can_be_asked", marks.remove)
+    described = config()
+    if remote:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        (tmp_path / "token").touch(0o600)
+        (tmp_path / "token").write_text("s" * 32)
+        files = dict(zip(("admin_cert", "admin_key"), map(str, certified), strict=True))
+        described = replace(
+            described, admin_listen=(ip_address("127.0.0.1"), port), admin_token_file=str(tmp_path / "token"), **files
+        )
 
     async def served() -> None:
-        operator, _ = still()
-        admin = Admin(operator, config())
-        admin.start()
+        operator, _ = still(described)
+        admin = Admin(operator, described)
+        with structlog.testing.capture_logs() as logs:
+            admin.start()
+            while len(tried) < 5:
+                await asyncio.sleep(0.01)
+            assert marks == ["lb-eth0"]
+            run.unlink()
+            run.mkdir()
+            while marks:
+                await asyncio.sleep(0.01)
+        said = [(line["event"], line.get("reason", "")) for line in logs]
+        assert [event for event, _ in said] == [UNSERVED, "the API is served"]
+        assert str(run) in said[0][1]
+        with Client(run / "eth0.sock") as client:
+            status = await asyncio.to_thread(client.get, "/v1/status", types.Status)
+        assert status.state == "serving"
+        if remote:
+            socket.create_connection(("127.0.0.1", port)).close()
         await admin.close()
+        assert list(run.iterdir()) == []
 
-    with structlog.testing.capture_logs() as logs:
-        asyncio.run(served())
-    [said] = [line for line in logs if line["event"] == "the API is not served; the load balancer is"]
-    assert str(run) in said["reason"]
+    bind, tried = Place.bind, []
+    monkeypatch.setattr(Place, "bind", lambda self: tried.append(self) or bind(self))
+    asyncio.run(served())
 
 
 def test_it_is_served_from_the_start_on_and_imported_aside(run, tmp_path):

@@ -87,6 +87,8 @@ def test_what_a_lock_says_beside_its_owner(tmp_path, monkeypatch, first):
     assert pins.says_it_cannot_be_asked("lb-eth0") == (first != "begun")
     pins.begun("lb-eth0") if first != "begun" else pins.cannot_be_asked("lb-eth0")
     assert pins.has_begun("lb-eth0") and pins.says_it_cannot_be_asked("lb-eth0")
+    pins.can_be_asked("lb-eth0")
+    assert pins.has_begun("lb-eth0") and not pins.says_it_cannot_be_asked("lb-eth0")
     assert int(path.read_bytes()[:32]) == 4711
 
 

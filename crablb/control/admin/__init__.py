@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from crablb import lasting
+from crablb.control import ports
 from crablb.control.admin import sockets
 from crablb.control.estate import Door, Heir
 from crablb.control.metrics.facts import Gatherer
 from crablb.control.operator import Operator
-from crablb.control.ports import bind
 from crablb.dataplane.events import Event
 from crablb.errors import ConfigError, KernelError, Problems, why
 from crablb.kernel import pins
@@ -71,7 +71,7 @@ class Admin:
         self._tls, self._token = check(self._config)
         if where := self._config.admin_listen:
             given = self._heir.door("admin", host_port(*where)) if self._heir else None
-            self._tcp = given or bind("the API", *where)
+            self._tcp = given or ports.bind("the API", *where)
 
     def start(self) -> None:
         """From now on whoever connects is answered, as soon as what is needed for it has been imported.
@@ -85,14 +85,13 @@ class Admin:
         if self._on:
             try:
                 self._show(self._bind(heir, left))
-            except OSError as error:
+            except (OSError, KernelError) as error:
                 if heir:
                     if self._place and self._place.path == Path(left):
                         self._place = None
                     self.abandon()
-                    raise KernelError(
-                        f"the API could not be served: {error.filename or ''}: {error.strerror}"
-                    ) from None
+                    where = f"{error.filename or ''}: {error.strerror}" if isinstance(error, OSError) else error
+                    raise KernelError(f"the API could not be served: {where}") from None
                 self._unserved(error)
             self._starting = asyncio.create_task(self._start())
 
@@ -101,7 +100,7 @@ class Admin:
         group = _group(self._config.admin_group) if self._config.admin_group else None
         listen = self._config.admin_listen
         if listen and not self._tcp:
-            self._tcp = bind("the API", *listen)
+            self._tcp = ports.bind("the API", *listen)
         given = heir.door("api", left) if heir and os.path.exists(left) else None  # else somebody has removed it
         self._place = sockets.Place(self._config.interfaces, group, Path(left) if given else None)
         if given:
@@ -111,7 +110,7 @@ class Admin:
             self._unix = self._place.bind()
         where = [str(path) for path in self._place.show()]
         if self._tcp and listen:
-            self._tcp.listen(sockets.BACKLOG)
+            ports.listen(self._tcp, "the API", *listen, sockets.BACKLOG)
             where.append(host_port(*listen))
         if self._hear not in self._operator.listeners:
             self._operator.listeners.append(self._hear)

@@ -17,8 +17,8 @@ import structlog
 from crablb import lasting
 from crablb.control.estate import Door, Heir
 from crablb.control.metrics.facts import Gatherer
-from crablb.control.ports import bind
-from crablb.errors import why
+from crablb.control.ports import bind, listen
+from crablb.errors import KernelError, why
 from crablb.model import Config, host_port
 
 if TYPE_CHECKING:
@@ -53,31 +53,35 @@ class Metrics:
         """From now on whoever connects is answered, as soon as what is needed for it has been imported."""
         if self._socket:
             try:
-                self._socket.listen(BACKLOG)
-            except OSError as error:
+                self._listen()
+            except KernelError as error:
                 self._unserved(error)
             self._starting = asyncio.create_task(self._start())
 
+    def _listen(self) -> socket.socket:
+        assert self._address
+        self._socket = self._socket or bind("metrics", *self._address)
+        listen(self._socket, "metrics", *self._address, BACKLOG)
+        return self._socket
+
     async def _start(self) -> None:
         """Until they are served: what hinders may pass."""
-        pauses, where = lasting.Pauses(), self._address
-        assert where
+        pauses = lasting.Pauses()
         while True:
             try:
-                if not self._socket:
-                    self._socket = bind("metrics", *where)
-                    self._socket.listen(BACKLOG)
+                sock = self._socket or self._listen()
                 for name in ("admin.server", "metrics.app"):
                     await asyncio.to_thread(import_module, f"crablb.control.{name}")
-                from crablb.control.admin.server import listen
+                from crablb.control.admin import server
                 from crablb.control.metrics.app import make
 
-                self._listener = await listen(make(self._gatherer), self._socket)
+                self._listener = await server.listen(make(self._gatherer), sock)
             except Exception as error:
                 self._unserved(error)
             else:
+                assert self._address
                 self._hindered = ""
-                log.info("metrics are served", at=f"http://{host_port(*where)}/")
+                log.info("metrics are served", at=f"http://{host_port(*self._address)}/")
                 return
             await asyncio.sleep(pauses.after(0))
 
