@@ -143,16 +143,16 @@ class Agent(ABC):
 
     def install(self) -> None:
         """Put the agent into the kernel, in place of the one that is there."""
-        with self._loaded() as program, self._starting():
+        with self._loaded() as program:
             before = self.state()
-            if before is not None:
-                self.succeed(before)
             try:
-                pins.RUN.mkdir(parents=True, exist_ok=True)
-                for name, held in program.maps.items():
-                    if not name.endswith(("rodata", "bss", "data")):
-                        pins.put(held, self.folder() / name)
-                self.set_up(program)
+                with self._starting():
+                    if before is not None:
+                        self.succeed(before)
+                    for name, held in program.maps.items():
+                        if not name.endswith(("rodata", "bss", "data")):
+                            pins.put(held, self.folder() / name)
+                    self.set_up(program)
             except BaseException:
                 if before is None or not self.in_place:
                     self.remove()
@@ -293,6 +293,7 @@ class Agent(ABC):
         cls.tear_down(state or {})
         pins.remove(cls.folder())
         cls.state_path().unlink(missing_ok=True)
+        cls._starting_path().unlink(missing_ok=True)
         return present
 
     @classmethod

@@ -458,8 +458,9 @@ def strangers(destination: str, mac: str) -> tuple[int, Callable[[Iterable[Any]]
     return len(syns[0]), write
 
 
-def flood(destination: str, mac: str, count: str) -> None:
-    """Send SYNs to port 80 from random addresses and ports; tell how many."""
+def flood(destination: str, mac: str, count: str, different: str = "") -> None:
+    """Send SYNs to port 80 from random addresses and ports; tell how many.  ``different``: so many at least are, and
+    what follows is the same again, which takes less time."""
     from crablb.kernel.xsk import XskSocket
 
     length, write = strangers(destination, mac)
@@ -467,7 +468,8 @@ def flood(destination: str, mac: str, count: str) -> None:
     with XskSocket("eth0", load_program=False) as xsk:
         while sent < int(count):
             batch = xsk.allocate(64, length)
-            write(batch)
+            if sent < int(different or count):
+                write(batch)  # a frame keeps what was written when it is sent
             sent += len(batch)
             xsk.send(batch)
     print(sent)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 
-from crablb.lab import VIP4
+from crablb.lab import VIP4, Lab
 from tests.helpers.processes import answer, until
 from tests.helpers.world import World, command, status
 
@@ -65,4 +67,69 @@ def test_honest_clients_in_a_flood(make_world, rate):
     total = status(lab)["total"]
     assert bool(total.get("drop_rate")) == bool(rate)
     assert world.echo(VIP4, "100000")["intact"]
+    assert not status(lab)["problems"]
+
+
+def asked(lab: Lab, count: int = 15) -> float:
+    """Seconds in which the API answers: the median."""
+    took = []
+    for _ in range(count):
+        begun = time.monotonic()
+        command(lab.lb, "services", "--iface", "eth0", "--json")
+        took.append(time.monotonic() - begun)
+    return sorted(took)[count // 2]
+
+
+@pytest.mark.long
+def test_ten_times_what_a_worker_can_take(make_world):
+    """The sender has the worker's CPU but for what is left to it: it works on all the while, and as before afterwards.
+
+    A worker as a whole core of this machine's takes what a sender on another one makes: it gets a small part of one.
+    """
+    world: World = make_world(servers=2, offload=False)
+    lab = world.lab
+    for server in lab.servers:
+        server.set(COOKIES)
+    world.servers()
+    backends = ", ".join(f'"{s.ip4}"' for s in lab.servers)
+    path = world.folder / "lb.toml"
+    service = f'[[service]]\naddress = "tcp://{VIP4}:80"\nbackends = [{backends}]\ncheck = []\n'
+    path.write_text(f'interface = "eth0"\nflows = 4096\n{service}')
+    daemon = world.serve(config=path)
+    before, memory = asked(lab), resident(daemon.pid)  # the API has been imported
+    (worker,) = (
+        int(task.name)
+        for task in Path(f"/proc/{daemon.pid}/task").iterdir()
+        if (task / "comm").read_text().startswith("crablb-eth0/")
+    )
+    cpu = min(os.sched_getaffinity(0))
+    os.sched_setaffinity(worker, {cpu})
+    os.setpriority(os.PRIO_PROCESS, worker, 19)
+    flood = world.python(lab.client, "flood", str(VIP4), lab.lb.mac(), str(10**9), str(SYNS))
+    os.sched_setaffinity(flood.pid, {cpu})
+
+    def offered() -> tuple[int, int]:
+        """SYNs that came, and of these what the worker has taken."""
+        counts = status(lab)
+        lost = sum(counts["total"][name] for name in ("xsk_rx_dropped", "xsk_rx_full"))
+        return counts["total"]["received"] + lost, counts["total"]["received"]
+
+    until(lambda: offered()[0] > SYNS)
+    begun = offered()
+    until(lambda: offered()[1] > begun[1])  # no livelock, as it would be if it only threw away
+    during = asked(lab)
+    honest = world.python(lab.client, "connects", str(VIP4), "80", "50")
+    retransmitted = json.loads(answer(honest))
+    end = offered()
+    flood.kill()
+    flood.wait()
+    came, taken = end[0] - begun[0], end[1] - begun[1]
+    served = sum(n is not None for n in retransmitted)
+    print(f"{came} came, {taken} were taken, 1 of {came / taken:.0f}; {served} of 50 honest clients were served")
+    print(f"the API after {before:.3f} s, then {during:.3f} s; sent again: {retransmitted}")
+    assert came > 10 * taken > 0
+    assert during < max(0.1, 4 * before)  # a machine that is busy with other things answers late by itself
+    assert resident(daemon.pid) < memory + (8 << 20)
+    os.setpriority(os.PRIO_PROCESS, worker, 0)
+    assert all(seen["intact"] for seen in world.echoes(VIP4, 20))
     assert not status(lab)["problems"]

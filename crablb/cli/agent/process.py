@@ -65,19 +65,18 @@ def serve(work: Work, orders: Orders) -> None:
     orders.begin()
     with agent.owned(orders.process):
         agent.install()
-        if not orders.stays():
-            agent.remove()
-            return
-        if work.detach:
-            return
-        left = 0
+        stays, left = False, 0
         try:
+            if not orders.stays():
+                return
+            if stays := work.detach:
+                return
             with work.meanwhile():
                 if orders.until_end(agent.summary):
                     agent.withdraw()
                     left = agent.drain(work.wait, orders.asked)
         finally:
-            if not left:
+            if not (stays or left):
                 agent.remove()
     if left:
         log.warning("connections go on by what stays in the kernel", connections=left, remove="crablb agent remove")
