@@ -248,10 +248,8 @@ class Agent(ABC):
     @classmethod
     def write(cls, state: dict[str, Any]) -> None:
         """Note the state, whole or not at all."""
-        path = cls.state_path()
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(state))
-        new.replace(path)
+        with pins.replacing(cls.state_path(), ".new") as new:
+            new.write_text(json.dumps(state))
 
     @abstractmethod
     def set_up(self, program: bpf.Object) -> None:

@@ -103,6 +103,5 @@ def _write(notes: _Notes) -> None:
     if not notes.asked:
         _path().unlink(missing_ok=True)
         return
-    new = _path().with_suffix(".new")
-    new.write_text(json.dumps(asdict(notes)))
-    new.replace(_path())
+    with pins.replacing(_path(), ".new") as new:
+        new.write_text(json.dumps(asdict(notes)))

@@ -360,9 +360,8 @@ def tear_down(state: Mapping[str, Any]) -> None:
     _restore(state.get("sysctls", {}))
     _left_path().unlink(missing_ok=True)
     if stay:
-        new = _left_path().with_suffix(".new")
-        new.write_text(json.dumps([[str(address), port] for address, port in stay]))
-        new.replace(_left_path())
+        with pins.replacing(_left_path(), ".new") as new:
+            new.write_text(json.dumps([[str(address), port] for address, port in stay]))
 
 
 def _restore(sysctls: Mapping[str, Sequence[str]]) -> None:

@@ -81,12 +81,25 @@ def folder(role: str) -> Path:
     return root() / namespace() / escape(role)
 
 
-def put(held: Descriptor, path: Path) -> None:
-    """Pin in place of what is pinned there, without a moment between the two."""
-    new = path.with_name(f"{path.name}-new")
+@contextmanager
+def replacing(path: Path, suffix: str) -> Iterator[Path]:
+    """A path beside it, with this suffix, to make something at: that takes its place, without a moment between the two.
+    Nothing of it stays if that fails."""
+    new = path.with_name(path.name + suffix)
     new.unlink(missing_ok=True)
-    held.pin(new)
-    new.replace(path)
+    try:
+        yield new
+        new.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+
+
+def put(held: Descriptor, path: Path) -> None:
+    """Pin in place of what is pinned there."""
+    with replacing(path, "-new") as new:
+        held.pin(new)
 
 
 def remove(path: Path) -> None:

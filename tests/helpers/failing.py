@@ -113,7 +113,9 @@ class Ground:
 
     def left(self) -> list[str]:
         """What is there beside."""
-        found = [str(path) for path in pins.RUN.parent.glob(f"{pins.RUN.name}/{pins.namespace()}-*")]
+        # A lock that could not be taken is the next one's to take, and its file perhaps another one's.
+        there = pins.RUN.glob(f"{pins.namespace()}-*")
+        found = [str(path) for path in there if path.suffix != ".lock" or path.stat().st_size]
         found += [str(path) for role in ("lb-veth0", "client", "server") for path in pins.folder(role).glob("*")]
         for name in ("veth0", "lo"):
             program, _ = bpf.xdp_program(socket.if_nametoindex(name))

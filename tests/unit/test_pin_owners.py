@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +49,26 @@ def test_what_another_user_may_have_put_there_is_not_taken(places, depth, how):
     if how == "another's":
         os.chown(run, 4711, -1)  # root has made it his who serves
         taken()
+
+
+@pytest.mark.parametrize("fails", ["write_text", "replace"])
+def test_what_could_not_take_a_place_is_gone(tmp_path, monkeypatch, fails):
+    """And what was there stays."""
+    path = tmp_path / "state"
+    path.write_text("before")
+    work = getattr(Path, fails)
+
+    def fail(self, *args):
+        if fails == "write_text":
+            work(self, "aft")  # as much as there was room for
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, fails, fail)
+        with pytest.raises(OSError, match="No space"), pins.replacing(path, ".new") as new:
+            new.write_text("after")
+    assert path.read_text() == "before"
+    assert not list(tmp_path.glob("*.new"))
+    with pins.replacing(path, ".new") as new:
+        new.write_text("after")
+    assert [found.read_text() for found in tmp_path.glob("state*")] == ["after"]

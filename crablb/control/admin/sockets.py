@@ -109,7 +109,5 @@ def _link(path: Path, to: Path) -> None:
     """A link in place of what is there, without a moment between the two.  One that is there needs no room."""
     if path.is_symlink() and os.readlink(path) == to.name:
         return
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(to.name)
-    new.replace(path)
+    with pins.replacing(path, f".{os.getpid()}.new") as new:
+        new.symlink_to(to.name)
