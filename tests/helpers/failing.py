@@ -1,7 +1,7 @@
 """Starts load balancers and agents, each with another call that fails (shim.c, which is preloaded); looks what is left.
 
-``python -m tests.helpers.failing WHAT ERRNO FIRST STEP RULES``, on veth0 of the network namespace; WHAT: see
-:data:`STARTED`.  The FIRST call fails, and then each STEP-th, of those by which a start asks the kernel for something.
+``python -m tests.helpers.failing WHAT CALL OF ERRNO FIRST STEP RULES``, on veth0 of the network namespace; WHAT: see
+:data:`STARTED`; CALL, OF: of which calls (:meth:`.shim.Rule.set`); the FIRST fails, and then each STEP-th.
 Each one that is started is a child, as in :mod:`.killed`.  Prints what it found, as JSON.
 """
 
@@ -29,6 +29,7 @@ from crablb.agent.base import cgroup_root
 from crablb.kernel import bpf, pins
 from tests.helpers.shim import Shim
 
+Calls = tuple[str, str, int]
 #: Seconds in which a start is over, or has failed, and so is the end.
 LONG = 60.0
 #: What a child ends with that came to serve, and was told to end.
@@ -133,7 +134,7 @@ class Ground:
         )
 
 
-def child(shim: Shim, arguments: Sequence[str], does: int, number: int, log: Path) -> int:
+def child(shim: Shim, arguments: Sequence[str], calls: Calls, number: int, log: Path) -> int:
     """The wait status of one whose call of this number fails; one that hangs is ended, and the log has its stacks."""
     shim.end()
     pid = os.fork()
@@ -151,7 +152,7 @@ def child(shim: Shim, arguments: Sequence[str], does: int, number: int, log: Pat
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(fd, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = start(shim, arguments, does, number)
+        status = start(shim, arguments, calls, number)
         log.with_suffix(".modules").write_text("\n".join(sys.modules))
     except BaseException as error:  # as the interpreter would
         sys.excepthook(type(error), error, error.__traceback__)
@@ -161,7 +162,7 @@ def child(shim: Shim, arguments: Sequence[str], does: int, number: int, log: Pat
         os._exit(status)
 
 
-def start(shim: Shim, arguments: Sequence[str], does: int, number: int) -> int:
+def start(shim: Shim, arguments: Sequence[str], calls: Calls, number: int) -> int:
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind(f"\0crab-failing-{os.getpid()}")
     os.environ["NOTIFY_SOCKET"] = f"@crab-failing-{os.getpid()}"
@@ -177,11 +178,13 @@ def start(shim: Shim, arguments: Sequence[str], does: int, number: int) -> int:
 
     threading.Thread(target=end, daemon=True).start()
     shim.only(me)
-    shim.add("ask", does=does, first=number, count=1)
+    if number:
+        call, of, does = calls
+        shim.add(call, of, does, first=number, count=1)
     return cli.main(arguments)
 
 
-def main(what: str, does: int, first: int, step: int, rules: Path) -> None:
+def main(what: str, calls: Calls, first: int, step: int, rules: Path) -> None:
     shim = Shim(rules)
     log = rules.with_name("failing.log")
     cgroup = cgroup_root() / f"crab-failing-{os.getpid()}"
@@ -190,7 +193,7 @@ def main(what: str, does: int, first: int, step: int, rules: Path) -> None:
         arguments, remove = STARTED[what]
         if arguments[0] == "agent":
             arguments = [*arguments, "--cgroup", str(cgroup)]
-        print(json.dumps(sweep(shim, arguments, remove, does, first, step, log, Ground(cgroup))))
+        print(json.dumps(sweep(shim, arguments, remove, calls, first, step, log, Ground(cgroup))))
     finally:
         cgroup.rmdir()
 
@@ -199,13 +202,13 @@ def sweep(
     shim: Shim,
     arguments: Sequence[str],
     remove: Sequence[str],
-    does: int,
+    calls: Calls,
     first: int,
     step: int,
     log: Path,
     ground: Ground,
 ) -> dict[str, object]:
-    assert child(shim, arguments, 0, 1, log) == SERVED, log.read_text()
+    assert child(shim, arguments, calls, 0, log) == SERVED, log.read_text()
     assert not (there := ground.left()), there
     for name in log.with_suffix(".modules").read_text().split():  # from here on nobody imports any
         with contextlib.suppress(ImportError):
@@ -213,7 +216,7 @@ def sweep(
     faults: dict[str, str] = {}
     served = refused = 0
     for number in count(first, step):
-        status = child(shim, arguments, does, number, log)
+        status = child(shim, arguments, calls, number, log)
         rule = shim.struck
         said = log.read_text()
         where = f"{number}: {rule}"
@@ -241,4 +244,6 @@ def sweep(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5]))
+    main(
+        sys.argv[1], (sys.argv[2], sys.argv[3], int(sys.argv[4])), int(sys.argv[5]), int(sys.argv[6]), Path(sys.argv[7])
+    )

@@ -4,7 +4,7 @@ why not, and leaves nothing."""
 from __future__ import annotations
 
 import os
-from errno import EMFILE, ENOMEM, EPERM
+from errno import EMFILE, ENOMEM, ENOSPC, EPERM
 from errno import errorcode as NAMES
 from pathlib import Path
 
@@ -19,15 +19,17 @@ LIBRARIES = ("pipe2", "bpf command 18.")
 THREADLESS = "Exception ignored in thread started by"
 
 
-def start(folder: Path, what: str, does: int, first: int, step: int) -> None:
-    found = tried(folder, "failing", what, does, first, step, backends=range(11, 13), seconds=1400)
-    assert found["refused"] and found["points"] > 300
+def start(folder: Path, what: str, does: int, first: int, step: int, call: str = "ask", of: str = "") -> int:
+    """How many such calls there are."""
+    found = tried(folder, "failing", what, call, of, does, first, step, backends=range(11, 13), seconds=1400)
     faults = {
         at: what
         for at, what in found["faults"].items()
         if not at.split(": ")[1].startswith(LIBRARIES) and THREADLESS not in what
     }
     assert faults == {}
+    assert found["refused"]
+    return int(found["points"])
 
 
 def steps(number: int) -> int:
@@ -36,18 +38,25 @@ def steps(number: int) -> int:
 
 
 def test_some_calls_of_a_start_fail(tmp_path):
-    start(tmp_path, "serve", ENOMEM, 200, 250)
+    assert start(tmp_path, "serve", ENOMEM, 200, 250) > 300
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("does", [ENOMEM, EPERM, EMFILE], ids=NAMES.get)
 def test_the_calls_of_a_start_fail_one_after_the_other(tmp_path, does):
-    start(tmp_path, "serve", does, 1, steps(29))
+    assert start(tmp_path, "serve", does, 1, steps(29)) > 300
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("what", ["client", "server", "mptcp"])
 def test_the_calls_of_an_agents_start_fail_one_after_the_other(tmp_path, what):
-    start(tmp_path, what, ENOMEM, 1, steps(29))
+    assert start(tmp_path, what, ENOMEM, 1, steps(29)) > 300
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["serve", "client", "server", "mptcp"])
+def test_there_is_no_room_for_what_a_start_writes(tmp_path, what):
+    """In /run/crablb: locks, states."""
+    assert start(tmp_path, what, ENOSPC, 1, 1, "write", "/run/crablb") > 1

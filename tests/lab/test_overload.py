@@ -114,12 +114,12 @@ def test_ten_times_what_a_worker_can_take(make_world):
         lost = sum(counts["total"][name] for name in ("xsk_rx_dropped", "xsk_rx_full"))
         return counts["total"]["received"] + lost, counts["total"]["received"]
 
-    until(lambda: offered()[0] > SYNS)
+    until(lambda: offered()[0] > 1000, 300)
     begun = offered()
-    until(lambda: offered()[1] > begun[1])  # no livelock, as it would be if it only threw away
     during = asked(lab)
     honest = world.python(lab.client, "connects", str(VIP4), "80", "50")
     retransmitted = json.loads(answer(honest))
+    until(lambda: offered()[0] > begun[0] + SYNS, 300)
     end = offered()
     flood.kill()
     flood.wait()
@@ -127,7 +127,7 @@ def test_ten_times_what_a_worker_can_take(make_world):
     served = sum(n is not None for n in retransmitted)
     print(f"{came} came, {taken} were taken, 1 of {came / taken:.0f}; {served} of 50 honest clients were served")
     print(f"the API after {before:.3f} s, then {during:.3f} s; sent again: {retransmitted}")
-    assert came > 10 * taken > 0
+    assert came > 10 * taken > 0  # it is no livelock: that would be to throw away alone
     assert during < max(0.1, 4 * before)  # a machine that is busy with other things answers late by itself
     assert resident(daemon.pid) < memory + (8 << 20)
     os.setpriority(os.PRIO_PROCESS, worker, 0)
