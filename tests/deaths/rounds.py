@@ -1,0 +1,227 @@
+"""What is killed, in the midst of what, and what has to hold then."""
+
+from __future__ import annotations
+
+import random
+import select
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.deaths.farm import KINDS, Farm
+
+__all__ = ["ACTS", "Act", "Tally", "acts", "play"]
+
+#: New connections of each kind, three times a round.
+FRESH = 2
+#: Copies of a SYN after the first that a new connection may need from when it can be served.
+COPIES = 1
+
+
+@dataclass
+class Act:
+    """``steps``: calls that somebody notices (the shim's ``step``) while it goes on, about; one of them is the last.
+
+    ``stands_still``: its own way of going on is taken away on purpose, until the next start.
+    """
+
+    name: str
+    work: Callable[[Farm, str, int], bool]
+    steps: int = 0
+    still: bool = False
+
+
+@dataclass
+class Tally:
+    """What was measured."""
+
+    rounds: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    fresh: Counter[str] = field(default_factory=Counter)
+    copies: Counter[int] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    sums: Counter[str] = field(default_factory=Counter)
+
+    def add(self, state: dict[str, Any], packets: int) -> None:
+        """What a farm came to in the end."""
+        self.sums.update({name: state[name] for name in ("made", "ended", "exchanges")}, packets=packets)
+
+    def told(self) -> str:
+        """All of it, in lines."""
+        late = sum(count for copies, count in self.copies.items() if copies > COPIES)
+        copies = ", ".join(f"{n}: {count}" for n, count in sorted(self.copies.items()))
+        lines = [f"==> {count} x {name}" for name, count in sorted(self.rounds.items())]
+        lines.append(
+            f"==> {self.rounds.total()} rounds, {self.sums['made']} connections, {self.sums['exchanges']} exchanges,"
+            f" {self.sums['packets']} packets; {self.lost.total()} connections lost {dict(self.lost) or ''};"
+            f" of {self.fresh.total()} new ones {late} needed more than {COPIES} retransmission ({copies})"
+        )
+        return "\n".join(lines + [f"fault: {one}" for one in self.faults])
+
+
+def _pause(seconds: float) -> None:
+    """So long, whatever happens: a part of what is tried, not a wait for something."""
+    select.select([], [], [], seconds)
+
+
+# ---- what is killed; each says whether a start is needed, and returns when the victim is dead ----
+
+
+def serving(farm: Farm, role: str, at: int) -> bool:
+    """At any instant."""
+    _pause(at / 1000)
+    farm.processes[role].kill()
+    return True
+
+
+def starting(farm: Farm, role: str, at: int) -> bool:
+    """The one before was killed; the next is, at its start."""
+    farm.processes[role].kill()
+    child = farm.begin(role, kill=at)
+    if child.ready():  # that was no call of its start
+        child.kill()
+    child.close()
+    return True
+
+
+def ending(farm: Farm, role: str, at: int) -> bool:
+    """It is told to end."""
+    child = farm.processes[role]
+    child.kill_at(at)
+    child.signal(signal.SIGTERM)
+    assert child.ended(), f"{role} does not end"
+    return True
+
+
+def reloading(farm: Farm, role: str, at: int) -> bool:
+    child = farm.processes[role]
+    farm.write()
+    child.kill_at(at)
+    child.signal(signal.SIGHUP)
+    child.ended(2)
+    child.kill()
+    return True
+
+
+def successor(farm: Farm, role: str, at: int) -> bool:
+    """The new process of a takeover: the old one serves on."""
+    farm.write()
+    child = farm.begin(role, "--takeover", kill=at)
+    if child.ready():  # it serves, and the old one has ended
+        assert farm.processes[role].ended()
+        child.kill()
+        farm.keep(role, child)
+        return True
+    child.close()
+    if farm.processes[role].alive():
+        return False
+    # It was killed between its word that it serves and its word to the service manager.
+    return True
+
+
+def predecessor(farm: Farm, role: str, at: int) -> bool:
+    """The old process of a takeover: the new one serves, whatever it has been given."""
+    old = farm.processes[role]
+    farm.write()
+    old.kill_at(at)
+    child = farm.begin(role, "--takeover")
+    assert child.ready(), f"the successor of one that was killed did not start:\n{farm.said(role)}"
+    old.kill()
+    farm.keep(role, child)
+    return False
+
+
+def everybody(farm: Farm, role: str, at: int) -> bool:
+    """All processes at once."""
+    _pause(at / 1000)
+    for child in farm.processes.values():
+        child.signal(signal.SIGKILL)
+    for child in farm.processes.values():
+        child.kill()
+    return True
+
+
+#: By what is killed: the load balancer, the client's agent, servers' agents that lead MPTCP clients (one by its path
+#: manager), all.  Steps are as counted, and a few more.
+ACTS: dict[str, list[Act]] = {
+    "lb": [
+        Act("serving", serving, 1000),
+        Act("starting", starting, 250),
+        Act("reloading", reloading, 40),
+        Act("successor", successor, 250),
+        Act("predecessor", predecessor, 120),
+        Act("ending", ending, 80),
+    ],
+    "client": [Act("serving", serving, 1000), Act("starting", starting, 200), Act("ending", ending, 60)],
+    "server1": [
+        Act("serving", serving, 1000),
+        Act("starting", starting, 250, still=True),
+        Act("ending", ending, 120, still=True),
+    ],
+    "server2": [
+        Act("serving", serving, 1000),
+        Act("starting", starting, 250, still=True),
+        Act("ending", ending, 120, still=True),
+    ],
+    "all": [Act("serving", everybody, 1000)],
+}
+
+
+def acts(seed: int) -> Iterator[tuple[int, str, Act, int]]:
+    """Rounds: number, whose, what, and at which step (a millisecond, while it merely serves).
+
+    Each comes as often as the others.
+    """
+    number = 0
+    while True:
+        order = [(role, act) for role, several in ACTS.items() for act in several]
+        random.Random(f"{seed}:{number}").shuffle(order)
+        for role, act in order:
+            yield number, role, act, random.Random(f"{seed}:{number}:at").randint(1, act.steps)
+            number += 1
+
+
+@contextmanager
+def _noted(tally: Tally, what: str) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError as error:
+        tally.faults.append(f"{what}: {error}")
+        raise
+
+
+def play(farm: Farm, tally: Tally, role: str, act: Act, at: int) -> list[str]:
+    """One round; what was wrong."""
+    what = f"{role} {act.name} at {at}"
+    tally.rounds[f"{role} {act.name}"] += 1
+    with _noted(tally, what):
+        farm.tell("fresh", FRESH)  # some are on their way when it dies
+        start = act.work(farm, role, at)
+        faults: list[str] = []
+        farm.tell("fresh", FRESH)  # and some begin while nobody serves
+        if not act.still:
+            farm.tell("beat")
+        if start:
+            for one in farm.roles if role == "all" else [role]:
+                farm.start(one)
+        farm.remember()
+        farm.tell("mark")
+        farm.tell("fresh", FRESH)
+        fresh = farm.tell("settle")["fresh"]
+        farm.tell("beat")
+        state = farm.tell("state")
+    for line in state["broken"]:
+        tally.lost[line.split()[0]] += 1
+        faults.append(f"{what}: broken: {line}")
+    for one in fresh:
+        tally.fresh[one["kind"]] += 1
+        tally.copies[one["after"]] += 1
+        if one["after"] > COPIES:
+            faults.append(f"{what}: {one['kind']}: {one['after']} more copies of a SYN")
+    tally.faults += faults
+    if missing := {kind: count for kind in KINDS if (count := farm.wanted[kind] - state["held"].get(kind, 0)) > 0}:
+        farm.tell("open", missing)
+    return faults
