@@ -148,6 +148,7 @@ class Farm:
     """The lab, what is in it, and what is known of it.  ``processes``: by role, those that are to run."""
 
     def __init__(self, folder: Path, *, offload: bool, servers: int = 2, seed: int = 1, connections: int = 500) -> None:
+        """``connections``: 0: none, and nothing runs."""
         self.folder, self.seed = folder, seed
         #: Connections that are to be held, of each kind.
         self.wanted = {kind: connections // len(KINDS) for kind in KINDS}
@@ -177,6 +178,9 @@ class Farm:
             server.ip(f"addr del {VIP4}/32 dev lo", f"addr del {VIP6}/128 dev lo")
             server.set({"net.ipv4.conf.all.arp_ignore": 0, "net.ipv4.conf.all.arp_announce": 0})
         self.before = {node.name: shown(node) for node in self.nodes}
+        if not any(self.wanted.values()):
+            self.write()
+            return self.nursery.wait()
         self._servers = [
             self._python(server, "serve", server.name, *map(str, PORTS.values())) for server in self.lab.servers
         ]
@@ -230,7 +234,9 @@ class Farm:
         """What ``crablb`` is started with."""
 
         def vips(*ports: int) -> list[str]:
-            return [part for port in ports for vip in (f"{VIP4}", f"[{VIP6}]") for part in ("--vip", f"tcp://{vip}:{port}")]
+            return [
+                part for port in ports for vip in (f"{VIP4}", f"[{VIP6}]") for part in ("--vip", f"tcp://{vip}:{port}")
+            ]
 
         if role == "lb":
             return ["serve", "--iface", "eth0", "--config", str(self.config)]
@@ -298,10 +304,14 @@ class Farm:
             assert child.ended(), f"{role} did not end:\n{self.said(role)}"
             child.close()
         for role in self.roles:
-            words = ("remove", "--iface", "eth0") if role == "lb" else ("agent", "remove")
-            child = self.nursery.start(self.lab.node(role), *words)
-            assert child.ended(), f"nothing removes what {role} has left:\n{self.said(role)}"
-            child.close()
+            self.remove(role)
+
+    def remove(self, role: str) -> None:
+        """What one that was killed has left."""
+        words = ("remove", "--iface", "eth0") if role == "lb" else ("agent", "remove")
+        child = self.nursery.start(self.lab.node(role), *words)
+        assert child.ended(), f"nothing removes what {role} has left:\n{self.said(role)}"
+        child.close()
 
     def left(self) -> list[str]:
         """What is there of crablb that was not before it."""

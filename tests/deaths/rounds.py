@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.deaths.farm import KINDS, Farm
 
-__all__ = ["ACTS", "Act", "Tally", "acts", "play"]
+__all__ = ["ACTS", "BARE", "Act", "Tally", "acts", "bare", "play"]
 
 #: New connections of each kind, three times a round.
 FRESH = 2
@@ -42,18 +42,36 @@ class Tally:
     lost: Counter[str] = field(default_factory=Counter)
     fresh: Counter[str] = field(default_factory=Counter)
     copies: Counter[int] = field(default_factory=Counter)
+    #: Rounds whose victim was killed at a call that was chosen; which that was in the last one.
+    struck: Counter[str] = field(default_factory=Counter)
+    last: str = ""
     faults: list[str] = field(default_factory=list)
     sums: Counter[str] = field(default_factory=Counter)
 
-    def add(self, state: dict[str, Any], packets: int) -> None:
-        """What a farm came to in the end."""
+    def end(self, farm: Farm) -> None:
+        """End all of a farm, and look what is left."""
+        packets = farm.packets()
+        state = farm.tell("finish")
+        self.note("at the end", state)
         self.sums.update({name: state[name] for name in ("made", "ended", "exchanges")}, packets=packets)
+        farm.stop()
+        self.faults += [f"left behind: {line}" for line in farm.left()]
+
+    def note(self, what: str, state: dict[str, Any]) -> list[str]:
+        """What has broken."""
+        self.lost.update(line.split()[0] for line in state["broken"])
+        found = [f"{what}: broken: {line}" for line in state["broken"]]
+        self.faults += found
+        return found
 
     def told(self) -> str:
         """All of it, in lines."""
         late = sum(count for copies, count in self.copies.items() if copies > COPIES)
         copies = ", ".join(f"{n}: {count}" for n, count in sorted(self.copies.items()))
-        lines = [f"==> {count} x {name}" for name, count in sorted(self.rounds.items())]
+        lines = [
+            f"==> {count} x {name}, {self.struck[name]} of them at a call"
+            for name, count in sorted(self.rounds.items())
+        ]
         lines.append(
             f"==> {self.rounds.total()} rounds, {self.sums['made']} connections, {self.sums['exchanges']} exchanges,"
             f" {self.sums['packets']} packets; {self.lost.total()} connections lost {dict(self.lost) or ''};"
@@ -168,6 +186,8 @@ ACTS: dict[str, list[Act]] = {
     ],
     "all": [Act("serving", everybody, 1000)],
 }
+#: Whose first start is tried too.
+BARE = ("server1", "server2", "client", "lb")
 
 
 def acts(seed: int) -> Iterator[tuple[int, str, Act, int]]:
@@ -196,11 +216,11 @@ def _noted(tally: Tally, what: str) -> Iterator[None]:
 def play(farm: Farm, tally: Tally, role: str, act: Act, at: int) -> list[str]:
     """One round; what was wrong."""
     what = f"{role} {act.name} at {at}"
+    farm.nursery.last()
     tally.rounds[f"{role} {act.name}"] += 1
     with _noted(tally, what):
         farm.tell("fresh", FRESH)  # some are on their way when it dies
         start = act.work(farm, role, at)
-        faults: list[str] = []
         farm.tell("fresh", FRESH)  # and some begin while nobody serves
         if not act.still:
             farm.tell("beat")
@@ -213,15 +233,35 @@ def play(farm: Farm, tally: Tally, role: str, act: Act, at: int) -> list[str]:
         fresh = farm.tell("settle")["fresh"]
         farm.tell("beat")
         state = farm.tell("state")
-    for line in state["broken"]:
-        tally.lost[line.split()[0]] += 1
-        faults.append(f"{what}: broken: {line}")
     for one in fresh:
         tally.fresh[one["kind"]] += 1
         tally.copies[one["after"]] += 1
-        if one["after"] > COPIES:
-            faults.append(f"{what}: {one['kind']}: {one['after']} more copies of a SYN")
-    tally.faults += faults
+    late = [
+        f"{what}: {one['kind']} to {one['server']}: {one['copies'] - one['after']} copies of a SYN, and {one['after']} more"
+        for one in fresh
+        if one["after"] > COPIES
+    ]
+    tally.faults += late
+    faults = tally.note(what, state) + late
+    tally.last = farm.nursery.last()
+    tally.struck[f"{role} {act.name}"] += bool(tally.last)
     if missing := {kind: count for kind in KINDS if (count := farm.wanted[kind] - state["held"].get(kind, 0)) > 0}:
         farm.tell("open", missing)
     return faults
+
+
+def bare(farm: Farm, tally: Tally, role: str, at: int) -> None:
+    """The first one of its node is killed at its start, and what it has left is removed.  ``farm``: one where nothing
+    runs."""
+    what = f"{role} first"
+    farm.nursery.last()
+    child = farm.begin(role, kill=at)
+    if child.ready():
+        child.kill()
+    child.close()
+    tally.last = farm.nursery.last()
+    tally.rounds[what] += 1
+    tally.struck[what] += bool(tally.last)
+    farm.remember()
+    farm.remove(role)
+    tally.faults += [f"{what} at {at}, {tally.last}: left behind: {line}" for line in farm.left()]
