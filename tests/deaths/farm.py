@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -354,8 +354,9 @@ def shown(node: Node) -> str:
     lines = node.run(
         "sh",
         "-c",
-        "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; tc qdisc; nft list ruleset; ip -o addr |"
-        " sed 's/valid_lft.*//'; for i in eth0 lo; do for d in ingress egress; do tc filter show dev $i $d; done; done;"
+        "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; tc qdisc; nft list ruleset;"
+        " ip -o addr | sed 's/valid_lft.*//';"
+        " for i in eth0 lo; do for d in ingress egress; do tc filter show dev $i $d; done; done;"
         " sysctl net.ipv4.conf.all.arp_ignore net.ipv4.conf.all.arp_announce net.mptcp",
         stderr=subprocess.STDOUT,
         capture_output=False,

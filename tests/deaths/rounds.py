@@ -134,10 +134,8 @@ def successor(farm: Farm, role: str, at: int) -> bool:
         farm.keep(role, child)
         return True
     child.close()
-    if farm.processes[role].alive():
-        return False
-    # It was killed between its word that it serves and its word to the service manager.
-    return True
+    # Between its word to the old one that it serves and its word to the service manager nobody is left.
+    return not farm.processes[role].alive()
 
 
 def predecessor(farm: Farm, role: str, at: int) -> bool:
@@ -237,7 +235,7 @@ def play(farm: Farm, tally: Tally, role: str, act: Act, at: int) -> list[str]:
         tally.fresh[one["kind"]] += 1
         tally.copies[one["after"]] += 1
     late = [
-        f"{what}: {one['kind']} to {one['server']}: {one['copies'] - one['after']} copies of a SYN, and {one['after']} more"
+        f"{what}: {one['kind']} to {one['server']}: {one['after']} more copies of a SYN, of {one['copies']}"
         for one in fresh
         if one["after"] > COPIES
     ]
