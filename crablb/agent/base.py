@@ -41,6 +41,11 @@ def tool(*args: str) -> str:
     return done.stdout
 
 
+def has_clsact(interface: str) -> bool:
+    """Whether somebody's filters may be attached there already: whoever makes the qdisc is to remove it."""
+    return bool(tool("tc", "qdisc", "show", "dev", interface, "clsact").strip())
+
+
 def detach_filters(
     interfaces: dict[str, bool], direction: Literal["ingress", "egress"], priority: int = FILTER
 ) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crablb._native import lib
-from crablb.agent.base import FILTER, detach_filters, tool
+from crablb.agent.base import FILTER, detach_filters, has_clsact, tool
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
@@ -232,9 +232,10 @@ def _mend(
         for name, part in lacking:
             index = socket.if_nametoindex(name)
             if part == "crab_clamp":
-                _, made = bpf.attach_tc(program.program(part), index, "egress", priority=FILTER, handle=FILTER)
-                state["interfaces"][name] = made or state["interfaces"].get(name, False)
+                # Before, as somebody may end us between the two.
+                state["interfaces"][name] = state["interfaces"].get(name, False) or not has_clsact(name)
                 note(state)
+                bpf.attach_tc(program.program(part), index, "egress", priority=FILTER, handle=FILTER)
                 continue
             try:
                 with program.program(part).attach_xdp(index) as link:

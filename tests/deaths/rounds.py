@@ -165,22 +165,22 @@ def everybody(farm: Farm, role: str, at: int) -> bool:
 ACTS: dict[str, list[Act]] = {
     "lb": [
         Act("serving", serving, 1000),
-        Act("starting", starting, 250),
-        Act("reloading", reloading, 40),
-        Act("successor", successor, 250),
-        Act("predecessor", predecessor, 120),
-        Act("ending", ending, 80),
+        Act("starting", starting, 280),
+        Act("reloading", reloading, 180),
+        Act("successor", successor, 280),
+        Act("predecessor", predecessor, 15),
+        Act("ending", ending, 130),
     ],
-    "client": [Act("serving", serving, 1000), Act("starting", starting, 200), Act("ending", ending, 60)],
+    "client": [Act("serving", serving, 1000), Act("starting", starting, 245), Act("ending", ending, 60)],
     "server1": [
         Act("serving", serving, 1000),
-        Act("starting", starting, 250, still=True),
-        Act("ending", ending, 120, still=True),
+        Act("starting", starting, 325, still=True),
+        Act("ending", ending, 70, still=True),
     ],
     "server2": [
         Act("serving", serving, 1000),
-        Act("starting", starting, 250, still=True),
-        Act("ending", ending, 120, still=True),
+        Act("starting", starting, 315, still=True),
+        Act("ending", ending, 125, still=True),
     ],
     "all": [Act("serving", everybody, 1000)],
 }

@@ -46,7 +46,7 @@ class Rule(ctypes.Structure):
     )
 
     def set(self, call: str, of: str = "", does: int = 0, *, first: int = 1, count: int = ALWAYS, chance: float = 1.0):
-        """Be about calls of a function (or ``ask``, ``change``, ``step``: see shim.c) that has ``of`` in its description.
+        """Be about calls of a function (or of a kind: see shim.c) that has ``of`` in its description.
 
         Of these, counted from now on, those from the ``first`` one on, ``count`` in all, get ``does`` with this
         ``chance``: an errno, SHORT, KILL; 0: they are merely counted.
