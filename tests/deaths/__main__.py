@@ -11,7 +11,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from tests.deaths.farm import KINDS, Farm
-from tests.deaths.rounds import ACTS, BARE, Tally, acts, bare, play
+from tests.deaths.rounds import ACTS, BARE, Tally, acts, first, play
 
 
 def arguments() -> argparse.Namespace:
@@ -48,25 +48,31 @@ def rounds(folder: Path, args: argparse.Namespace, tally: Tally) -> None:
 
 
 def calls(folder: Path, args: argparse.Namespace, tally: Tally) -> None:
-    with Farm.made(folder / "calls", offload=True, seed=args.seed, connections=args.connections) as farm:
-        for role, act in ((role, act) for role, several in ACTS.items() for act in several):
-            if act.name == "serving" or args.only not in (None, f"{role} {act.name}"):
-                continue
-            for at in count(args.first + 1, args.every):
-                faults = play(farm, tally, role, act, at)
-                print(f"{role} {act.name} at {at}, {tally.last}", *faults, sep="\n    ", flush=True)
-                if not tally.last:
-                    break
-        tally.end(farm)
-    with Farm.made(folder / "bare", offload=True, connections=0) as farm:
-        for role in BARE:
-            if args.only not in (None, f"{role} first"):
-                continue
-            for at in count(args.first + 1, args.every):
-                bare(farm, tally, role, at)
-                print(f"{role} first at {at}, {tally.last}", flush=True)
-                if not tally.last:
-                    break
+    """Each act is ended at its first call, at its second, and so on, until it comes to its own end."""
+    chosen = [
+        (role, act)
+        for role, several in ACTS.items()
+        for act in several
+        if act.name != "serving" and args.only in (None, f"{role} {act.name}")
+    ]
+    if chosen:
+        with Farm.made(folder / "live", offload=True, seed=args.seed, connections=args.connections) as farm:
+            for role, act in chosen:
+                for at in count(args.first + 1, args.every):
+                    faults = play(farm, tally, role, act, at)
+                    print(f"{role} {act.name} at {at}, {tally.last}", *faults, sep="\n    ", flush=True)
+                    if not tally.last:
+                        break
+            tally.end(farm)
+    firsts = [role for role in BARE if args.only in (None, f"{role} first")]
+    if firsts:
+        with Farm.made(folder / "first", offload=True, connections=0) as farm:
+            for role in firsts:
+                for at in count(args.first + 1, args.every):
+                    faults = first(farm, tally, role, at)
+                    print(f"{role} first at {at}, {tally.last}", *faults, sep="\n    ", flush=True)
+                    if not tally.last:
+                        break
 
 
 def main() -> int:

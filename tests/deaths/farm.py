@@ -313,10 +313,10 @@ class Farm:
         assert child.ended(), f"nothing removes what {role} has left:\n{self.said(role)}"
         child.close()
 
-    def left(self) -> list[str]:
-        """What is there of crablb that was not before it."""
+    def left(self, *nodes: Node) -> list[str]:
+        """What is there of crablb that was not before it; in these nodes alone, if any are named."""
         found = []
-        for node in self.nodes:
+        for node in nodes or self.nodes:
             with contextlib.suppress(FileNotFoundError):
                 found += [str(path) for path in node.pins.rglob("*")]
             with inside(node.netns):

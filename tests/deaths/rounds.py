@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.deaths.farm import KINDS, Farm
 
-__all__ = ["ACTS", "BARE", "Act", "Tally", "acts", "bare", "play"]
+__all__ = ["ACTS", "BARE", "Act", "Tally", "acts", "first", "play"]
 
 #: New connections of each kind, three times a round.
 FRESH = 2
@@ -248,9 +248,9 @@ def play(farm: Farm, tally: Tally, role: str, act: Act, at: int) -> list[str]:
     return faults
 
 
-def bare(farm: Farm, tally: Tally, role: str, at: int) -> None:
+def first(farm: Farm, tally: Tally, role: str, at: int) -> list[str]:
     """The first one of its node is killed at its start, and what it has left is removed.  ``farm``: one where nothing
-    runs."""
+    runs.  What was wrong."""
     what = f"{role} first"
     farm.nursery.last()
     child = farm.begin(role, kill=at)
@@ -262,4 +262,6 @@ def bare(farm: Farm, tally: Tally, role: str, at: int) -> None:
     tally.struck[what] += bool(tally.last)
     farm.remember()
     farm.remove(role)
-    tally.faults += [f"{what} at {at}, {tally.last}: left behind: {line}" for line in farm.left()]
+    faults = [f"{what} at {at}, {tally.last}: left behind: {line}" for line in farm.left(farm.lab.node(role))]
+    tally.faults += faults
+    return faults
