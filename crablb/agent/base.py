@@ -253,10 +253,7 @@ class Agent(ABC):
     @classmethod
     def write(cls, state: dict[str, Any]) -> None:
         """Note the state, whole or not at all."""
-        path = cls.state_path()
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(state))
-        new.replace(path)
+        pins.note(cls.state_path(), json.dumps(state))
 
     @abstractmethod
     def set_up(self, program: bpf.Object) -> None:
@@ -297,7 +294,8 @@ class Agent(ABC):
                 link.detach()
         cls.tear_down(state or {})
         pins.remove(cls.folder())
-        cls.state_path().unlink(missing_ok=True)
+        pins.forget(cls.state_path())
+        cls._starting_path().unlink(missing_ok=True)  # of one that was killed at that
         return present
 
     @classmethod

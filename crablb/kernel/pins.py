@@ -89,6 +89,19 @@ def put(held: Descriptor, path: Path) -> None:
     new.replace(path)
 
 
+def note(path: Path, text: str) -> None:
+    """Write a file of :data:`RUN`, whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def forget(path: Path) -> None:
+    """Remove such a file, and what one who was killed at writing it has left."""
+    for each in (path, path.with_suffix(".new")):
+        each.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove a folder of pins, and those above it that are empty then."""
     shutil.rmtree(path, ignore_errors=True)

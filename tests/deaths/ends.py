@@ -27,7 +27,7 @@ TEXT = random.Random(65521).randbytes(65521)
 TWICE = TEXT + TEXT
 #: Bytes of one exchange, and seconds between two of a connection.
 SIZES = (1, 10, 900, 3000, 20000)
-PAUSE = 2.0
+PAUSE = 5.0
 #: Seconds after which an exchange, or a connection that is to be made, is given up.
 PATIENCE = 120.0
 TOTAL_RETRANS = struct.Struct("@100xI")  # of struct tcp_info, linux/tcp.h
