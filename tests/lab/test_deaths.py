@@ -46,6 +46,20 @@ def test_nobody_notices(tmp_path: Path):
     assert tally.struck.total() >= len(SOME)
 
 
+@pytest.mark.long
+def test_a_connection_that_breaks_is_seen(tmp_path: Path):
+    """Their flows are taken away, and the backends weighted otherwise: those by the fallback come to another server."""
+    with Farm.made(tmp_path / "farm", offload=True, connections=60) as farm:
+        farm.processes["lb"].kill()
+        farm.remove("lb")
+        farm.write()
+        farm.start("lb")
+        farm.tell("beat")
+        broken = farm.tell("state")["broken"]
+    assert broken
+    assert all(line.startswith(("tunnel", "mptcp")) for line in broken), broken
+
+
 def test_what_is_made_is_noted_before(monkeypatch: pytest.MonkeyPatch):
     """Whoever is killed when he has made a qdisc has left a note of it."""
     noted: list[bool] = []

@@ -1,4 +1,4 @@
-"""What an agent that was killed while it was put into the kernel leaves to the next one: files, and no other opinion."""
+"""What an agent that was killed at its start leaves to the next one: files, and no other opinion."""
 
 from __future__ import annotations
 
