@@ -41,6 +41,11 @@ def tool(*args: str) -> str:
     return done.stdout
 
 
+def has_clsact(interface: str) -> bool:
+    """Whether somebody's filters may be attached there already: whoever makes the qdisc is to remove it."""
+    return bool(tool("tc", "qdisc", "show", "dev", interface, "clsact").strip())
+
+
 def detach_filters(
     interfaces: dict[str, bool], direction: Literal["ingress", "egress"], priority: int = FILTER
 ) -> None:
@@ -248,8 +253,7 @@ class Agent(ABC):
     @classmethod
     def write(cls, state: dict[str, Any]) -> None:
         """Note the state, whole or not at all."""
-        with pins.replacing(cls.state_path(), ".new") as new:
-            new.write_text(json.dumps(state))
+        pins.note(cls.state_path(), json.dumps(state))
 
     @abstractmethod
     def set_up(self, program: bpf.Object) -> None:
@@ -290,8 +294,8 @@ class Agent(ABC):
                 link.detach()
         cls.tear_down(state or {})
         pins.remove(cls.folder())
-        cls.state_path().unlink(missing_ok=True)
-        cls._starting_path().unlink(missing_ok=True)
+        pins.forget(cls.state_path())
+        cls._starting_path().unlink(missing_ok=True)  # of one that was killed at that
         return present
 
     @classmethod

@@ -20,7 +20,7 @@ import structlog
 from crablb import lasting
 from crablb._native import lib
 from crablb.agent import joining, offering, routes
-from crablb.agent.base import FILTER, Agent, detach_filters, tool
+from crablb.agent.base import FILTER, Agent, detach_filters, has_clsact, tool
 from crablb.agent.verify import Verifier
 from crablb.config import parse_prefix, parse_vip
 from crablb.errors import ConfigError, KernelError
@@ -295,15 +295,15 @@ class ClientAgent(Agent):
             if error.errno != errno.EINVAL:
                 raise
         # Linux before 6.6: a filter of clsact, in front of others as far as these leave room.
+        made = not has_clsact(name)
         for priority in PRIORITIES:
-            cls._note_filter(name, priority, False)
+            cls._note_filter(name, priority, made)
             try:
-                _, made = bpf.attach_tc(program, index, "ingress", priority=priority, handle=FILTER)
+                bpf.attach_tc(program, index, "ingress", priority=priority, handle=FILTER)
             except bpf.BpfError:  # filters of another kind have this priority
                 if priority == PRIORITIES[-1]:
                     raise
                 continue
-            cls._note_filter(name, priority, made)
             return
 
     @classmethod

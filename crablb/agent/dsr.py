@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crablb._native import lib
-from crablb.agent.base import FILTER, detach_filters, tool
+from crablb.agent.base import FILTER, detach_filters, has_clsact, tool
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
@@ -138,22 +138,72 @@ def remove(
                 note(state)
 
 
-def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Callable[[dict[str, Any]], None]) -> None:
-    """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo."""
+def set_up(
+    vips: Sequence[Vip],
+    wanted: Sequence[str],
+    folder: Path,
+    note: Callable[[dict[str, Any]], None],
+    before: Mapping[str, Any] | None = None,
+) -> None:
+    """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo.
+
+    ``before``: what an agent that was there noted.  Connections live by it, so nothing of it goes before what is to
+    be in its place is there.
+    """
+    before = before or {}
     addresses = list(dict.fromkeys(vip.address for vip in vips))
+    interfaces = _interfaces(wanted)
+    made = before.get("interfaces", {})
     state: dict[str, Any] = {
-        "addresses": [],
-        "sysctls": {name: _sysctl(name).read_text().strip() for name in SILENT},
-        "interfaces": dict.fromkeys(_interfaces(wanted), False),
+        "addresses": list(before.get("addresses", ())),
+        "sysctls": {name: _sysctl(name).read_text().strip() for name in SILENT} | before.get("sysctls", {}),
+        "interfaces": made | {name: made.get(name, False) for name in interfaces},
         "named": list(wanted),
     }
     with bpf.Object(bpf.object_path("dsr")) as program:
         for address in addresses:
             program.map("dsr_vips").update(mapped(address), 1)
+        for index, macs in _all_macs(interfaces).items():
+            program.map("dsr_macs").update(index, macs)
         for name in MAPS:
             pins.put(program.map(name), folder / name)
+        for name in BEFORE:
+            (folder / name).unlink(missing_ok=True)
         note(state)
-        sync(addresses, state, folder, note, mend=True)
+        for name in interfaces:
+            _exchange(program, folder, name)
+    for name in made.keys() - set(interfaces):
+        _detach(folder, name, made[name])
+        del state["interfaces"][name]
+    sync(addresses, state, folder, note, mend=True)
+    for prefix in set(state["addresses"]) - {_prefix(address) for address in addresses}:
+        _give(prefix)
+        state["addresses"].remove(prefix)
+    note(state)
+
+
+def _all_macs(names: Iterable[str]) -> dict[int, bytes]:
+    """By the interfaces' numbers, what program ``crab_decap`` is told of each."""
+    links = _links()
+    return {socket.if_nametoindex(name): _macs(links, name) for name in names if name in links}
+
+
+def _exchange(program: bpf.Object, folder: Path, interface: str) -> None:
+    """Have these programs in place of those of an agent before, where they are attached."""
+    index = socket.if_nametoindex(interface)
+    if _attached(folder, interface, "crab_clamp"):
+        bpf.attach_tc(program.program("crab_clamp"), index, "egress", priority=FILTER, handle=FILTER)
+    if _attached(folder, interface, "crab_decap"):
+        with bpf.Link.from_pin(folder / _pin(interface)) as link:
+            link.update(program.program("crab_decap"))
+
+
+def _detach(folder: Path, interface: str, made: bool) -> None:
+    """Have no programs there any more."""
+    detach_filters({interface: made}, "egress")
+    with suppress(bpf.BpfNotFoundError), bpf.Link.from_pin(folder / _pin(interface)) as link:
+        link.detach()
+    (folder / _pin(interface)).unlink(missing_ok=True)
 
 
 def sync(
@@ -232,9 +282,10 @@ def _mend(
         for name, part in lacking:
             index = socket.if_nametoindex(name)
             if part == "crab_clamp":
-                _, made = bpf.attach_tc(program.program(part), index, "egress", priority=FILTER, handle=FILTER)
-                state["interfaces"][name] = made or state["interfaces"].get(name, False)
+                # Before, as somebody may end us between the two.
+                state["interfaces"][name] = state["interfaces"].get(name, False) or not has_clsact(name)
                 note(state)
+                bpf.attach_tc(program.program(part), index, "egress", priority=FILTER, handle=FILTER)
                 continue
             try:
                 with program.program(part).attach_xdp(index) as link:

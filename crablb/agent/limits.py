@@ -56,6 +56,7 @@ def ask(role: str, least: Limits) -> None:
 def release(role: str) -> None:
     """Ask no more.  Raises :class:`KernelError`."""
     if not _path().exists():
+        pins.forget(_path())
         return
     with _noted() as notes, PathManager() as manager:
         notes.asked.pop(role, None)
@@ -100,8 +101,7 @@ def _read() -> _Notes:
 
 
 def _write(notes: _Notes) -> None:
-    if not notes.asked:
-        _path().unlink(missing_ok=True)
-        return
-    with pins.replacing(_path(), ".new") as new:
-        new.write_text(json.dumps(asdict(notes)))
+    if notes.asked:
+        pins.note(_path(), json.dumps(asdict(notes)))
+    else:
+        pins.forget(_path())

@@ -268,7 +268,7 @@ def set_up(vips: Sequence[Vip], wanted: Mptcp, before: Mapping[str, Any] | None,
         state["sysctls"][name] = [held.pop(name, [_read(name)])[0], value]
     note(state)
     _restore(held)
-    _left_path().unlink(missing_ok=True)
+    pins.forget(_left_path())
     with PathManager() as manager:
         unwanted = _ours(state) - _endpoints(vips, wanted).keys()
         _forget(state, _withdraw(manager, unwanted), unwanted, note)
@@ -358,10 +358,10 @@ def tear_down(state: Mapping[str, Any]) -> None:
     except Unsupported:
         return
     _restore(state.get("sysctls", {}))
-    _left_path().unlink(missing_ok=True)
     if stay:
-        with pins.replacing(_left_path(), ".new") as new:
-            new.write_text(json.dumps([[str(address), port] for address, port in stay]))
+        pins.note(_left_path(), json.dumps([[str(address), port] for address, port in stay]))
+    else:
+        pins.forget(_left_path())
 
 
 def _restore(sysctls: Mapping[str, Sequence[str]]) -> None:

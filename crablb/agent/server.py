@@ -6,7 +6,8 @@ import json
 import math
 import socket
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -137,14 +138,31 @@ class ServerAgent(Agent):
         changes += [f"{vip} would be new" for vip in now if vip not in before]
         if state["cgroup"] != str(self.cgroup):
             changes.append(f"its cgroup is {state['cgroup']}, not {self.cgroup}")
-        if ("dsr" in state) != self.dsr:
-            changes.append(f"it was installed with{'' if 'dsr' in state else 'out'} --dsr")
-        asked = mptcp.of(state["mptcp"]) if "mptcp" in state else None
-        if asked != self.mptcp:
-            changes.append(f"it was installed with{f' {asked}' if asked else 'out --mptcp'}")
-        if ("sockets" in state) != self.sockets:
-            changes.append(f"it was installed with{'out' if self.sockets else ''} --mptcp-listeners")
+        asked, wanted = self._asked(state), self._wanted()
+        if asked["dsr"] != wanted["dsr"]:
+            changes.append(f"it was installed with{'' if asked['dsr'] else 'out'} --dsr")
+        if asked["mptcp"] != wanted["mptcp"]:
+            changes.append(f"it was installed with{' ' + asked['mptcp'] if asked['mptcp'] else 'out --mptcp'}")
+        if asked["sockets"] != wanted["sockets"]:
+            changes.append(f"it was installed with{'' if asked['sockets'] else 'out'} --mptcp-listeners")
         return changes
+
+    def _wanted(self) -> dict[str, Any]:
+        return {"dsr": self.dsr, "mptcp": str(self.mptcp or ""), "sockets": self.sockets}
+
+    @staticmethod
+    def _asked(state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What :meth:`_wanted` was; of one that died at its start not all of it is there.  Versions of before noted
+        what there was alone."""
+        there = {
+            "dsr": "dsr" in state,
+            "mptcp": str(mptcp.of(state["mptcp"])) if "mptcp" in state else "",
+            "sockets": "sockets" in state,
+        }
+        return {**there, **state.get("asked", {})}
+
+    def remember(self, **more: Any) -> None:
+        super().remember(asked=self._wanted(), **more)
 
     def install(self) -> None:
         """Put the agent into the kernel, in place of the one that is there, which the log tells if it was another."""
@@ -162,11 +180,13 @@ class ServerAgent(Agent):
             log.warning("replaced the agent that was there", changes=changes)
 
     def succeed(self, before: dict[str, Any]) -> None:
-        """Connections live by the kernel's MPTCP endpoints: what is the same stays."""
-        if self.mptcp and "mptcp" in before:
-            self._parts["mptcp"] = before["mptcp"]
-            before = {name: value for name, value in before.items() if name != "mptcp"}
-        super().succeed(before)
+        """Connections live by what direct server return has, and by the kernel's MPTCP endpoints: what is the same
+        stays."""
+        taken = {name for name, asked in (("dsr", self.dsr), ("mptcp", self.mptcp)) if asked and name in before}
+        self._parts |= {name: before[name] for name in taken}
+        self._undo({name: value for name, value in before.items() if name not in taken})
+        # Versions of before did not note which listeners they had armed.
+        self._disarm(keep=[vip.port for vip in self.vips] if self._new == ARMED else ())
 
     def _note(self, part: str) -> Callable[[dict[str, Any]], None]:
         def note(state: dict[str, Any]) -> None:
@@ -185,9 +205,11 @@ class ServerAgent(Agent):
                 if program.map(name).lookup(vip.key()) is None:
                     program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
-            dsr.set_up(self.vips, self.interfaces, self.folder(), self._note("dsr"))
+            dsr.set_up(self.vips, self.interfaces, self.folder(), self._note("dsr"), self._parts.get("dsr"))
         if _fast_open():
             self._attach_fast_open(program, self.cgroup)
+        else:
+            self._detach_fast_open()
         self.attach(program.program("crab_server"), self.cgroup)
         missing = ""
         try:
@@ -215,18 +237,34 @@ class ServerAgent(Agent):
 
     @classmethod
     def tear_down(cls, state: dict[str, Any]) -> None:
+        cls._undo(state)
+        cls._detach_fast_open()
+        cls._disarm()
+
+    @classmethod
+    def _undo(cls, state: dict[str, Any]) -> None:
+        """Parts of an agent, as they were noted."""
         if "mptcp" in state or mptcp.left():
             mptcp.tear_down(state.get("mptcp", {}))
         if "dsr" in state:
             dsr.tear_down(state["dsr"], cls.folder())
+
+    @classmethod
+    def _disarm(cls, keep: Collection[int] = ()) -> None:
+        """Listeners on ports that are served, but for these."""
+        with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(cls.folder() / "server_ports") as ports:
+            gone = [key for key in list(ports.keys()) if int.from_bytes(key, sys.byteorder) not in keep]
+            for key in gone:
+                ports.update(key, DISARMED)
+            if gone:
+                with suppress(bpf.BpfError), bpf.Program.from_pin(cls.folder() / ITERATOR) as iterator:
+                    iterator.run_iterator()
+
+    @classmethod
+    def _detach_fast_open(cls) -> None:
         with suppress(bpf.BpfNotFoundError), bpf.Link.from_pin(cls.folder() / "fast_open") as link:
             link.detach()
             (cls.folder() / "fast_open").unlink()
-        with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(cls.folder() / "server_ports") as ports:
-            for port in list(ports.keys()):
-                ports.update(port, DISARMED)
-            with suppress(bpf.BpfError), bpf.Program.from_pin(cls.folder() / ITERATOR) as iterator:
-                iterator.run_iterator()
 
     @classmethod
     def _attach_fast_open(cls, program: bpf.Object, cgroup: Path | str) -> None:
@@ -441,6 +479,7 @@ class ServerAgent(Agent):
     def status(cls) -> dict[str, Any] | None:
         status = super().status()
         if status:
+            status.pop("asked", None)
             if "mptcp" in status:
                 with suppress(KernelError):
                     status["mptcp"] = mptcp.status([parse_vip(text) for text in status["vips"]], status["mptcp"])

@@ -122,7 +122,8 @@ def forget(interface: str) -> bool:
         left_there.add(named.with_name(os.readlink(named)))
     for left in left_there:
         if not _alive(left):
-            names = [path for path in RUN.glob("*.sock") if path.is_symlink() and os.readlink(path) == left.name]
+            links = (*RUN.glob("*.sock"), *RUN.glob("*.sock.*.new"))
+            names = [path for path in links if path.is_symlink() and os.readlink(path) == left.name]
             for path in (*names, left):
                 gone |= os.path.lexists(path)
                 path.unlink(missing_ok=True)

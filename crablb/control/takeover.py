@@ -22,6 +22,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import glob
 import os
 import select
 import signal
@@ -183,17 +184,31 @@ def _fresh(path: Path) -> Path:
     """Where what is to be in its place is made."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)
+    _forget_fresh(path)
     return fresh
 
 
-def forget(interface: str) -> None:
-    """Remove the socket of one that was killed.  Of one that lives it stays."""
-    path = place(interface)
+def _forget_fresh(path: Path) -> None:
+    """Remove what others have made to be in its place and then did not put there, as they were killed."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*"):
+        if left.name != f"{path.name}.{os.getpid()}":
+            _forget(left)
+
+
+def _forget(path: Path) -> None:
+    """Remove a socket at which nobody listens."""
     with contextlib.suppress(KernelError):
         if sock := _reach(path):
             sock.close()
         else:
             path.unlink(missing_ok=True)
+
+
+def forget(interface: str) -> None:
+    """Remove the socket of one that was killed.  Of one that lives it stays."""
+    path = place(interface)
+    _forget(path)
+    _forget_fresh(path)
 
 
 # ---- the successor ----

@@ -102,6 +102,18 @@ def put(held: Descriptor, path: Path) -> None:
         held.pin(new)
 
 
+def note(path: Path, text: str) -> None:
+    """Write a file of :data:`RUN`, whole or not at all."""
+    with replacing(path, ".new") as new:
+        new.write_text(text)
+
+
+def forget(path: Path) -> None:
+    """Remove such a file, and what one who was killed at writing it has left."""
+    for each in (path, path.with_name(path.name + ".new")):
+        each.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove a folder of pins, and those above it that are empty then."""
     shutil.rmtree(path, ignore_errors=True)

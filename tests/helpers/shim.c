@@ -28,9 +28,10 @@
 #define RULES 16
 
 struct rule {
-	char call[24];   /* its name; "change": one that changes what is in the kernel or in a folder; "ask": one that the
-	                    kernel may refuse, and not by the way of an event loop, which libuv ends the process for;
-	                    not of other processes' files, of which there are so many today and so many tomorrow */
+	char call[24];   /* its name; "change": one that changes what is in the kernel or in a folder; "step": that, or one
+	                    that somebody else may notice; "ask": one that the kernel may refuse, and not by the way of an
+	                    event loop, which libuv ends the process for; not of other processes' files, of which there are
+	                    so many today and so many tomorrow */
 	char of[72];     /* a part of what the call is of (see describe); empty: whatever it is */
 	uint64_t first, count; /* of such calls, from 1 */
 	uint32_t chance; /* of 2^32 - 1: that such a call is struck */
@@ -137,6 +138,18 @@ static bool others(const char *path)
 	return path && ((!strncmp(path, "/proc/", 6) && path[6] >= '0' && path[6] <= '9') || strstr(path, "/run/netns/"));
 }
 
+/* Whether somebody else may notice it: it sends, writes, locks, lets others in.  Packets do not count, nor what wakes
+ * another thread: of these there are more or fewer each time. */
+static bool noticed(const char *call, const char *text)
+{
+	static const char *const calls[] = {"write", "send",   "sendto", "sendmsg", "sendmmsg",  "connect", "bind", "listen",
+					    "chmod", "fchmod", "chown",  "flock",   "ftruncate", "accept4"};
+	for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+		if (!strcmp(call, calls[i]))
+			return strncmp(text, "xdp ", 4) && !strstr(text, "eventfd") && !strstr(text, "pipe:");
+	return false;
+}
+
 /* What is to become of a call: 0, SHORT, or an errno. */
 static int struck(const char *call, bool changes, struct of of)
 {
@@ -150,8 +163,11 @@ static int struck(const char *call, bool changes, struct of of)
 			continue;
 		bool asks = strncmp(call, "epoll", 5) && strcmp(call, "poll") && strcmp(call, "read") &&
 			    strcmp(call, "write") && !others(of.path);
+		bool step = !strcmp(r->call, "step");
+		if (step && !changes && !text[0])
+			describe(text, sizeof text, of);
 		bool meant = !strcmp(r->call, call) || (asks && !strcmp(r->call, "ask")) ||
-			     (changes && !strcmp(r->call, "change"));
+			     (changes && !strcmp(r->call, "change")) || (step && (changes || noticed(call, text)));
 		if (!meant)
 			continue;
 		if (r->of[0]) {
@@ -244,7 +260,7 @@ WRAP(false, int, memfd_create, (const char *name, unsigned flags), OF(name), nam
 		va_start(list, flags);                                                  \
 		mode_t mode = va_arg(list, mode_t);                                     \
 		va_end(list);                                                           \
-		int error = struck("open", false, OF(path));                            \
+		int error = struck("open", flags & (O_CREAT | O_TRUNC), OF(path));      \
 		if (error > 0) {                                                        \
 			errno = error;                                                  \
 			return -1;                                                      \

@@ -46,7 +46,7 @@ class Rule(ctypes.Structure):
     )
 
     def set(self, call: str, of: str = "", does: int = 0, *, first: int = 1, count: int = ALWAYS, chance: float = 1.0):
-        """Be about calls of a function (or ``ask``, or ``change``: see shim.c) whose description has ``of`` in it.
+        """Be about calls of a function (or of a kind: see shim.c) that has ``of`` in its description.
 
         Of these, counted from now on, those from the ``first`` one on, ``count`` in all, get ``does`` with this
         ``chance``: an errno, SHORT, KILL, END (of the thread); 0: they are merely counted.
@@ -118,6 +118,10 @@ class Shim:
         """The call that the first rule struck last; empty: none."""
         text: str = self._rules.rules[0].last.decode()
         return text
+
+    def forget(self) -> None:
+        """Nothing was struck."""
+        self._rules.rules[0].last = b""
 
     def step_clock(self, seconds: float) -> None:
         """CLOCK_REALTIME is by so much later than the machine's, from now on."""

@@ -855,6 +855,7 @@ def test_what_the_dead_left_is_replaced(run):
     (run / "netns-7-eth0.sock").symlink_to("netns-7-eth0.1.api")
     (run / "eth0.sock").symlink_to("netns-7-eth0.1.api")
     (run / "eth5.sock").symlink_to("netns-9-eth5.1.api")
+    (run / "netns-7-eth0.sock.1.new").symlink_to("netns-7-eth0.1.api")  # killed in the midst
     place = Place(("eth0",), None)
     with place.bind():
         place.show()
@@ -862,6 +863,7 @@ def test_what_the_dead_left_is_replaced(run):
         assert (run / "eth0.sock").samefile(run / "netns-7-eth0.sock")
         assert not (run / "eth5.sock").is_symlink()
     place.remove()
+    assert list(run.iterdir()) == []
 
 
 def test_what_is_anothers_is_let_be(run):

@@ -149,6 +149,23 @@ def test_many_descriptors_come_in_several_packets():
     hosted(test, fds=300)
 
 
+def test_what_was_not_shown_yet_by_one_that_was_killed(tmp_path):
+    """It is nobody's, and goes with the next one's start, or with ``crablb remove``; another one's stays."""
+    path = takeover.place("eth0")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(f"{path}.1")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alive:
+        alive.bind(f"{path}.2")
+        alive.listen()
+
+        async def test(host: Host, fake: Fake, failures: list[str]) -> None:
+            assert sorted(each.name for each in tmp_path.glob(f"{path.name}*")) == [path.name, f"{path.name}.2"]
+
+        hosted(test)
+    takeover.forget("eth0")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nobody_serves(monkeypatch):
     assert connect(["eth0"]) is None
     # One that was killed has left its socket.

@@ -81,8 +81,9 @@ class Place:
 
     def show(self) -> list[Path]:
         """Have it there by its names, which are returned.  Raises ``OSError``."""
-        for path in pins.RUN.glob("*.sock"):
-            if path.is_symlink() and not path.exists():  # of namespaces that are no more
+        # Of namespaces that are no more; of processes that were killed before a link had its name.
+        for path in (*pins.RUN.glob("*.sock"), *pins.RUN.glob("*.sock.*.new")):
+            if path.is_symlink() and not path.exists():
                 path.unlink(missing_ok=True)
         return [path for name in self._interfaces for path in self.name(name)]
 
