@@ -112,7 +112,7 @@ def test_other_drivers_send_by_all_queues(machine: Any) -> None:
 
 def test_the_refusal_says_what_to_do(machine: Any) -> None:
     card: Any = SimpleNamespace(name="eth0", rx_queues=4, max_queues=4)
-    with pytest.raises(KernelError, match="the kernel panics .* ethtool -L eth0 combined 2$"):
+    with pytest.raises(KernelError, match=r"the kernel panics .* ethtool -L eth0 combined 2$"):
         virtio.refuse_to_overrun(card)
     card.rx_queues = 2
     virtio.refuse_to_overrun(card)
