@@ -19,13 +19,11 @@ from crablb.errors import KernelError
 from crablb.kernel import ethtool, rtnetlink
 from crablb.kernel.interface import Interface
 
-__all__ = ["cpus", "drops_in_zero_copy", "is_virtio", "only_receives", "overruns", "refuse_to_overrun"]
+__all__ = ["DRIVER", "cpus", "drops_in_zero_copy", "only_receives", "overruns", "refuse_to_overrun", "takes_no_room"]
+
+DRIVER = "virtio_net"
 
 POSSIBLE = Path("/sys/devices/system/cpu/possible")
-
-
-def is_virtio(interface: str) -> bool:
-    return ethtool.driver(interface) == "virtio_net"
 
 
 def cpus() -> int:
@@ -36,13 +34,15 @@ def cpus() -> int:
         return os.cpu_count() or 1
 
 
-def drops_in_zero_copy(interface: str, release: str | None = None) -> bool:
-    """Whether in zero-copy mode everything that XDP programs send by it is dropped, whatever room they leave in front.
+def takes_no_room() -> bool:
+    """Whether this kernel takes what leaves zero-copy memory to have no room in front, whatever the program leaves."""
+    major, minor, *_ = re.findall(r"\d+", os.uname().release)
+    return (int(major), int(minor)) < (7, 3)
 
-    The driver wants to put its header there; before Linux 7.3 the copy that leaves was taken to have no room at all.
-    """
-    major, minor, *_ = re.findall(r"\d+", release or os.uname().release)
-    return (int(major), int(minor)) < (7, 3) and is_virtio(interface)
+
+def drops_in_zero_copy(interface: str) -> bool:
+    """Whether in zero-copy mode everything that XDP programs send by it is dropped: the driver's header wants room."""
+    return takes_no_room() and ethtool.driver(interface) == DRIVER
 
 
 def overruns(queues: int, most: int, cpus: int) -> bool:
@@ -56,7 +56,7 @@ def overruns(queues: int, most: int, cpus: int) -> bool:
 def refuse_to_overrun(interface: Interface) -> None:
     """Raises :class:`KernelError` if the interface is one that no program may be attached to, so that it sends."""
     queues, most, count = interface.rx_queues, interface.max_queues, cpus()
-    if overruns(queues, most, count) and is_virtio(interface.name):
+    if overruns(queues, most, count) and ethtool.driver(interface.name) == DRIVER:
         raise KernelError(
             f"{interface.name} has {queues} queues in use, and the machine {count} CPUs: the kernel panics when an XDP"
             f" program sends by so many of virtio_net; give it fewer: ethtool -L {interface.name} combined {count}"
@@ -68,7 +68,7 @@ def only_receives(interface: str, queue: int) -> bool:
 
     More queues than CPUs are in use only if some are (:func:`overruns`).
     """
-    if not is_virtio(interface):
+    if ethtool.driver(interface) != DRIVER:
         return False
     try:
         queues, count = rtnetlink.rx_queues(socket.if_nametoindex(interface)), cpus()
