@@ -218,7 +218,8 @@ def cards() -> list[str]:
             tap = f"tap,id=net{end},ifname=tap{end},script=no,downscript=no,vhost=off"
             card = f"{model},bus=port{end},netdev=net{end},mac=52:54:00:00:00:{end}"
             options += [
-                "-netdev", f"{tap},queues={queues}" if queues else tap,
+                # igb does checksums and segments by itself, as hardware does.
+                "-netdev", f"{tap},queues={queues}" if queues else f"{tap},vnet_hdr=off",
                 "-device", f"pcie-root-port,id=port{end},chassis={int(end) + 1}",
                 "-device", f"{card},{virtio}" if queues else card,
             ]  # fmt: skip
