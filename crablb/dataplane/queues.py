@@ -177,10 +177,13 @@ def _room(frame_size: int) -> int:
     return frame_size - HEADROOM - 14 - 8
 
 
-def _socket(interface: Interface, queue: int, *, copy: bool | None = None) -> XskSocket:
-    """What does not fit into a frame lies in several; where a socket cannot have that, frames are as long as can be."""
-    several = bool(lib.crab_xsk_knows_frags()) and interface.mtu <= _room(2048)
-    size = 2048 if several else 4096
+def _socket(interface: Interface, queue: int, *, copy: bool | None = None, size: int = 2048) -> XskSocket:
+    """What does not fit into a frame lies in several; where a socket cannot have that, frames are as long as can be.
+
+    In zero-copy mode as well: of 2048 bytes, less what is in front, a card that counts in kilobytes (igb) uses 1024.
+    """
+    if not lib.crab_xsk_knows_frags() or interface.mtu > _room(2048):
+        size = 4096
     xsk = XskSocket(
         interface.name,
         queue,
@@ -191,6 +194,9 @@ def _socket(interface: Interface, queue: int, *, copy: bool | None = None) -> Xs
         copy=copy,
         memory_file=True,
     )
+    if xsk.zero_copy and size < 4096:
+        xsk.close()
+        return _socket(interface, queue, copy=copy, size=4096)
     if xsk.zero_copy and not xsk.multi_buffer and interface.mtu > _room(4096):
         xsk.close()
         return _socket(interface, queue, copy=True)
