@@ -315,6 +315,17 @@ struct packet {
     __u8 mapped; /* an IPv4-mapped address is in it: nobody's connection */
 };
 
+/* Have the frame leave with CRAB_ROOM bytes of metadata: zeros, as whoever receives it may see them.  Where there can be
+ * none it leaves without. */
+static __always_inline void make_room(struct xdp_md *ctx)
+{
+    if (bpf_xdp_adjust_meta(ctx, -CRAB_ROOM))
+        return;
+    __u64 *meta = (void *)(long)ctx->data_meta;
+    if ((void *)meta + CRAB_ROOM <= (void *)(long)ctx->data)
+        meta[0] = meta[1] = 0;
+}
+
 /* Put an IP header in front of the frame's own (RFC 2003, RFC 2473, RFC 4213). */
 static __always_inline int encapsulate(struct xdp_md *ctx, const struct packet *p, const struct crab_path *path)
 {
@@ -587,6 +598,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
     count(CRAB_XDP_FLOW);
     counters->packets++;
     counters->bytes += p->frame;
+    if (path->room)
+        make_room(ctx);
     return tx ? XDP_TX : (int)bpf_redirect(ifindex, 0);
 }
 

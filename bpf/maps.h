@@ -130,6 +130,10 @@ struct crab_bucket {
 #define CRAB_PARTIAL_FINISH 1
 #define CRAB_PARTIAL_KEEP 2
 
+/* What leaves zero-copy memory is copied by the kernel, with just the bytes in front that are its metadata
+ * (xdp_convert_zc_to_xdp_frame).  A driver that puts a header of its own there, as virtio_net does, drops what has less. */
+#define CRAB_ROOM 16
+
 /* Value of map `paths` (index: a backend's id): whose it is, and how frames get there.  One cache line. */
 struct crab_path {
     __u8 addr[16];
@@ -142,7 +146,8 @@ struct crab_path {
     __u8 redirect; /* 1: the interface takes what is sent by XDP_REDIRECT; with neither, user space forwards */
     __u8 partial;  /* CRAB_PARTIAL_* */
     __u8 frags;    /* 1: the interface takes frames of several buffers, too, by XDP_REDIRECT */
-    __u8 pad[7];
+    __u8 room;     /* 1: frames may lie in zero-copy memory: they leave with CRAB_ROOM bytes in front */
+    __u8 pad[6];
 };
 
 /* Which frames a handler takes: those that have all the fields named.  Also what a frame has. */

@@ -652,6 +652,9 @@ void crab_worker_free(struct crab_worker *worker);
  * neither taken nor sent is lost, and counted so. */
 void crab_worker_lose(struct crab_worker *worker);
 
+/* Before it runs: all frames go out by the packet socket, as those of a queue that only receives. */
+void crab_worker_send_elsewhere(struct crab_worker *worker);
+
 /* Before it runs: turn for so long before a sleep, when frames came soon after the last one.  At first: 0, never. */
 void crab_worker_spin(struct crab_worker *worker, uint32_t microseconds);
 

@@ -24,6 +24,7 @@ struct crab_worker {
     struct crab_xsk *xsk;
     struct crab_core *core;
     uint64_t *counters;
+    uint32_t own; /* index of the interface that the AF_XDP socket sends by; 0: it sends by none */
     int wake;   /* eventfd */
     int packet; /* socket that sends by any interface, and receives nothing */
     uint32_t asked;             /* second in which the kernel's counters were read */
@@ -48,7 +49,7 @@ struct crab_worker *crab_worker_new(struct crab_xsk *xsk, struct crab_core *core
     struct crab_worker *w = calloc(1, sizeof *w);
     if (!w)
         return NULL;
-    *w = (struct crab_worker){.xsk = xsk, .core = core, .counters = counters};
+    *w = (struct crab_worker){.xsk = xsk, .core = core, .counters = counters, .own = xsk->ifindex};
     crab_core_put_off(core);
     w->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     w->packet = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -75,6 +76,11 @@ void crab_worker_free(struct crab_worker *w)
     free(w);
 }
 
+void crab_worker_send_elsewhere(struct crab_worker *w)
+{
+    w->own = 0;
+}
+
 void crab_worker_stop(struct crab_worker *w)
 {
     atomic_store(&w->stop, true);
@@ -92,7 +98,7 @@ uint64_t crab_worker_turns(const struct crab_worker *w)
     return atomic_load_explicit(&w->turns, memory_order_relaxed);
 }
 
-/* Send frames by other interfaces than the AF_XDP socket's, in order.  One that is refused (a link that is down, a frame
+/* Send frames that the AF_XDP socket does not, in order.  One that is refused (a link that is down, a frame
  * too long for it) does not hold back the others. */
 static void send_elsewhere(struct crab_worker *w, const struct crab_frame *frames, uint32_t count)
 {
@@ -147,7 +153,7 @@ static void forward(struct crab_worker *w, const struct crab_desc *descs, uint32
         frames[i] = (struct crab_frame){.data = x->umem + descs[i].addr, .len = descs[i].len, .ifindex = x->ifindex};
     crab_core_batch(w->core, frames, n, now);
     for (uint32_t i = 0; i < n; i++) {
-        if (crab_likely(frames[i].len && frames[i].ifindex == x->ifindex)) {
+        if (crab_likely(frames[i].len && frames[i].ifindex == w->own)) {
             out[sent++] = (struct crab_desc){.addr = (uint64_t)(frames[i].data - x->umem), .len = frames[i].len};
             continue;
         }

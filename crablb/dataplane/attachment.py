@@ -26,7 +26,7 @@ from crablb.dataplane.flows import Inherited, Numbered
 from crablb.dataplane.paths import Ways, backends
 from crablb.dataplane.program import NAMES, PINNED, Program
 from crablb.errors import KernelError
-from crablb.kernel import bpf, ethtool, pins
+from crablb.kernel import bpf, ethtool, pins, virtio
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import NextHop, release_managed
 from crablb.model import XdpMode
@@ -260,6 +260,8 @@ class Attachment:
                 self._left.detach()
                 self._left.close()
                 self._left = None
+            if want is not XdpMode.GENERIC:
+                virtio.refuse_to_overrun(interface_info(self.info.name))
             self._link = program.main.attach_xdp(self.info.index, want.value)
             (self.pins / "link").unlink(missing_ok=True)
             self._link.pin(self.pins / "link")
@@ -514,10 +516,11 @@ def inherited(
     return None
 
 
-def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool) -> Ways:
+def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool, room: bool) -> Ways:
     """How the XDP program can send on the interface of a next hop.
 
-    ``forced``: redirect also where the kernel does not say that the interface takes it.
+    ``forced``: redirect also where the kernel does not say that the interface takes it; ``room``: frames may lie in
+    zero-copy memory.
     """
     attachment = {a.info.index: a for a in attachments}.get(hop.ifindex)
     # XDP_TX into a veth wakes its other end only if that has an XDP program too (veth_xdp_flush); a redirect wakes it
@@ -534,4 +537,4 @@ def ways(attachments: Sequence[Attachment], hop: NextHop, *, forced: bool) -> Wa
         partial = lib.CRAB_PARTIAL_FINISH
     elif generic and attachment and attachment.sums:
         partial = lib.CRAB_PARTIAL_KEEP
-    return Ways(tx, hop.redirect or generic or forced, partial, hop.frags or generic)
+    return Ways(tx, hop.redirect or generic or forced, partial, hop.frags or generic, room)

@@ -1025,10 +1025,15 @@ class Engine:
 
     def _ways_known(self) -> list[object]:
         """What :meth:`_ways` goes by, beside a hop."""
-        return [self.config.ack_bypass, *((a.info, a.mode, a.sums) for a in self._attachments)]
+        return [
+            self.config.ack_bypass,
+            self._queues.some_zero_copy,
+            *((a.info, a.mode, a.sums) for a in self._attachments),
+        ]
 
     def _ways(self, hop: NextHop) -> Ways:
-        return ways(self._attachments, hop, forced=self.config.ack_bypass is Bypass.ON)
+        forced, room = self.config.ack_bypass is Bypass.ON, self._queues.some_zero_copy
+        return ways(self._attachments, hop, forced=forced, room=room)
 
     # ---- now and then ----
 

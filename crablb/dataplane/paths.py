@@ -24,12 +24,13 @@ class Ways(NamedTuple):
     redirect: bool = False
     partial: int = lib.CRAB_PARTIAL_ASK
     frags: bool = False
+    room: bool = False
 
 
 def path(backend: Address, macs: bytes, mtu: int, source: Address | None, ifindex: int, ways: Ways) -> bytes:
     """``struct crab_path``, a value of map ``paths``.  ``macs``: destination, source; ``mtu``: of an IP packet."""
     outer = mapped(source) if source else bytes(16)
-    return mapped(backend) + outer + macs + struct.pack("=IIBBBBB7x", mtu, ifindex, backend.version == 6, *ways)
+    return mapped(backend) + outer + macs + struct.pack("=IIBBBBBB6x", mtu, ifindex, backend.version == 6, *ways)
 
 
 def no_path(backend: Address) -> bytes:

@@ -30,10 +30,10 @@ from crablb.dataplane.handover import Area, Known, Port, Queue
 from crablb.dataplane.snapshot import Snapshot
 from crablb.dataplane.statistics import Rounds
 from crablb.errors import KernelError
-from crablb.kernel import bpf, ethtool
+from crablb.kernel import bpf, virtio
 from crablb.kernel.interface import Interface
 from crablb.kernel.xsk import HEADROOM, Given, XskError, XskSocket
-from crablb.model import Config
+from crablb.model import Bypass, Config
 from crablb.selection.custom import Custom
 
 __all__ = ["Queues"]
@@ -41,9 +41,6 @@ __all__ = ["Queues"]
 FRAMES = 4096  # a queue
 AGAIN = 1.0  # seconds between two sockets in place of one that failed
 TURN = 1.0  # seconds in which the thread of a worker that is woken turns, if it does at all
-#: Drivers whose zero-copy mode loses packets.  virtio_net (seen with Linux 7.3) drops all that the XDP program sends by
-#: XDP_TX (`tx_xdp_tx_drops`).
-LOSING = {"virtio_net"}
 TOKENS = 1 << 18  # of MPTCP connections, of all queues together: 2 MiB when it is full
 
 
@@ -74,6 +71,8 @@ class _Worker:
             raise KernelError(f"cannot make a worker for queue {xsk.queue} of {xsk.interface}: {error}")
         lib.crab_worker_free(self.c)
         self.c, self.xsk, self.failed = c, xsk, False
+        if virtio.only_receives(xsk.interface, xsk.queue):
+            lib.crab_worker_send_elsewhere(c)
         lib.crab_worker_spin(c, self._spin)
         lib.crab_worker_rounds(c, self.rounds)
         self._entrance = Entrance(self._handlers, xsk.memory, xsk.frame_size)
@@ -185,12 +184,13 @@ def _room(frame_size: int) -> int:
     return frame_size - HEADROOM - 14 - 8
 
 
-def _socket(interface: Interface, queue: int, *, copy: bool | None = None) -> XskSocket:
-    """What does not fit into a frame lies in several; where a socket cannot have that, frames are as long as can be."""
-    several = bool(lib.crab_xsk_knows_frags()) and interface.mtu <= _room(2048)
-    size = 2048 if several else 4096
-    if copy is None and ethtool.driver(interface.name) in LOSING:
-        copy = True
+def _socket(interface: Interface, queue: int, *, copy: bool | None = None, size: int = 2048) -> XskSocket:
+    """What does not fit into a frame lies in several; where a socket cannot have that, frames are as long as can be.
+
+    In zero-copy mode as well: of 2048 bytes, less what is in front, a card that counts in kilobytes (igb) uses 1024.
+    """
+    if not lib.crab_xsk_knows_frags() or interface.mtu > _room(2048):
+        size = 4096
     xsk = XskSocket(
         interface.name,
         queue,
@@ -201,6 +201,9 @@ def _socket(interface: Interface, queue: int, *, copy: bool | None = None) -> Xs
         copy=copy,
         memory_file=True,
     )
+    if xsk.zero_copy and size < 4096:
+        xsk.close()
+        return _socket(interface, queue, copy=copy, size=4096)
     if xsk.zero_copy and not xsk.multi_buffer and interface.mtu > _room(4096):
         xsk.close()
         return _socket(interface, queue, copy=True)
@@ -309,6 +312,11 @@ class Queues:
     def zero_copy(self) -> bool:
         """Whether all sockets are in zero-copy mode."""
         return all(worker.xsk.zero_copy for worker in self._workers if worker.xsk)
+
+    @property
+    def some_zero_copy(self) -> bool:
+        """Whether a socket is in zero-copy mode."""
+        return any(worker.xsk.zero_copy for worker in self._workers if worker.xsk)
 
     @property
     def narrow(self) -> dict[str, int]:
@@ -513,7 +521,9 @@ class Queues:
         if worker:
             with self._alone():
                 self._lose(port, queue)  # a queue can have one socket only
-        xsk = _socket(interface, queue)
+        # What the XDP program sends is worth more than zero-copy.
+        copy = self._config.ack_bypass is not Bypass.OFF and virtio.drops_in_zero_copy(interface.name)
+        xsk = _socket(interface, queue, copy=copy or None)
         made = None
         try:
             worker = worker or (made := self._worker(port.first, queue))

@@ -10,7 +10,7 @@ from crablb._native import lib
 from crablb.dataplane.attachment import VLAN_OFFLOADS
 from crablb.doctor.finding import Finding, fault, note, ok, warning
 from crablb.errors import KernelError
-from crablb.kernel import bpf, ethtool, pins, rtnetlink
+from crablb.kernel import bpf, ethtool, pins, rtnetlink, virtio
 from crablb.kernel.ethtool import OFF, Feature
 from crablb.kernel.interface import Interface, interface_info, interfaces_above
 from crablb.kernel.rtnetlink import LINK, Netlink
@@ -237,10 +237,13 @@ def _mode(port: Port, wanted: XdpMode) -> Iterator[Finding]:
     elif port.native:
         is_or_will_be = "is" if port.mode else "will be"
         yield ok("xdp-mode", f"the XDP program {is_or_will_be} in the driver ({driver}): native mode")
-        if not kind and port.features is not None and not port.features & ZERO_COPY:
+        loses = driver == virtio.DRIVER and virtio.takes_no_room()
+        if not kind and port.features is not None and (loses or not port.features & ZERO_COPY):
             yield note(
                 "copy-mode",
-                f"{driver} has no zero-copy mode",
+                f"{driver} loses packets in zero-copy mode before Linux 7.3"
+                if loses and port.features & ZERO_COPY
+                else f"{driver} has no zero-copy mode",
                 "frames are copied for AF_XDP: some 1 million packets a second and core, of SYNs and unknown flows",
             )
     elif wanted is XdpMode.NATIVE:
@@ -291,6 +294,13 @@ def _queues(port: Port, wanted: int | None) -> Iterator[Finding]:
             f"{queues} of {most} queues are in use, and there are {port.cpus} CPUs",
             "one queue is one CPU's work",
             f"ethtool -L {port.name} combined {min(most, port.cpus)}",
+        )
+    if port.driver == virtio.DRIVER and not port.mode and virtio.overruns(queues, most, count := virtio.cpus()):
+        yield fault(
+            "queues-virtio",
+            f"{queues} queues, {count} CPUs: the kernel panics when an XDP program sends by so many of virtio_net",
+            "crablb serve is refused",
+            f"ethtool -L {port.name} combined {count}",
         )
     if wanted and wanted > queues:
         yield note("queues-wanted", f"queues = {wanted}, and {port.name} has {queues}", "a queue has one worker")

@@ -1021,14 +1021,15 @@ SEED = bytes(range(16))
 
 def know(lb: Counted, family: int, backend: str, *, tunnel: bool = False, mtu: int = 1500, age: int = 0,
          ifindex: int = LO, tx: bool = True, redirect: bool = False,
-         partial: int = lib.CRAB_PARTIAL_FINISH, frags: bool = True) -> int:  # fmt: skip
+         partial: int = lib.CRAB_PARTIAL_FINISH, frags: bool = True, room: bool = False) -> int:  # fmt: skip
     """Make the flow of :func:`to_vip` known, to backend 7; returns its hash."""
     client, vip, address = ip_address(CLIENT[family]), ip_address(VIP[family]), ip_address(backend)
     hash_ = flowmap.flow_hash(SEED, client, 4242, vip, 80)
     flags = lib.CRAB_FLOW_TUNNEL if tunnel else 0
     assert lb.table.add(hash_, 7, family, age=age, flags=flags)
     source = ip_address(TUNNEL_SRC[address.version])
-    lb.maps["paths"].update(7, paths.path(address, MACS, mtu, source, ifindex, Ways(tx, redirect, partial, frags)))
+    how = Ways(tx, redirect, partial, frags, room)
+    lb.maps["paths"].update(7, paths.path(address, MACS, mtu, source, ifindex, how))
     return hash_
 
 
@@ -1054,6 +1055,22 @@ def test_flow_by_mac(flows, family):
     counted = statistics.read_services(flows.maps["services"], flows.maps["service_counters"])
     assert counted[url(VIP[family], 80)] == {"packets": 1, "bytes": len(frame)}
     assert counted[url(VIP[10 - family], 80)] == {"packets": 0, "bytes": 0}
+
+
+@pytest.mark.parametrize("tunnel", [False, True])
+@pytest.mark.parametrize("family", [4, 6])
+def test_flow_with_room_in_front(flows, family, tunnel):
+    """What may lie in zero-copy memory has zeros in front, by either way; other frames have nothing."""
+    frame = bytes(ether() / to_vip(family, flags="PA") / b"data")
+    for tx, verdict in ((True, XDP_TX), (False, XDP_REDIRECT)):
+        sent = {}
+        for room in (False, True):
+            know(flows, family, DIP[family], tunnel=tunnel, tx=tx, redirect=not tx, room=room)
+            run = flows.programs["crab_lb"].test_run(frame)
+            assert run.retval == verdict
+            sent[room] = run.data
+            flows.table.places["hash"] = 0
+        assert sent[True] == bytes(lib.CRAB_ROOM) + sent[False]
 
 
 @settings(max_examples=200)

@@ -193,6 +193,29 @@ def test_backends_behind_another_interface(namespace):
         assert counts == {"received": 120, "sent": 120 - refused, "drop_tx": refused} | reasons
 
 
+def test_a_queue_that_only_receives(namespace):
+    """Its frames leave by a socket of another kind, and none waits in its own for what never comes."""
+    lb = reference()
+    with namespace.wire() as wire, XskSocket("veth0") as xsk:
+        worker = Worker(xsk, lb)
+        lib.crab_worker_send_elsewhere(worker.c)
+        reasons: Counter[str] = Counter()
+        for first in range(1, 601, 60):
+            expected = []
+            for port in range(first, first + 60):
+                wire.send(syn(port))
+                reason, out = lb.handle(syn(port))
+                reasons[reason] += 1
+                expected.append(out)
+            while sum(reasons.values()) > worker.core.counts().get("received", 0):
+                worker.once(10_000)
+            assert [wire.recv(2048) for _ in expected] == expected
+            frames = xsk.frames()
+            assert frames["sending"] == 0
+            assert frames["free"] + frames["receiving"] == frames["all"]
+        assert worker.core.counts() == {"received": 600, "sent": 600} | reasons
+
+
 def test_stops(namespace):
     with XskSocket("veth0") as xsk:
         worker = Worker(xsk, reference())

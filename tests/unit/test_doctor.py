@@ -180,6 +180,7 @@ def test_proc_and_neighbours():
 
 ETH0 = Interface("eth0", 2, b"\2\0\0\0\0\2", 1500, True, 2, 2, "")
 CARD = Port("eth0", ETH0, driver="ice", features=127, cpus=2)
+VIRTIO = replace(CARD, driver="virtio_net")
 VETH = replace(CARD, info=replace(ETH0, kind="veth"), driver="veth", features=BASIC)
 
 
@@ -212,6 +213,9 @@ def of(kind: str, **more) -> Port:
         (replace(CARD, info=replace(ETH0, rx_queues=8, max_queues=8)), {"queues-cpus": NOTE}),
         (replace(CARD, info=replace(ETH0, rx_queues=1, max_queues=8)), {"queues-few": NOTE}),
         (replace(CARD, info=replace(ETH0, rx_queues=300), cpus=512), {"queues-many": FAULT}),
+        (replace(VIRTIO, info=replace(ETH0, rx_queues=4, max_queues=4)), {"queues-cpus": NOTE, "queues-virtio": FAULT}),
+        (replace(VIRTIO, info=replace(ETH0, rx_queues=4, max_queues=4), mode="native"), {"queues-cpus": NOTE}),
+        (replace(VIRTIO, info=replace(ETH0, max_queues=4)), {}),
         # MTU
         (replace(CARD, info=replace(ETH0, mtu=9000)), {}),
         (replace(CARD, info=replace(ETH0, mtu=9000), features=BASIC | 8), {"mtu-generic": NOTE}),
@@ -225,8 +229,17 @@ def of(kind: str, **more) -> Port:
         (replace(VETH, mode="generic"), {"xdp-generic": NOTE, "vlan-offload": NOTE, "tso-generic": NOTE}),
     ],
 )
-def test_interfaces(port, expected):
+def test_interfaces(port, expected, monkeypatch):
+    monkeypatch.setattr(interfaces.virtio, "cpus", lambda: 2)
+    monkeypatch.setattr(interfaces.virtio, "takes_no_room", lambda: False)
     assert told(interfaces.judge(port, None, None)) == expected
+
+
+def test_a_zero_copy_mode_that_loses_packets(monkeypatch):
+    monkeypatch.setattr(interfaces.virtio, "takes_no_room", lambda: True)
+    (found,) = [one for one in interfaces.judge(VIRTIO, None, None) if one.id == "copy-mode"]
+    assert found.what == "virtio_net loses packets in zero-copy mode before Linux 7.3"
+    assert "copy-mode" not in told(interfaces.judge(CARD, None, None))
 
 
 def test_an_mtu_that_is_less_than_the_usual():

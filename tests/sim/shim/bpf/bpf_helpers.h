@@ -28,6 +28,7 @@ __u64 sim_ktime(void);
 #define bpf_redirect_map(map, place, otherwise) sim_redirect_map(place, otherwise)
 #define bpf_redirect(ifindex, flags) sim_redirect(ifindex)
 #define bpf_xdp_adjust_head(ctx, by) sim_adjust_head(ctx, by)
+#define bpf_xdp_adjust_meta(ctx, by) (-1) /* there is no zero-copy memory */
 #define bpf_xdp_adjust_tail(ctx, by) ((ctx)->data_end += (__u32)(by), 0)
 #define bpf_xdp_get_buff_len(ctx) ((ctx)->data_end - (ctx)->data)
 #define bpf_xdp_load_bytes(ctx, at, to, n)                    \
