@@ -138,22 +138,45 @@ def remove(
                 note(state)
 
 
-def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Callable[[dict[str, Any]], None]) -> None:
-    """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo."""
+def set_up(
+    vips: Sequence[Vip],
+    wanted: Sequence[str],
+    folder: Path,
+    note: Callable[[dict[str, Any]], None],
+    before: Mapping[str, Any] | None = None,
+) -> None:
+    """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo.
+
+    ``before``: what was noted by an agent that this one follows.  Packets come meanwhile: what stays, stays where it is,
+    and programs are exchanged.
+    """
+    before = before or {}
     addresses = list(dict.fromkeys(vip.address for vip in vips))
+    interfaces = _interfaces(wanted)
+    ours = {_prefix(address) for address in addresses}
+    for prefix in before.get("addresses", ()):
+        if prefix not in ours:
+            _give(prefix)
+    left = {name: made for name, made in before.get("interfaces", {}).items() if name not in interfaces}
+    _detach(left, [folder / _pin(name) for name in left])
     state: dict[str, Any] = {
-        "addresses": [],
-        "sysctls": {name: _sysctl(name).read_text().strip() for name in SILENT},
-        "interfaces": dict.fromkeys(_interfaces(wanted), False),
+        "addresses": [prefix for prefix in before.get("addresses", ()) if prefix in ours],
+        "sysctls": {name: _sysctl(name).read_text().strip() for name in SILENT} | before.get("sysctls", {}),
+        "interfaces": {name: before.get("interfaces", {}).get(name, False) for name in interfaces},
         "named": list(wanted),
     }
     with bpf.Object(bpf.object_path("dsr")) as program:
         for address in addresses:
             program.map("dsr_vips").update(mapped(address), 1)
+        with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(folder / "dsr_tunnels") as tunnels:
+            for index, value in tunnels.items():
+                program.map("dsr_tunnels").update(index, value)
         for name in MAPS:
             pins.put(program.map(name), folder / name)
+        for name in BEFORE:
+            (folder / name).unlink(missing_ok=True)
         note(state)
-        sync(addresses, state, folder, note, mend=True)
+        sync(addresses, state, folder, note, mend=True, anew=True)
 
 
 def sync(
@@ -163,8 +186,10 @@ def sync(
     note: Callable[[dict[str, Any]], None],
     *,
     mend: bool,
+    anew: bool = False,
 ) -> list[str]:
-    """What is not as it is to be; ``mend``: make it so, as far as that can be.
+    """What is not as it is to be; ``mend``: make it so, as far as that can be.  ``anew``: put this version's programs in
+    the place of those that are attached, too.
 
     Raises :class:`KernelError` if some of it cannot be.
     """
@@ -201,6 +226,8 @@ def sync(
         and _told_macs(folder, name) not in (macs[socket.if_nametoindex(name)], None)
     ]
     found += [f"tunnelled packets to the MAC address that {name} has now are let alone" for name in others]
+    if anew:
+        lacking = [(name, part) for name in there for part in PARTS]
     if mend and (lacking or others):
         if any((folder / name).exists() for name in BEFORE):
             raise KernelError(
@@ -217,8 +244,8 @@ def _mend(
     folder: Path,
     note: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Attach the programs that are lacking, of the maps that are pinned, and tell them whose frames to take, by
-    interface."""
+    """Attach the programs that are lacking, of the maps that are pinned, in the place of ours that are there, and tell them
+    whose frames to take, by interface."""
     refused = []
     with ExitStack() as stack:
         maps = {}
@@ -235,6 +262,10 @@ def _mend(
                 _, made = bpf.attach_tc(program.program(part), index, "egress", priority=FILTER, handle=FILTER)
                 state["interfaces"][name] = made or state["interfaces"].get(name, False)
                 note(state)
+                continue
+            if _attached(folder, name, part):
+                with bpf.Link.from_pin(folder / _pin(name)) as link:
+                    link.update(program.program(part))
                 continue
             try:
                 with program.program(part).attach_xdp(index) as link:
@@ -284,13 +315,17 @@ def _told_macs(folder: Path, interface: str) -> bytes | None:
         return None
 
 
+def _detach(interfaces: dict[str, bool], links: Iterable[Path]) -> None:
+    detach_filters(interfaces, "egress")
+    for pin in links:
+        with suppress(bpf.BpfNotFoundError), bpf.Link.from_pin(pin) as link:
+            link.detach()
+        pin.unlink(missing_ok=True)
+
+
 def tear_down(state: dict[str, Any], folder: Path) -> None:
     """Undo what :func:`set_up` noted."""
-    detach_filters(state.get("interfaces", {}), "egress")
-    for pin in folder.glob("decap-*"):
-        with bpf.Link.from_pin(pin) as link:
-            link.detach()
-        pin.unlink()
+    _detach(state.get("interfaces", {}), folder.glob("decap-*"))
     for name in (*MAPS, *BEFORE):
         (folder / name).unlink(missing_ok=True)
     for prefix in state.get("addresses", []):

@@ -6,6 +6,7 @@ import json
 import math
 import socket
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -162,11 +163,15 @@ class ServerAgent(Agent):
             log.warning("replaced the agent that was there", changes=changes)
 
     def succeed(self, before: dict[str, Any]) -> None:
-        """Connections live by the kernel's MPTCP endpoints: what is the same stays."""
-        if self.mptcp and "mptcp" in before:
-            self._parts["mptcp"] = before["mptcp"]
-            before = {name: value for name, value in before.items() if name != "mptcp"}
-        super().succeed(before)
+        """Clients are served meanwhile: what is to be here as well is exchanged where it is, by :meth:`set_up`."""
+        goes_on = {"mptcp": bool(self.mptcp), "dsr": self.dsr}
+        self._parts = {name: before[name] for name, on in goes_on.items() if on and name in before}
+        self._undo({name: value for name, value in before.items() if name not in self._parts})
+        if not _fast_open():
+            self._detach_fast_open()
+        # One of before knew only by disarming all which listeners it had armed.
+        own = {vip.port for vip in self.vips} if self._new == ARMED else set()
+        self._disarm(own)
 
     def _note(self, part: str) -> Callable[[dict[str, Any]], None]:
         def note(state: dict[str, Any]) -> None:
@@ -185,7 +190,7 @@ class ServerAgent(Agent):
                 if program.map(name).lookup(vip.key()) is None:
                     program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
-            dsr.set_up(self.vips, self.interfaces, self.folder(), self._note("dsr"))
+            dsr.set_up(self.vips, self.interfaces, self.folder(), self._note("dsr"), self._parts.get("dsr"))
         if _fast_open():
             self._attach_fast_open(program, self.cgroup)
         self.attach(program.program("crab_server"), self.cgroup)
@@ -215,16 +220,30 @@ class ServerAgent(Agent):
 
     @classmethod
     def tear_down(cls, state: dict[str, Any]) -> None:
+        cls._undo(state)
+        cls._detach_fast_open()
+        cls._disarm()
+
+    @classmethod
+    def _undo(cls, state: dict[str, Any]) -> None:
         if "mptcp" in state or mptcp.left():
             mptcp.tear_down(state.get("mptcp", {}))
         if "dsr" in state:
             dsr.tear_down(state["dsr"], cls.folder())
+
+    @classmethod
+    def _detach_fast_open(cls) -> None:
         with suppress(bpf.BpfNotFoundError), bpf.Link.from_pin(cls.folder() / "fast_open") as link:
             link.detach()
             (cls.folder() / "fast_open").unlink()
+
+    @classmethod
+    def _disarm(cls, but: Collection[int] = ()) -> None:
+        """The listeners of all ports, but of these."""
         with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(cls.folder() / "server_ports") as ports:
             for port in list(ports.keys()):
-                ports.update(port, DISARMED)
+                if int.from_bytes(port, sys.byteorder) not in but:
+                    ports.update(port, DISARMED)
             with suppress(bpf.BpfError), bpf.Program.from_pin(cls.folder() / ITERATOR) as iterator:
                 iterator.run_iterator()
 

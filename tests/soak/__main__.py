@@ -7,8 +7,10 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from crablb.lab import Lab
 from tests.helpers.namespaces import unique
@@ -24,9 +26,8 @@ HALVES = {"alive": ALIVE, "replaced": REPLACED}
 Series = dict[str, list[float]]
 
 
-def half(farm: Farm, work: tuple[str, ...], seconds: float, say: bool) -> Series:
+def half(farm: Farm, work: tuple[str, ...], seconds: float, say: bool, series: Series) -> None:
     """Rounds for so long, and how much there was of each thing after each."""
-    series: Series = {}
     end, rounds = time.monotonic() + seconds, 0
     while time.monotonic() < end or rounds < LOOKS:
         begun = time.monotonic()
@@ -39,12 +40,19 @@ def half(farm: Farm, work: tuple[str, ...], seconds: float, say: bool) -> Series
         if say:
             memory = series["load balancer, Rss KiB"][-1] / 1024
             print(f"{time.monotonic() - begun:6.1f} s  round {rounds}: {memory:.1f} MiB", flush=True)
-    return series
 
 
-def soaked(farm: Farm, seconds: float, *, say: bool = False, halves: dict[str, tuple[str, ...]] = HALVES) -> dict[str, Series]:
+def soaked(
+    farm: Farm,
+    seconds: float,
+    found: dict[str, Series],
+    *,
+    say: bool = False,
+    halves: dict[str, tuple[str, ...]] = HALVES,
+) -> None:
     """By half, and the name of what is counted: how much there was after each round."""
-    return {name: half(farm, work, seconds / len(halves), say) for name, work in halves.items()}
+    for name, work in halves.items():
+        half(farm, work, seconds / len(halves), say, found.setdefault(name, {}))
 
 
 def faults(found: dict[str, Series]) -> list[str]:
@@ -58,6 +66,8 @@ def faults(found: dict[str, Series]) -> list[str]:
 
 def report(found: dict[str, Series]) -> None:
     for name, series in found.items():
+        if len(next(iter(series.values()), ())) < LOOKS:
+            continue
         print(f"==> {name}: {len(next(iter(series.values())))} rounds; second quarter, last quarter, growth; most")
         for what, looks in sorted(series.items()):
             quarter = len(looks) // 4
@@ -70,24 +80,31 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="how long (%(default)g)")
     parser.add_argument("--seed", type=int, default=1, help="of the order of what is done (%(default)s)")
-    parser.add_argument("--leak", default="none", help="lose one with each change (tests/soak/watched.py): is it found?")
+    parser.add_argument(
+        "--leak", default="none", help="lose one with each change (tests/soak/watched.py): is it found?"
+    )
     parser.add_argument("--keep", type=Path, help="write all that was counted into this file, as JSON")
     return parser.parse_args()
 
 
 def main() -> int:
     args = arguments()
+    found: dict[str, Series] = {}
+    told: dict[str, Any] = {}
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder, Lab.create(unique(), servers=3) as lab:
-        farm = Farm(lab, Path(folder), args.seed, leak=args.leak, longest=min(120, args.minutes * 10))
+        farm = Farm(lab, Path(folder), args.seed, leak=args.leak, longest=min(30, args.minutes * 10))
         try:
-            found = soaked(farm, args.minutes * 60, say=True)
-            told, broken = farm.connections(), farm.broken()
-        finally:
-            if args.keep:
-                args.keep.with_suffix(".log").write_text(farm.log.read_text())
+            soaked(farm, args.minutes * 60, found, say=True)
+            wrong += faults(found)
+        except Exception:
+            wrong.append(traceback.format_exc())
+        told = farm.connections()
+        wrong += [f"broken: {one}" for one in farm.broken()]
+        if args.keep:
+            args.keep.write_text(json.dumps({"counted": found, "connections": told, "done": farm.done}))
+            args.keep.with_suffix(".log").write_text(farm.log.read_text())
         farm.close()
-    if args.keep:
-        args.keep.write_text(json.dumps({"counted": found, "connections": told, "done": farm.done}))
     report(found)
     for way, one in told.items():
         print(
@@ -95,7 +112,6 @@ def main() -> int:
             f"{len(one['failed'])} failed; at most {one['longest_connect']:.2f} s to connect, {one['longest_request']:.2f} s a request"
         )
     print("==> " + ", ".join(f"{count} {name}" for name, count in farm.done.items()))
-    wrong = faults(found) + [f"broken: {one}" for one in broken]
     print(*(f"==> {one}" for one in wrong), sep="\n")
     print(f"==> {len(wrong)} faults")
     return bool(wrong)

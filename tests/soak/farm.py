@@ -61,7 +61,15 @@ fallback = "{fallback}"
 check = [{checks}]
 backends = [{backends}]
 """
-POLICIES = ("maglev", "least-connections", "round-robin", "power-of-two", "random", "weighted-round-robin", "least-loaded")
+POLICIES = (
+    "maglev",
+    "least-connections",
+    "round-robin",
+    "power-of-two",
+    "random",
+    "weighted-round-robin",
+    "least-loaded",
+)
 
 
 def vips(port: int) -> tuple[str, str]:
@@ -132,7 +140,9 @@ class Farm:
         prefixes = [word for prefix in self.lab.prefixes() for word in ("--backends", prefix)]
         self._agent(self.lab.client, "client", REDIRECTED, FAILING, more=(*prefixes, "--mptcp", "--wait", "1"))
 
-    def write(self, *, servers: int = SERVERS, weights: bool = False, policy: str = "maglev", more: bool = False) -> None:
+    def write(
+        self, *, servers: int = SERVERS, weights: bool = False, policy: str = "maglev", more: bool = False
+    ) -> None:
         """What is served: by so many servers; with other weights, with another policy, with one service more."""
         text = HEAD.format(lb=self.lab.lb.ip4, key=self.key)
         for port in (REDIRECTED, FALLBACK, MULTIPATH, FAILING, *((PASSING,) if more else ())):
@@ -144,13 +154,23 @@ class Farm:
                     policy=policy if port == REDIRECTED else "maglev",
                     fallback="dsr-ipip" if port == FALLBACK else "auto",
                     checks=f'{{ type = "tcp", {QUICK} }}' if port == FAILING else CHECKS,
-                    backends=", ".join(f'{{ address = "{a}", weight = {weight + n % 2} }}' for n, a in enumerate(addresses)),
+                    backends=", ".join(
+                        f'{{ address = "{a}", weight = {weight + n % 2} }}' for n, a in enumerate(addresses)
+                    ),
                 )
         self.file.write_text(text)
 
     def lb(self, *words: str, expected: int | None = 0) -> str:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return command(self.lab.lb, *words, expected=expected)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                return command(self.lab.lb, *words, expected=expected)
+        except AssertionError:
+            raise AssertionError(f"crablb {' '.join(words)}: {said.getvalue()}{self._last()}") from None
+
+    def _last(self) -> str:
+        """What the load balancer logged last."""
+        return self.log.read_text()[-3000:]
 
     @contextlib.contextmanager
     def api(self) -> Iterator[Client]:
@@ -163,7 +183,7 @@ class Farm:
         """The process that serves."""
         with inside(self.lab.lb.netns):
             pid = pins.owner("lb-eth0")
-        assert pid, self.log.read_text()[-3000:]
+        assert pid, self._last()
         return pid
 
     # ---- what is done to it ----
@@ -199,7 +219,9 @@ class Farm:
     def looks(self) -> None:
         """Everything that asks."""
         for words in (("services",), ("backends",), ("flows",), ("events",), ("status",), ("diff",), ("plan",)):
-            self.lb(*words, "--iface", "eth0", "--json", *([str(self.file)] if words == ("plan",) else []), expected=None)
+            self.lb(
+                *words, "--iface", "eth0", "--json", *([str(self.file)] if words == ("plan",) else []), expected=None
+            )
         for port in (REDIRECTED, FALLBACK):
             for client, vip in ((self.lab.client.ip4, f"{VIP4}"), (f"[{self.lab.client.ip6}]", f"[{VIP6}]")):
                 self.lb("explain", f"{client}:4000 -> {vip}:{port}", "--offer")
@@ -215,19 +237,23 @@ class Farm:
                 assert answered.status == 200 and answered.read()
 
     def watches(self) -> None:
-        """Traces and captures that come to their end; the same, and whoever follows events, killed in the midst."""
-        capture = ("capture", "-w", str(self.folder / "packets"))
+        """Traces and captures that come to their end; the same, and whoever follows events, gone in the midst."""
         self.lb("trace", self.lab.client.ip4, "--timeout", "60")
-        self.lb(*capture, "--packets", "20")
-        for words in (("trace", self.lab.client.ip6, "--connections", "9999"), capture, ("events", "--follow", "--json")):
-            child = self._python(self.lab.lb, "crablb", *words)
-            assert child.stderr and child.stdout
-            # One says that it has begun, the other what there is.
-            assert (child.stdout if words[0] == "events" else child.stderr).readline()
-            self._killed(child)
+        self.lb("capture", "-w", str(self.folder / "packets"), "--packets", "20")
+        with self.api() as client:
+            next(client.stream("POST", "/v1/trace", types.Trace(client=self.lab.client.ip6, connections=999)))
+            client.close()
+            next(client.stream("POST", "/v1/capture", types.Capture()))
+            client.close()
+            next(client.events(0))
 
-    def _killed(self, child: subprocess.Popen[str]) -> None:
-        child.kill()
+    def _ended(self, child: subprocess.Popen[str]) -> None:
+        child.terminate()
+        self._killed(child, wait=True)
+
+    def _killed(self, child: subprocess.Popen[str], *, wait: bool = False) -> None:
+        if not wait:
+            child.kill()
         child.communicate()
         self.world._started.remove(child)  # noqa: SLF001
         self._forgotten(child)
@@ -268,37 +294,41 @@ class Farm:
 
     def takeovers(self) -> None:
         """One after the other; one that is refused, one whose new process is killed in the midst, and one more."""
-        before = self.serving
-        self.lb("takeover")
-        assert self.serving != before
+        self._taken_over()
         text = self.file.read_text()
         self.file.write_text(text + 'xdp_mode = "purple"\n')
         self.lb("takeover", expected=1)
         self.file.write_text(text)
         self._killed_successor()
-        self.lb("takeover")
+        self._taken_over()
+
+    def _taken_over(self) -> None:
+        """On a machine that has no time for the new process, the old one serves on: so be it."""
+        before = self.serving
+        try:
+            self.lb("takeover")
+        except AssertionError as error:
+            if "too slow" not in str(error):
+                raise
+        self.done["taken over" if self.serving != before else "too slow to take over"] += 1
 
     def _killed_successor(self) -> None:
         """At any instant."""
-        before, logged = self.serving, self.log.stat().st_size
         words = ("serve", "--iface", "eth0", "--config", str(self.file), "--takeover")
         child = self._python(self.lab.lb, "tests.soak.watched", str(self.folder / "objects"), self.leak, *words)
         threading.Event().wait(self.random.uniform(0.2, 2))
         self._killed(child)
         until(lambda: self.serving != child.pid and status(self.lab)["state"] == "serving")
-        del before, logged
 
     def agents(self) -> None:
-        """A client's and a server's agent are killed, and the client's is told to end; others take their places."""
-        server = self.random.choice(self.lab.servers)
-        for node, again in ((self.lab.client, self._client_agent), (server, lambda: self._server_agent(server))):
-            self._killed(self._agents[node.name])
-            again()
-        client = self._agents[self.lab.client.name]
-        client.terminate()
-        client.wait(60)
-        self.world._started.remove(client)  # noqa: SLF001
-        self._forgotten(client)
+        """A server's agent is killed, the client's killed or told to end; others take their places."""
+        server, client = self.random.choice(self.lab.servers), self.lab.client
+        self._killed(self._agents[server.name])
+        self._server_agent(server)
+        if self.random.random() < 0.5:
+            self._killed(self._agents[client.name])
+        else:
+            self._ended(self._agents[client.name])
         self._client_agent()
 
     def round(self, names: tuple[str, ...]) -> None:

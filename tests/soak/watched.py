@@ -79,7 +79,8 @@ def main(file: str, leak: str, *arguments: str) -> int:
         _lose(leak)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGRTMIN})  # in all threads, which inherit it
     threading.Thread(target=_tell, args=(Path(f"{file}.{os.getpid()}"),), daemon=True).start()
-    return cli.main(arguments)
+    sys.argv[1:] = arguments
+    return cli.main()  # as a program's: its successors are this again
 
 
 if __name__ == "__main__":
