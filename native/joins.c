@@ -78,7 +78,7 @@ void crab_joins_keep(struct crab_joins *joins, const bool *backends, const bool 
     }
 }
 
-/* The key that sets are found by, then the words. */
+/* The key that sets are found by, then the words.  Others may learn meanwhile: each word is whole. */
 uint64_t crab_joins_size(const struct crab_joins *joins)
 {
     return sizeof joins->hash_init + (joins->mask + 1) * CRAB_JOINS_SET * sizeof *joins->words;
@@ -87,7 +87,11 @@ uint64_t crab_joins_size(const struct crab_joins *joins)
 void crab_joins_give(const struct crab_joins *joins, uint8_t *out)
 {
     memcpy(out, &joins->hash_init, sizeof joins->hash_init);
-    memcpy(out + sizeof joins->hash_init, (const void *)joins->words, crab_joins_size(joins) - sizeof joins->hash_init);
+    out += sizeof joins->hash_init;
+    for (uint64_t i = 0; i < (joins->mask + 1) * CRAB_JOINS_SET; i++) {
+        uint64_t word = atomic_load_explicit(&joins->words[i], memory_order_relaxed);
+        memcpy(out + i * sizeof word, &word, sizeof word);
+    }
 }
 
 void crab_joins_take(struct crab_joins *joins, const uint8_t *given)

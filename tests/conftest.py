@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 #: By what tests need, and in the order that they run in: what fails soonest first.
-ROOMS = ("unit", "fuzz", "sim", "bpf", "lab", "stacks", "foreign", "machines")
+ROOMS = ("unit", "fuzz", "sim", "bpf", "lab", "soak", "stacks", "foreign", "machines")
 
 
 def room(item: pytest.Item) -> int:

@@ -165,6 +165,9 @@ def set_up(
             program.map("dsr_vips").update(mapped(address), 1)
         for index, macs in _all_macs(interfaces).items():
             program.map("dsr_macs").update(index, macs)
+        with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(folder / "dsr_tunnels") as tunnels:
+            for index, value in tunnels.items():
+                program.map("dsr_tunnels").update(index, value)
         for name in MAPS:
             pins.put(program.map(name), folder / name)
         for name in BEFORE:

@@ -61,6 +61,7 @@ class _Worker:
         self._thread: threading.Thread | None = None
         self.rounds = ffi.new("struct crab_rounds *")
         self._turns = 0  # of the thread, when last it was marked
+        self._noted: npt.NDArray[np.uint8] | None = None  # memory that the thread may write into: see note
         lib.crab_core_ask(self.core, lib.crab_python_choose, custom.handle)
 
     def bind(self, xsk: XskSocket) -> None:
@@ -146,12 +147,19 @@ class _Worker:
     def note(self, touched: npt.NDArray[np.uint8] | None) -> None:
         """Have it note from now on which parts of :attr:`cache` it changes: a bit each.  None: no more.
 
-        Raises :class:`KernelError` if its thread does not turn.
+        Raises :class:`KernelError` if its thread does not turn: it may write there still, so that memory is kept.
         """
-        if touched is None:
+        if touched is not None:
+            self._noted = touched
+            lib.crab_core_note(self.core, ffi.cast("uint64_t *", ffi.from_buffer(touched)))
+        elif self._noted is not None:
             lib.crab_core_note(self.core, ffi.NULL)
-            return
-        lib.crab_core_note(self.core, ffi.cast("uint64_t *", ffi.from_buffer(touched)))
+        if self._noted is not None:
+            self._until_turned()
+        self._noted = touched
+
+    def _until_turned(self) -> None:
+        """Wait until the thread, if there is one, is through with the batch under way.  Raises :class:`KernelError`."""
         if not self._thread:
             return
         before, end = lib.crab_worker_turns(self.c), time.monotonic() + TURN
@@ -405,7 +413,8 @@ class Queues:
     def forget_memory(self) -> None:
         """Write down no more; before its :class:`.Area` is closed.  Idempotent."""
         for worker in self._workers:
-            worker.note(None)
+            with contextlib.suppress(KernelError):  # it keeps the memory, and who watches over threads tells
+                worker.note(None)
 
     def resume(self, interfaces: Mapping[str, Interface]) -> None:
         """Work on after :meth:`give`.  A socket that somebody has used is made anew; of one that cannot be, the others

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /* What several threads do at the same time, for ThreadSanitizer (`make race`): workers that pick, learn and forward, while
- * others refresh a pool, publish snapshots, count flows, forget tokens, read the table and what is shown.  It says so itself where something is wrong. */
+ * others refresh a pool, publish snapshots, count and recall flows, forget and copy tokens, read the table and what is shown; all of them take from
+ * one limit.  It says so itself where something is wrong. */
 #include <pthread.h>
 
-#include "batch.h"
 #include "check.h"
+#include "frames.h"
 
 #define SIZE 251
 #define MEMBERS 5
@@ -16,6 +17,7 @@ static uint16_t slots[SIZE];
 static struct crab_bucket buckets[16];
 static struct crab_load loads[MEMBERS];
 static struct crab_turn turn;
+static struct crab_limit limit = {.token_ns = 1, .size_ns = 1000000000}; /* more than there are */
 static struct crab_service service = {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .protocol = 6,
                                       .fallback = CRAB_FALLBACK_L2, .table = slots};
 static struct crab_backend backends[MEMBERS];
@@ -31,34 +33,9 @@ static struct worker workers[WORKERS];
 
 static struct crab_snapshot *snapshot(void)
 {
-    return crab_snapshot_new(&service, 1, backends, MEMBERS, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
-}
-
-/* A frame to the VIP: a SYN that offers, one that joins, or an ACK with MPTCP's keys. */
-static void make(uint8_t *f, uint32_t *len, uint16_t sport, bool syn, bool joins)
-{
-    static const uint8_t offer[8] = {2, 4, 5, 180, 42, 2, 1, 1};
-    uint8_t join[12] = {30, 12, 0x10}, keys[20] = {30, 20, 1, 1, [12] = (uint8_t)sport};
-    memcpy(join + 4, &(uint32_t){crab_token(keys + 12)}, 4);
-    const uint8_t *options = syn ? joins ? join : offer : keys;
-    size_t n = syn ? joins ? sizeof join : sizeof offer : sizeof keys;
-    *len = (uint32_t)(54 + n);
-    memset(f, 0, *len);
-    memcpy(f, "\x02\0\0\0\0\x02\x02\0\0\0\0\x01\x08\0\x45\0\0", 17);
-    f[17] = (uint8_t)(40 + n);
-    f[22] = 64;
-    f[23] = 6;
-    memcpy(f + 26, "\x0a\0\0\x01\x0a\0\0\x64", 8);
-    store16(f + 24, (uint16_t)~crab_csum(f + 14, 20));
-    store16(f + 34, htons(sport));
-    store16(f + 36, htons(80));
-    f[41] = syn ? 1 : 2;
-    f[46] = (uint8_t)((20 + n) << 2);
-    f[47] = syn ? CRAB_SYN : CRAB_ACK;
-    memcpy(f + 54, options, n);
-    uint16_t right;
-    crab_csum_state(f + 14, *len - 14, &right);
-    store16(f + 50, right);
+    struct crab_snapshot *s = crab_snapshot_new(&service, 1, backends, MEMBERS, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
+    CHECK(s && crab_snapshot_limit(s, 0, &limit) == 0);
+    return s;
 }
 
 static void *work(void *arg)
@@ -69,9 +46,10 @@ static void *work(void *arg)
         struct crab_frame frames[CRAB_BATCH];
         for (uint16_t i = 0; i < CRAB_BATCH; i++) {
             frames[i] = (struct crab_frame){.data = memory[i] + CRAB_HEADROOM};
-            make(frames[i].data, &frames[i].len, (uint16_t)(port * 7 + i / 2), i % 2 == 0, i % 8 == 0);
+            make_frame(frames[i].data, &frames[i].len, (uint16_t)(port * 7 + i / 2), i % 2 == 0, i % 8 == 0);
         }
         w->kept += crab_core_batch(w->core, frames, CRAB_BATCH, 100 + port % 4);
+        crab_core_settle(w->core);
     }
     return NULL;
 }
@@ -113,13 +91,17 @@ static void together(const char *policy)
     struct crab_joins *joins = crab_joins_new(64);
     service.pool = pool;
     struct crab_snapshot *s = snapshot(), *old;
-    CHECK(pool && table && joins && s);
+    uint8_t *given = malloc(crab_joins_size(joins));
+    struct crab_memory found[2];
+    CHECK(pool && table && joins && s && given);
     atomic_store(&done, false);
     for (int i = 0; i < WORKERS; i++) {
         memset(&workers[i], 0, sizeof workers[i]);
         workers[i].core = crab_core_new(4096, workers[i].counters);
         crab_core_learn(workers[i].core, table);
         crab_core_join(workers[i].core, joins);
+        if (i)
+            crab_core_put_off(workers[i].core);
         CHECK(crab_core_show(workers[i].core, (uint32_t)i, RING) == 0);
         crab_core_publish(workers[i].core, s);
         pthread_create(&workers[i].thread, NULL, work, &workers[i]);
@@ -144,6 +126,10 @@ static void together(const char *policy)
                 ;
         crab_snapshot_free(old);
         crab_joins_keep(joins, odd, odd);
+        crab_joins_give(joins, given);
+        for (int i = 0; i < WORKERS; i++)
+            for (uint64_t hash = 1; hash < 16; hash++)
+                CHECK(crab_core_recall(workers[i].core, hash * 0x9e3779b97f4a7c15, 100, found) <= 2);
         for (uint64_t hash = 1; hash < 16; hash++) {
             struct crab_flow flow = {.hash = hash << 32 | hash, .backend = (uint16_t)hash, .seen = 100, .state = CRAB_FLOW_OPEN};
             crab_table_write(table, &flow);
@@ -164,6 +150,7 @@ static void together(const char *policy)
     crab_table_free(table);
     crab_joins_free(joins);
     crab_pool_free(pool);
+    free(given);
 }
 
 int main(void)

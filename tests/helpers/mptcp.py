@@ -87,18 +87,28 @@ def _serve_one(sock: socket.socket, name: str) -> None:
                 sock.sendall(_read(sock, count))
 
 
+def listener(port: int, address: str = "::", protocol: str = "mptcp") -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP if protocol == "mptcp" else 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::")
+    sock.bind((address, port))
+    sock.listen(1024)
+    return sock
+
+
+def accept(sock: socket.socket, name: str) -> None:
+    """Do what clients ask for."""
+    while True:
+        threading.Thread(target=_serve_one, args=(sock.accept()[0], name), daemon=True).start()
+
+
 def serve(name: str, port: str, address: str = "::", protocol: str = "mptcp") -> None:
     """Do what clients ask for.  On an address, or on all; by MPTCP, or ``tcp``."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP if protocol == "mptcp" else 0) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::")
-        sock.bind((address, int(port)))
-        sock.listen(1024)
+    with listener(int(port), address, protocol) as sock:
         print("ready", flush=True)
-        while True:
-            threading.Thread(target=_serve_one, args=(sock.accept()[0], name), daemon=True).start()
+        accept(sock, name)
 
 
 class Connection:

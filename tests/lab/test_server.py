@@ -6,18 +6,23 @@ import ctypes
 import json
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from crablb.agent import reporter
+from crablb.agent import ServerAgent, dsr, reporter
+from crablb.agent import server as server_module
+from crablb.agent.base import FILTER
 from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.rtnetlink import SOCK_DIAG_BY_FAMILY, Netlink
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import VIPS, crablb, start_agent
+from tests.helpers.namespaces import inside
 from tests.helpers.processes import answer, exchange, until
 from tests.helpers.world import World, agent_status, command
 
@@ -402,3 +407,49 @@ def test_a_kernel_that_lists_no_sockets(make_world: Callable[..., World], monkey
     assert command(client, "agent", "remove", "client", "--now") == "client: removed\n"
     with pytest.raises(KernelError, match="modprobe"):
         reporter.queues()
+
+
+def test_one_that_follows_another_serves_all_the_while(make_world, monkeypatch):
+    """What the one before has put into the kernel is exchanged there: at no step is a client redirected no more, or is the VIP
+    gone, or what takes its packets out of tunnels."""
+    world = make_world()
+    (server,) = world.lab.servers
+    world.servers(agents=False)
+    server.ip(f"addr del {VIP4}/32 dev lo", f"addr del {VIP6}/128 dev lo")
+    world.client()
+    world.serve()
+    vips = [word for vip in VIPS for word in ("--vip", vip)]
+    install = ("agent", "server", *vips, "--cgroup", str(server.cgroup), "--dsr", "--detach")
+
+    def there() -> tuple[str, int, int]:
+        with inside(server.netns):
+            index = socket.if_nametoindex("eth0")
+            clamp = bpf.TcFilter(index, "egress", FILTER, FILTER).attached
+            return server.run("ip", "-o", "addr", "show", "dev", "lo").stdout, bpf.xdp_program(index)[0], clamp
+
+    seen = []
+
+    def look(step: Callable[..., object], *args: object, **more: object) -> object:
+        seen.append((there(), world.echo(VIP4, "10")["accepted_on"]))
+        return step(*args, **more)
+
+    command(server, *install)
+    before = there()
+    assert str(VIP4) in before[0] and str(VIP6) in before[0] and all(before[1:])
+    for where, name in ((dsr, "set_up"), (dsr, "sync"), (ServerAgent, "attach"), (server_module, "_arm")):
+        monkeypatch.setattr(where, name, partial(look, getattr(where, name)))
+    command(server, *install)
+    monkeypatch.undo()
+    assert [at for _, at in seen] == [server.ip4] * 4
+    assert [at for at, _ in seen[:2]] == [before] * 2
+    after = there()
+    assert after[0] == before[0] and all(after[1:])
+    assert before[1] != after[1] and before[2] != after[2]
+    assert world.echo(VIP4, "10")["accepted_on"] == server.ip4
+    # One without the VIPs, and one without tunnels, leave nothing of that.
+    command(
+        server, "agent", "server", "--vip", VIPS[0], "--cgroup", str(server.cgroup), "--dsr", "--detach", "--replace"
+    )
+    assert str(VIP4) in there()[0] and str(VIP6) not in there()[0]
+    command(server, "agent", "server", "--vip", VIPS[0], "--cgroup", str(server.cgroup), "--detach", "--replace")
+    assert str(VIP4) not in there()[0] and there()[1:] == (0, 0)

@@ -50,12 +50,12 @@ def test_files_of_one_that_died(run: Path, monkeypatch: pytest.MonkeyPatch, agen
     """At its start, or at writing its state."""
     monkeypatch.setattr(agent, "tear_down", classmethod(lambda *_: None))
     agent._starting_path().touch()
-    agent.state_path().with_suffix(".new").write_text('{"vips": [')
+    Path(f"{agent.state_path()}.new").write_text('{"vips": [')
     agent.remove()
     assert list(run.iterdir()) == []
 
 
 def test_files_of_limits(run: Path):
-    limits._path().with_suffix(".new").write_text("{")
+    Path(f"{limits._path()}.new").write_text("{")
     limits.release("client")
     assert list(run.iterdir()) == []

@@ -1,0 +1,87 @@
+"""``python -m tests.soak.watched FILE LEAK ...`` is ``crablb ...``, which at SIGRTMIN writes into FILE.PID how many
+Python objects there are; and loses something with each change of the configuration, or each start, if LEAK says so
+(``none``: it does not): what a soak has to find.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crablb import cli
+from crablb.control import daemon
+from crablb.dataplane.engine import Engine
+from crablb.kernel import bpf, pins
+
+kept: list[Any] = []
+
+
+def _map() -> None:
+    array = 2  # BPF_MAP_TYPE_ARRAY
+    fd = ctypes.CDLL("libbpf.so.1", use_errno=True).bpf_map_create(array, b"lost", 4, 8, 1, None)
+    assert fd >= 0, ctypes.get_errno()
+
+
+def _pin() -> None:
+    with bpf.Map.from_pin(pins.folder("lb-eth0") / "flows") as found:
+        found.pin(pins.folder("lb-eth0") / f"lost{os.urandom(4).hex()}")
+
+
+#: What can be lost.
+LEAKS: dict[str, Callable[[], object]] = {
+    "descriptor": lambda: os.dup(0),
+    "socket": lambda: kept.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)),
+    "map": _map,
+    "pin": _pin,
+    "memory": lambda: kept.append(bytearray(os.urandom(200 << 10))),
+    "objects": lambda: kept.append([object() for _ in range(1000)]),
+    "thread": lambda: threading.Thread(target=threading.Event().wait, daemon=True).start(),
+    "mapping": lambda: kept.append(mmap.mmap(-1, 1 << 12)),
+    "file": lambda: (pins.RUN / f"{pins.namespace()}-lost{os.urandom(4).hex()}").touch(),
+}
+
+
+def _lose(leak: str) -> None:
+    """With each change of the configuration; of a name with ``once``, when it starts."""
+    what, _, when = leak.partition(",")
+    lose = LEAKS[what]
+    owner, name = (Engine, "apply") if when != "once" else (daemon, "_seen")
+    whole = getattr(owner, name)
+
+    def loses(*args: Any) -> Any:
+        lose()
+        return whole(*args)
+
+    setattr(owner, name, loses)
+
+
+def _tell(path: Path) -> None:
+    while True:
+        signal.sigwait({signal.SIGRTMIN})
+        gc.collect()
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps({"objects": len(gc.get_objects())}))
+        new.rename(path)
+
+
+def main(file: str, leak: str, *arguments: str) -> int:
+    if leak != "none":
+        _lose(leak)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGRTMIN})  # in all threads, which inherit it
+    threading.Thread(target=_tell, args=(Path(f"{file}.{os.getpid()}"),), daemon=True).start()
+    sys.argv[1:] = arguments
+    return cli.main()  # as a program's: its successors are this again
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
