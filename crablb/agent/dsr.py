@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from crablb.agent.base import FILTER, detach_filters, tool
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
-from crablb.model import Address, Vip, mapped
+from crablb.model import Address, Network, Vip, lpm_key, mapped
 
 #: A VIP on the loopback is for receiving only: no answer to ARP for it, and not the sender of ARP requests (the IPv6
 #: stack never answers for an address of another interface).  Documentation/networking/ip-sysctl.rst.
 SILENT = {"net/ipv4/conf/all/arp_ignore": 1, "net/ipv4/conf/all/arp_announce": 2}
-MAPS = ("dsr_vips", "dsr_tunnels", "dsr_macs", "dsr_counters")
+MAPS = ("dsr_vips", "dsr_tunnels", "dsr_macs", "dsr_sources", "dsr_counters")
 BEFORE = ("dsr_mss",)  # maps that versions of before had
 #: Kinds of links whose frames come in by others, their ports: a program is there before GRO, and in the driver.
 MASTERS = {"bridge", "bond", "team", "vrf"}
+#: Where tunnels come from, if nobody says.
+EVERYWHERE: Sequence[Network] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 #: The programs on each interface, and what they are for.
 PARTS = {"crab_clamp": "lowers the MSS", "crab_decap": "decapsulates"}
 
@@ -138,18 +141,28 @@ def remove(
                 note(state)
 
 
-def set_up(vips: Sequence[Vip], wanted: Sequence[str], folder: Path, note: Callable[[dict[str, Any]], None]) -> None:
-    """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo."""
+def set_up(
+    vips: Sequence[Vip],
+    wanted: Sequence[str],
+    sources: Sequence[Network],
+    folder: Path,
+    note: Callable[[dict[str, Any]], None],
+) -> None:
+    """Prepare this network namespace.  ``sources``: where tunnels may come from; none: anywhere.  ``note(state)`` is
+    told, before each step, what :func:`tear_down` must undo."""
     addresses = list(dict.fromkeys(vip.address for vip in vips))
     state: dict[str, Any] = {
         "addresses": [],
         "sysctls": {name: _sysctl(name).read_text().strip() for name in SILENT},
         "interfaces": dict.fromkeys(_interfaces(wanted), False),
         "named": list(wanted),
+        "sources": [str(prefix) for prefix in sources],
     }
     with bpf.Object(bpf.object_path("dsr")) as program:
         for address in addresses:
             program.map("dsr_vips").update(mapped(address), 1)
+        for prefix in sources or EVERYWHERE:
+            program.map("dsr_sources").update(lpm_key(prefix), prefix.version)
         for name in MAPS:
             pins.put(program.map(name), folder / name)
         note(state)
@@ -202,7 +215,7 @@ def sync(
     ]
     found += [f"tunnelled packets to the MAC address that {name} has now are let alone" for name in others]
     if mend and (lacking or others):
-        if any((folder / name).exists() for name in BEFORE):
+        if any((folder / name).exists() for name in BEFORE) or not (folder / "dsr_sources").exists():
             raise KernelError(
                 "the server agent here is of an older crablb; install it again: crablb agent server --vip ..."
             )

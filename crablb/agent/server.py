@@ -23,7 +23,7 @@ from crablb.config import parse_vip
 from crablb.errors import ConfigError, KernelError, Problems
 from crablb.kernel import bpf, pins
 from crablb.kernel.rtnetlink import tcp_addresses
-from crablb.model import Address, Vip
+from crablb.model import Address, Network, Vip
 from crablb.seldom import Seldom
 from crablb.values import counted
 
@@ -65,6 +65,12 @@ def _fast_open() -> bool:
     return FAST_OPEN.exists() and bool(int(FAST_OPEN.read_text()) & FAST_OPEN_SERVER)
 
 
+def _from(sources: Iterable[str]) -> str:
+    """How an agent was told where tunnels may come from."""
+    told = " ".join(f"--tunnels-from {prefix}" for prefix in sources)
+    return f"with {told}" if told else "without --tunnels-from"
+
+
 def _connections_to(addresses: Collection[Address]) -> int:
     """How many TCP connections local sockets with these addresses have."""
     wanted = {address.packed for address in addresses}
@@ -101,8 +107,9 @@ class ServerAgent(Agent):
 
     Listeners that are there already are prepared too.  With ``dsr`` the namespace also serves clients that are not
     redirected: it gets the VIPs, silently, and takes packets for them out of tunnels that come in on ``interfaces`` (by
-    default every Ethernet interface that is up).  With ``mptcp`` such clients are led past the load balancer, if they
-    use MPTCP; with ``sockets`` programs of the cgroup that make TCP sockets get MPTCP ones.
+    default every Ethernet interface that is up) from addresses of ``tunnels_from`` (by default any).  With ``mptcp``
+    such clients are led past the load balancer, if they use MPTCP; with ``sockets`` programs of the cgroup that make
+    TCP sockets get MPTCP ones.
     """
 
     role: ClassVar[str] = "server"
@@ -115,6 +122,7 @@ class ServerAgent(Agent):
         *,
         dsr: bool = False,
         interfaces: Sequence[str] = (),
+        tunnels_from: Sequence[Network] = (),
         mptcp: Mptcp | None = None,
         sockets: bool = False,
     ) -> None:
@@ -122,6 +130,7 @@ class ServerAgent(Agent):
         self.sockets = sockets
         self.dsr = dsr
         self.interfaces = list(interfaces)
+        self.tunnels_from = list(tunnels_from)
         self.mptcp = mptcp
         self._new = ARMED
         #: What was noted for each part, by the agent before if this one takes it over.
@@ -139,6 +148,8 @@ class ServerAgent(Agent):
             changes.append(f"its cgroup is {state['cgroup']}, not {self.cgroup}")
         if ("dsr" in state) != self.dsr:
             changes.append(f"it was installed with{'' if 'dsr' in state else 'out'} --dsr")
+        elif self.dsr and (sources := state["dsr"].get("sources", [])) != [str(prefix) for prefix in self.tunnels_from]:
+            changes.append(f"it was installed {_from(sources)}")
         asked = mptcp.of(state["mptcp"]) if "mptcp" in state else None
         if asked != self.mptcp:
             changes.append(f"it was installed with{f' {asked}' if asked else 'out --mptcp'}")
@@ -185,7 +196,7 @@ class ServerAgent(Agent):
                 if program.map(name).lookup(vip.key()) is None:
                     program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
-            dsr.set_up(self.vips, self.interfaces, self.folder(), self._note("dsr"))
+            dsr.set_up(self.vips, self.interfaces, self.tunnels_from, self.folder(), self._note("dsr"))
         if _fast_open():
             self._attach_fast_open(program, self.cgroup)
         self.attach(program.program("crab_server"), self.cgroup)
