@@ -63,7 +63,7 @@ KERNEL_PACKAGES := qemu-system-x86 debian-archive-keyring cpio kmod xz-utils zst
 # Tests of a group (pytest.mark.xdist_group) share something dear, or what the machine has one of: one process runs them.
 PARALLEL = -n $(WORKERS) --dist loadgroup
 
-SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
+SOURCES := setup.py pyproject.toml native/libbpf.cdef $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
 .PHONY: demo demo-often test test-long bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim deaths lint c-test clean help
 help:

@@ -95,7 +95,8 @@ class BuildAll(build_ext):
             compile_bpf(source, target)
             if shutil.which("llvm-strip"):  # of DWARF, and what linkers would want; BTF, which the kernel wants, stays
                 removed = ["--remove-section=.rel.BTF", "--remove-section=.rel.BTF.ext"]
-                subprocess.run(["llvm-strip", "--strip-debug", *removed, str(target)], check=True)
+                labels = ["--wildcard", "--strip-symbol=LBB*"]  # where jumps go
+                subprocess.run(["llvm-strip", "--strip-debug", *removed, *labels, str(target)], check=True)
 
 
 class BuildPython(build_py):

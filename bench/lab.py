@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import Any, Self
 
 from bench.context import Context, Unavailable
 from crablb.errors import KernelError
-from crablb.kernel import bpf
+from crablb.kernel import bpf, pins
+from crablb.kernel.bpf.descriptor import open_pin
+from crablb.kernel.netns import inside
 from crablb.lab import Lab, Node
 from crablb.lab.demo import crablb, start_serve
 
@@ -320,6 +322,25 @@ class Peers:
         node.ip(f"addr replace {vip}/32 dev lo")
         folder = self.folder / "stream"
         start_nginx(node, folder, NGINX_STREAM.format(dir=folder, module=module, vip=vip, server=server.ip4))
+
+    # ---- what runs ----
+
+    def programs(self) -> set[int]:
+        """The ids of this lab's own BPF programs, among all of the machine: what its processes hold, and what is pinned
+        for its network namespaces."""
+        said: list[str] = []
+        for node in self.lab.nodes.values():
+            for pid in node.processes():
+                for info in Path(f"/proc/{pid}/fdinfo").glob("*"):
+                    with suppress(OSError):  # it has ended, or closed it
+                        said.append(info.read_text())
+            with inside(node.path):
+                folder = pins.root() / pins.namespace()
+            for pin in folder.rglob("*"):
+                if pin.is_file():
+                    with os.fdopen(open_pin(pin), "rb") as held:
+                        said.append(Path(f"/proc/self/fdinfo/{held.fileno()}").read_text())
+        return {int(number) for text in said for number in re.findall(r"^prog_id:\s*(\d+)$", text, re.MULTILINE)}
 
     # ---- load ----
 

@@ -99,11 +99,13 @@ def bpf_time(context: Context, peers: Peers) -> Table:
     """What BPF programs take of a new connection, by the kernel's own count."""
 
     def run_times() -> tuple[Counter[str], Counter[str]]:
-        """Nanoseconds that each has run, and how often."""
+        """Nanoseconds that each of the lab's has run, and how often."""
         ns: Counter[str] = Counter()
         runs: Counter[str] = Counter()
         for program in bpf.programs():
             with program:
+                if program.id not in own:
+                    continue
                 took, ran = program.run_time()
                 ns[program.name] += took
                 runs[program.name] += ran
@@ -113,6 +115,7 @@ def bpf_time(context: Context, peers: Peers) -> Table:
         "peers-bpf", "Run time of the BPF programs, of a new connection", "us",
         note="By kernel.bpf_stats_enabled, whose own readings of the clock are in it.",
     )  # fmt: skip
+    own = peers.programs()
     was = STATS.read_text()
     STATS.write_text("1")
     try:

@@ -59,6 +59,15 @@ struct {
     __type(value, struct crab_macs);
 } dsr_macs SEC(".maps");
 
+/* Prefixes that tunnels may come from; the value is a prefix's family, 4 or 6. */
+struct {
+    __uint(type, BPF_MAP_TYPE_LPM_TRIE);
+    __uint(max_entries, 4096);
+    __uint(map_flags, BPF_F_NO_PREALLOC);
+    __type(key, struct crab_lpm);
+    __type(value, __u32);
+} dsr_sources SEC(".maps");
+
 static __always_inline void count(__u32 what)
 {
     __u64 *n = bpf_map_lookup_elem(&dsr_counters, &what);
@@ -103,6 +112,29 @@ static __always_inline int carry_ecn(__u8 *ip, int family, __u8 outer)
     }
     count(CRAB_DSR_MARKED);
     return 0;
+}
+
+/* Why a tunnel's packet is not taken, CRAB_DSR_OTHER_MAC or CRAB_DSR_DROP_SOURCE; or CRAB_DSR_DECAPSULATED.  Global, so that
+ * it is verified once. */
+__noinline int judge(struct xdp_md *ctx)
+{
+    void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+    struct ethhdr *eth = data;
+    struct crab_lpm source = {.bits = 128};
+    __u32 family = 4, ifindex = ctx->ingress_ifindex;
+    if ((void *)(eth + 1) + sizeof(struct iphdr) > end || !crab_is_to(bpf_map_lookup_elem(&dsr_macs, &ifindex), data))
+        return CRAB_DSR_OTHER_MAC;
+    if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+        map_v4((void *)source.addr, ((struct iphdr *)(eth + 1))->saddr);
+    } else {
+        struct ipv6hdr *ip = (void *)(eth + 1);
+        if ((void *)(ip + 1) > end)
+            return CRAB_DSR_DROP_SOURCE;
+        family = 6;
+        __builtin_memcpy(source.addr, &ip->saddr, 16);
+    }
+    __u32 *of = bpf_map_lookup_elem(&dsr_sources, &source);
+    return of && *of == family ? CRAB_DSR_DECAPSULATED : CRAB_DSR_DROP_SOURCE; /* ::/0 holds mapped addresses too */
 }
 
 /* All headers that it looks at are in a frame's first buffer, however many there are (an MTU above a page's). */
@@ -162,10 +194,10 @@ int crab_decap(struct xdp_md *ctx)
         count(CRAB_DSR_NOT_VIP);
         return XDP_PASS;
     }
-    __u32 ifindex = ctx->ingress_ifindex;
-    if (!crab_is_to(bpf_map_lookup_elem(&dsr_macs, &ifindex), data)) {
-        count(CRAB_DSR_OTHER_MAC);
-        return XDP_PASS;
+    __u32 ifindex = ctx->ingress_ifindex, not = (__u32)judge(ctx);
+    if (not != CRAB_DSR_DECAPSULATED) {
+        count(not);
+        return not == CRAB_DSR_OTHER_MAC ? XDP_PASS : XDP_DROP;
     }
     if (carry_ecn(inner, proto == IPPROTO_IPIP ? 4 : 6, ecn)) {
         count(CRAB_DSR_DROP_MARKED);

@@ -576,8 +576,11 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
             return XDP_DROP;
         tcp->check = right;
     }
-    if (flow.seen != now)
+    if (flow.seen != now) {
         f->seen = now;
+        if (flow.state == CRAB_FLOW_LONE)
+            f->state = CRAB_FLOW_OPEN;
+    }
     if (ends)
         f->state = CRAB_FLOW_ENDING;
 

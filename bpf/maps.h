@@ -88,6 +88,9 @@ struct crab_hashing {
 
 #define CRAB_FLOW_OPEN 1
 #define CRAB_FLOW_ENDING 2 /* a FIN or a RST was seen */
+/* Its SYN was not seen, and no packet in another second than its first.  Another load balancer's connection begins so here, and
+ * so does what anybody makes up by the million: it gives way to others. */
+#define CRAB_FLOW_LONE 3
 
 /* Seconds without a packet after which a flow is forgotten.  A Linux client's last SYN retransmission comes 63 s after
  * the first copy (six retries); an established connection sends a keep-alive at the latest every 7,200 s, if it asked
@@ -112,7 +115,7 @@ struct crab_flow {
     __u16 backend; /* index into map `paths` */
     __u16 service; /* index into map `service_counters` */
     __u16 seen;    /* second of the last packet, CLOCK_MONOTONIC_COARSE, modulo 2^16 */
-    __u8 state;    /* CRAB_FLOW_OPEN, CRAB_FLOW_ENDING */
+    __u8 state;    /* CRAB_FLOW_OPEN, CRAB_FLOW_ENDING, CRAB_FLOW_LONE */
     __u8 flags;    /* CRAB_FLOW_TUNNEL, CRAB_FLOW_ASK */
 };
 
@@ -320,6 +323,7 @@ enum crab_dsr_counter {
     CRAB_DSR_OTHER_MAC,    /* IP in IP to another machine's MAC address: left to the kernel, which drops it */
     CRAB_DSR_MARKED,       /* packets whose outer header's congestion mark (CE, ECT(1)) the inner one got */
     CRAB_DSR_DROP_MARKED,  /* packets marked CE outside whose sender does not know of marks */
+    CRAB_DSR_DROP_SOURCE,  /* IP in IP to a VIP, from an address that no load balancer has */
     CRAB_DSR_COUNTERS
 };
 

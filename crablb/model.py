@@ -6,6 +6,7 @@ who writes a configuration, in :mod:`crablb.options`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -132,6 +133,12 @@ def mapped(address: Address) -> bytes:
     if isinstance(address, IPv4Address):
         return bytes(10) + b"\xff\xff" + address.packed
     return address.packed
+
+
+def lpm_key(prefix: Network) -> bytes:
+    """``struct crab_lpm``."""
+    bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
+    return bits.to_bytes(4, sys.byteorder) + mapped(prefix.network_address)
 
 
 def unmapped(packed: bytes) -> Address:

@@ -65,6 +65,10 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"\[`?([\w-]+\.md)`?\]\((?=\1[#)])", "[](", text)
 
 
+#: Letters of a word of code that fits beside others, on a phone too.
+SHORT = 30
+
+
 class Translator(HTML5Translator):
     """Tables that tell something, in sentences, are stacked where the screen is narrow, each cell under its column's
     name; those of figures are scrolled (static/site.css)."""
@@ -88,6 +92,13 @@ class Translator(HTML5Translator):
             name = self.attval(self._names[self._column])
             self.body[-1] = self.body[-1].replace("<td", f'<td data-column="{name}"', 1)
         self._column += 1
+
+    def visit_Text(self, node: nodes.Text) -> None:
+        begun = len(self.body)
+        super().visit_Text(node)
+        if self.protect_literal_text:
+            long = re.compile(rf'<span class="pre">(?=[^<]{{{SHORT + 1},}}<)')
+            self.body[begun:] = [long.sub('<span class="pre long">', word) for word in self.body[begun:]]
 
     def visit_image(self, node: nodes.image) -> None:
         """Those of pictures.py become part of the page, so that they are light or dark as it is."""

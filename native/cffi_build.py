@@ -101,6 +101,6 @@ static const char *crab_log_take(void)
 """
 
 libbpf = FFI()
-libbpf.cdef(KERNEL_TYPES + declarations(ROOT / "crablb/kernel/libbpf.h"))
+libbpf.cdef(KERNEL_TYPES + declarations(ROOT / "native/libbpf.cdef"))
 libbpf.cdef('extern "Python" int crab_ring_sample(void *context, void *data, size_t size);')
 libbpf.set_source("crablb.kernel._libbpf", LOG, libraries=["bpf"], extra_compile_args=STRICT)

@@ -83,6 +83,7 @@ void crab_core_join(struct crab_core *core, struct crab_joins *joins)
     core->joins = joins;
 }
 
+/* A lone one makes room sooner, as one that ends does. */
 void crab_core_adopt(struct crab_core *core, const struct crab_flow *flows, uint32_t n, uint32_t now)
 {
     core->flows.tidied = now;

@@ -404,7 +404,7 @@ static inline bool may_learn_unknown(struct crab_core *core, uint32_t now)
 static inline struct crab_entry recall(const struct crab_flow *flow)
 {
     return (struct crab_entry){
-        .state = flow->state == CRAB_FLOW_OPEN ? CRAB_ENTRY_ESTABLISHED : CRAB_ENTRY_CLOSING,
+        .state = flow->state == CRAB_FLOW_ENDING ? CRAB_ENTRY_CLOSING : CRAB_ENTRY_ESTABLISHED,
         .backend = flow->backend,
         .seen = flow->seen,
     };
@@ -521,7 +521,7 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
         bool ending = f ? f->state == CRAB_ENTRY_CLOSING : p->tcp_flags & CRAB_FIN;
         flow = (struct crab_flow){
             .hash = it->hash, .backend = id, .service = (uint16_t)it->service->index, .seen = (uint16_t)now,
-            .state = ending ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN,
+            .state = ending ? CRAB_FLOW_ENDING : f ? CRAB_FLOW_OPEN : CRAB_FLOW_LONE,
             .flags = core->counters[CRAB_C_ENCAPSULATED] != tunnelled ? CRAB_FLOW_TUNNEL : 0};
         write_down(core, &flow, written);
     }

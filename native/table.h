@@ -27,9 +27,20 @@ static inline uint16_t crab_table_age(const struct crab_flow *f, uint32_t now)
     return age > CRAB_AGE_NEGATIVE ? 0 : age;
 }
 
-/* Where a flow is or may be written, or NULL: the bucket is full of busy ones. */
-static inline struct crab_flow *crab_table_place(struct crab_table *t, uint64_t hash, uint32_t now)
+/* Of two flows that are not busy, whether the first is pushed out before the second. */
+static inline bool crab_table_before(const struct crab_flow *f, const struct crab_flow *other, uint32_t now)
 {
+    bool lone = f->state == CRAB_FLOW_LONE;
+    if (lone != (other->state == CRAB_FLOW_LONE))
+        return lone;
+    return crab_table_age(f, now) > crab_table_age(other, now);
+}
+
+/* Where a flow is or may be written, or NULL: the bucket is full of busy ones, or for a lone one of others. */
+static inline struct crab_flow *crab_table_place(struct crab_table *t, const struct crab_flow *flow)
+{
+    uint64_t hash = flow->hash;
+    uint32_t now = flow->seen;
     struct crab_bucket *b = &t->buckets[hash & t->mask];
     struct crab_flow *free = NULL, *oldest = NULL;
     for (int i = 0; i < CRAB_BUCKET; i++) {
@@ -37,9 +48,10 @@ static inline struct crab_flow *crab_table_place(struct crab_table *t, uint64_t 
         uint16_t age = crab_table_age(f, now);
         if (f->hash == hash)
             return f;
-        if (!f->hash || age > (f->state == CRAB_FLOW_OPEN ? CRAB_AGE_OPEN : CRAB_AGE_ENDING))
+        if (!f->hash || age > (f->state == CRAB_FLOW_ENDING ? CRAB_AGE_ENDING : CRAB_AGE_OPEN))
             free = free ? free : f;
-        else if (age >= CRAB_TABLE_BUSY && (!oldest || age > crab_table_age(oldest, now)))
+        else if (age >= CRAB_TABLE_BUSY && (flow->state != CRAB_FLOW_LONE || f->state == CRAB_FLOW_LONE) &&
+                 (!oldest || crab_table_before(f, oldest, now)))
             oldest = f;
     }
     return free ? free : oldest;
@@ -78,7 +90,7 @@ static inline bool crab_table_put(struct crab_table *t, struct crab_flow flow)
 {
     if (!flow.hash || atomic_exchange_explicit(&t->busy, true, memory_order_acquire))
         return false;
-    struct crab_flow *f = crab_table_place(t, flow.hash, flow.seen);
+    struct crab_flow *f = crab_table_place(t, &flow);
     if (f) {
         uint64_t word;
         memcpy(&word, (const uint8_t *)&flow + 8, 8);

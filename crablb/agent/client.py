@@ -28,7 +28,7 @@ from crablb.kernel import bpf, pins, rtnetlink
 from crablb.kernel.interface import interface_name
 from crablb.kernel.routing import Events
 from crablb.kernel.rtnetlink import Netlink
-from crablb.model import Network, OptionForm, Vip, mapped
+from crablb.model import Network, OptionForm, Vip, lpm_key, mapped
 
 log = structlog.get_logger()
 
@@ -152,9 +152,7 @@ class ClientAgent(Agent):
         for vip in self.vips:
             program.map("client_vips").update(vip.key(), FORMS[self.option])
         for prefix in self.backends:
-            bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
-            key = bits.to_bytes(4, "little") + mapped(prefix.network_address)
-            program.map("client_backends").update(key, prefix.version)
+            program.map("client_backends").update(lpm_key(prefix), prefix.version)
         for name in ("crab_ingress", "crab_egress", "crab_offer", "crab_end"):
             pins.put(program.program(name), self.folder() / name)
         before = self.state() or {}

@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from crablb.agent.base import FILTER, detach_filters, has_clsact, tool
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
-from crablb.model import Address, Vip, mapped
+from crablb.model import Address, Network, Vip, lpm_key, mapped
 
 #: A VIP on the loopback is for receiving only: no answer to ARP for it, and not the sender of ARP requests (the IPv6
 #: stack never answers for an address of another interface).  Documentation/networking/ip-sysctl.rst.
 SILENT = {"net/ipv4/conf/all/arp_ignore": 1, "net/ipv4/conf/all/arp_announce": 2}
-MAPS = ("dsr_vips", "dsr_tunnels", "dsr_macs", "dsr_counters")
+MAPS = ("dsr_vips", "dsr_tunnels", "dsr_macs", "dsr_sources", "dsr_counters")
 BEFORE = ("dsr_mss",)  # maps that versions of before had
 #: Kinds of links whose frames come in by others, their ports: a program is there before GRO, and in the driver.
 MASTERS = {"bridge", "bond", "team", "vrf"}
+#: Where tunnels come from, if nobody says.
+EVERYWHERE: Sequence[Network] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 #: The programs on each interface, and what they are for.
 PARTS = {"crab_clamp": "lowers the MSS", "crab_decap": "decapsulates"}
 
@@ -141,14 +144,15 @@ def remove(
 def set_up(
     vips: Sequence[Vip],
     wanted: Sequence[str],
+    sources: Sequence[Network],
     folder: Path,
     note: Callable[[dict[str, Any]], None],
     before: Mapping[str, Any] | None = None,
 ) -> None:
     """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo.
 
-    ``before``: what an agent that was there noted.  Connections live by it, so nothing of it goes before what is to
-    be in its place is there.
+    ``sources``: where tunnels may come from; none: anywhere.  ``before``: what an agent that was there noted.
+    Connections live by it, so nothing of it goes before what is to be in its place is there.
     """
     before = before or {}
     addresses = list(dict.fromkeys(vip.address for vip in vips))
@@ -159,10 +163,13 @@ def set_up(
         "sysctls": {name: _sysctl(name).read_text().strip() for name in SILENT} | before.get("sysctls", {}),
         "interfaces": made | {name: made.get(name, False) for name in interfaces},
         "named": list(wanted),
+        "sources": [str(prefix) for prefix in sources],
     }
     with bpf.Object(bpf.object_path("dsr")) as program:
         for address in addresses:
             program.map("dsr_vips").update(mapped(address), 1)
+        for prefix in sources or EVERYWHERE:
+            program.map("dsr_sources").update(lpm_key(prefix), prefix.version)
         for index, macs in _all_macs(interfaces).items():
             program.map("dsr_macs").update(index, macs)
         with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(folder / "dsr_tunnels") as tunnels:
@@ -255,7 +262,7 @@ def sync(
     ]
     found += [f"tunnelled packets to the MAC address that {name} has now are let alone" for name in others]
     if mend and (lacking or others):
-        if any((folder / name).exists() for name in BEFORE):
+        if any((folder / name).exists() for name in BEFORE) or not (folder / "dsr_sources").exists():
             raise KernelError(
                 "the server agent here is of an older crablb; install it again: crablb agent server --vip ..."
             )

@@ -24,7 +24,7 @@ from crablb.config import parse_vip
 from crablb.errors import ConfigError, KernelError, Problems
 from crablb.kernel import bpf, pins
 from crablb.kernel.rtnetlink import tcp_addresses
-from crablb.model import Address, Vip
+from crablb.model import Address, Network, Vip
 from crablb.seldom import Seldom
 from crablb.values import counted
 
@@ -66,6 +66,12 @@ def _fast_open() -> bool:
     return FAST_OPEN.exists() and bool(int(FAST_OPEN.read_text()) & FAST_OPEN_SERVER)
 
 
+def _from(sources: Iterable[str]) -> str:
+    """How an agent was told where tunnels may come from."""
+    told = " ".join(f"--tunnels-from {prefix}" for prefix in sources)
+    return f"with {told}" if told else "without --tunnels-from"
+
+
 def _connections_to(addresses: Collection[Address]) -> int:
     """How many TCP connections local sockets with these addresses have."""
     wanted = {address.packed for address in addresses}
@@ -102,8 +108,9 @@ class ServerAgent(Agent):
 
     Listeners that are there already are prepared too.  With ``dsr`` the namespace also serves clients that are not
     redirected: it gets the VIPs, silently, and takes packets for them out of tunnels that come in on ``interfaces`` (by
-    default every Ethernet interface that is up).  With ``mptcp`` such clients are led past the load balancer, if they
-    use MPTCP; with ``sockets`` programs of the cgroup that make TCP sockets get MPTCP ones.
+    default every Ethernet interface that is up) from addresses of ``tunnels_from`` (by default any).  With ``mptcp``
+    such clients are led past the load balancer, if they use MPTCP; with ``sockets`` programs of the cgroup that make
+    TCP sockets get MPTCP ones.
     """
 
     role: ClassVar[str] = "server"
@@ -116,6 +123,7 @@ class ServerAgent(Agent):
         *,
         dsr: bool = False,
         interfaces: Sequence[str] = (),
+        tunnels_from: Sequence[Network] = (),
         mptcp: Mptcp | None = None,
         sockets: bool = False,
     ) -> None:
@@ -123,6 +131,7 @@ class ServerAgent(Agent):
         self.sockets = sockets
         self.dsr = dsr
         self.interfaces = list(interfaces)
+        self.tunnels_from = list(tunnels_from)
         self.mptcp = mptcp
         self._new = ARMED
         #: What was noted for each part, by the agent before if this one takes it over.
@@ -141,6 +150,8 @@ class ServerAgent(Agent):
         asked, wanted = self._asked(state), self._wanted()
         if asked["dsr"] != wanted["dsr"]:
             changes.append(f"it was installed with{'' if asked['dsr'] else 'out'} --dsr")
+        elif asked["sources"] != wanted["sources"]:
+            changes.append(f"it was installed {_from(asked['sources'])}")
         if asked["mptcp"] != wanted["mptcp"]:
             changes.append(f"it was installed with{' ' + asked['mptcp'] if asked['mptcp'] else 'out --mptcp'}")
         if asked["sockets"] != wanted["sockets"]:
@@ -148,7 +159,12 @@ class ServerAgent(Agent):
         return changes
 
     def _wanted(self) -> dict[str, Any]:
-        return {"dsr": self.dsr, "mptcp": str(self.mptcp or ""), "sockets": self.sockets}
+        return {
+            "dsr": self.dsr,
+            "sources": [str(prefix) for prefix in self.tunnels_from],
+            "mptcp": str(self.mptcp or ""),
+            "sockets": self.sockets,
+        }
 
     @staticmethod
     def _asked(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -156,6 +172,7 @@ class ServerAgent(Agent):
         what there was alone."""
         there = {
             "dsr": "dsr" in state,
+            "sources": state.get("dsr", {}).get("sources", []),
             "mptcp": str(mptcp.of(state["mptcp"])) if "mptcp" in state else "",
             "sockets": "sockets" in state,
         }
@@ -205,7 +222,8 @@ class ServerAgent(Agent):
                 if program.map(name).lookup(vip.key()) is None:
                     program.map(name).update(vip.key(), bytes(16))
         if self.dsr:
-            dsr.set_up(self.vips, self.interfaces, self.folder(), self._note("dsr"), self._parts.get("dsr"))
+            before = self._parts.get("dsr")
+            dsr.set_up(self.vips, self.interfaces, self.tunnels_from, self.folder(), self._note("dsr"), before)
         if _fast_open():
             self._attach_fast_open(program, self.cgroup)
         else:

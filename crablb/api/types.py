@@ -90,6 +90,7 @@ class Status(Answer, frozen=True, kw_only=True):
     services: int
     backends: int  # pairs of a service and a backend
     backends_serving: int
+    backends_unchecked: int = 0  # of which no check has said anything yet: they are what `initially` says
     flows: int  # fallback flows in the XDP program
     configuration: str  # the file's path; empty: arguments
     changes: int  # at run time that the file does not have

@@ -13,7 +13,7 @@ from crablb.options import OPTIONS
 #: Names of interfaces, in the words of each shell (of tcsh none, whose notation takes a / for the end of a rule).
 INTERFACES = {"bash": "_crablb_interfaces", "zsh": "_net_interfaces"}
 #: What is asked for when it is to be completed, as it changes, by what arguments call it.
-ASKED = {"BACKEND": "backends", "VIP": "vips", "LAB": "labs"}
+ASKED = {"BACKEND": "backends", "VIP": "vips", "LAB": "labs", "NODE": "nodes"}
 #: To bash a colon ends a word: what of it stands in front of the last one is not inserted again.
 BASH = """
 _crablb_%(kind)s() {
@@ -72,12 +72,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _there(kind: str) -> list[str]:
-    """Backends and VIPs of the load balancers of this network namespace, or labs.  Whoever does not answer has none."""
-    if kind == "labs":
-        from crablb.lab.lab import existing
-
-        return existing()
+    """Backends and VIPs of the load balancers of this network namespace, or labs, and the nodes of any.  Whoever does
+    not answer has none."""
     found: set[str] = set()
+    if kind in ("labs", "nodes"):
+        from crablb.lab.lab import Lab, existing
+
+        if kind == "labs":
+            return existing()
+        for name in existing():
+            with suppress(CrablbError, OSError, ValueError):  # it is just made, or gone
+                found |= Lab.open(name).nodes.keys()
+        return sorted(found)
     for path in {path.resolve() for path in api.found().values()}:
         with suppress(CrablbError, OSError), api.Client(path, timeout=PATIENCE) as client:
             if kind == "vips":

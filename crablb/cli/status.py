@@ -173,8 +173,9 @@ def _show(seen: Seen) -> None:
         print(f"{name}: {how}, {dead if pid is None else pins.told(pid)}")
     if said:
         backends, services = counted(said.backends, "backend"), counted(said.services, "service")
+        unchecked = f"; {said.backends_unchecked} not checked yet" if said.backends_unchecked else ""
         verb = "serves" if said.backends == 1 else "serve"
-        print(f"{said.state}: {said.backends_serving} of {backends} {verb}, in {services}")
+        print(f"{said.state}: {said.backends_serving} of {backends} {verb}, in {services}{unchecked}")
         if said.draining:
             print("draining: connections are to leave it (crablb drain-lb)")
         if said.standby:

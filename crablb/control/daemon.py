@@ -84,6 +84,7 @@ async def serve(
     operator.succeed, operator.hindered = succession.ask, lambda: succession.trouble
     watchdog = notify.Watchdog(engine.late)
     watching: asyncio.Task[None] | None = None
+    afterwards: asyncio.Future[None] | None = None
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGUSR1, logging.reopen)
@@ -134,6 +135,8 @@ async def serve(
             if orphaned := not _succeed(heir, engine):
                 log.error("ending: who served has died, and the service manager starts another one")
                 return 1
+            afterwards = asyncio.ensure_future(heir.predecessor.afterwards(wanted.reload_soon))
+            heir.close()
         else:
             engine.begun()
             notify.notify("READY=1")
@@ -146,8 +149,6 @@ async def serve(
         ends: list[asyncio.Future[Any]] = [stopped, engine.failure, succession.left]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if succession.left.done():
-            if wanted.owed and (successor := succession.left.result()):  # perhaps since it was told
-                os.kill(successor, signal.SIGHUP)
             log.info("ending: another process serves", successor=succession.left.result() or pins.told(pins.ELSEWHERE))
             return 0
         if engine.failure.done():
@@ -165,10 +166,15 @@ async def serve(
             notify.notify("STOPPING=1")
         if watching:
             watching.cancel()
+        if afterwards:
+            afterwards.cancel()
         if left:
             await doors.leave()
             await wanted.close()
-            await supervisor.leave()
+            try:
+                await supervisor.leave()
+            finally:
+                succession.pass_on(wanted.owed)  # perhaps since the other one was told
         elif not serves:
             await doors.leave()
             wanted.hold()  # the file is the other process'
@@ -205,5 +211,4 @@ def _succeed(heir: Heir, engine: Engine) -> bool:
         return False
     engine.begun()
     before.served()
-    heir.close()
     return True

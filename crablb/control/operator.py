@@ -29,7 +29,7 @@ from crablb.control.explain import explain
 from crablb.control.journal import Journal
 from crablb.control.leaving import Leaving
 from crablb.control.pieces import Pieces
-from crablb.control.serving import BACKUP, UNKNOWN_WAY, serves
+from crablb.control.serving import BACKUP, UNCHECKED, UNKNOWN_WAY, serves
 from crablb.control.state import REMEDY
 from crablb.control.supervisor import Supervisor
 from crablb.control.trace import trace
@@ -217,6 +217,7 @@ class Operator:
             services=len(engine.config.services),
             backends=sum(map(len, standing.values())),
             backends_serving=sum(serves for there in standing.values() for serves, _ in there),
+            backends_unchecked=sum(map(health.awaited, self._pairs())),
             flows=sum((await self._census()).flows.values()),
             configuration=self.wanted.path,
             changes=len(self.changes),
@@ -378,7 +379,11 @@ class Operator:
         pair = service.vip, backend.address
         standing = self._engine.standings.get(pair, Standing())
         hop = self._engine.hops.get(backend.address)
-        return serves(service, backend, self._engine.verdicts[service.vip], standing, hop, self._unhealthy(pair))
+        verdict = self._engine.verdicts[service.vip]
+        serving, reason = serves(service, backend, verdict, standing, hop, self._unhealthy(pair))
+        if serving and not reason and self._supervisor.health.awaited(pair):
+            reason = UNCHECKED
+        return serving, reason
 
     def _unhealthy(self, pair: Pair) -> str:
         """Why checks say that a backend is not."""
@@ -395,7 +400,7 @@ class Operator:
             return False, "another address family"
         if not served.cr:
             found = self._supervisor.health.of((service.vip, backend.address))
-            return False, (found.cr_reason if found else "") or "not checked yet"
+            return False, (found.cr_reason if found else "") or UNCHECKED
         if (service.vip, backend.address) in self._engine.unredirected:
             return False, "its clients complete no redirects"
         return True, ""
@@ -413,11 +418,14 @@ class Operator:
     async def health(self) -> list[types.BackendHealth]:
         """What checks found out, of all backends of all services."""
         told: list[types.BackendHealth] = []
-        for pair in [(s.vip, b.address) for s in self._engine.config.services for b in s.backends]:
+        for pair in self._pairs():
             told.append(self._health(pair))
             if len(told) % AT_ONCE == 0:
                 await asyncio.sleep(0)
         return told
+
+    def _pairs(self) -> list[Pair]:
+        return [(s.vip, b.address) for s in self._engine.config.services for b in s.backends]
 
     def _health(self, pair: Pair) -> types.BackendHealth:
         found = self._supervisor.health.of(pair)
@@ -509,6 +517,7 @@ class Operator:
         config = standings = None
         if asked.configuration:
             config, standings = await self.wanted.proposed(asked.configuration)
+        await self._engine.stage()
         return explain(
             self._engine,
             asked.client,

@@ -6,10 +6,12 @@ from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Backend, Service, State
 from crablb.selection.standing import Standing, Verdict
 
-__all__ = ["BACKUP", "UNKNOWN_WAY", "serves"]
+__all__ = ["BACKUP", "UNCHECKED", "UNKNOWN_WAY", "serves"]
 
 #: Why a backup does not serve: that is no fault.
 BACKUP = "backup"
+#: Neither are checks that have not ended yet; until then a backend is what `initially` says.
+UNCHECKED = "not checked yet"
 UNKNOWN_WAY = "the way to it is not known yet"
 
 
@@ -28,9 +30,9 @@ def serves(
         return False, (hop.reason if hop else "") or UNKNOWN_WAY
     spare = backend.backup and not verdict.backups and any(b.share and not b.backup for b in service.backends)
     if verdict.panic and standing.percent and not spare:
-        return True, "" if standing.healthy else f"panic: health is disregarded, {found or 'not checked yet'}"
+        return True, "" if standing.healthy else f"panic: health is disregarded, {found or UNCHECKED}"
     if not standing.healthy:
-        return False, found or "not checked yet"
+        return False, found or UNCHECKED
     if not standing.percent:
         return False, found or "its agent-check wants no new connections"
     return (False, BACKUP) if spare else (True, "")

@@ -204,6 +204,10 @@ class Succession:
         reason = words if self._reason in words else f"{self._reason} ({words})" if words else self._reason
         raise KernelError(reason)
 
+    def pass_on(self, reload: bool) -> None:
+        """See :meth:`.takeover.Host.pass_on`."""
+        self._host.pass_on(reload)
+
     def ask_soon(self) -> None:
         """As by a signal: nobody waits for an answer."""
 

@@ -13,6 +13,9 @@ served             it ends, and leaves all to the other (``left``)
 failed             it serves on (``resume``)
 =================  =====================================================================
 
+After "served" the predecessor may say "reload", until it ends: it was told to, and may not see the other process, to
+send it a signal.
+
 "refused", with the reason, may come instead of any answer.  If the successor goes, is too slow, or says what it should
 not, the predecessor serves on.  If the predecessor goes before "given", the successor starts as after its death.
 """
@@ -28,7 +31,7 @@ import select
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -368,6 +371,11 @@ class Predecessor:
         with contextlib.suppress(KernelError):
             self._say("served", os.getpid())
 
+    def afterwards(self, reload: Callable[[], None]) -> Coroutine[Any, Any, None]:
+        """After :meth:`served`, until the other one has ended, which :meth:`close` need not wait for: what that is told
+        yet is for this one."""
+        return _afterwards(self._sock.dup(), reload)
+
     def failed(self, reason: str) -> None:
         """This one does not come to serve, and has let go of all that it had: the other one goes on."""
         with contextlib.suppress(KernelError):
@@ -379,6 +387,20 @@ class Predecessor:
         _close((*self.fds, *self.sockets))
         self.fds, self.sockets = [], []
         self._sock.close()
+
+
+async def _afterwards(sock: socket.socket, reload: Callable[[], None]) -> None:
+    with sock:
+        sock.setblocking(False)
+        speaker = _Speaker(sock)
+        try:
+            while True:
+                await speaker.hear("reload")
+                reload()
+        except (KernelError, Refusal):  # Gone is one
+            pass
+        finally:
+            speaker.close()
 
 
 # ---- the predecessor ----
@@ -407,6 +429,7 @@ class Host:
         self.stalled = ""
         self._closing = ""  # why no other one is heard
         self._unwanted, self._why_not = 0, ""  # a process that is not to take over any more, and why
+        self._successor: socket.socket | None = None  # who serves in this one's place
 
     # ---- life ----
 
@@ -498,6 +521,17 @@ class Host:
             if not self._given:
                 self._current.cancel()
             await asyncio.wait([self._current])
+
+    def pass_on(self, reload: bool) -> None:
+        """The last, once this one has ``left``: whether somebody has asked it for a reload."""
+        if not self._successor:
+            return
+        with self._successor:
+            if reload:
+                with contextlib.suppress(OSError):  # it has ended, or is of a version that does not listen
+                    for data, rights in _pieces("reload", None, ()):
+                        self._successor.sendmsg([data], rights)
+        self._successor = None
 
     # ---- conversations ----
 
@@ -596,6 +630,7 @@ class Host:
             if not isinstance(error, CrablbError | Refusal | TimeoutError | OSError | asyncio.CancelledError):
                 raise
         else:
+            self._successor = speaker.kept()
             if not self.left.done():
                 self.left.set_result(pid)
         finally:
@@ -706,6 +741,10 @@ class _Speaker:
                 await ready.wait()
             finally:
                 loop.remove_reader(epoll)
+
+    def kept(self) -> socket.socket:
+        """The connection, for longer than the conversation."""
+        return self._sock.dup()
 
     def close(self) -> None:
         self._inbox.close()

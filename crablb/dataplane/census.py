@@ -65,7 +65,7 @@ def count_flows(
     found: dict[Pair, int] = {}
     there = flows.going_on()
     if open_only:
-        there = there[there["state"] == lib.CRAB_FLOW_OPEN]
+        there = there[there["state"] != lib.CRAB_FLOW_ENDING]
     pairs = there["service"].astype(np.uint32) << 16 | there["backend"]
     for pair, n in zip(*(part.tolist() for part in np.unique(pairs, return_counts=True)), strict=True):
         vip, address = services.get(pair >> 16), backends.get(pair & 0xFFFF)

@@ -306,6 +306,11 @@ class Engine:
         """Snapshots given to the workers, since the start."""
         return self._queues.published
 
+    async def stage(self) -> None:
+        """Have what :meth:`rehearse` needs.  Raises :class:`KernelError`."""
+        if any(attachment.mode for attachment in self._attachments):
+            await asyncio.get_running_loop().run_in_executor(self._sweeper, self._running.load_aside)
+
     def rehearse(
         self,
         client: Address,
@@ -320,7 +325,7 @@ class Engine:
         down: Collection[Address] = (),
     ) -> Rehearsal:
         """What would become of a SYN from ``client`` and ``port`` now, by the code that decides it; nothing that serves
-        is changed, but that the XDP program counts the frame.
+        is changed.  After :meth:`stage`.
 
         ``offer``: it makes one; ``mptcp``, ``join``: as :func:`.rehearsal.syn` has them; ``config``: if that were
         served, with these ``standings``; ``down``: backends that are taken to be unhealthy.
@@ -345,7 +350,7 @@ class Engine:
         ]
         if self._program and self._program.flows and (written := self._program.flows.find(connection)):
             flow, idle = written
-            state = "open" if flow["state"] == lib.CRAB_FLOW_OPEN else "ending"
+            state = "ending" if flow["state"] == lib.CRAB_FLOW_ENDING else "open"
             found.append(Memory("the XDP program", int(flow["backend"]), state, idle))
         return found
 

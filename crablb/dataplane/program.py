@@ -16,7 +16,7 @@ handlers           :class:`.handlers.Handlers`
 vips               the configuration, and :class:`crablb.kernel.netlink.NextHops`
 worker_counters    the same memory, mapped; so are flows
 daemon_counters    :class:`.statistics.DaemonCounters`
-xdp_counters       nowhere; nor are service_counters, passed
+xdp_counters       nowhere; nor are service_counters, passed.  What :meth:`Program.ask` asks has its own
 taps               :class:`.tap.Taps`; of the one that shows what it does, which has tapping, tapped, untapped too
 ================== ==============================================================================
 """
@@ -56,6 +56,8 @@ PINNED = (
     "daemon_counters",
     "flows",
 )
+#: What the program itself writes to, or finds flows by.
+WRITTEN = ("flows", "hashing", "passed", "pieces", "service_counters", "xdp_counters")
 #: How many services can be added at the least without a restart.
 SERVICES = 4096
 
@@ -107,6 +109,7 @@ class Program:
         self.counters = DaemonCounters(self.maps["daemon_counters"])
         self._tap: _Tap | None = None  # in place of it
         self._ready: _Tap | None = None
+        self._aside: bpf.Object | None = None
 
     @property
     def main(self) -> bpf.Program:
@@ -202,13 +205,19 @@ class Program:
         maps = self.maps
         return read(maps["xdp_counters"], maps["worker_counters"], maps["daemon_counters"], slots)
 
-    def ask(self, frame: bytes, index: int) -> int:
-        """What the program returns for a frame that came in by queue 0 of an interface.
+    def load_aside(self) -> None:
+        """Load the program that :meth:`ask` asks; takes up to a second, in any thread."""
+        shared = {name: held for name, held in self.maps.items() if name not in WRITTEN}
+        self._aside = self._aside or _load(shared, {"flows": 1})
 
-        It runs, and counts the frame, but what it says is not done.
+    def ask(self, frame: bytes, index: int) -> int:
+        """What the program returns for a frame that came in by queue 0 of an interface, and belongs to no known flow.
+
+        One that counts for itself is asked, after :meth:`load_aside`, and what it says is not done.
         """
+        assert self._aside
         context = struct.pack("=6I", 0, len(frame), 0, index, 0, 0)  # struct xdp_md
-        return self.main.test_run(frame, context=context).retval
+        return self._aside.program(MAIN).test_run(frame, context=context).retval
 
     def forwarded(self, index: int) -> tuple[int, int]:
         """Packets and bytes of the service with this index that it forwarded by itself."""
@@ -220,6 +229,9 @@ class Program:
             if tap:
                 tap.close()
         self._tap = self._ready = None
+        if self._aside:
+            self._aside.close()
+            self._aside = None
         self._object.close()
 
 

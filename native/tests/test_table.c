@@ -39,6 +39,29 @@ static void places(void)
     /* one that is over is taken before the oldest, and time wraps */
     f = flow(6 * 8 + 1, 6, (uint16_t)(105 + CRAB_AGE_OPEN));
     CHECK(crab_table_write(t, &f) && there(6 * 8 + 1) == 6);
+    /* of those of which a single packet was seen, the oldest gives way before any other; and they push out no other */
+    for (uint16_t i = 0; i < 4; i++) {
+        buckets[1].flows[i] = flow(i * 8u + 1, i, (uint16_t)(100 + i));
+        buckets[1].flows[i].state = i % 2 ? CRAB_FLOW_LONE : CRAB_FLOW_OPEN;
+    }
+    f = flow(6 * 8 + 1, 6, 104);
+    CHECK(crab_table_write(t, &f) && there(1 * 8 + 1) < 0);
+    f.hash += 8;
+    f.state = CRAB_FLOW_LONE;
+    CHECK(!crab_table_write(t, &f)); /* the other one has had its packet just now */
+    f.seen = 105;
+    CHECK(crab_table_write(t, &f) && there(3 * 8 + 1) < 0 && there(0 * 8 + 1) == 0 && there(2 * 8 + 1) == 2);
+    f.hash += 8;
+    f.seen = 106;
+    CHECK(!crab_table_write(t, &f) && there(0 * 8 + 1) == 0);
+    f.seen = 107;
+    CHECK(crab_table_write(t, &f) && there(7 * 8 + 1) < 0 && there(0 * 8 + 1) == 0);
+    f.hash += 8;
+    f.state = CRAB_FLOW_OPEN;
+    f.seen = 109;
+    CHECK(crab_table_write(t, &f) && there(8 * 8 + 1) < 0 && there(0 * 8 + 1) == 0);
+    f.hash += 8;
+    CHECK(crab_table_write(t, &f) && there(0 * 8 + 1) < 0); /* no lone one is left */
     buckets[1] = (struct crab_bucket){0};
     f = flow(9, 1, 65530);
     CHECK(crab_table_write(t, &f));

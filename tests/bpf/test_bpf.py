@@ -31,6 +31,7 @@ from scapy.packet import Packet, Raw
 
 from crablb.agent import offering, verify
 from crablb.agent.client import start_sweeping
+from crablb.agent.dsr import EVERYWHERE
 from crablb.config import parse_vip
 from crablb.dataplane import flows as flowmap
 from crablb.dataplane import paths, statistics
@@ -38,7 +39,7 @@ from crablb.dataplane.paths import Ways
 from crablb.kernel import bpf, pins
 from crablb.kernel.counters import counter_names
 from crablb.kernel.xsk import XskSocket
-from crablb.model import mapped
+from crablb.model import lpm_key, mapped
 from tests.helpers.frames import a_hop_less, ether
 from tests.helpers.namespaces import Pair
 from tests.helpers.native import compiled
@@ -1073,6 +1074,17 @@ def test_flow_with_room_in_front(flows, family, tunnel):
         assert sent[True] == bytes(lib.CRAB_ROOM) + sent[False]
 
 
+@pytest.mark.parametrize("state", [lib.CRAB_FLOW_LONE, lib.CRAB_FLOW_ENDING, lib.CRAB_FLOW_OPEN])
+def test_a_packet_of_another_second_makes_a_flow_more_than_one_packets(flows, state):
+    hash_ = know(flows, 4, DIP[4], age=5)
+    known(flows, hash_)["state"] = state
+    frame = bytes(ether() / to_vip(4, flags="A"))
+    assert flows.programs["crab_lb"].test_run(frame).retval == XDP_TX
+    flow = known(flows, hash_)
+    assert (flowmap.now() - int(flow["seen"])) & 0xFFFF < 5
+    assert flow["state"] == (lib.CRAB_FLOW_OPEN if state == lib.CRAB_FLOW_LONE else state)
+
+
 @settings(max_examples=200)
 @given(st.integers(1, 2**32 - 2), st.integers(1, 65535), st.integers(0, 2**64 - 1), st.booleans())
 def test_flow_is_found_by_its_hash(flows, client, port, seed, v6):
@@ -1420,6 +1432,8 @@ def dsr(namespace) -> Iterator[Counted]:
     with bpf.Object(bpf.object_path("dsr")) as loaded:
         for family in (4, 6):
             loaded.map("dsr_vips").update(mapped(ip_address(VIP[family])), 1)
+        for prefix in EVERYWHERE:
+            loaded.map("dsr_sources").update(lpm_key(prefix), prefix.version)
         yield Counted(loaded, "dsr_counters", counter_names("crab_dsr_counter", "CRAB_DSR_"))
 
 
@@ -1458,6 +1472,38 @@ def test_tunnels_to_another_mac_address_are_let_alone(dsr, outer):
     assert dsr.counts() == {"other_mac": 4}
     assert len(run(frame).data) < len(frame)
     assert dsr.counts() == {"other_mac": 4, "decapsulated": 1}
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+def test_tunnels_from_elsewhere_are_dropped(dsr, inner, outer):
+    """Of prefixes that load balancers are in, the other family's says nothing, ::/0 neither."""
+    for prefix in EVERYWHERE:
+        dsr.maps["dsr_sources"].delete(lpm_key(prefix))
+    run = dsr.programs["crab_decap"].test_run
+    packet = to_vip(inner, flags="A") / b"data"
+
+    def tunnel(source: str) -> bytes:
+        return bytes(ether() / layer(outer)(src=source, dst=DIP[outer]) / packet)
+
+    assert run(tunnel(TUNNEL_SRC[outer])).retval == XDP_DROP
+    assert dsr.counts() == {"drop_source": 1}
+    theirs = ip_network("::/0" if outer == 4 else "0.0.0.0/0")
+    own = ip_network(f"{TUNNEL_SRC[outer]}/{31 if outer == 4 else 127}", strict=False)
+    dsr.maps["dsr_sources"].update(lpm_key(theirs), theirs.version)
+    assert run(tunnel(TUNNEL_SRC[outer])).retval == XDP_DROP
+    dsr.maps["dsr_sources"].update(lpm_key(own), own.version)
+    assert (run(tunnel(TUNNEL_SRC[outer])).retval, run(tunnel(str(own[1]))).retval) == (XDP_PASS, XDP_PASS)
+    outside = str(own.network_address - 1), str(own.broadcast_address + 1)
+    assert [run(tunnel(source)).retval for source in outside] == [XDP_DROP, XDP_DROP]
+    assert dsr.counts() == {"drop_source": 4, "decapsulated": 2}
+    # What is no VIP's, or not for this machine, is not looked at.
+    other = layer(inner)(dst=OTHER_VIP[inner]) / TCP()
+    stranger = bytes(ether() / layer(outer)(src=outside[0], dst=DIP[outer]) / other)
+    assert run(stranger).retval == XDP_PASS
+    dsr.maps["dsr_macs"].update(LO, macs(OURS))
+    assert run(sent_to(FOREIGN, tunnel(outside[0]))).retval == XDP_PASS
+    assert dsr.counts() == {"drop_source": 4, "decapsulated": 2, "not_vip": 1, "other_mac": 1}
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class StillEngine:
         self.listeners: list[Callable[[Notice], None]] = []
         self.standings: dict[Pair, Standing] = {}
         self.found: dict[Pair, Found] = {}  # what checks say
+        self.awaited: set[Pair] = set()  # of which they have said nothing yet
         self.task_failed: tuple[str, float] | None = None
         self.gap: Gap | None = None
         self.hops: dict[Address, NextHop] = {
@@ -135,6 +136,7 @@ def still(served: Config | None = None, **more: Any) -> tuple[Operator, StillEng
         of=engine.found.get,
         results=lambda pair: [],
         since=lambda pair: 0.0,
+        awaited=engine.awaited.__contains__,
         withdrawn=set(),
         prepare=engine.prepare,
         late=0.0,

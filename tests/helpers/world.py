@@ -52,8 +52,9 @@ class World:
         self.lab, self.folder = lab, folder
         self._started: list[subprocess.Popen[str]] = []
 
-    def servers(self, agents: bool = True, *, port: int = 80, dsr: bool = False) -> None:
-        """Echo servers.  With ``dsr`` they have the VIPs from their agents, not from the lab."""
+    def servers(self, agents: bool = True, *more: str, port: int = 80, dsr: bool = False) -> None:
+        """Echo servers.  With ``dsr`` they have the VIPs from their agents, not from the lab; ``more``: what these are
+        told besides."""
 
         def start(server: Node) -> None:
             self.python(server, "serve", server.name, str(port), ready=True)
@@ -61,7 +62,7 @@ class World:
                 server.ip(f"addr del {VIP4}/32 dev lo", f"addr del {VIP6}/128 dev lo")
                 server.set({"net.ipv4.conf.all.arp_ignore": 0, "net.ipv4.conf.all.arp_announce": 0})
             if agents or dsr:
-                start_agent(server, "server", *(["--dsr"] if dsr else []))
+                start_agent(server, "server", *(["--dsr"] if dsr else []), *more)
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(start, self.lab.servers))

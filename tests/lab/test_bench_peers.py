@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import lab, peers
+from crablb.kernel import bpf
 from tests.helpers.bench import quiet, written
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("bpf-stats")]
@@ -47,6 +48,8 @@ def test_redirected_connections_pass_the_load_balancer_by(suite):
     programs = {row.name: row.median for row in suite.table("peers-bpf").rows}
     ours = {f"crablb, redirect: crab_{name}" for name in ("server", "offer", "ingress", "egress", "lb")}
     assert {*ours, "XDP redirect: redirect"} <= programs.keys()
+    # Its server has no agent: whatever other servers' agents of this machine do meanwhile is theirs.
+    assert "crablb, DSR: crab_server" not in programs
     p6 = suite.targets[-1]
     assert p6.value.startswith("0 packets beside ")
 
@@ -69,6 +72,20 @@ def test_what_is_not_installed_is_left_out(monkeypatch, tmp_path):
         world.lab.servers[2].ip("link set eth0 down")
         with pytest.raises(lab.Unavailable, match=r"direct: .* failed"):
             world.crr("direct", "--seconds", "0.2")
+
+
+def test_programs_are_the_labs_own(tmp_path):
+    """Whatever else of the same names is loaded on the machine, and run."""
+    with bpf.Object(bpf.object_path("server")) as other, lab.Peers(quiet(), tmp_path, ("crablb, redirect",)) as world:
+        own = world.programs()
+        assert other.program("crab_server").id not in own
+        names = []
+        for program in bpf.programs():
+            with program:
+                names += [program.name] * (program.id in own)
+        ours = {f"crab_{name}" for name in ("server", "offer", "ingress", "egress", "lb")}
+        assert ours <= set(names)
+        assert names.count("crab_server") == 2  # of two servers
 
 
 def test_programs_speak_mptcp(tmp_path):

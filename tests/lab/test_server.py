@@ -360,6 +360,14 @@ def test_another_set_replaces_only_if_asked(make_world):
     assert agent_status(server, 1)["server"]["vips"] == [VIPS[0]]
     assert "replaced the agent that was there" in install("--vip", OTHER, *cgroup, "--replace")
     assert agent_status(server, 1)["server"]["vips"] == [OTHER]
+    dsr = ("--vip", OTHER, *cgroup, "--dsr")
+    install(*dsr, "--tunnels-from", "192.0.2.7/32", "--tunnels-from", "fd00::/64", "--replace")
+    told = "it was installed with --tunnels-from 192.0.2.7/32 --tunnels-from fd00::/64"
+    assert told in install(*dsr, rc=2)
+    assert agent_status(server, 1)["server"]["dsr"]["sources"] == ["192.0.2.7/32", "fd00::/64"]
+    install(*dsr, "--replace")
+    assert "it was installed without --tunnels-from" in install(*dsr, "--tunnels-from", "192.0.2.7/32", rc=2)
+    assert "of use with --dsr only" in install("--vip", OTHER, *cgroup, "--tunnels-from", "192.0.2.7/32", rc=2)
 
 
 def test_agents_of_namespaces_that_share_a_cgroup(make_world: Callable[..., World]):

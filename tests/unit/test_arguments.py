@@ -282,11 +282,16 @@ def test_bash_completes_interfaces(completion):
         (["drain", "11"], "crablb drain fd00::11", {"11"}),  # bash ends a word at a colon
         (["weight", "10.0.0.11", "3", "--vip", ""], None, {"tcp://10.0.0.100:80"}),
         (["lab", "down", "--name", "m"], None, {"mine"}),
+        (["lab", "exec", "--name", "o"], None, {"other"}),
+        (["lab", "exec", "s"], None, {"server1"}),
+        (["lab", "exec", "--name", "mine", ""], None, {"client", "server1"}),
+        (["lab", "exec", "client", "--name", ""], None, {"mine", "other"}),
     ],
 )
 def test_bash_completes_what_there_is(completion, tmp_path, monkeypatch, words, line, expected):
     """By asking ``crablb completion --list``."""
     there = {"backends": "10.0.0.11 10.0.0.12 fd00::11", "vips": "tcp://10.0.0.100:80", "labs": "mine other"}
+    there["nodes"] = "client server1"
     cases = "".join(f'{kind}) printf "%s\\n" {names};; ' for kind, names in there.items())
     (tmp_path / "crablb").write_text(f'#!/bin/sh\ncase "$3" in {cases}esac\n')
     (tmp_path / "crablb").chmod(0o755)
@@ -299,9 +304,13 @@ def test_bash_completes_what_there_is(completion, tmp_path, monkeypatch, words, 
 def test_what_there_is_to_complete(monkeypatch, capsys, tmp_path):
     """Silent where nobody answers, and soon where somebody does not."""
     monkeypatch.setattr("crablb.api.client.found", dict)
-    monkeypatch.setattr("crablb.lab.lab.existing", lambda: ["mine", "other"])
+    monkeypatch.setattr("crablb.lab.lab.STATE", tmp_path)
+    (tmp_path / "mine.json").write_text('{"topology": "bridge", "servers": 1}')
+    (tmp_path / "other.json").write_text("half")
     assert main(["completion", "--list", "labs"]) == 0
     assert capsys.readouterr() == ("mine\nother\n", "")
+    assert main(["completion", "--list", "nodes"]) == 0
+    assert capsys.readouterr() == ("client\nlb\nserver1\nswitch\n", "")
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.bind(str(tmp_path / "deaf"))
         deaf.listen()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from ipaddress import ip_address, ip_network
 
+import numpy as np
 import pytest
 from crablb._native import lib
 from scapy.layers.inet import IP, TCP
@@ -37,6 +38,40 @@ def test_a_flood_pushes_out_nobody_who_lives(family, flags):
     late = 1000 + lib.CRAB_AGE_OPEN
     assert world.send("S", ISN, port=6000, now=late) == world.new
     assert world.entries(late) == 1
+
+
+@families
+def test_packets_without_a_handshake_take_nobodys_place_in_the_programs_table(family):
+    """Others' places are theirs, and others take theirs: connections that begin are written down all the while, and
+    those of another load balancer too, of which more than one packet came."""
+    world = Contested(family, table=True)
+    lone = lib.CRAB_FLOW_LONE
+    begun, moved_here = range(5000, 5008), range(6000, 6008)
+    for port in begun:
+        assert world.send("S", ISN, port=port) == world.send("A", ISN + 1, port=port) == world.old
+    for second in (0, 1):
+        for port in moved_here:
+            assert world.send("A", ISN, port=port, now=1000 + second) == world.old
+    states = world.places["state"][world.places["hash"] != 0]
+    assert len(states) == 16
+    assert lone not in states  # two packets are more than a stranger's one
+    kept = set(world.places["hash"].tolist()) - {0}
+    # Five times what there is room for, and later again.
+    for now, first in ((1010, 10000), (1020, 30000)):
+        for port in range(first, first + 5 * len(world.places)):
+            assert world.send("A", port, port=port, now=now) == world.old
+    assert np.count_nonzero(world.places["hash"]) == len(world.places)
+    assert np.count_nonzero(world.places["state"] == lone) == len(world.places) - 16
+    assert kept <= set(world.places["hash"].tolist())
+    # The table is another; who begins now is known for all that.
+    world.move()
+    for port in range(7000, 7016):
+        assert (
+            world.send("S", LATER, port=port, now=1030) == world.send("A", LATER + 1, port=port, now=1030) == world.new
+        )
+    assert np.count_nonzero(world.places["state"] == lone) == len(world.places) - 32
+    for port in (*begun, *moved_here):
+        assert world.send("PA", ISN + 2, port=port, now=1030) == world.old
 
 
 def bucket(seed: bytes, port: int) -> int:

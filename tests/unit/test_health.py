@@ -498,6 +498,28 @@ def test_agents_and_programs_say_percentages():
 # ---- at the start ----
 
 
+def test_what_no_check_has_said_yet():
+    """Until the first has ended a backend is as it was configured to be; which is told."""
+    backends = (Backend(A), Backend(B, state=State.MAINT), Backend(C))
+
+    async def main():
+        t = bed(service(*backends, checks=(TCP, REDIRECT)), service(vip=MAIL, checks=()))
+        pairs = list(itertools.product((WEB, MAIL), (A, B, C)))
+        assert {pair for pair in pairs if t.health.awaited(pair)} == {(WEB, A), (WEB, C)}, "those that are checked"
+        t.answers[CheckKind.TCP, C] = CANNOT
+        t.start()
+        await asyncio.sleep(10)
+        assert {pair for pair in pairs if t.health.awaited(pair)} == {(WEB, C)}, "whose check cannot be made"
+        t.answers[CheckKind.TCP, C] = DOWN
+        await asyncio.sleep(10)
+        assert not any(map(t.health.awaited, pairs))
+        t.apply(service(checks=(REDIRECT,)))
+        assert not any(map(t.health.awaited, pairs)), "which says nothing of whether it serves"
+        t.health.close()
+
+    hours(main())
+
+
 def test_down_at_the_start():
     async def main():
         t = bed(service(initially=Initially.DOWN)).start()

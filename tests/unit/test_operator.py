@@ -74,6 +74,16 @@ async def test_all_is_well(operator, engine):
 
 
 @asked
+async def test_who_was_not_checked_yet(operator, engine):
+    """It serves, which is no trouble, and is not said to be well."""
+    engine.awaited.add((engine.config.services[0].vip, A))
+    status = await operator.status()
+    assert (status.state, status.backends_serving, status.backends_unchecked) == ("serving", 3, 1)
+    assert ((told := await of(operator, A)).serving, told.reason, told.healthy) == (True, "not checked yet", None)
+    assert (await of(operator, B)).reason == ""
+
+
+@asked
 async def test_why_one_does_not_serve(operator, engine):
     """Each reason, and what it makes of the whole."""
     vip = engine.config.services[0].vip

@@ -104,6 +104,7 @@ def test_programs_of_the_network_have_no_dwarf():
         code = path.read_bytes()
         assert b".BTF" in code
         assert b".debug_info" not in code, path.name
+        assert b"\0LBB" not in code, path.name  # labels: a tenth of it
 
 
 # ---- Debian's ----

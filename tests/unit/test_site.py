@@ -97,6 +97,32 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
+#: Brackets and commas that stand on another line than the word of code that they belong to, with that.
+LONE = """(() => {
+  const lone = [], box = (node, from, to) => {
+    const range = document.createRange();
+    range.setStart(node, from);
+    range.setEnd(node, to);
+    return range.getBoundingClientRect();
+  };
+  for (const code of document.querySelectorAll("article code.literal")) {
+    const lines = [...code.getClientRects()].filter((line) => line.width);
+    for (const side of lines.length ? ["previousSibling", "nextSibling"] : []) {
+      let node = code;
+      while (!node[side] && node.parentNode.matches("a, strong, em")) node = node.parentNode;
+      node = node[side];
+      if (!node || node.nodeType !== Node.TEXT_NODE) continue;
+      if (side === "previousSibling" && node.data.endsWith("(") &&
+          box(node, node.length - 1, node.length).bottom <= lines[0].top)
+        lone.push("(" + code.textContent);
+      if (side === "nextSibling" && /^[),.;:]/.test(node.data) && box(node, 0, 1).top >= lines.at(-1).bottom)
+        lone.push(code.textContent + node.data[0]);
+    }
+  }
+  return lone;
+})()"""
+
+
 def test_every_page_fits_a_phone(pages, browser):
     """And a notebook; tables, code and pictures are scrolled, stacked or made smaller, not the page."""
     shown = browser.open("about:blank", 390, 844)
@@ -106,4 +132,5 @@ def test_every_page_fits_a_phone(pages, browser):
         for width in (390, 1280):
             shown.size(width, 844)
             assert shown.run("document.scrollingElement.scrollWidth") == width, (page.name, width)
+            assert shown.run(LONE) == [], (page.name, width)
         assert not shown.complaints, page.name

@@ -86,6 +86,7 @@ def hosted(
                 await test(host, fake, failures)
         finally:
             await host.close()
+            host.pass_on(False)
 
     try:
         asyncio.run(within())
@@ -130,6 +131,48 @@ def test_all_is_handed_over():
 
     before = opened()
     assert hosted(test) == ["hold", "offer", "give", "rest"]
+    assert opened() == before
+
+
+@pytest.mark.parametrize("owed", [True, False])
+def test_a_reload_of_the_last_moment_is_passed_on(owed):
+    """By the connection, as the other process may be one that is not seen from here."""
+    reloads = []
+
+    async def test(host: Host, fake: Fake, failures: list[str]) -> None:
+        def succeed() -> Coroutine[Any, Any, None]:
+            found = connect(["eth0", "eth1"])
+            assert found
+            found.take()
+            found.rest()
+            found.served()
+            heard = found.afterwards(lambda: reloads.append(1))
+            found.close()
+            return heard
+
+        heard = asyncio.ensure_future(await asyncio.to_thread(succeed))
+        await host.left
+        assert not heard.done()
+        host.pass_on(owed)  # the last that a process does
+        await heard
+
+    before = opened()
+    hosted(test)
+    assert reloads == [1] * owed
+    assert opened() == before
+
+
+def test_nobody_listens_to_a_reload_of_the_last_moment():
+    """Who took over has ended, or is of another version."""
+
+    async def test(host: Host, fake: Fake, failures: list[str]) -> None:
+        host.pass_on(True)  # to nobody
+        await asyncio.to_thread(take_all)
+        await host.left
+        host.pass_on(True)
+
+    before = opened()
+    hosted(test)
     assert opened() == before
 
 

@@ -74,6 +74,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="with --dsr: where tunnels come in (default: every Ethernet interface that is up); repeatable",
     )
     server.add_argument(
+        "--tunnels-from",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="with --dsr: where the load balancers are; tunnels from elsewhere are dropped (default: they may be"
+        " anywhere); repeatable",
+    )
+    server.add_argument(
         "--report",
         metavar="LB[:PORT],...",
         help="tell these load balancers how many connections there are, and how loaded the machine is",

@@ -150,6 +150,9 @@ def run_server(args: argparse.Namespace) -> int:
     problems.attempt("", find_cgroup, args.cgroup)
     if args.interface and not args.dsr:
         problems.add("", "--interface says where tunnels come in, and is of use with --dsr only")
+    sources = problems.each("--tunnels-from", args.tunnels_from, parse_prefix)
+    if args.tunnels_from and not args.dsr:
+        problems.add("", "--tunnels-from says where tunnels come from, and is of use with --dsr only")
     reporting = problems.attempt("", _reporting, args)
     metrics = problems.attempt("", _metrics, args)
     lead = _mptcp(args, problems)
@@ -157,7 +160,13 @@ def run_server(args: argparse.Namespace) -> int:
 
     def agent() -> ServerAgent:
         agent = ServerAgent(
-            vips, args.cgroup, dsr=args.dsr, interfaces=interfaces, mptcp=lead(vips), sockets=args.mptcp_listeners
+            vips,
+            args.cgroup,
+            dsr=args.dsr,
+            interfaces=interfaces,
+            tunnels_from=sources,
+            mptcp=lead(vips),
+            sockets=args.mptcp_listeners,
         )
         if agent.mptcp and (found := mptcp.problems(vips, agent.mptcp, (agent.state() or {}).get("mptcp"))):
             raise ConfigError(found)

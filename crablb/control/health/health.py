@@ -714,6 +714,13 @@ class Health:
         backend = self._backends.get(pair)
         return backend.found if backend else None
 
+    def awaited(self, pair: Pair) -> bool:
+        """Whether a backend is as it was configured to be at first, as none of its checks has said anything yet."""
+        backend = self._backends.get(pair)
+        if not backend or backend.found.known or not backend.asks.checked:
+            return False
+        return any(job.kind is not CheckKind.REDIRECT for job in backend.jobs)
+
     def since(self, pair: Pair) -> float:
         """At what time (seconds since 1970), of before a restart too, a backend became healthy or unhealthy, or its
         checks first said what they say; 0: that is not known."""
