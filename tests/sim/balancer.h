@@ -5,6 +5,7 @@
 #define SIM_BALANCER_H
 
 #include "batch.h"
+#include "joins.h"
 
 #define SIM_QUEUES 2
 #define SIM_SERVICES 4
@@ -47,6 +48,7 @@ struct setting {
     uint8_t dip[2][SIM_BACKENDS][16]; /* by family: backend i is two backends, i of IPv4 and SIM_BACKENDS/2 + i of IPv6 */
     uint8_t mac[SIM_BACKENDS][6];
     uint32_t cache, flows; /* entries of a flow cache, buckets of map `flows` */
+    uint32_t tokens; /* of MPTCP connections that there is room for */
     uint8_t key[16];
 };
 
@@ -87,6 +89,7 @@ struct balancer {
     struct crab_core *cores[SIM_QUEUES];
     uint64_t counters[SIM_QUEUES][CRAB_COUNTERS];
     struct crab_table *table;
+    struct crab_joins *joins;
     struct crab_snapshot *snapshot;
     struct crab_pool *pools[SIM_SERVICES];
     struct crab_load loads[SIM_SERVICES][SIM_BACKENDS];
@@ -94,7 +97,8 @@ struct balancer {
     uint16_t tables[SIM_SERVICES][SIM_SLOTS];
     uint64_t members; /* what the tables are made of, as a hash */
     uint32_t memory;  /* goes up when all is forgotten, */
-    uint32_t pending; /* and when handshakes under way are */
+    uint32_t pending; /* and when handshakes under way are, and tokens; */
+    uint32_t swept[SIM_BACKENDS]; /* and when a backend's tokens are */
     struct frame *waiting[SIM_QUEUES][SIM_WAITING];
     uint32_t count[SIM_QUEUES];
     bool woken[SIM_QUEUES];
@@ -103,6 +107,8 @@ struct balancer {
 void balancer_init(struct balancer *b, struct setting *setting, const uint8_t mac[6], uint32_t number, uint32_t seed);
 /* A configuration, and what is known of backends, become a snapshot, and paths. */
 void balancer_publish(struct balancer *b);
+/* The daemon's sweep: what neither the configuration nor a flow names any more is forgotten. */
+void balancer_sweep(struct balancer *b, uint32_t now);
 void balancer_start(struct balancer *b, uint32_t now);
 /* SIGKILL: what the kernel has stays. */
 void balancer_kill(struct balancer *b);

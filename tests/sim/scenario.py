@@ -38,6 +38,7 @@ class Scenario:
     ports: int = 2048  # that a client has: one that is free again is used again
     cache: int = 1 << 18  # entries of a worker's flow cache
     flows: int = 1 << 16  # buckets of map `flows`
+    multipath: int = 0  # of 100 clients
     heal: int = 1_000_000  # when all faults end, microseconds
     services: tuple[tuple[str, int, int, int], ...] = (
         ("maglev", 0, 0, 0),
@@ -56,6 +57,7 @@ class Scenario:
             "ports",
             "cache",
             "flows",
+            "multipath",
             "heal",
         )
         lines = [f"{name} {getattr(self, name)}" for name in names]
@@ -210,10 +212,11 @@ def of(seed: int, connections: int = 2000) -> Scenario:
             case _:
                 return at, name, a, lasting, 0
 
+    more = random.Random(f"{seed} more")  # what came later, so that all else stays what it was
     return Scenario(
         seed, connections, rate, balancers, servers, r.choice((1, 16, 64)), r.choice((0, 50, 100)),
         r.choice((50, 500, 2048)),
-        cache=cache, flows=flows, heal=span + 1_000_000, services=services,
+        cache=cache, flows=flows, multipath=more.choice((0, 30, 100)), heal=span + 1_000_000, services=services,
         events=tuple(sorted(event() for _ in range(busy))),
     )  # fmt: skip
 

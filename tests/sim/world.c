@@ -7,6 +7,7 @@
  *
  * Exit status 0: no invariant was broken; 1: some were; 2: the scenario is wrong. */
 #include "sim.h"
+#include "token.h"
 
 #include <sys/mman.h>
 
@@ -15,6 +16,7 @@
 #define WINDOW 4 /* segments */
 #define HEADER 9 /* of a request: connection (4), sizes of request and answer (4), rounds (1) */
 #define SYN_TRIES 6
+#define JOIN_TRIES 3
 #define DATA_TRIES 10
 #define ANSWER_TIME (30 * S) /* that an application waits */
 #define IDLE_TIME (400 * S)  /* until a server forgets a client that says nothing */
@@ -25,6 +27,7 @@ enum { C_NEW, C_SYN, C_OPEN, C_CLOSING, C_DONE, C_FAILED };
 enum { K_SYN_RECEIVED, K_OPEN, K_LAST_ACK };
 enum { E_FRAME, E_CONN, E_CHILD, E_BATCH, E_SCRIPT, E_TASK, E_VIEW };
 enum { AT_BALANCER, AT_SERVER, AT_CLIENT };
+enum { MP_CAPABLE, MP_JOIN, MP_DSS, MP_ADD_ADDR }; /* RFC 8684, 3 */
 
 /* What a load balancer has seen of a connection. */
 struct seen {
@@ -49,6 +52,14 @@ struct conn {
     uint32_t lives;    /* of that one's server, then */
     uint8_t executed_by;
     struct seen seen[BALANCERS];
+    /* MPTCP.  A subflow is a connection of its own, which takes the rest of the rounds over from the one that it joins. */
+    uint32_t joins, moved; /* the connection that it joins; the subflow that has taken over */
+    bool asks, multipath;  /* for MPTCP; and has it */
+    bool told, tried, full; /* the server's own address; a subflow; it joins the VIP, not that address */
+    bool direct;           /* a subflow to the server's own address */
+    uint8_t key[8];        /* the server's */
+    uint64_t learned[BALANCERS]; /* when its key passed them, as token_age has it; 0: it did not */
+    uint8_t led[BALANCERS];      /* and the server that it went to */
 };
 
 struct child {
@@ -56,6 +67,8 @@ struct child {
     uint16_t port, request, answer, rounds;
     uint8_t server, service, via, state, tries, family;
     bool used;
+    bool multipath, joined;
+    uint8_t key[8], token[4];
     uint64_t deadline, armed, rto;
 };
 
@@ -69,6 +82,7 @@ struct client {
     uint64_t until[SIM_SERVICES]; /* no offers before */
     uint64_t backoff[SIM_SERVICES];
     bool agent, stubborn, card, fast, forges;
+    bool multipath, full; /* asks for MPTCP; joins VIPs, though servers ask it not to */
     bool walled; /* whatever is not the VIP's does not get through to it: NAT, a stateful firewall */
 };
 
@@ -105,7 +119,7 @@ static struct script scripts[4096];
 static uint32_t script_count;
 static uint32_t *child_heads, child_count, child_room, free_child = NONE, child_serial;
 static uint32_t conn_count, conn_room, served, task_count = 1000, balancer_count = 1, server_count = 1, client_count = 1;
-static uint32_t rate = 10000, agents = 50, ports = PORTS, trace, agents_pending;
+static uint32_t rate = 10000, agents = 50, ports = PORTS, trace, agents_pending, multipath;
 static uint64_t now, progress, seed = 1, heal_at, random_state, birth;
 static bool logging;
 static struct {
@@ -124,6 +138,7 @@ static struct {
     uint64_t born, delivered, lost, dropped, passed, to_nobody;
     uint64_t batches, redirected, fallback, by_xdp, excused, violations, hostile, refused, resets, timeouts, failures;
     uint64_t checksums, taken, twice_excused, most_passes, learned, restarts;
+    uint64_t joins, joins_known, joins_direct, joins_refused, moved;
 } tally;
 
 static uint64_t rnd(void)
@@ -384,6 +399,35 @@ static void route(struct frame *f, const struct segment *s, bool from_client)
     }
 }
 
+/* ---- options of MPTCP ---- */
+
+/* One of a subtype and so many bytes (0: any), or NULL. */
+static const uint8_t *multipath_option(const struct segment *s, uint32_t subtype, uint32_t size)
+{
+    for (uint32_t i = 0; i + 2 <= s->option_count && s->options[i]; i += s->options[i] == 1 ? 1 : s->options[i + 1]) {
+        const uint8_t *o = &s->options[i];
+        if (o[0] != 1 && (o[1] < 2 || i + o[1] > s->option_count))
+            return NULL;
+        if (o[0] == 30 && o[1] > 2 && o[2] >> 4 == subtype && (!size || o[1] == size))
+            return o;
+    }
+    return NULL;
+}
+
+/* Append one, whose bytes behind the first four are these and zeros, and NOPs. */
+static void say_multipath(struct segment *s, uint32_t subtype, uint8_t flags, uint32_t size, const uint8_t *bytes, uint32_t n)
+{
+    uint8_t *o = s->options + s->option_count;
+    memset(o, 0, size);
+    o[0] = 30;
+    o[1] = (uint8_t)size;
+    o[2] = (uint8_t)(subtype << 4 | (subtype == MP_CAPABLE));
+    o[3] = flags;
+    memcpy(o + 4, bytes, n);
+    for (s->option_count += size; s->option_count % 4;)
+        s->options[s->option_count++] = 1;
+}
+
 /* ---- load balancers ---- */
 
 /* Where tables are so small that some connections find no room: what counts is what a load balancer says that it remembers. */
@@ -445,6 +489,25 @@ static bool remembers(const struct balancer *b, const struct conn *c, uint32_t s
     return false;
 }
 
+/* How often a load balancer has forgotten a server's tokens. */
+static uint64_t token_age(const struct balancer *b, uint32_t server, uint32_t family)
+{
+    return 1ull + b->memory + b->pending + b->swept[server + (family == 6 ? SERVERS : 0)];
+}
+
+/* A subflow's first SYN leaves a load balancer that knows its connection: it is to go to that one's server. */
+static void check_join(const struct balancer *b, uint32_t id, uint32_t server)
+{
+    uint32_t l = (uint32_t)(b - balancers);
+    const struct conn *c = &conns[id], *whole = &conns[c->joins];
+    const struct backend_view *v = &b->view[whole->led[l]];
+    if (!whole->learned[l] || whole->learned[l] != token_age(b, whole->led[l], c->family) || !v->resolved || v->dead || is_small())
+        return;
+    tally.joins_known++;
+    if (server != whole->led[l])
+        violation("join-strayed", id, "a subflow's SYN was sent to server %u, its connection is server %u's", server, whole->led[l]);
+}
+
 /* A stranger's FIN or RST: the flow that it names makes room for others sooner. */
 static void note_end(struct balancer *b, const struct segment *s, uint32_t service)
 {
@@ -484,7 +547,9 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
             return;
         for (uint32_t l = 0; l < balancer_count; l++)
             if (c->seen[l].level && c->seen[l].server != server && &c->seen[l] != seen)
-                c->excused |= c->seen[l].members != b->members || setting.service[c->service].policy;
+                c->excused |= c->seen[l].members != b->members || setting.service[c->service].policy || c->joins;
+        if (c->joins && !seen->level)
+            check_join(b, f->conn, server);
         if (seen->level && seen->server != server) {
             const struct backend_view *v = &b->view[seen->server];
             if (known && lives && v->resolved && !v->dead && !is_crowded(b, c))
@@ -516,8 +581,8 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
     }
 }
 
-/* A frame that a load balancer sends. */
-static void leave(struct balancer *b, struct frame *f)
+/* A frame that a load balancer sends; by_worker: not by the XDP program alone. */
+static void leave(struct balancer *b, struct frame *f, bool by_worker)
 {
     struct segment s;
     uint32_t who = (uint32_t)(b - balancers);
@@ -547,12 +612,18 @@ static void leave(struct balancer *b, struct frame *f)
                 violation("forged", f->conn, "%d redirects in a SYN that was %s", redirects, redirected ? "redirected" : "not redirected");
             if (redirected && f->hostile == 2)
                 violation("data", f->conn, "a SYN with data was redirected");
+            if (redirected && multipath_option(&s, MP_JOIN, 12))
+                violation("join-redirected", f->conn, "a subflow's SYN was redirected");
             note_other(b, &s, redirected ? service_of(vip, s.dport) : service_of(s.to, s.dport));
             f->redirected = redirected;
             tally.redirected += redirected;
         }
         if (read == 1 && f->conn && !s.icmp)
             check_way(b, f, &s, server);
+        if (read == 1 && f->conn && !s.icmp && by_worker && (multipath_option(&s, MP_CAPABLE, 20) || multipath_option(&s, MP_CAPABLE, 22))) {
+            conns[f->conn].learned[who] = token_age(b, server, s.family);
+            conns[f->conn].led[who] = (uint8_t)server;
+        }
         if (read == 1 && !f->conn && !(s.flags & CRAB_SYN))
             note_other(b, &s, service_of(s.to, s.dport));
         if (read == 1 && !f->conn && s.flags & (CRAB_FIN | CRAB_RST))
@@ -607,7 +678,7 @@ static void work(struct balancer *b, uint32_t q)
         f->len = batch[i].len;
         if (f->len) {
             sent++;
-            leave(b, f);
+            leave(b, f, true);
         } else {
             end_frame(f, &tally.dropped);
         }
@@ -653,7 +724,7 @@ static void arrive_at_balancer(struct balancer *b, struct frame *f)
     switch (verdict) {
     case XDP_IS_SENT:
         tally.by_xdp++;
-        leave(b, f);
+        leave(b, f, false);
         return;
     case XDP_IS_PASSED:
         end_frame(f, &tally.passed);
@@ -760,7 +831,12 @@ static void server_say(struct child *k, uint8_t flags, uint32_t at, uint32_t len
         memcpy(s.options, v6 ? "\x2a\x12" : "\x2a\x06", 2);
         memcpy(s.options + 2, setting.service[k->service].addr + (v6 ? 0 : 12), v6 ? 16 : 4);
         memset(s.options + (v6 ? 18 : 6), 1, 2);
+        s.option_count *= !k->joined;
     }
+    if (k->multipath && at == NONE)
+        say_multipath(&s, k->joined ? MP_JOIN : MP_CAPABLE, 0x81 | 0x20 * !k->joined, k->joined ? 16 : 12, k->key, k->joined ? 0 : 8);
+    else if (k->multipath && !k->joined && !length && k->via >= 2) /* "come to my own address" */
+        say_multipath(&s, MP_ADD_ADDR, 1, k->family == 4 ? 16 : 28, setting.dip[k->family == 6][k->server] + (k->family == 4 ? 12 : 0), k->family == 4 ? 4 : 16);
     frame_write(f, router_mac, setting.mac[k->server], &s);
     show(f, "server-out", k->server);
     route(f, &s, false);
@@ -816,6 +892,18 @@ static void execute(struct child *k, const struct frame *f, const struct segment
         }
 }
 
+/* The connection that a subflow joins. */
+static struct child *child_of_token(uint32_t server, uint32_t client, const uint8_t token[4])
+{
+    for (uint32_t i = 0; i < child_count; i++) {
+        struct child *k = &children[i];
+        if (k->used && k->server == server && k->client == client && k->multipath && !k->joined && k->state != K_LAST_ACK &&
+            !memcmp(k->token, token, 4))
+            return k;
+    }
+    return NULL;
+}
+
 static void server_refuse(uint32_t server, const struct segment *s)
 {
     struct frame *f = new_frame(0);
@@ -864,9 +952,19 @@ static void arrive_at_server(uint32_t server, struct frame *f)
     struct child *k = i == NONE ? NULL : &children[i];
     if (s.flags & CRAB_SYN) {
         uint8_t vip[16];
+        const uint8_t *join = multipath_option(&s, MP_JOIN, 12), *capable = multipath_option(&s, MP_CAPABLE, 4);
+        struct child *whole = join ? child_of_token(server, client, join + 4) : NULL;
         if (s.flags & CRAB_ACK)
             return;
-        if (own == server) { /* redirected: only to what it was told of */
+        if (join && options_redirects(&s, vip))
+            violation("forged", f->conn, "a forged redirect reached a server");
+        if (join && !whole && !k) {
+            server_refuse(server, &s);
+            return;
+        }
+        if (join) {
+            service = whole ? whole->service : k->service;
+        } else if (own == server) { /* redirected: only to what it was told of */
             if (!options_redirects(&s, vip) || (service = service_of(vip, s.dport)) == NONE)
                 return;
         } else if (options_redirects(&s, vip)) {
@@ -884,6 +982,13 @@ static void arrive_at_server(uint32_t server, struct frame *f)
             k->irs = s.seq;
             k->conn = f->conn;
             k->rto = S;
+            if (join || capable) {
+                uint64_t key = rnd();
+                k->multipath = true;
+                k->joined = join;
+                memcpy(k->key, &key, 8);
+                token_of(k->key, k->token);
+            }
             if (s.length) { /* Fast Open, with a cookie that is right */
                 execute(k, f, &s, 0);
                 k->got = s.length;
@@ -975,6 +1080,28 @@ static void child_timer(uint32_t i)
 
 /* ---- clients ---- */
 
+static void client_says_multipath(const struct conn *c, struct segment *s, uint32_t at)
+{
+    uint8_t keys[18] = {0}, token[8] = {0};
+    uint64_t own = mix(c->isn);
+    if (at == NONE && c->joins) {
+        token_of(conns[c->joins].key, token);
+        say_multipath(s, MP_JOIN, 1, 12, token, 8);
+    } else if (at == NONE) {
+        say_multipath(s, MP_CAPABLE, 1, 4, NULL, 0);
+    } else if (!c->multipath || s->flags & CRAB_RST) {
+        return;
+    } else if (c->joins && !c->una && !s->length) {
+        say_multipath(s, MP_JOIN, 0, 24, NULL, 0);
+    } else if (!c->joins && !c->una && (!s->length || !at)) { /* both keys; with data, their length too */
+        memcpy(keys, &own, 8);
+        memcpy(keys + 8, c->key, 8);
+        say_multipath(s, MP_CAPABLE, 0x81, s->length ? 22 : 20, keys, s->length ? 18 : 16);
+    } else {
+        say_multipath(s, MP_DSS, 5, 20, NULL, 0);
+    }
+}
+
 static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t length)
 {
     struct client *client = &clients[c->client];
@@ -984,7 +1111,7 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
     uint8_t payload[1500];
     client_address(s.from, c->client, c->family);
     memcpy(s.to, setting.service[c->service].addr, 16);
-    if (c->taken && !(flags & CRAB_SYN)) /* a SYN is never translated */
+    if ((c->taken && !(flags & CRAB_SYN)) || c->direct) /* a SYN is never translated */
         memcpy(s.to, setting.dip[c->family == 6][c->server], 16);
     uint32_t first = at == NONE ? 0 : at;
     for (uint32_t i = 0; i < length; i++)
@@ -1013,6 +1140,8 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
             s.option_count += 4;
             }
     }
+    if (c->asks)
+        client_says_multipath(c, &s, at);
     frame_write(f, router_mac, router_mac, &s);
     if (client->card && !c->taken)
         frame_partial(f);
@@ -1020,16 +1149,24 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
     route(f, &s, true);
 }
 
-static void new_conn(uint32_t task)
+/* A port of a client's that is free, or NONE. */
+static uint32_t free_port(struct client *who)
 {
-    uint32_t client = task % client_count, port = 0;
-    struct client *who = &clients[client];
+    uint32_t port = 0;
     for (uint32_t n = 0; n < ports; n++) {
         port = who->next++ % ports;
         if (!who->ports[port] || conns[who->ports[port]].state >= C_DONE)
             break;
     }
-    if (conn_count == conn_room || (who->ports[port] && conns[who->ports[port]].state < C_DONE)) {
+    return conn_count == conn_room || (who->ports[port] && conns[who->ports[port]].state < C_DONE) ? NONE : port;
+}
+
+static void new_conn(uint32_t task)
+{
+    uint32_t client = task % client_count;
+    struct client *who = &clients[client];
+    uint32_t port = free_port(who);
+    if (port == NONE) {
         push(now + S, E_TASK, 0, task);
         return;
     }
@@ -1037,7 +1174,7 @@ static void new_conn(uint32_t task)
     struct conn *c = &conns[id];
     *c = (struct conn){.task = task, .client = (uint16_t)client, .port = (uint16_t)(FIRST_PORT + port), .isn = (uint32_t)rnd(),
                        .service = (uint8_t)n, .server = NOBODY, .state = C_SYN, .mss = 1400, .stubborn = who->stubborn,
-                       .fast = who->fast, .forges = who->forges};
+                       .fast = who->fast, .forges = who->forges, .asks = who->multipath, .full = who->full};
     c->family = crab_is_mapped(setting.service[n].addr) ? 4 : 6;
     c->forges &= c->family == 4;
     c->acquainted = *acquaintance(c);
@@ -1045,6 +1182,8 @@ static void new_conn(uint32_t task)
     c->request = (uint16_t)(below(8) ? 40 + below(200) : 1000 + below(3000));
     c->answer = (uint16_t)(below(8) ? 40 + below(400) : 1000 + below(6000));
     c->rounds = (uint16_t)(below(5) ? 1 : 2 + below(6));
+    if (c->asks && c->rounds == 1)
+        c->rounds = (uint16_t)(1 + below(6));
     c->rto = c->offers ? 250 * MS : S;
     who->ports[port] = id;
     agents_pending += c->offers;
@@ -1054,6 +1193,35 @@ static void new_conn(uint32_t task)
     } else {
         client_say(c, CRAB_SYN, NONE, 0);
     }
+    arm(&c->deadline, &c->armed, now + c->rto, E_CONN, id);
+}
+
+/* A connection that its server has acknowledged data of: to another subflow, once. */
+static void try_to_join(struct conn *whole)
+{
+    struct client *who = &clients[whole->client];
+    if (!whole->multipath || whole->joins || whole->tried || whole->taken || whole->state != C_OPEN ||
+        whole->round + 1 >= whole->rounds || !(whole->full || whole->told))
+        return;
+    uint32_t port = free_port(who);
+    whole->tried = true;
+    if (port == NONE)
+        return;
+    uint32_t id = conn_count++;
+    struct conn *c = &conns[id];
+    *c = (struct conn){.task = whole->task, .client = whole->client, .port = (uint16_t)(FIRST_PORT + port), .isn = (uint32_t)rnd(),
+                       .service = whole->service, .server = NOBODY, .state = C_SYN, .mss = 1380, .family = whole->family,
+                       .request = whole->request, .answer = whole->answer, .joins = (uint32_t)(whole - conns), .asks = true,
+                       .direct = !whole->full, .rto = S};
+    c->acquainted = *acquaintance(c);
+    if (c->direct) {
+        c->server = whole->server;
+        c->taken = true;
+    }
+    tally.joins += !c->direct;
+    tally.joins_direct += c->direct;
+    who->ports[port] = id;
+    client_say(c, CRAB_SYN, NONE, 0);
     arm(&c->deadline, &c->armed, now + c->rto, E_CONN, id);
 }
 
@@ -1081,6 +1249,8 @@ static void conn_ends(struct conn *c, bool well)
     c->state = well ? C_DONE : C_FAILED;
     c->deadline = 0;
     offer_ends(c, well && c->taken);
+    if (c->moved || (c->joins && conns[c->joins].moved != (uint32_t)(c - conns))) /* its connection goes on elsewhere */
+        return;
     if (well && !tasks[c->task].served) {
         tasks[c->task].served = 1;
         served++;
@@ -1112,7 +1282,8 @@ static void conn_timer(uint32_t id)
     if (!fires(&c->deadline, &c->armed, E_CONN, id))
         return;
     if (c->state == C_SYN) {
-        if (++c->copies > SYN_TRIES) {
+        c->asks &= c->joins || c->copies < 2;
+        if (++c->copies > (c->joins ? JOIN_TRIES : SYN_TRIES)) {
             tally.timeouts++;
             conn_ends(c, false);
             return;
@@ -1162,6 +1333,34 @@ static void client_refuse(uint32_t client, const struct segment *s)
     route(f, &r, true);
 }
 
+static void client_closes(struct conn *c)
+{
+    c->state = C_CLOSING;
+    c->tries = 0;
+    c->rto = 300 * MS;
+    c->pausing = false;
+    client_say(c, CRAB_FIN | CRAB_ACK, c->nxt, 0);
+    arm(&c->deadline, &c->armed, now + c->rto, E_CONN, (uint32_t)(c - conns));
+}
+
+/* A subflow stands: what its connection has not begun yet is its own; the first subflow is closed once its round is over. */
+static bool takes_over(struct conn *c)
+{
+    struct conn *whole = &conns[c->joins];
+    if (whole->state != C_OPEN || whole->round + 1 >= whole->rounds)
+        return false;
+    if (whole->server != c->server)
+        violation("join-strayed", (uint32_t)(c - conns), "server %u took a subflow of server %u's connection", c->server, whole->server);
+    tally.moved++;
+    whole->moved = (uint32_t)(c - conns);
+    c->rounds = (uint16_t)(whole->rounds - whole->round - 1);
+    whole->rounds = (uint16_t)(whole->round + 1);
+    c->doomed |= whole->doomed;
+    if (whole->pausing)
+        client_closes(whole);
+    return true;
+}
+
 static void connected(struct conn *c, const struct segment *s, uint32_t server, bool redirected)
 {
     c->state = C_OPEN;
@@ -1180,7 +1379,18 @@ static void connected(struct conn *c, const struct segment *s, uint32_t server, 
     c->doomed = c->lost >> server & 1;
     for (uint32_t l = 0; l < balancer_count; l++)
         c->doomed |= balancers[l].view[server].dead;
-    c->pooled = setting.service[c->service].policy != NULL;
+    c->pooled = setting.service[c->service].policy != NULL || c->joins;
+    const uint8_t *capable = multipath_option(s, MP_CAPABLE, 12);
+    c->multipath = c->asks && (c->joins || capable);
+    if (c->multipath && capable)
+        memcpy(c->key, capable + 4, 8);
+    if (c->multipath && c->mss > 1380)
+        c->mss = 1380;
+    if (c->joins && !takes_over(c)) {
+        client_say(c, CRAB_RST | CRAB_ACK, c->nxt, 0);
+        conn_ends(c, false);
+        return;
+    }
     client_say(c, CRAB_ACK, c->nxt, 0);
     client_output(c);
 }
@@ -1202,8 +1412,9 @@ static void arrive_at_client(uint32_t client, struct frame *f)
     uint32_t port = (s.icmp ? s.sport : s.dport) - FIRST_PORT;
     struct conn *c = port < PORTS && clients[client].ports[port] ? &conns[clients[client].ports[port]] : NULL;
     if (s.icmp) {
-        if (c && c->state == C_OPEN && s.mtu && s.mtu >= 576 && s.mtu - 60 < c->mss) {
-            c->mss = (uint16_t)(s.mtu - 60);
+        uint32_t fits = s.mtu - 60 - (c && c->multipath ? 24 : 0); /* with the options that data have */
+        if (c && c->state == C_OPEN && s.mtu && s.mtu >= 576 && fits < c->mss) {
+            c->mss = (uint16_t)fits;
             c->nxt = c->una;
             client_output(c);
         }
@@ -1244,12 +1455,14 @@ static void arrive_at_client(uint32_t client, struct frame *f)
         }
         if (s.flags & CRAB_RST) {
             tally.refused++;
+            tally.joins_refused += c->joins != 0;
             conn_ends(c, false);
         } else if (s.flags & CRAB_SYN) {
-            connected(c, &s, from, false);
+            connected(c, &s, from, c->direct);
         }
         return;
     }
+    c->told |= multipath_option(&s, MP_ADD_ADDR, 0) != NULL;
     uint32_t at = s.seq - c->irs - 1;
     if (c->state == C_DONE) {
         if (s.flags & CRAB_FIN)
@@ -1289,13 +1502,10 @@ static void arrive_at_client(uint32_t client, struct frame *f)
             c->got = at + s.length;
             news = true;
             offer_ends(c, c->taken);
+            try_to_join(c); /* the packet was read: its place may be another's now */
         }
         if (c->got == (uint32_t)c->answer * c->rounds) {
-            c->state = C_CLOSING;
-            c->tries = 0;
-            c->rto = 300 * MS;
-            client_say(c, CRAB_FIN | CRAB_ACK, c->nxt, 0);
-            arm(&c->deadline, &c->armed, now + c->rto, E_CONN, (uint32_t)(c - conns));
+            client_closes(c);
             return;
         }
         client_say(c, CRAB_ACK, c->nxt, 0);
@@ -1360,6 +1570,19 @@ static void stranger(uint32_t kind)
     s.ttl = (uint8_t)(kind == 10 ? 1 : 64);
     if (kind == 11)
         s.flags = CRAB_ACK;
+    if (kind == 15) { /* keys of nobody's connection */
+        uint8_t keys[16];
+        for (uint32_t i = 0; i < sizeof keys; i++)
+            keys[i] = (uint8_t)rnd();
+        s.flags = CRAB_ACK;
+        say_multipath(&s, MP_CAPABLE, 0x81, 20, keys, 16);
+    }
+    if (kind == 16) { /* to whomever it leads */
+        uint64_t token = rnd();
+        say_multipath(&s, MP_JOIN, 1, 12, (uint8_t *)&token, 8);
+        memcpy(s.options + s.option_count, "\x2a\x02\x01\x01", 4);
+        s.option_count += 4;
+    }
     frame_write(f, balancers[0].mac, router_mac, &s);
     f->hostile = 1;
     tally.hostile++;
@@ -1515,8 +1738,10 @@ static void play(const struct script *e)
     } else if (!strcmp(name, "ecmp")) {
         salt = (uint32_t)e->a;
     } else if (!strcmp(name, "reload")) {
-        if (b->serving)
+        if (b->serving) {
             balancer_publish(b);
+            balancer_sweep(b, (uint32_t)(now / S));
+        }
     } else if (!strcmp(name, "takeover")) {
         if (b->serving)
             balancer_take_over(b, meanwhile, b);
@@ -1564,7 +1789,7 @@ static void play(const struct script *e)
         servers[server].back = now + (uint64_t)e->b * US;
     } else if (!strcmp(name, "hostile")) {
         for (long i = 0; i < e->b; i++)
-            stranger(below(15));
+            stranger(below(multipath ? 17 : 15));
         if (e->c > 1)
             add_script(now + 10 * MS, "hostile", 0, e->b, e->c - 1);
     } else if (!strcmp(name, "flood")) { /* of SYNs, from anywhere */
@@ -1621,6 +1846,7 @@ static void read_scenario(void)
             else if (!strcmp(key, "heal")) heal_at = value * US;
             else if (!strcmp(key, "cache")) setting.cache = v;
             else if (!strcmp(key, "flows")) setting.flows = v;
+            else if (!strcmp(key, "multipath")) multipath = v;
             else {
                 fprintf(stderr, "sim: %s: unknown, or too large\n", key);
                 exit(2);
@@ -1639,6 +1865,7 @@ static void read_scenario(void)
 static void begin(void)
 {
     random_state = seed;
+    setting.tokens = is_small() ? 64 : 1 << 16;
     uint64_t k = rnd();
     memcpy(setting.key, &k, 8);
     setting.backends = server_count;
@@ -1658,6 +1885,8 @@ static void begin(void)
         c->forges = !c->fast && !below(6);
         c->card = below(2);
         c->walled = !below(10);
+        c->multipath = multipath && !c->fast && !c->forges && below(100) < multipath;
+        c->full = c->multipath && below(2);
     }
     /* Below 4 GiB: as much as struct xdp_md can point to. */
     frames = must(mmap((void *)0x20000000, FRAMES * sizeof *frames, PROT_READ | PROT_WRITE,
@@ -1788,6 +2017,11 @@ int main(void)
     say("by_xdp", tally.by_xdp);
     say("learned", learned);
     say("flows_full", full);
+    say("joins", tally.joins);
+    say("joins_known", tally.joins_known);
+    say("joins_direct", tally.joins_direct);
+    say("joins_refused", tally.joins_refused);
+    say("moved_over", tally.moved);
     say("lost", tally.lost);
     say("dropped", tally.dropped);
     say("passed", tally.passed);
