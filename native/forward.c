@@ -508,22 +508,24 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
     const struct crab_backend *backend = &s->backends[id];
     if (core->joins && crab_unlikely(p->tcp_header >= CRAB_TCP_MIN + KEYS))
         learn_token(core, it, frame->data + p->l4, id, now);
-    /* The XDP program leaves frames with VLAN tags, and backends out of its reach, to us: they are not worth a flow.  But one
-     * that is written is kept right, or it would lead back to an earlier backend, or be swept.  While a SYN is pending only we
-     * can tell whose packets are whose. */
+    /* The XDP program leaves backends out of its reach to us: they are not worth a flow.  But one that is written is kept
+     * right, or it would lead back to an earlier backend, or be swept.  So is one with VLAN tags, which the XDP program leaves
+     * to us as well: it is there for the daemon that comes after us.  While a SYN is pending only we can tell whose packets
+     * are whose. */
     bool learn = core->table && !known.pending &&
-                 (written || (backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
+                 (written || (backend->flags & CRAB_BACKEND_BYPASS && !(p->tcp_flags & CRAB_RST) &&
                               (f || may_learn_unknown(core, now))));
     uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
     finish(frame, it);
     enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);
     if (learn && outcome == CRAB_C_FALLBACK_ESTABLISHED) {
         bool ending = f ? f->state == CRAB_ENTRY_CLOSING : p->tcp_flags & CRAB_FIN;
-        flow = (struct crab_flow){
+        struct crab_flow learned = {
             .hash = it->hash, .backend = id, .service = (uint16_t)it->service->index, .seen = (uint16_t)now,
             .state = ending ? CRAB_FLOW_ENDING : CRAB_FLOW_OPEN,
             .flags = core->counters[CRAB_C_ENCAPSULATED] != tunnelled ? CRAB_FLOW_TUNNEL : 0};
-        write_down(core, &flow, written);
+        if (!written || memcmp(&learned, &flow, sizeof flow))
+            write_down(core, &learned, written);
     }
     return outcome;
 }

@@ -620,7 +620,7 @@ static void judge_other(struct oracle *o, const struct look *k, int service, con
     with_checksum(k, packet, k->total);
     fall_back(k, s, chosen, packet, k->total, hash, CRAB_C_FALLBACK_ESTABLISHED, v);
     /* The XDP program's from now on: known to it, whether its SYN was seen or not. */
-    if (w->table && !flow && !(flags & RST) && k->l3 == 14 && v->what == CRAB_C_FALLBACK_ESTABLISHED) {
+    if (w->table && !flow && !(flags & RST) && v->what == CRAB_C_FALLBACK_ESTABLISHED) {
         struct oracle_flow *f = &o->flows[o->flow_count++];
         *f = (struct oracle_flow){.size = tuple_size, .backend = chosen, .state = WRITTEN};
         memcpy(f->tuple, tuple, tuple_size);

@@ -75,9 +75,10 @@ static void publish_paths(struct balancer *b)
         memcpy(p->macs + 6, b->mac, 6);
         memcpy(p->tunnel_src, b->addr[is_v6(id)], 16);
         p->mtu = b->mtu;
-        p->ifindex = SIM_IFINDEX;
+        p->ifindex = sim_interface(b->setting, id);
         p->v6 = is_v6(id);
         p->tx = 1;
+        p->redirect = 1;
         p->partial = CRAB_PARTIAL_FINISH;
     }
 }
@@ -102,7 +103,7 @@ void balancer_publish(struct balancer *b)
         memcpy(to->src_mac, b->mac, 6);
         memcpy(to->tunnel_src, b->addr[is_v6(id)], 16);
         to->mtu = b->mtu;
-        to->ifindex = SIM_IFINDEX;
+        to->ifindex = sim_interface(setting, id);
     }
     b->members = 14695981039346656037ull;
     for (uint32_t n = 0; n < setting->services; n++) {

@@ -11,6 +11,7 @@
 #define SIM_SERVICES 4
 #define SIM_BACKENDS 64
 #define SIM_IFINDEX 3
+#define SIM_ELSEWHERE 4   /* the interface of servers that are not on the segment of the VIPs */
 #define SIM_SLOTS 1021
 #define SIM_ROOM 2048     /* bytes of a frame's place */
 #define SIM_HEADROOM 256  /* of them in front, at first */
@@ -26,6 +27,9 @@ struct frame {
     uint8_t corrupt;    /* bits were changed on the way */
     uint8_t redirected; /* a load balancer has */
     uint8_t copy;       /* the network sent it twice */
+    uint8_t server;     /* that sent what it quotes */
+    uint8_t ifindex;    /* at a load balancer; 0: that of clients */
+    uint8_t came;       /* by which it came there */
     uint8_t place[SIM_ROOM];
 };
 
@@ -49,6 +53,8 @@ struct setting {
     uint8_t mac[SIM_BACKENDS][6];
     uint32_t cache, flows; /* entries of a flow cache, buckets of map `flows` */
     uint32_t tokens; /* of MPTCP connections that there is room for */
+    uint32_t tags;   /* VLAN tags of frames on the VIPs' segment */
+    bool split;      /* every other server is on another interface of the load balancers */
     uint8_t key[16];
 };
 
@@ -75,6 +81,12 @@ struct xdp {
 #define XDP_IS_A_WORKERS 3
 /* Run the program on a frame; its counter in *why. */
 int sim_xdp(struct xdp *x, struct frame *f, uint32_t queue, uint64_t now_ns, uint32_t *why);
+
+/* Where a server is; by its number, or by a backend's. */
+static inline uint32_t sim_interface(const struct setting *setting, uint32_t server)
+{
+    return setting->split && server % 2 ? SIM_ELSEWHERE : SIM_IFINDEX;
+}
 
 struct balancer {
     struct xdp xdp;

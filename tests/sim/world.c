@@ -64,7 +64,7 @@ struct conn {
 
 struct child {
     uint32_t next, serial, irs, iss, got, una, nxt, limit, conn, client;
-    uint16_t port, request, answer, rounds;
+    uint16_t port, request, answer, rounds, mss;
     uint8_t server, service, via, state, tries, family;
     bool used;
     bool multipath, joined;
@@ -125,6 +125,7 @@ static bool logging;
 static struct {
     uint32_t loss, dup, reorder, corrupt; /* of 10,000 */
     uint32_t cut, strip;                  /* 1: no frames between clients and backends' own addresses; no SYN-ACKs with redirects */
+    uint32_t narrow;                      /* MTU of the way to clients; 0: any */
 } wire;
 static bool routed[BALANCERS];
 static uint32_t salt;
@@ -139,6 +140,7 @@ static struct {
     uint64_t batches, redirected, fallback, by_xdp, excused, violations, hostile, refused, resets, timeouts, failures;
     uint64_t checksums, taken, twice_excused, most_passes, learned, restarts;
     uint64_t joins, joins_known, joins_direct, joins_refused, moved;
+    uint64_t errors, errors_heeded, tagged, elsewhere;
 } tally;
 
 static uint64_t rnd(void)
@@ -297,6 +299,7 @@ static struct frame *new_frame(uint32_t conn)
     struct frame *f = &frames[free_frames[--free_count]];
     memset(f, 0, offsetof(struct frame, place));
     f->conn = conn;
+    f->server = NOBODY;
     f->birth = birth++;
     tally.born++;
     return f;
@@ -361,6 +364,46 @@ static uint64_t tuple_hash(const struct segment *s)
     return mix((uint64_t)s->from[15] << 40 | (uint64_t)s->from[14] << 48 | (uint64_t)s->to[15] << 32 | (uint64_t)s->sport << 16 | s->dport);
 }
 
+/* To a load balancer, by a hash. */
+static void to_vip(struct frame *f, uint64_t hash)
+{
+    uint32_t n = 0, alive[BALANCERS];
+    for (uint32_t l = 0; l < balancer_count; l++)
+        if (routed[l])
+            alive[n++] = l;
+    if (!n) {
+        end_frame(f, &tally.lost);
+        return;
+    }
+    uint32_t l = alive[mix(hash ^ salt) % n];
+    memcpy(f->data, balancers[l].mac, 6);
+    memcpy(f->data + 6, router_mac, 6);
+    move(f, AT_BALANCER, l, 150 * US + below(50) * US);
+}
+
+/* The router says to a server that its frame is too long: to its address, or to the VIP's, where a load balancer takes it (by the
+ * router's address and not by the client's: another one, perhaps, than takes the connection). */
+static void complain(const struct frame *about, const struct segment *s)
+{
+    uint32_t backend = server_of(s->from), sender = NONE;
+    for (uint32_t i = 0; i < server_count; i++)
+        if (!memcmp(about->data + 6, setting.mac[i], 6))
+            sender = i;
+    uint8_t router[16];
+    client_address(router, 0xfffe, crab_is_mapped(s->to) ? 4 : 6);
+    struct frame *f = new_frame(about->conn);
+    frame_complain(f, about, router, wire.narrow);
+    f->server = (uint8_t)sender;
+    tally.errors++;
+    if (backend == NONE) {
+        to_vip(f, tuple_hash(s) * 31);
+        return;
+    }
+    memcpy(f->data, setting.mac[backend], 6);
+    memcpy(f->data + 6, router_mac, 6);
+    move(f, AT_SERVER, backend, 200 * US + below(50) * US);
+}
+
 /* A client's or server's frame, by the router, or along the segment. */
 static void route(struct frame *f, const struct segment *s, bool from_client)
 {
@@ -371,7 +414,10 @@ static void route(struct frame *f, const struct segment *s, bool from_client)
         end_frame(f, &tally.lost);
         return;
     }
-    if (to != NONE) {
+    if (to != NONE && !from_client && wire.narrow && f->len - 14 > wire.narrow) {
+        complain(f, s);
+        end_frame(f, &tally.lost);
+    } else if (to != NONE) {
         uint8_t vip[16];
         if (wire.strip && options_redirects(s, vip))
             end_frame(f, &tally.lost);
@@ -382,18 +428,7 @@ static void route(struct frame *f, const struct segment *s, bool from_client)
         memcpy(f->data + 6, router_mac, 6);
         move(f, AT_SERVER, backend, 200 * US + below(50) * US);
     } else if (from_client) {
-        uint32_t n = 0, alive[BALANCERS];
-        for (uint32_t l = 0; l < balancer_count; l++)
-            if (routed[l])
-                alive[n++] = l;
-        if (!n) {
-            end_frame(f, &tally.lost);
-            return;
-        }
-        uint32_t l = alive[mix(tuple_hash(s) ^ salt) % n];
-        memcpy(f->data, balancers[l].mac, 6);
-        memcpy(f->data + 6, router_mac, 6);
-        move(f, AT_BALANCER, l, 150 * US + below(50) * US);
+        to_vip(f, tuple_hash(s));
     } else {
         end_frame(f, &tally.to_nobody);
     }
@@ -581,11 +616,28 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
     }
 }
 
+/* An ICMP error about what a server sent from a VIP leaves a load balancer for a server: is it that one? */
+static void check_error(const struct balancer *b, const struct frame *f, uint32_t server)
+{
+    const struct conn *c = &conns[f->conn];
+    const struct seen *seen = &c->seen[b - balancers];
+    bool known = knows(b, seen) && !displaced(c, seen) && !is_crowded(b, c);
+    bool mistaken = !known && (seen->others || c->acquainted || seen->level || is_small());
+    if (c->state != C_OPEN || c->doomed || c->excused || f->server != c->server || server == f->server)
+        return;
+    if ((known && seen->server == c->server) || (b->members == c->members && !c->pooled && !mistaken))
+        violation("error-moved", f->conn, "an error about server %u's packet was sent to server %u", f->server, server);
+}
+
 /* A frame that a load balancer sends; by_worker: not by the XDP program alone. */
 static void leave(struct balancer *b, struct frame *f, bool by_worker)
 {
     struct segment s;
-    uint32_t who = (uint32_t)(b - balancers);
+    uint32_t who = (uint32_t)(b - balancers), ifindex = f->ifindex;
+    /* Tags are those of the interface that it came in by. */
+    if (!frame_untag(f, ifindex == SIM_IFINDEX && f->came == ifindex ? setting.tags : 0))
+        violation("tags", f->conn, "a frame came by interface %u and leaves by %u, with other VLAN tags than it should have", f->came, ifindex);
+    f->ifindex = 0;
     int read = frame_read(f, &s);
     show(f, "balancer-out", who);
     if (++f->passes > tally.most_passes)
@@ -603,7 +655,12 @@ static void leave(struct balancer *b, struct frame *f, bool by_worker)
     for (uint32_t i = 0; i < server_count; i++)
         if (!memcmp(f->data, setting.mac[i], 6))
             server = i;
+    if (ifindex != (server == NONE ? SIM_IFINDEX : sim_interface(&setting, server)))
+        violation("interface", f->conn, "a frame leaves by interface %u, where whom it is for is not", ifindex);
+    tally.elsewhere += ifindex != SIM_IFINDEX;
     if (server != NONE) {
+        if (read == 1 && s.icmp && f->conn && f->server != NOBODY)
+            check_error(b, f, server);
         if (read == 1 && s.flags & CRAB_SYN && !s.icmp) {
             uint8_t vip[16];
             int redirects = options_redirects(&s, vip);
@@ -669,13 +726,15 @@ static void work(struct balancer *b, uint32_t q)
     uint64_t before[CRAB_COUNTERS], *after = b->counters[q];
     memcpy(before, after, sizeof before);
     for (uint32_t i = 0; i < n; i++)
-        batch[i] = (struct crab_frame){.data = b->waiting[q][i]->data, .len = b->waiting[q][i]->len, .ifindex = SIM_IFINDEX};
+        batch[i] = (struct crab_frame){.data = b->waiting[q][i]->data, .len = b->waiting[q][i]->len,
+                                        .ifindex = b->waiting[q][i]->ifindex};
     uint32_t kept = crab_core_batch(b->cores[q], batch, n, (uint32_t)(now / S)), sent = 0;
     tally.batches++;
     for (uint32_t i = 0; i < n; i++) {
         struct frame *f = b->waiting[q][i];
         f->data = batch[i].data;
         f->len = batch[i].len;
+        f->ifindex = (uint8_t)batch[i].ifindex;
         if (f->len) {
             sent++;
             leave(b, f, true);
@@ -718,6 +777,12 @@ static void arrive_at_balancer(struct balancer *b, struct frame *f)
         memmove(f->place + SIM_HEADROOM, f->data, f->len);
         f->data = f->place + SIM_HEADROOM;
     }
+    if (!f->ifindex)
+        f->ifindex = SIM_IFINDEX;
+    if (f->ifindex == SIM_IFINDEX)
+        frame_tag(f, setting.tags);
+    f->came = f->ifindex;
+    tally.tagged += f->ifindex == SIM_IFINDEX && setting.tags;
     int verdict = sim_xdp(&b->xdp, f, q, now, &why);
     if (why >= CRAB_XDP_COUNTERS)
         violation("reason", f->conn, "the XDP program counted a packet %s", why == CRAB_XDP_COUNTERS ? "nowhere" : "twice");
@@ -792,7 +857,7 @@ static uint32_t new_child(uint32_t server, uint32_t client, uint32_t port, uint3
     }
     uint64_t armed = children[i].armed;
     children[i] = (struct child){.next = *head, .serial = ++child_serial, .server = (uint8_t)server, .client = client,
-                                 .port = (uint16_t)port, .via = (uint8_t)via, .iss = (uint32_t)rnd(), .used = true, .armed = armed};
+                                 .port = (uint16_t)port, .via = (uint8_t)via, .iss = (uint32_t)rnd(), .used = true, .mss = 1000, .armed = armed};
     *head = i;
     return i;
 }
@@ -845,8 +910,8 @@ static void server_say(struct child *k, uint8_t flags, uint32_t at, uint32_t len
 static void server_output(uint32_t i)
 {
     struct child *k = &children[i];
-    while (k->nxt < k->limit && k->nxt - k->una < WINDOW * 1000) {
-        uint32_t n = k->limit - k->nxt < 1000 ? k->limit - k->nxt : 1000;
+    while (k->nxt < k->limit && k->nxt - k->una < WINDOW * 1000u) {
+        uint32_t n = k->limit - k->nxt < k->mss ? k->limit - k->nxt : k->mss;
         server_say(k, CRAB_ACK, k->nxt, n);
         k->nxt += n;
     }
@@ -919,6 +984,25 @@ static void server_refuse(uint32_t server, const struct segment *s)
     route(f, &r, false);
 }
 
+/* What it sent is too long for the way to its client. */
+static void heed(uint32_t server, const struct segment *s)
+{
+    uint32_t client = client_of(s->to), service = service_of(s->from, s->sport), own = server_of(s->from);
+    if (client == NONE || !s->mtu || (service == NONE && own != server))
+        return;
+    uint32_t i = find_child(server, client, s->dport, service != NONE ? 2 + service : s->family == 6);
+    struct child *k = i == NONE ? NULL : &children[i];
+    if (!k || s->seq - k->iss - 1 > k->nxt || s->mtu < 576) /* or made up */
+        return;
+    uint32_t fits = s->mtu - 60 - (k->multipath ? 24 : 0);
+    if (fits >= k->mss)
+        return;
+    tally.errors_heeded++;
+    k->mss = (uint16_t)fits;
+    k->nxt = k->una;
+    server_output(i);
+}
+
 static void arrive_at_server(uint32_t server, struct frame *f)
 {
     struct segment s;
@@ -938,10 +1022,13 @@ static void arrive_at_server(uint32_t server, struct frame *f)
     if (read == 1 && servers[server].back > now && service_of(s.to, s.dport) != NONE && balancers[0].up) {
         memcpy(f->data, balancers[0].mac, 6);
         memcpy(f->data + 6, setting.mac[server], 6);
+        f->ifindex = (uint8_t)sim_interface(&setting, server);
         move(f, AT_BALANCER, 0, 40 * US);
         return;
     }
     end_frame(f, &tally.delivered); /* its bytes stay where they are until another one takes the place */
+    if (read == 1 && s.icmp)
+        heed(server, &s);
     if (read != 1 || s.icmp)
         return;
     uint32_t client = client_of(s.from), service = service_of(s.to, s.dport), own = server_of(s.to), via;
@@ -1584,6 +1671,16 @@ static void stranger(uint32_t kind)
         s.option_count += 4;
     }
     frame_write(f, balancers[0].mac, router_mac, &s);
+    if (kind == 17 && id && c->state == C_OPEN) { /* an error about somebody's packet, which he has not seen */
+        struct segment about = {.sport = 80, .dport = c->port, .seq = (uint32_t)rnd(), .flags = CRAB_ACK};
+        memcpy(about.from, setting.service[c->service].addr, 16);
+        client_address(about.to, c->client, c->family);
+        struct frame *quoted = new_frame(0);
+        frame_write(quoted, router_mac, router_mac, &about);
+        frame_complain(f, quoted, about.to, 100);
+        memcpy(f->data + 6, router_mac, 6);
+        end_frame(quoted, &tally.to_nobody);
+    }
     f->hostile = 1;
     tally.hostile++;
     if (kind == 12 || kind == 13) { /* bytes */
@@ -1693,7 +1790,7 @@ static void server_goes(uint32_t s)
 
 static void heal(void)
 {
-    wire.loss = wire.dup = wire.reorder = wire.corrupt = wire.cut = wire.strip = 0;
+    wire.loss = wire.dup = wire.reorder = wire.corrupt = wire.cut = wire.strip = wire.narrow = 0;
     for (uint32_t s = 0; s < server_count; s++) {
         servers[s].up = true;
         servers[s].back = 0;
@@ -1722,7 +1819,7 @@ static void play(const struct script *e)
         const char *name;
         uint32_t *of;
     } knobs[] = {{"loss", &wire.loss}, {"dup", &wire.dup}, {"reorder", &wire.reorder}, {"corrupt", &wire.corrupt},
-                 {"cut", &wire.cut}, {"strip", &wire.strip}};
+                 {"cut", &wire.cut}, {"strip", &wire.strip}, {"narrow", &wire.narrow}};
     for (uint32_t i = 0; i < sizeof knobs / sizeof *knobs; i++)
         if (!strcmp(name, knobs[i].name)) {
             *knobs[i].of = (uint32_t)e->a;
@@ -1789,7 +1886,7 @@ static void play(const struct script *e)
         servers[server].back = now + (uint64_t)e->b * US;
     } else if (!strcmp(name, "hostile")) {
         for (long i = 0; i < e->b; i++)
-            stranger(below(multipath ? 17 : 15));
+            stranger(below(multipath ? 18 : 15));
         if (e->c > 1)
             add_script(now + 10 * MS, "hostile", 0, e->b, e->c - 1);
     } else if (!strcmp(name, "flood")) { /* of SYNs, from anywhere */
@@ -1847,6 +1944,8 @@ static void read_scenario(void)
             else if (!strcmp(key, "cache")) setting.cache = v;
             else if (!strcmp(key, "flows")) setting.flows = v;
             else if (!strcmp(key, "multipath")) multipath = v;
+            else if (!strcmp(key, "tags") && v <= 2) setting.tags = v;
+            else if (!strcmp(key, "split") && v <= 1) setting.split = v;
             else {
                 fprintf(stderr, "sim: %s: unknown, or too large\n", key);
                 exit(2);
@@ -2022,6 +2121,10 @@ int main(void)
     say("joins_direct", tally.joins_direct);
     say("joins_refused", tally.joins_refused);
     say("moved_over", tally.moved);
+    say("errors", tally.errors);
+    say("errors_heeded", tally.errors_heeded);
+    say("tagged", tally.tagged);
+    say("elsewhere", tally.elsewhere);
     say("lost", tally.lost);
     say("dropped", tally.dropped);
     say("passed", tally.passed);
