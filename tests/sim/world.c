@@ -616,14 +616,15 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
     }
 }
 
-/* An ICMP error about what a server sent from a VIP leaves a load balancer for a server: is it that one? */
+/* An ICMP error about what a server sent from a VIP leaves a load balancer for a server: is it that one?  It comes to any queue,
+ * which knows of another's connections what map `flows` has room for. */
 static void check_error(const struct balancer *b, const struct frame *f, uint32_t server)
 {
     const struct conn *c = &conns[f->conn];
     const struct seen *seen = &c->seen[b - balancers];
     bool known = knows(b, seen) && !displaced(c, seen) && !is_crowded(b, c);
-    bool mistaken = !known && (seen->others || c->acquainted || seen->level || is_small());
-    if (c->state != C_OPEN || c->doomed || c->excused || f->server != c->server || server == f->server)
+    bool mistaken = !known && (seen->others || c->acquainted || seen->level);
+    if (is_small() || c->state != C_OPEN || c->doomed || c->excused || f->server != c->server || server == f->server)
         return;
     if ((known && seen->server == c->server) || (b->members == c->members && !c->pooled && !mistaken))
         violation("error-moved", f->conn, "an error about server %u's packet was sent to server %u", f->server, server);
