@@ -25,6 +25,18 @@ static inline uint16_t backend_of(const struct crab_snapshot *s, const struct cr
     return crab_usable(s, it->service, backend) ? backend : CRAB_NO_BACKEND;
 }
 
+static inline bool same_family(const struct crab_packet *p, const struct crab_backend *backend)
+{
+    return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
+}
+
+/* Does a SYN that has room for it get a redirect to a backend? */
+static bool is_redirected(const struct crab_snapshot *s, const struct crab_item *it, uint16_t backend)
+{
+    return it->outcome == CRAB_C_REDIRECTED && crab_backend_flags(s, it->service, backend) & CRAB_BACKEND_CR &&
+           same_family(&it->packet, &s->backends[backend]);
+}
+
 /* What the XDP program knows of a connection.  Returns whether it knows it. */
 static inline bool is_written(const struct crab_core *core, const struct crab_item *it, uint32_t now, struct crab_flow *flow)
 {
@@ -47,8 +59,9 @@ static inline void unassign(const struct crab_item *it)
 }
 
 /* The backend of a SYN that cannot be remembered: its client's next packet would be taken for the flow's that its four-tuple
- * has had, so it goes where that goes.  Nor is known how often it came before: it counts as if it had in every other second,
- * so that who cannot be redirected is not redirected for ever; copies come 1, 3, 7, ... seconds after the first. */
+ * has had, so it goes where that goes; and if it has had none, and goes by fallback, where the table says, as that packet will.
+ * Nor is known how often it came before: it counts as if it had in every other second, so that who cannot be redirected is not
+ * redirected for ever; copies come 1, 3, 7, ... seconds after the first. */
 CRAB_APART uint16_t assign_without_room(struct crab_core *core, const struct crab_snapshot *s, struct crab_item *it,
                                         const struct crab_entry *settled, uint32_t now)
 {
@@ -59,10 +72,12 @@ CRAB_APART uint16_t assign_without_room(struct crab_core *core, const struct cra
     }
     uint16_t known = settled ? settled->backend : is_written(core, it, now, &flow) ? flow.backend : CRAB_NO_BACKEND;
     core->counters[CRAB_C_FLOWS_FULL]++;
-    if (!crab_usable(s, it->service, known))
-        return backend_of(s, it);
-    unassign(it);
-    return known;
+    bool goes_on = crab_usable(s, it->service, known);
+    if (goes_on || (it->slot == &it->chosen && !is_redirected(s, it, it->chosen))) {
+        unassign(it);
+        it->slot = it->slot == &it->chosen ? it->by_table : it->slot;
+    }
+    return goes_on ? known : backend_of(s, it);
 }
 
 /* The first place of a bucket, or NULL: made free by that which crab_flows_oldest finds, so that a connection whose port is
@@ -154,11 +169,6 @@ static inline void send_to(struct crab_frame *frame, const struct crab_packet *p
         frame->ifindex = backend->ifindex;
     }
     crab_set_macs(frame->data, backend);
-}
-
-static inline bool same_family(const struct crab_packet *p, const struct crab_backend *backend)
-{
-    return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
 }
 
 /* Does a backend merely send back what was sent to it?  Unless it is the packet's source: it may be a client too. */
