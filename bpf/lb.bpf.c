@@ -533,7 +533,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct packet *p, _
         f->hash = 0;
         return -1;
     }
-    if (flow.flags & CRAB_FLOW_ASK || p->l3 != ETH_HLEN)
+    if (flow.flags & CRAB_FLOW_ASK)
         return -1;
     int ends = flags & (CRAB_FIN | CRAB_RST);
     if (ends && has_socket(ctx)) /* the worker's cache is to know as well */
@@ -738,7 +738,7 @@ int crab_lb(struct xdp_md *ctx)
     }
     p.l4 = (__u16)(l4 - data);
     verdict = -1;
-    if (p.len && !p.mapped && ours)
+    if (p.len && !p.mapped && ours && p.l3 == ETH_HLEN) /* what has VLAN tags is user space's */
         verdict = forward(ctx, &p, flags, icmp);
     if (verdict >= 0)
         return verdict;

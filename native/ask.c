@@ -17,6 +17,13 @@ struct asking {
     struct crab_item *of[CRAB_BATCH];
 };
 
+/* It goes where its policy says. */
+static inline void choose(struct crab_item *it)
+{
+    it->by_table = it->slot;
+    it->slot = &it->chosen;
+}
+
 /* Those of one pool. */
 static void ask_pool(const struct crab_batch *b, struct crab_pool *pool, struct asking *asking)
 {
@@ -27,7 +34,7 @@ static void ask_pool(const struct crab_batch *b, struct crab_pool *pool, struct 
         it->member = members[i];
         it->chosen = pool->members[members[i]].backend;
         if (crab_likely(crab_usable(b->s, it->service, it->chosen)))
-            it->slot = &it->chosen;
+            choose(it);
         else
             crab_unassign(pool, members[i]);
     }
@@ -63,7 +70,7 @@ static void ask_function(const struct crab_batch *b, const struct asking *asking
         if (!crab_usable(b->s, it->service, choices[i].backend))
             continue;
         it->chosen = choices[i].backend;
-        it->slot = &it->chosen;
+        choose(it);
     }
 }
 

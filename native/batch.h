@@ -61,6 +61,7 @@ struct crab_item {
     struct crab_entry *bucket; /* of the flow cache */
     const struct crab_redirect *redirect; /* of a SYN: its service's */
     const uint16_t *slot; /* where its backend is: in the service's table, by the connection's hash or the client's, or above */
+    const uint16_t *by_table; /* the first of these, where slot leads to `chosen` */
     struct crab_tcp_sum sum;
     struct crab_packet packet;
 };

@@ -25,6 +25,18 @@ static inline uint16_t backend_of(const struct crab_snapshot *s, const struct cr
     return crab_usable(s, it->service, backend) ? backend : CRAB_NO_BACKEND;
 }
 
+static inline bool same_family(const struct crab_packet *p, const struct crab_backend *backend)
+{
+    return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
+}
+
+/* Does a SYN that has room for it get a redirect to a backend? */
+static bool is_redirected(const struct crab_snapshot *s, const struct crab_item *it, uint16_t backend)
+{
+    return it->outcome == CRAB_C_REDIRECTED && crab_backend_flags(s, it->service, backend) & CRAB_BACKEND_CR &&
+           same_family(&it->packet, &s->backends[backend]);
+}
+
 /* What the XDP program knows of a connection.  Returns whether it knows it. */
 static inline bool is_written(const struct crab_core *core, const struct crab_item *it, uint32_t now, struct crab_flow *flow)
 {
@@ -47,8 +59,9 @@ static inline void unassign(const struct crab_item *it)
 }
 
 /* The backend of a SYN that cannot be remembered: its client's next packet would be taken for the flow's that its four-tuple
- * has had, so it goes where that goes.  Nor is known how often it came before: it counts as if it had in every other second,
- * so that who cannot be redirected is not redirected for ever; copies come 1, 3, 7, ... seconds after the first. */
+ * has had, so it goes where that goes; and if it has had none, and goes by fallback, where the table says, as that packet will.
+ * Nor is known how often it came before: it counts as if it had in every other second, so that who cannot be redirected is not
+ * redirected for ever; copies come 1, 3, 7, ... seconds after the first. */
 CRAB_APART uint16_t assign_without_room(struct crab_core *core, const struct crab_snapshot *s, struct crab_item *it,
                                         const struct crab_entry *settled, uint32_t now)
 {
@@ -59,10 +72,12 @@ CRAB_APART uint16_t assign_without_room(struct crab_core *core, const struct cra
     }
     uint16_t known = settled ? settled->backend : is_written(core, it, now, &flow) ? flow.backend : CRAB_NO_BACKEND;
     core->counters[CRAB_C_FLOWS_FULL]++;
-    if (!crab_usable(s, it->service, known))
-        return backend_of(s, it);
-    unassign(it);
-    return known;
+    bool goes_on = crab_usable(s, it->service, known);
+    if (goes_on || (it->slot == &it->chosen && !is_redirected(s, it, it->chosen))) {
+        unassign(it);
+        it->slot = it->slot == &it->chosen ? it->by_table : it->slot;
+    }
+    return goes_on ? known : backend_of(s, it);
 }
 
 /* The first place of a bucket, or NULL: made free by that which crab_flows_oldest finds, so that a connection whose port is
@@ -154,11 +169,6 @@ static inline void send_to(struct crab_frame *frame, const struct crab_packet *p
         frame->ifindex = backend->ifindex;
     }
     crab_set_macs(frame->data, backend);
-}
-
-static inline bool same_family(const struct crab_packet *p, const struct crab_backend *backend)
-{
-    return (p->family == 6) == !!(backend->flags & CRAB_BACKEND_V6);
 }
 
 /* Does a backend merely send back what was sent to it?  Unless it is the packet's source: it may be a client too. */
@@ -508,22 +518,24 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
     const struct crab_backend *backend = &s->backends[id];
     if (core->joins && crab_unlikely(p->tcp_header >= CRAB_TCP_MIN + KEYS))
         learn_token(core, it, frame->data + p->l4, id, now);
-    /* The XDP program leaves frames with VLAN tags, and backends out of its reach, to us: they are not worth a flow.  But one
-     * that is written is kept right, or it would lead back to an earlier backend, or be swept.  While a SYN is pending only we
-     * can tell whose packets are whose. */
+    /* The XDP program leaves backends out of its reach to us: they are not worth a flow.  But one that is written is kept
+     * right, or it would lead back to an earlier backend, or be swept.  So is one with VLAN tags, which the XDP program leaves
+     * to us as well: it is there for the daemon that comes after us.  While a SYN is pending only we can tell whose packets
+     * are whose. */
     bool learn = core->table && !known.pending &&
-                 (written || (backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags & CRAB_RST) &&
+                 (written || (backend->flags & CRAB_BACKEND_BYPASS && !(p->tcp_flags & CRAB_RST) &&
                               (f || may_learn_unknown(core, now))));
     uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
     finish(frame, it);
     enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);
     if (learn && outcome == CRAB_C_FALLBACK_ESTABLISHED) {
         bool ending = f ? f->state == CRAB_ENTRY_CLOSING : p->tcp_flags & CRAB_FIN;
-        flow = (struct crab_flow){
+        struct crab_flow learned = {
             .hash = it->hash, .backend = id, .service = (uint16_t)it->service->index, .seen = (uint16_t)now,
             .state = ending ? CRAB_FLOW_ENDING : f ? CRAB_FLOW_OPEN : CRAB_FLOW_LONE,
             .flags = core->counters[CRAB_C_ENCAPSULATED] != tunnelled ? CRAB_FLOW_TUNNEL : 0};
-        write_down(core, &flow, written);
+        if (!written || memcmp(&learned, &flow, sizeof flow))
+            write_down(core, &learned, written);
     }
     return outcome;
 }

@@ -6,12 +6,12 @@
 #include "flows.h"
 #include "joins.h"
 #include "packet.h"
+#include "segment.h"
 
 #define SIZE 251
 static uint16_t table[SIZE];
 static const uint8_t key[16] = {7};
 static uint64_t counters[CRAB_COUNTERS];
-static uint16_t to_port = 80;
 
 static struct crab_service services[2] = {
     {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .protocol = 6, .fallback = CRAB_FALLBACK_L2, .table = table},
@@ -34,48 +34,6 @@ static struct crab_snapshot *snapshot(uint32_t flags)
     CHECK(crab_maglev_build(table, SIZE, m, 2, key) == 0);
     services[0].port_be = services[1].port_be = htons(80);
     return crab_snapshot_new(services, 2, backends, 2, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
-}
-
-/* A TCP frame with headroom in front of it, in an allocation of exactly that size. */
-static struct crab_frame make(uint8_t **memory, int family, uint16_t sport, uint8_t flags, uint32_t seq,
-                              const uint8_t *options, size_t n, size_t payload)
-{
-    size_t l4 = family == 4 ? 34 : 54, len = l4 + 20 + n + payload;
-    *memory = malloc(CRAB_HEADROOM + len);
-    uint8_t *f = *memory + CRAB_HEADROOM;
-    memset(f, 0, len);
-    memcpy(f, "\x02\0\0\0\0\x02\x02\0\0\0\0\x01", 12);
-    store16_be(f + 12, family == 4 ? 0x0800 : 0x86dd);
-    uint8_t *ip = f + 14, *tcp = f + l4;
-    if (family == 4) {
-        ip[0] = 0x45;
-        store16_be(ip + 2, (uint16_t)(len - 14));
-        ip[8] = 64;
-        ip[9] = 6;
-        memcpy(ip + 12, "\x0a\0\0\x01\x0a\0\0\x64", 8);
-        store16(ip + 10, (uint16_t)~crab_csum(ip, 20));
-    } else {
-        ip[0] = 0x60;
-        store16_be(ip + 4, (uint16_t)(len - l4));
-        ip[6] = 6;
-        ip[7] = 64;
-        ip[8] = 0xfd;
-        ip[23] = 1;
-        ip[24] = 0xfd;
-        ip[39] = 0x64;
-    }
-    store16_be(tcp, sport);
-    store16_be(tcp + 2, to_port);
-    memcpy(tcp + 4, &(uint32_t){htonl(seq)}, 4);
-    tcp[12] = (uint8_t)((20 + n) << 2);
-    tcp[13] = flags;
-    memcpy(tcp + 20, options, n);
-    for (size_t i = 0; i < payload; i++)
-        tcp[20 + n + i] = (uint8_t)(i * 7 + 1);
-    uint16_t right;
-    crab_csum_state(ip, len - 14, &right);
-    store16(tcp + 16, right);
-    return (struct crab_frame){.data = f, .len = (uint32_t)len};
 }
 
 static const uint8_t offer[24] = {2, 4, 5, 180, 4, 2, 8, 10, 1, 2, 3, 4, 0, 0, 0, 0, 1, 3, 3, 7, 42, 2, 1, 1};

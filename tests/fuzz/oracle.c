@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 #include "oracle.h"
 
+#include "../sim/token.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,7 +30,7 @@ static void put32(uint8_t *p, uint32_t v)
     put16(p + 2, v & 0xffff);
 }
 
-/* ---- checksums (RFC 1071), SipHash-1-3 (Aumasson and Bernstein), SHA-256 (FIPS 180-4) ---- */
+/* ---- checksums (RFC 1071), SipHash-1-3 (Aumasson and Bernstein) ---- */
 
 uint16_t oracle_checksum(const uint8_t *data, uint32_t len, uint32_t from)
 {
@@ -72,55 +74,6 @@ uint64_t oracle_hash(const uint8_t key[16], const uint8_t *data, uint32_t len)
     for (int i = 0; i < 3; i++)
         sip_round(v);
     return v[0] ^ v[1] ^ v[2] ^ v[3];
-}
-
-/* The fractional part of a prime's square or cube root, in 2^32nds: where SHA-256's constants are from. */
-static uint32_t root(uint32_t prime, int power)
-{
-    unsigned __int128 low = 0, high = (unsigned __int128)20 << 32;
-    while (high - low > 1) {
-        unsigned __int128 mid = (low + high) / 2;
-        /* power 2: mid^2 against prime * 2^64; power 3: mid^3 / 2^32 against the same, which loses nothing of 40 bits. */
-        unsigned __int128 square = mid * mid, right = (unsigned __int128)prime << 64;
-        bool above = power == 2 ? square > right : (square >> 32) * mid + ((square & 0xffffffff) * mid >> 32) >= right;
-        *(above ? &high : &low) = mid;
-    }
-    return (uint32_t)low;
-}
-
-static void token_of(const uint8_t key[8], uint8_t token[4])
-{
-    static uint32_t k[64], start;
-    if (!start) {
-        uint32_t n = 0;
-        for (uint32_t p = 2; n < 64; p++) {
-            bool prime = true;
-            for (uint32_t d = 2; d * d <= p; d++)
-                prime &= p % d != 0;
-            if (prime)
-                k[n++] = root(p, 3);
-        }
-        start = 1;
-    }
-    uint32_t h[8], w[64] = {get32(key), get32(key + 4), 0x80000000, [15] = 64};
-    static const uint8_t primes[8] = {2, 3, 5, 7, 11, 13, 17, 19};
-    for (int i = 0; i < 8; i++)
-        h[i] = root(primes[i], 2);
-#define RIGHT(x, n) ((x) >> (n) | (x) << (32 - (n)))
-    for (int i = 16; i < 64; i++)
-        w[i] = w[i - 16] + w[i - 7] + (RIGHT(w[i - 15], 7) ^ RIGHT(w[i - 15], 18) ^ w[i - 15] >> 3) +
-               (RIGHT(w[i - 2], 17) ^ RIGHT(w[i - 2], 19) ^ w[i - 2] >> 10);
-    uint32_t first = h[0];
-    for (int i = 0; i < 64; i++) {
-        uint32_t t1 = h[7] + (RIGHT(h[4], 6) ^ RIGHT(h[4], 11) ^ RIGHT(h[4], 25)) + ((h[4] & h[5]) ^ (~h[4] & h[6])) +
-                      k[i] + w[i];
-        uint32_t t2 = (RIGHT(h[0], 2) ^ RIGHT(h[0], 13) ^ RIGHT(h[0], 22)) +
-                      ((h[0] & h[1]) ^ (h[0] & h[2]) ^ (h[1] & h[2]));
-        memmove(h + 1, h, 7 * sizeof *h);
-        h[4] += t1;
-        h[0] = t1 + t2;
-    }
-    put32(token, first + h[0]);
 }
 
 /* ---- options ---- */
@@ -667,7 +620,7 @@ static void judge_other(struct oracle *o, const struct look *k, int service, con
     with_checksum(k, packet, k->total);
     fall_back(k, s, chosen, packet, k->total, hash, CRAB_C_FALLBACK_ESTABLISHED, v);
     /* The XDP program's from now on: known to it, whether its SYN was seen or not. */
-    if (w->table && !flow && !(flags & RST) && k->l3 == 14 && v->what == CRAB_C_FALLBACK_ESTABLISHED) {
+    if (w->table && !flow && !(flags & RST) && v->what == CRAB_C_FALLBACK_ESTABLISHED) {
         struct oracle_flow *f = &o->flows[o->flow_count++];
         *f = (struct oracle_flow){.size = tuple_size, .backend = chosen, .state = WRITTEN};
         memcpy(f->tuple, tuple, tuple_size);

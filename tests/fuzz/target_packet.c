@@ -5,14 +5,24 @@
 #include "oracle.h"
 #include "target.h"
 
+#include <sanitizer/asan_interface.h>
+
 #define FLOWS 1024
 #define WILD_FLOWS 64
 #define TABLE 64
-#define RING 16384
+#define RING 8192
+#define GAP 64
+#define PLACE (GAP + CRAB_HEADROOM + LONGEST + GAP) /* of a frame */
+
+/* A configuration that was made: most inputs have that of an earlier one, and making one costs as much as ten frames. */
+struct made {
+    struct world world;
+    uint32_t chosen; /* by what, and 1 << 24; 0: nothing was made here yet */
+    struct crab_snapshot *snapshots[2]; /* for frames one by one; for batches */
+};
 
 struct lane {
     struct crab_core *core;
-    struct crab_snapshot *snapshot;
     struct crab_core *cores[2]; /* by whether the world is wild */
     struct crab_table *table, *small;
     struct crab_joins *joins;
@@ -31,7 +41,8 @@ struct pooled {
 };
 
 struct run {
-    struct world world;
+    const struct made *made;
+    const struct world *world;
     struct pooled *pools[2]; /* of service 0 and 2 */
     struct lane *lane;
     uint32_t picked;
@@ -55,24 +66,18 @@ static void handle(void *context, struct crab_handled *frames, uint32_t n)
 
 /* Those that the daemon would put into it: whom the service may redirect to.  A pool is kept, as making one costs a hundred
  * inputs: where a policy goes on does not decide what is right. */
-static void pool_of(struct run *r, uint32_t service)
+static struct pooled *pool_of(const struct world *w, uint32_t service)
 {
     static struct pooled pools[2][POLICIES][8];
-    const struct world *w = &r->world;
     bool dead = w->backends[0].flags & CRAB_BACKEND_DEAD, unusable = !(w->backends[3].flags & CRAB_BACKEND_USABLE);
-    struct pooled *p = r->pools[service / 2] = &pools[service / 2][w->policy][w->said + 2 * dead + 4 * unusable];
-    if (!w->pooled || w->policy == CUSTOM)
-        return;
-    r->world.services[service].pool = p->pool;
-    for (uint32_t i = 0; i < p->count; i++)
-        p->loads[i].assigned = 0;
-    if (p->pool)
-        return;
+    struct pooled *p = &pools[service / 2][w->policy][w->said + 2 * dead + 4 * unusable];
+    if (!w->pooled || w->policy == CUSTOM || p->pool)
+        return p;
     for (uint16_t i = 0; i < 4; i++) {
         uint16_t backend = (uint16_t)(i + 2 * service);
-        uint32_t flags = r->world.backends[backend].flags;
-        for (uint32_t e = 0; e < r->world.services[service].exception_count; e++) {
-            const struct crab_exception *x = &r->world.exceptions[r->world.services[service].first_exception + e];
+        uint32_t flags = w->backends[backend].flags;
+        for (uint32_t e = 0; e < w->services[service].exception_count; e++) {
+            const struct crab_exception *x = &w->exceptions[w->services[service].first_exception + e];
             if (x->backend == backend)
                 flags = (flags & ~(uint32_t)(CRAB_BACKEND_CR | CRAB_BACKEND_DEAD)) | x->flags;
         }
@@ -82,9 +87,56 @@ static void pool_of(struct run *r, uint32_t service)
         p->members[p->count] = (struct crab_member){.backend = backend, .weight = 1u + i, .load = &p->loads[p->count]};
         p->count++;
     }
-    p->pool = crab_pool_new(crab_policy_name(r->world.policy), p->members, p->count, &p->turn);
+    p->pool = crab_pool_new(crab_policy_name(w->policy), p->members, p->count, &p->turn);
     CHECK(p->pool);
-    r->world.services[service].pool = p->pool;
+    return p;
+}
+
+static struct crab_snapshot *snapshot_of(const struct world *w, bool batches)
+{
+    struct crab_snapshot *s = crab_snapshot_new(w->services, SERVICES, w->backends, BACKENDS, w->prefixes, 2, w->exceptions,
+                                                w->exception_count, SLOTS, w->form, w->key);
+    CHECK(s);
+    if (w->answers) {
+        struct crab_address vips[2];
+        memcpy(vips[0].addr, w->services[2].addr, 16);
+        memcpy(vips[1].addr, w->services[0].addr, 16);
+        CHECK(!crab_snapshot_answer(s, vips, 2, true, true));
+    }
+    if (w->matches) {
+        struct crab_matches m = {.count = 3};
+        m.list[0] = (struct crab_match){.fields = CRAB_MATCH_ETHERTYPE, .ethertype = htons(0x0806), .handler = TAKES_ARP};
+        m.list[1] = (struct crab_match){.fields = CRAB_MATCH_PROTO | CRAB_MATCH_PORT, .proto = 17, .port = htons(53),
+                                        .handler = TAKES_DNS};
+        m.list[2] = (struct crab_match){.fields = CRAB_MATCH_ADDR, .addr = {0xfd, [15] = 0x99}, .handler = TAKES_ADDRESS};
+        crab_snapshot_match(s, &m);
+    }
+    if (batches && w->taps) {
+        struct crab_taps taps = {.count = 2, .snap = 96};
+        taps.list[0] = (struct crab_tap){.fields = CRAB_TAP_PORT, .port = htons(80)};
+        taps.list[1] = (struct crab_tap){.fields = CRAB_TAP_BACKEND, .backend = 3};
+        crab_snapshot_tap(s, &taps);
+    }
+    return s;
+}
+
+static const struct made *made_of(const uint8_t bytes[3])
+{
+    static struct made kept[1024];
+    uint32_t chosen = 1u << 24 | (uint32_t)bytes[0] << 16 | (uint32_t)bytes[1] << 8 | bytes[2];
+    struct made *m = &kept[chosen * 0x9e3779b1u >> 22];
+    if (m->chosen == chosen)
+        return m;
+    for (int i = 0; i < 2; i++)
+        crab_snapshot_free(m->snapshots[i]);
+    world_make(&m->world, bytes);
+    if (m->world.pooled && m->world.policy != CUSTOM)
+        for (uint32_t service = 0; service < SERVICES; service += 2)
+            m->world.services[service].pool = pool_of(&m->world, service)->pool;
+    for (int i = 0; i < 2; i++)
+        m->snapshots[i] = snapshot_of(&m->world, i);
+    m->chosen = chosen;
+    return m;
 }
 
 /* A core as a new one is: making one would cost more than most inputs. */
@@ -98,67 +150,50 @@ static struct crab_core *fresh(struct lane *l, bool wild)
         l->small = l->small ? l->small : crab_table_new(l->buckets, 1);
         CHECK(core && l->joins && l->table && l->small);
     }
-    struct crab_core new = {.counters = l->counters, .random = 1, .flows = core->flows, .touched = l->touched};
-    new.flows.next = new.flows.tidied = 0;
-    crab_seen_init(&new.seen);
-    *core = new;
+    struct crab_flows flows = core->flows;
+    memset(core, 0, offsetof(struct crab_core, learned)); /* of which none counts */
+    flows.next = flows.tidied = 0;
+    core->counters = l->counters;
+    core->random = 1;
+    core->flows = flows;
+    core->touched = l->touched;
+    crab_seen_init(&core->seen);
     memset(l->counters, 0, sizeof l->counters);
-    memset(l->buckets, 0, sizeof l->buckets);
-    memset((void *)l->joins->words, 0, (l->joins->mask + 1) * CRAB_JOINS_SET * sizeof *l->joins->words);
     l->received = 0;
     return core;
 }
 
-static void lane_open(struct run *r, struct lane *l, bool batches)
+static void lane_open(const struct made *made, struct lane *l, bool batches)
 {
-    struct world *w = &r->world;
+    const struct world *w = &made->world;
     l->core = fresh(l, w->wild);
-    l->snapshot = crab_snapshot_new(w->services, SERVICES, w->backends, BACKENDS, w->prefixes, 2, w->exceptions,
-                                    w->exception_count, SLOTS, w->form, w->key);
-    CHECK(l->snapshot);
     if (w->joins)
         crab_core_join(l->core, l->joins);
     if (w->table)
         crab_core_learn(l->core, w->wild ? l->small : l->table);
     if (w->pooled)
         crab_core_ask(l->core, choose, NULL);
-    if (w->answers) {
-        struct crab_address vips[2];
-        memcpy(vips[0].addr, w->services[2].addr, 16);
-        memcpy(vips[1].addr, w->services[0].addr, 16);
-        CHECK(!crab_snapshot_answer(l->snapshot, vips, 2, true, true));
-    }
-    if (w->matches) {
-        struct crab_matches m = {.count = 3};
-        m.list[0] = (struct crab_match){.fields = CRAB_MATCH_ETHERTYPE, .ethertype = htons(0x0806), .handler = TAKES_ARP};
-        m.list[1] = (struct crab_match){.fields = CRAB_MATCH_PROTO | CRAB_MATCH_PORT, .proto = 17, .port = htons(53),
-                                        .handler = TAKES_DNS};
-        m.list[2] = (struct crab_match){.fields = CRAB_MATCH_ADDR, .addr = {0xfd, [15] = 0x99}, .handler = TAKES_ADDRESS};
-        crab_snapshot_match(l->snapshot, &m);
+    if (w->matches)
         crab_core_handle(l->core, handle, NULL);
-    }
     if (batches && w->put_off)
         crab_core_put_off(l->core);
-    if (batches && w->taps) {
-        struct crab_taps taps = {.count = 2, .snap = 96};
-        taps.list[0] = (struct crab_tap){.fields = CRAB_TAP_PORT, .port = htons(80)};
-        taps.list[1] = (struct crab_tap){.fields = CRAB_TAP_BACKEND, .backend = 3};
-        crab_snapshot_tap(l->snapshot, &taps);
+    if (batches && w->taps)
         CHECK(!crab_core_show(l->core, 1, RING));
-    }
-    crab_core_publish(l->core, l->snapshot);
+    crab_core_publish(l->core, made->snapshots[batches]);
 }
 
 static void lane_close(struct lane *l)
 {
     struct crab_flows *flows = &l->core->flows;
-    for (uint64_t bucket = 0; bucket <= flows->mask; bucket++)
-        if (l->touched[bucket / 64] & 1ull << bucket % 64)
-            memset(&flows->entries[bucket * CRAB_BUCKET], 0, CRAB_PART);
-    memset(l->touched, 0, sizeof l->touched);
+    for (uint64_t word = 0; word < sizeof l->touched / sizeof *l->touched; word++)
+        for (; l->touched[word]; l->touched[word] &= l->touched[word] - 1)
+            memset(&flows->entries[(word * 64 + (uint64_t)__builtin_ctzll(l->touched[word])) * CRAB_BUCKET], 0, CRAB_PART);
+    if (l->counters[CRAB_C_LEARNED])
+        memset(l->buckets, 0, sizeof l->buckets);
+    if (l->core->joins)
+        memset((void *)l->joins->words, 0, (l->joins->mask + 1) * CRAB_JOINS_SET * sizeof *l->joins->words);
     crab_core_publish(l->core, NULL);
     crab_core_hide(l->core);
-    crab_snapshot_free(l->snapshot);
 }
 
 /* Each frame is counted once: what is beside that has a counter behind CRAB_C_DROP_TX. */
@@ -191,15 +226,21 @@ struct sent {
     struct crab_frame frame;
 };
 
-/* Frames in memory of just their size. */
-static void put(struct sent *to, const struct step *s, uint32_t n)
+/* Frames in memory of just their size: what lies in front of one and behind it, as far as the next one, ASan knows as nobody's. */
+static void put(struct sent *to, uint8_t (*places)[PLACE], const struct step *s, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
-        to[i].memory = malloc(CRAB_HEADROOM + s[i].len);
-        CHECK(to[i].memory);
+        to[i].memory = places[i] + GAP;
+        ASAN_UNPOISON_MEMORY_REGION(to[i].memory, CRAB_HEADROOM + s[i].len);
         memcpy(to[i].memory + CRAB_HEADROOM, s[i].frame, s[i].len);
         to[i].frame = (struct crab_frame){.data = to[i].memory + CRAB_HEADROOM, .len = s[i].len, .ifindex = HERE};
     }
+}
+
+static void take_back(const struct sent *sent, const struct step *s, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        ASAN_POISON_MEMORY_REGION(sent[i].memory, CRAB_HEADROOM + s[i].len);
 }
 
 /* One batch.  Returns how many are kept. */
@@ -289,26 +330,35 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static struct run r;
     static struct lane ones, batches;
     static struct verdict verdict;
+    static uint8_t places[2][MOST_FRAMES][PLACE] __attribute__((aligned(64)));
+    static bool begun;
     struct sent one[MOST_FRAMES], many[MOST_FRAMES];
+    if (!begun)
+        ASAN_POISON_MEMORY_REGION(places, sizeof places);
+    begun = true;
     script_read(&script, data, size);
-    world_make(&r.world, script.world);
-    pool_of(&r, 0);
-    pool_of(&r, 2);
-    lane_open(&r, &ones, false);
+    r.made = made_of(script.world);
+    r.world = &r.made->world;
+    for (uint32_t p = 0; p < 2; p++) {
+        r.pools[p] = pool_of(r.world, 2 * p);
+        for (uint32_t i = 0; i < r.pools[p]->count; i++)
+            r.pools[p]->loads[i].assigned = 0;
+    }
+    lane_open(r.made, &ones, false);
     r.lane = &ones;
     r.picked = 0;
-    oracle_begin(&r.oracle, &r.world);
+    oracle_begin(&r.oracle, r.world);
     r.oracle.chosen = chosen;
     r.oracle.context = &r;
     if (target_prints)
-        print_world(target_prints, &r.world);
-    put(one, script.steps, script.count);
+        print_world(target_prints, r.world);
+    put(one, places[0], script.steps, script.count);
     for (uint32_t i = 0; i < script.count; i++) {
         const struct step *s = &script.steps[i];
         uint64_t before[CRAB_COUNTERS];
         memcpy(before, ones.counters, sizeof before);
         batch(&ones, &one[i], s, 1);
-        if (r.world.wild)
+        if (r.world->wild)
             continue;
         enum crab_counter what = CRAB_C_REDIRECTED;
         while (ones.counters[what] == before[what])
@@ -323,15 +373,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     if (target_prints)
         fputs("]}\n", target_prints), fflush(target_prints);
-    if (r.world.pooled && r.world.policy != CUSTOM && !r.world.wild) {
+    if (r.world->pooled && r.world->policy != CUSTOM && !r.world->wild) {
         uint32_t assigned = 0;
         for (int p = 0; p < 2; p++)
             for (uint32_t m = 0; m < r.pools[p]->count; m++)
                 assigned += r.pools[p]->loads[m].assigned;
         CHECK(assigned == r.picked);
     }
-    lane_open(&r, &batches, true);
-    put(many, script.steps, script.count);
+    lane_open(r.made, &batches, true);
+    put(many, places[1], script.steps, script.count);
     for (uint32_t i = 0, n; i < script.count; i += n) {
         for (n = 1; i + n < script.count && !script.steps[i + n - 1].ends; n++)
             ;
@@ -341,15 +391,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     /* What is decided for a whole batch at once is decided as it would be for each: but for policies, which are asked before
      * the first frame is forwarded (of a SYN whose flow another SYN replaces in the same batch the table decides), for tokens,
      * and for flows that are not written down yet. */
-    bool same = !r.world.wild && !r.world.pooled && !(r.world.put_off && r.world.table) &&
+    bool same = !r.world->wild && !r.world->pooled && !(r.world->put_off && r.world->table) &&
                 ones.counters[CRAB_C_MPTCP_JOIN_KNOWN] == batches.counters[CRAB_C_MPTCP_JOIN_KNOWN];
     for (uint32_t i = 0; i < script.count; i++) {
         const struct crab_frame *a = &one[i].frame, *b = &many[i].frame;
         if (same && (a->len != b->len || a->ifindex != b->ifindex || memcmp(a->data, b->data, a->len)))
             differ(i, &script.steps[i], "alone", -1, a->data, a->len, "in a batch", -1, b->data, b->len);
-        free(one[i].memory);
-        free(many[i].memory);
     }
+    take_back(one, script.steps, script.count);
+    take_back(many, script.steps, script.count);
     lane_close(&ones);
     lane_close(&batches);
     return 0;

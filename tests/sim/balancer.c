@@ -75,9 +75,10 @@ static void publish_paths(struct balancer *b)
         memcpy(p->macs + 6, b->mac, 6);
         memcpy(p->tunnel_src, b->addr[is_v6(id)], 16);
         p->mtu = b->mtu;
-        p->ifindex = SIM_IFINDEX;
+        p->ifindex = sim_interface(b->setting, id);
         p->v6 = is_v6(id);
         p->tx = 1;
+        p->redirect = 1;
         p->partial = CRAB_PARTIAL_FINISH;
     }
 }
@@ -102,7 +103,7 @@ void balancer_publish(struct balancer *b)
         memcpy(to->src_mac, b->mac, 6);
         memcpy(to->tunnel_src, b->addr[is_v6(id)], 16);
         to->mtu = b->mtu;
-        to->ifindex = SIM_IFINDEX;
+        to->ifindex = sim_interface(setting, id);
     }
     b->members = 14695981039346656037ull;
     for (uint32_t n = 0; n < setting->services; n++) {
@@ -151,8 +152,18 @@ static struct crab_core *new_core(struct balancer *b, int q)
     struct crab_core *core = must(crab_core_new(b->setting->cache, b->counters[q]));
     core->random = b->seed = b->seed * 1664525u + 1013904223u;
     crab_core_learn(core, b->table);
+    crab_core_join(core, b->joins);
     crab_core_put_off(core);
     return core;
+}
+
+/* Its sets are found by a random key. */
+static struct crab_joins *new_joins(struct balancer *b)
+{
+    struct crab_joins *joins = must(crab_joins_new(b->setting->tokens));
+    uint8_t key[16] = {(uint8_t)b->seed, (uint8_t)(b->seed >> 8), (uint8_t)(b->seed >> 16)};
+    joins->hash_init = crab_sip_init(key);
+    return joins;
 }
 
 void balancer_start(struct balancer *b, uint32_t now)
@@ -164,6 +175,7 @@ void balancer_start(struct balancer *b, uint32_t now)
         if (f->hash)
             known[n++] = *f;
     }
+    b->joins = new_joins(b);
     for (int q = 0; q < SIM_QUEUES; q++) {
         b->cores[q] = new_core(b, q);
         crab_core_adopt(b->cores[q], known, n, now);
@@ -181,6 +193,8 @@ void balancer_kill(struct balancer *b)
         b->cores[q] = NULL;
         b->xdp.sockets[q] = false;
     }
+    crab_joins_free(b->joins);
+    b->joins = NULL;
     b->serving = false;
     b->pending++;
 }
@@ -198,6 +212,9 @@ void balancer_take_over(struct balancer *b, void (*meanwhile)(void *context), vo
 {
     struct crab_core *next[SIM_QUEUES];
     uint64_t *touched[SIM_QUEUES], bytes;
+    struct crab_joins *before = b->joins;
+    b->joins = new_joins(b);
+    uint8_t *tokens = must(malloc(crab_joins_size(before)));
     for (int q = 0; q < SIM_QUEUES; q++) {
         next[q] = new_core(b, q);
         uint8_t *from = crab_core_flows(b->cores[q], &bytes), *to = crab_core_flows(next[q], &bytes);
@@ -206,6 +223,9 @@ void balancer_take_over(struct balancer *b, void (*meanwhile)(void *context), vo
         memcpy(to, from, bytes);
     }
     meanwhile(context);
+    crab_joins_give(before, tokens);
+    crab_joins_take(b->joins, tokens);
+    free(tokens);
     for (int q = 0; q < SIM_QUEUES; q++) {
         crab_core_note(b->cores[q], NULL);
         crab_flows_renew(crab_core_flows(next[q], &bytes), crab_core_flows(b->cores[q], &bytes), touched[q], bytes);
@@ -213,19 +233,42 @@ void balancer_take_over(struct balancer *b, void (*meanwhile)(void *context), vo
         crab_core_free(b->cores[q]);
         b->cores[q] = next[q];
     }
+    crab_joins_free(before);
     balancer_publish(b);
 }
 
-uint32_t balancer_remembers(struct balancer *b, uint32_t now)
+/* Flows that it knows, by backend, in caches and in the table. */
+static void count_flows(struct balancer *b, uint32_t counts[SIM_BACKENDS], uint32_t now)
 {
-    uint32_t counts[SIM_BACKENDS] = {0}, sum = 0;
+    memset(counts, 0, SIM_BACKENDS * sizeof *counts);
     for (int q = 0; q < SIM_QUEUES; q++)
         if (b->cores[q])
             crab_core_count(b->cores[q], counts, SIM_BACKENDS, now, false);
     for (uint32_t i = 0; i < b->xdp.buckets * CRAB_BUCKET; i++) {
         const struct crab_flow *f = &b->xdp.flows[i / CRAB_BUCKET].flows[i % CRAB_BUCKET];
-        sum += f->hash && crab_table_age(f, now) <= CRAB_AGE_OPEN;
+        if (f->hash && crab_table_age(f, now) <= CRAB_AGE_OPEN)
+            counts[f->backend]++;
     }
+}
+
+void balancer_sweep(struct balancer *b, uint32_t now)
+{
+    static bool backends[65536], services[65536];
+    uint32_t counts[SIM_BACKENDS];
+    count_flows(b, counts, now);
+    for (uint32_t i = 0; i < SIM_BACKENDS; i++) {
+        backends[i] = b->view[i].member || counts[i];
+        b->swept[i] += !backends[i];
+    }
+    for (uint32_t n = 0; n < b->setting->services; n++)
+        services[n] = true;
+    crab_joins_keep(b->joins, backends, services);
+}
+
+uint32_t balancer_remembers(struct balancer *b, uint32_t now)
+{
+    uint32_t counts[SIM_BACKENDS], sum = 0;
+    count_flows(b, counts, now);
     for (uint32_t i = 0; i < SIM_BACKENDS; i++)
         sum += counts[i];
     return sum;

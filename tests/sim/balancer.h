@@ -5,11 +5,13 @@
 #define SIM_BALANCER_H
 
 #include "batch.h"
+#include "joins.h"
 
 #define SIM_QUEUES 2
 #define SIM_SERVICES 4
 #define SIM_BACKENDS 64
 #define SIM_IFINDEX 3
+#define SIM_ELSEWHERE 4   /* the interface of servers that are not on the segment of the VIPs */
 #define SIM_SLOTS 1021
 #define SIM_ROOM 2048     /* bytes of a frame's place */
 #define SIM_HEADROOM 256  /* of them in front, at first */
@@ -25,6 +27,9 @@ struct frame {
     uint8_t corrupt;    /* bits were changed on the way */
     uint8_t redirected; /* a load balancer has */
     uint8_t copy;       /* the network sent it twice */
+    uint8_t server;     /* that sent what it quotes */
+    uint8_t ifindex;    /* at a load balancer; 0: that of clients */
+    uint8_t came;       /* by which it came there */
     uint8_t place[SIM_ROOM];
 };
 
@@ -47,6 +52,9 @@ struct setting {
     uint8_t dip[2][SIM_BACKENDS][16]; /* by family: backend i is two backends, i of IPv4 and SIM_BACKENDS/2 + i of IPv6 */
     uint8_t mac[SIM_BACKENDS][6];
     uint32_t cache, flows; /* entries of a flow cache, buckets of map `flows` */
+    uint32_t tokens; /* of MPTCP connections that there is room for */
+    uint32_t tags;   /* VLAN tags of frames on the VIPs' segment */
+    bool split;      /* every other server is on another interface of the load balancers */
     uint8_t key[16];
 };
 
@@ -74,6 +82,12 @@ struct xdp {
 /* Run the program on a frame; its counter in *why. */
 int sim_xdp(struct xdp *x, struct frame *f, uint32_t queue, uint64_t now_ns, uint32_t *why);
 
+/* Where a server is; by its number, or by a backend's. */
+static inline uint32_t sim_interface(const struct setting *setting, uint32_t server)
+{
+    return setting->split && server % 2 ? SIM_ELSEWHERE : SIM_IFINDEX;
+}
+
 struct balancer {
     struct xdp xdp;
     struct setting *setting;
@@ -87,6 +101,7 @@ struct balancer {
     struct crab_core *cores[SIM_QUEUES];
     uint64_t counters[SIM_QUEUES][CRAB_COUNTERS];
     struct crab_table *table;
+    struct crab_joins *joins;
     struct crab_snapshot *snapshot;
     struct crab_pool *pools[SIM_SERVICES];
     struct crab_load loads[SIM_SERVICES][SIM_BACKENDS];
@@ -94,7 +109,8 @@ struct balancer {
     uint16_t tables[SIM_SERVICES][SIM_SLOTS];
     uint64_t members; /* what the tables are made of, as a hash */
     uint32_t memory;  /* goes up when all is forgotten, */
-    uint32_t pending; /* and when handshakes under way are */
+    uint32_t pending; /* and when handshakes under way are, and tokens; */
+    uint32_t swept[SIM_BACKENDS]; /* and when a backend's tokens are */
     struct frame *waiting[SIM_QUEUES][SIM_WAITING];
     uint32_t count[SIM_QUEUES];
     bool woken[SIM_QUEUES];
@@ -103,6 +119,8 @@ struct balancer {
 void balancer_init(struct balancer *b, struct setting *setting, const uint8_t mac[6], uint32_t number, uint32_t seed);
 /* A configuration, and what is known of backends, become a snapshot, and paths. */
 void balancer_publish(struct balancer *b);
+/* The daemon's sweep: what neither the configuration nor a flow names any more is forgotten. */
+void balancer_sweep(struct balancer *b, uint32_t now);
 void balancer_start(struct balancer *b, uint32_t now);
 /* SIGKILL: what the kernel has stays. */
 void balancer_kill(struct balancer *b);

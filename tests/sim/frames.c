@@ -92,6 +92,75 @@ void frame_write(struct frame *f, const uint8_t to_mac[6], const uint8_t from_ma
     put16(tcp + 16, ~sum_of(tcp, tcp_length, pseudo(ip, tcp_length, 6)) & 0xffff);
 }
 
+void frame_complain(struct frame *f, const struct frame *about, const uint8_t from[16], uint32_t mtu)
+{
+    const uint8_t *quoted = about->data + 14;
+    bool v4 = quoted[0] >> 4 == 4;
+    uint32_t header = v4 ? 20 : 40, n = about->len - 14 < 128 ? about->len - 14 : 128, size = header + 8 + n;
+    f->data = f->place + SIM_HEADROOM;
+    f->len = 14 + size;
+    memcpy(f->data + 12, about->data + 12, 2);
+    uint8_t *ip = f->data + 14, *icmp = ip + header;
+    memset(ip, 0, header + 8);
+    memcpy(icmp + 8, quoted, n);
+    if (v4) {
+        ip[0] = 0x45;
+        put16(ip + 2, size);
+        ip[8] = 64;
+        ip[9] = 1;
+        memcpy(ip + 12, from + 12, 4);
+        memcpy(ip + 16, quoted + 12, 4);
+        put16(ip + 10, ~sum_of(ip, 20, 0) & 0xffff);
+        icmp[0] = 3;
+        icmp[1] = 4;
+        put16(icmp + 6, mtu);
+    } else {
+        ip[0] = 0x60;
+        put16(ip + 4, 8 + n);
+        ip[6] = 58;
+        ip[7] = 64;
+        memcpy(ip + 8, from, 16);
+        memcpy(ip + 24, quoted + 8, 16);
+        icmp[0] = 2;
+        put32(icmp + 4, mtu);
+    }
+    put16(icmp + 2, ~sum_of(icmp, 8 + n, v4 ? 0 : pseudo(ip, 8 + n, 58)) & 0xffff);
+}
+
+/* The outer one of two is the provider's (802.1ad). */
+static void tag(uint8_t bytes[4], uint32_t i, uint32_t tags)
+{
+    put16(bytes, i + 1 < tags ? 0x88a8 : 0x8100);
+    put16(bytes + 2, 0x6005 + i);
+}
+
+void frame_tag(struct frame *f, uint32_t tags)
+{
+    memmove(f->data - 4 * tags, f->data, 12);
+    f->data -= 4 * tags;
+    f->len += 4 * tags;
+    for (uint32_t i = 0; i < tags; i++)
+        tag(f->data + 12 + 4 * i, i, tags);
+}
+
+bool frame_untag(struct frame *f, uint32_t tags)
+{
+    uint8_t wanted[4];
+    uint32_t there = 0;
+    bool same = f->len >= 14 + 4 * tags;
+    for (; same && there < tags; there++) {
+        tag(wanted, there, tags);
+        same = !memcmp(f->data + 12 + 4 * there, wanted, 4);
+    }
+    if (!same)
+        return false;
+    memmove(f->data + 4 * tags, f->data, 12);
+    f->data += 4 * tags;
+    f->len -= 4 * tags;
+    uint32_t type = get16(f->data + 12);
+    return type != 0x8100 && type != 0x88a8;
+}
+
 /* The innermost IP header of a frame, and the bytes from it on; NULL: there is none. */
 static uint8_t *innermost(struct frame *f, uint32_t *room, uint8_t *tunnels)
 {

@@ -38,6 +38,9 @@ class Scenario:
     ports: int = 2048  # that a client has: one that is free again is used again
     cache: int = 1 << 18  # entries of a worker's flow cache
     flows: int = 1 << 16  # buckets of map `flows`
+    multipath: int = 0  # of 100 clients
+    tags: int = 0  # VLAN tags
+    split: int = 0  # 1: every other server is on another interface of the load balancers
     heal: int = 1_000_000  # when all faults end, microseconds
     services: tuple[tuple[str, int, int, int], ...] = (
         ("maglev", 0, 0, 0),
@@ -56,6 +59,9 @@ class Scenario:
             "ports",
             "cache",
             "flows",
+            "multipath",
+            "tags",
+            "split",
             "heal",
         )
         lines = [f"{name} {getattr(self, name)}" for name in names]
@@ -210,11 +216,16 @@ def of(seed: int, connections: int = 2000) -> Scenario:
             case _:
                 return at, name, a, lasting, 0
 
+    more = random.Random(f"{seed} more")  # what came later, so that all else stays what it was
+    events = [event() for _ in range(busy)]
+    for _ in range(more.randint(0, 3)):
+        events.append((more.randrange(span), "narrow", more.choice((1000, 800, 600)), more.choice((50_000, 3_000_000)), 0))
     return Scenario(
         seed, connections, rate, balancers, servers, r.choice((1, 16, 64)), r.choice((0, 50, 100)),
         r.choice((50, 500, 2048)),
-        cache=cache, flows=flows, heal=span + 1_000_000, services=services,
-        events=tuple(sorted(event() for _ in range(busy))),
+        cache=cache, flows=flows, multipath=more.choice((0, 30, 100)),
+        tags=more.choice((0, 0, 0, 1, 2)), split=more.randint(0, 1),
+        heal=span + 1_000_000, services=services, events=tuple(sorted(events)),
     )  # fmt: skip
 
 

@@ -41,6 +41,11 @@ struct segment {
 void frame_write(struct frame *f, const uint8_t to_mac[6], const uint8_t from_mac[6], const struct segment *s);
 /* Read a TCP segment, or an ICMP error about one, through tunnels.  0: it is none; -1: its checksum is wrong. */
 int frame_read(struct frame *f, struct segment *s);
+/* An ICMP error about a frame, to the packet's sender: it is longer than the next hop's MTU. */
+void frame_complain(struct frame *f, const struct frame *about, const uint8_t from[16], uint32_t mtu);
+/* Put VLAN tags into a frame; take them out again.  False: they are others. */
+void frame_tag(struct frame *f, uint32_t tags);
+bool frame_untag(struct frame *f, uint32_t tags);
 /* Leave the checksum to the network card. */
 void frame_partial(struct frame *f);
 /* The field holds the sum of the pseudo-header: whoever corrupts a packet so makes one that says it is not finished. */

@@ -7,6 +7,7 @@
  *
  * Exit status 0: no invariant was broken; 1: some were; 2: the scenario is wrong. */
 #include "sim.h"
+#include "token.h"
 
 #include <sys/mman.h>
 
@@ -15,6 +16,7 @@
 #define WINDOW 4 /* segments */
 #define HEADER 9 /* of a request: connection (4), sizes of request and answer (4), rounds (1) */
 #define SYN_TRIES 6
+#define JOIN_TRIES 3
 #define DATA_TRIES 10
 #define ANSWER_TIME (30 * S) /* that an application waits */
 #define IDLE_TIME (400 * S)  /* until a server forgets a client that says nothing */
@@ -25,6 +27,7 @@ enum { C_NEW, C_SYN, C_OPEN, C_CLOSING, C_DONE, C_FAILED };
 enum { K_SYN_RECEIVED, K_OPEN, K_LAST_ACK };
 enum { E_FRAME, E_CONN, E_CHILD, E_BATCH, E_SCRIPT, E_TASK, E_VIEW };
 enum { AT_BALANCER, AT_SERVER, AT_CLIENT };
+enum { MP_CAPABLE, MP_JOIN, MP_DSS, MP_ADD_ADDR }; /* RFC 8684, 3 */
 
 /* What a load balancer has seen of a connection. */
 struct seen {
@@ -49,13 +52,23 @@ struct conn {
     uint32_t lives;    /* of that one's server, then */
     uint8_t executed_by;
     struct seen seen[BALANCERS];
+    /* MPTCP.  A subflow is a connection of its own, which takes the rest of the rounds over from the one that it joins. */
+    uint32_t joins, moved; /* the connection that it joins; the subflow that has taken over */
+    bool asks, multipath;  /* for MPTCP; and has it */
+    bool told, tried, full; /* the server's own address; a subflow; it joins the VIP, not that address */
+    bool direct;           /* a subflow to the server's own address */
+    uint8_t key[8];        /* the server's */
+    uint64_t learned[BALANCERS]; /* when its key passed them, as token_age has it; 0: it did not */
+    uint8_t led[BALANCERS];      /* and the server that it went to */
 };
 
 struct child {
     uint32_t next, serial, irs, iss, got, una, nxt, limit, conn, client;
-    uint16_t port, request, answer, rounds;
+    uint16_t port, request, answer, rounds, mss;
     uint8_t server, service, via, state, tries, family;
     bool used;
+    bool multipath, joined;
+    uint8_t key[8], token[4];
     uint64_t deadline, armed, rto;
 };
 
@@ -69,6 +82,7 @@ struct client {
     uint64_t until[SIM_SERVICES]; /* no offers before */
     uint64_t backoff[SIM_SERVICES];
     bool agent, stubborn, card, fast, forges;
+    bool multipath, full; /* asks for MPTCP; joins VIPs, though servers ask it not to */
     bool walled; /* whatever is not the VIP's does not get through to it: NAT, a stateful firewall */
 };
 
@@ -105,12 +119,13 @@ static struct script scripts[4096];
 static uint32_t script_count;
 static uint32_t *child_heads, child_count, child_room, free_child = NONE, child_serial;
 static uint32_t conn_count, conn_room, served, task_count = 1000, balancer_count = 1, server_count = 1, client_count = 1;
-static uint32_t rate = 10000, agents = 50, ports = PORTS, trace, agents_pending;
+static uint32_t rate = 10000, agents = 50, ports = PORTS, trace, agents_pending, multipath;
 static uint64_t now, progress, seed = 1, heal_at, random_state, birth;
 static bool logging;
 static struct {
     uint32_t loss, dup, reorder, corrupt; /* of 10,000 */
     uint32_t cut, strip;                  /* 1: no frames between clients and backends' own addresses; no SYN-ACKs with redirects */
+    uint32_t narrow;                      /* MTU of the way to clients; 0: any */
 } wire;
 static bool routed[BALANCERS];
 static uint32_t salt;
@@ -124,6 +139,8 @@ static struct {
     uint64_t born, delivered, lost, dropped, passed, to_nobody;
     uint64_t batches, redirected, fallback, by_xdp, excused, violations, hostile, refused, resets, timeouts, failures;
     uint64_t checksums, taken, twice_excused, most_passes, learned, restarts;
+    uint64_t joins, joins_known, joins_direct, joins_refused, moved;
+    uint64_t errors, errors_heeded, tagged, elsewhere;
 } tally;
 
 static uint64_t rnd(void)
@@ -282,6 +299,7 @@ static struct frame *new_frame(uint32_t conn)
     struct frame *f = &frames[free_frames[--free_count]];
     memset(f, 0, offsetof(struct frame, place));
     f->conn = conn;
+    f->server = NOBODY;
     f->birth = birth++;
     tally.born++;
     return f;
@@ -346,6 +364,46 @@ static uint64_t tuple_hash(const struct segment *s)
     return mix((uint64_t)s->from[15] << 40 | (uint64_t)s->from[14] << 48 | (uint64_t)s->to[15] << 32 | (uint64_t)s->sport << 16 | s->dport);
 }
 
+/* To a load balancer, by a hash. */
+static void to_vip(struct frame *f, uint64_t hash)
+{
+    uint32_t n = 0, alive[BALANCERS];
+    for (uint32_t l = 0; l < balancer_count; l++)
+        if (routed[l])
+            alive[n++] = l;
+    if (!n) {
+        end_frame(f, &tally.lost);
+        return;
+    }
+    uint32_t l = alive[mix(hash ^ salt) % n];
+    memcpy(f->data, balancers[l].mac, 6);
+    memcpy(f->data + 6, router_mac, 6);
+    move(f, AT_BALANCER, l, 150 * US + below(50) * US);
+}
+
+/* The router says to a server that its frame is too long: to its address, or to the VIP's, where a load balancer takes it (by the
+ * router's address and not by the client's: another one, perhaps, than takes the connection). */
+static void complain(const struct frame *about, const struct segment *s)
+{
+    uint32_t backend = server_of(s->from), sender = NONE;
+    for (uint32_t i = 0; i < server_count; i++)
+        if (!memcmp(about->data + 6, setting.mac[i], 6))
+            sender = i;
+    uint8_t router[16];
+    client_address(router, 0xfffe, crab_is_mapped(s->to) ? 4 : 6);
+    struct frame *f = new_frame(about->conn);
+    frame_complain(f, about, router, wire.narrow);
+    f->server = (uint8_t)sender;
+    tally.errors++;
+    if (backend == NONE) {
+        to_vip(f, tuple_hash(s) * 31);
+        return;
+    }
+    memcpy(f->data, setting.mac[backend], 6);
+    memcpy(f->data + 6, router_mac, 6);
+    move(f, AT_SERVER, backend, 200 * US + below(50) * US);
+}
+
 /* A client's or server's frame, by the router, or along the segment. */
 static void route(struct frame *f, const struct segment *s, bool from_client)
 {
@@ -356,7 +414,10 @@ static void route(struct frame *f, const struct segment *s, bool from_client)
         end_frame(f, &tally.lost);
         return;
     }
-    if (to != NONE) {
+    if (to != NONE && !from_client && wire.narrow && f->len - 14 > wire.narrow) {
+        complain(f, s);
+        end_frame(f, &tally.lost);
+    } else if (to != NONE) {
         uint8_t vip[16];
         if (wire.strip && options_redirects(s, vip))
             end_frame(f, &tally.lost);
@@ -367,21 +428,39 @@ static void route(struct frame *f, const struct segment *s, bool from_client)
         memcpy(f->data + 6, router_mac, 6);
         move(f, AT_SERVER, backend, 200 * US + below(50) * US);
     } else if (from_client) {
-        uint32_t n = 0, alive[BALANCERS];
-        for (uint32_t l = 0; l < balancer_count; l++)
-            if (routed[l])
-                alive[n++] = l;
-        if (!n) {
-            end_frame(f, &tally.lost);
-            return;
-        }
-        uint32_t l = alive[mix(tuple_hash(s) ^ salt) % n];
-        memcpy(f->data, balancers[l].mac, 6);
-        memcpy(f->data + 6, router_mac, 6);
-        move(f, AT_BALANCER, l, 150 * US + below(50) * US);
+        to_vip(f, tuple_hash(s));
     } else {
         end_frame(f, &tally.to_nobody);
     }
+}
+
+/* ---- options of MPTCP ---- */
+
+/* One of a subtype and so many bytes (0: any), or NULL. */
+static const uint8_t *multipath_option(const struct segment *s, uint32_t subtype, uint32_t size)
+{
+    for (uint32_t i = 0; i + 2 <= s->option_count && s->options[i]; i += s->options[i] == 1 ? 1 : s->options[i + 1]) {
+        const uint8_t *o = &s->options[i];
+        if (o[0] != 1 && (o[1] < 2 || i + o[1] > s->option_count))
+            return NULL;
+        if (o[0] == 30 && o[1] > 2 && o[2] >> 4 == subtype && (!size || o[1] == size))
+            return o;
+    }
+    return NULL;
+}
+
+/* Append one, whose bytes behind the first four are these and zeros, and NOPs. */
+static void say_multipath(struct segment *s, uint32_t subtype, uint8_t flags, uint32_t size, const uint8_t *bytes, uint32_t n)
+{
+    uint8_t *o = s->options + s->option_count;
+    memset(o, 0, size);
+    o[0] = 30;
+    o[1] = (uint8_t)size;
+    o[2] = (uint8_t)(subtype << 4 | (subtype == MP_CAPABLE));
+    o[3] = flags;
+    memcpy(o + 4, bytes, n);
+    for (s->option_count += size; s->option_count % 4;)
+        s->options[s->option_count++] = 1;
 }
 
 /* ---- load balancers ---- */
@@ -445,6 +524,25 @@ static bool remembers(const struct balancer *b, const struct conn *c, uint32_t s
     return false;
 }
 
+/* How often a load balancer has forgotten a server's tokens. */
+static uint64_t token_age(const struct balancer *b, uint32_t server, uint32_t family)
+{
+    return 1ull + b->memory + b->pending + b->swept[server + (family == 6 ? SERVERS : 0)];
+}
+
+/* A subflow's first SYN leaves a load balancer that knows its connection: it is to go to that one's server. */
+static void check_join(const struct balancer *b, uint32_t id, uint32_t server)
+{
+    uint32_t l = (uint32_t)(b - balancers);
+    const struct conn *c = &conns[id], *whole = &conns[c->joins];
+    const struct backend_view *v = &b->view[whole->led[l]];
+    if (!whole->learned[l] || whole->learned[l] != token_age(b, whole->led[l], c->family) || !v->resolved || v->dead || is_small())
+        return;
+    tally.joins_known++;
+    if (server != whole->led[l])
+        violation("join-strayed", id, "a subflow's SYN was sent to server %u, its connection is server %u's", server, whole->led[l]);
+}
+
 /* A stranger's FIN or RST: the flow that it names makes room for others sooner. */
 static void note_end(struct balancer *b, const struct segment *s, uint32_t service)
 {
@@ -484,7 +582,9 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
             return;
         for (uint32_t l = 0; l < balancer_count; l++)
             if (c->seen[l].level && c->seen[l].server != server && &c->seen[l] != seen)
-                c->excused |= c->seen[l].members != b->members || setting.service[c->service].policy;
+                c->excused |= c->seen[l].members != b->members || setting.service[c->service].policy || c->joins;
+        if (c->joins && !seen->level)
+            check_join(b, f->conn, server);
         if (seen->level && seen->server != server) {
             const struct backend_view *v = &b->view[seen->server];
             if (known && lives && v->resolved && !v->dead && !is_crowded(b, c))
@@ -516,11 +616,29 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
     }
 }
 
-/* A frame that a load balancer sends. */
-static void leave(struct balancer *b, struct frame *f)
+/* An ICMP error about what a server sent from a VIP leaves a load balancer for a server: is it that one?  It comes to any queue,
+ * which knows of another's connections what map `flows` has room for. */
+static void check_error(const struct balancer *b, const struct frame *f, uint32_t server)
+{
+    const struct conn *c = &conns[f->conn];
+    const struct seen *seen = &c->seen[b - balancers];
+    bool known = knows(b, seen) && !displaced(c, seen) && !is_crowded(b, c);
+    bool mistaken = !known && (seen->others || c->acquainted || seen->level);
+    if (is_small() || c->state != C_OPEN || c->doomed || c->excused || f->server != c->server || server == f->server)
+        return;
+    if ((known && seen->server == c->server) || (b->members == c->members && !c->pooled && !mistaken))
+        violation("error-moved", f->conn, "an error about server %u's packet was sent to server %u", f->server, server);
+}
+
+/* A frame that a load balancer sends; by_worker: not by the XDP program alone. */
+static void leave(struct balancer *b, struct frame *f, bool by_worker)
 {
     struct segment s;
-    uint32_t who = (uint32_t)(b - balancers);
+    uint32_t who = (uint32_t)(b - balancers), ifindex = f->ifindex;
+    /* Tags are those of the interface that it came in by. */
+    if (!frame_untag(f, ifindex == SIM_IFINDEX && f->came == ifindex ? setting.tags : 0))
+        violation("tags", f->conn, "a frame came by interface %u and leaves by %u, with other VLAN tags than it should have", f->came, ifindex);
+    f->ifindex = 0;
     int read = frame_read(f, &s);
     show(f, "balancer-out", who);
     if (++f->passes > tally.most_passes)
@@ -538,7 +656,12 @@ static void leave(struct balancer *b, struct frame *f)
     for (uint32_t i = 0; i < server_count; i++)
         if (!memcmp(f->data, setting.mac[i], 6))
             server = i;
+    if (ifindex != (server == NONE ? SIM_IFINDEX : sim_interface(&setting, server)))
+        violation("interface", f->conn, "a frame leaves by interface %u, where whom it is for is not", ifindex);
+    tally.elsewhere += ifindex != SIM_IFINDEX;
     if (server != NONE) {
+        if (read == 1 && s.icmp && f->conn && f->server != NOBODY)
+            check_error(b, f, server);
         if (read == 1 && s.flags & CRAB_SYN && !s.icmp) {
             uint8_t vip[16];
             int redirects = options_redirects(&s, vip);
@@ -547,12 +670,18 @@ static void leave(struct balancer *b, struct frame *f)
                 violation("forged", f->conn, "%d redirects in a SYN that was %s", redirects, redirected ? "redirected" : "not redirected");
             if (redirected && f->hostile == 2)
                 violation("data", f->conn, "a SYN with data was redirected");
+            if (redirected && multipath_option(&s, MP_JOIN, 12))
+                violation("join-redirected", f->conn, "a subflow's SYN was redirected");
             note_other(b, &s, redirected ? service_of(vip, s.dport) : service_of(s.to, s.dport));
             f->redirected = redirected;
             tally.redirected += redirected;
         }
         if (read == 1 && f->conn && !s.icmp)
             check_way(b, f, &s, server);
+        if (read == 1 && f->conn && !s.icmp && by_worker && (multipath_option(&s, MP_CAPABLE, 20) || multipath_option(&s, MP_CAPABLE, 22))) {
+            conns[f->conn].learned[who] = token_age(b, server, s.family);
+            conns[f->conn].led[who] = (uint8_t)server;
+        }
         if (read == 1 && !f->conn && !(s.flags & CRAB_SYN))
             note_other(b, &s, service_of(s.to, s.dport));
         if (read == 1 && !f->conn && s.flags & (CRAB_FIN | CRAB_RST))
@@ -598,16 +727,18 @@ static void work(struct balancer *b, uint32_t q)
     uint64_t before[CRAB_COUNTERS], *after = b->counters[q];
     memcpy(before, after, sizeof before);
     for (uint32_t i = 0; i < n; i++)
-        batch[i] = (struct crab_frame){.data = b->waiting[q][i]->data, .len = b->waiting[q][i]->len, .ifindex = SIM_IFINDEX};
+        batch[i] = (struct crab_frame){.data = b->waiting[q][i]->data, .len = b->waiting[q][i]->len,
+                                        .ifindex = b->waiting[q][i]->ifindex};
     uint32_t kept = crab_core_batch(b->cores[q], batch, n, (uint32_t)(now / S)), sent = 0;
     tally.batches++;
     for (uint32_t i = 0; i < n; i++) {
         struct frame *f = b->waiting[q][i];
         f->data = batch[i].data;
         f->len = batch[i].len;
+        f->ifindex = (uint8_t)batch[i].ifindex;
         if (f->len) {
             sent++;
-            leave(b, f);
+            leave(b, f, true);
         } else {
             end_frame(f, &tally.dropped);
         }
@@ -647,13 +778,19 @@ static void arrive_at_balancer(struct balancer *b, struct frame *f)
         memmove(f->place + SIM_HEADROOM, f->data, f->len);
         f->data = f->place + SIM_HEADROOM;
     }
+    if (!f->ifindex)
+        f->ifindex = SIM_IFINDEX;
+    if (f->ifindex == SIM_IFINDEX)
+        frame_tag(f, setting.tags);
+    f->came = f->ifindex;
+    tally.tagged += f->ifindex == SIM_IFINDEX && setting.tags;
     int verdict = sim_xdp(&b->xdp, f, q, now, &why);
     if (why >= CRAB_XDP_COUNTERS)
         violation("reason", f->conn, "the XDP program counted a packet %s", why == CRAB_XDP_COUNTERS ? "nowhere" : "twice");
     switch (verdict) {
     case XDP_IS_SENT:
         tally.by_xdp++;
-        leave(b, f);
+        leave(b, f, false);
         return;
     case XDP_IS_PASSED:
         end_frame(f, &tally.passed);
@@ -721,7 +858,7 @@ static uint32_t new_child(uint32_t server, uint32_t client, uint32_t port, uint3
     }
     uint64_t armed = children[i].armed;
     children[i] = (struct child){.next = *head, .serial = ++child_serial, .server = (uint8_t)server, .client = client,
-                                 .port = (uint16_t)port, .via = (uint8_t)via, .iss = (uint32_t)rnd(), .used = true, .armed = armed};
+                                 .port = (uint16_t)port, .via = (uint8_t)via, .iss = (uint32_t)rnd(), .used = true, .mss = 1000, .armed = armed};
     *head = i;
     return i;
 }
@@ -760,7 +897,12 @@ static void server_say(struct child *k, uint8_t flags, uint32_t at, uint32_t len
         memcpy(s.options, v6 ? "\x2a\x12" : "\x2a\x06", 2);
         memcpy(s.options + 2, setting.service[k->service].addr + (v6 ? 0 : 12), v6 ? 16 : 4);
         memset(s.options + (v6 ? 18 : 6), 1, 2);
+        s.option_count *= !k->joined;
     }
+    if (k->multipath && at == NONE)
+        say_multipath(&s, k->joined ? MP_JOIN : MP_CAPABLE, 0x81 | 0x20 * !k->joined, k->joined ? 16 : 12, k->key, k->joined ? 0 : 8);
+    else if (k->multipath && !k->joined && !length && k->via >= 2) /* "come to my own address" */
+        say_multipath(&s, MP_ADD_ADDR, 1, k->family == 4 ? 16 : 28, setting.dip[k->family == 6][k->server] + (k->family == 4 ? 12 : 0), k->family == 4 ? 4 : 16);
     frame_write(f, router_mac, setting.mac[k->server], &s);
     show(f, "server-out", k->server);
     route(f, &s, false);
@@ -769,8 +911,8 @@ static void server_say(struct child *k, uint8_t flags, uint32_t at, uint32_t len
 static void server_output(uint32_t i)
 {
     struct child *k = &children[i];
-    while (k->nxt < k->limit && k->nxt - k->una < WINDOW * 1000) {
-        uint32_t n = k->limit - k->nxt < 1000 ? k->limit - k->nxt : 1000;
+    while (k->nxt < k->limit && k->nxt - k->una < WINDOW * 1000u) {
+        uint32_t n = k->limit - k->nxt < k->mss ? k->limit - k->nxt : k->mss;
         server_say(k, CRAB_ACK, k->nxt, n);
         k->nxt += n;
     }
@@ -816,6 +958,18 @@ static void execute(struct child *k, const struct frame *f, const struct segment
         }
 }
 
+/* The connection that a subflow joins. */
+static struct child *child_of_token(uint32_t server, uint32_t client, const uint8_t token[4])
+{
+    for (uint32_t i = 0; i < child_count; i++) {
+        struct child *k = &children[i];
+        if (k->used && k->server == server && k->client == client && k->multipath && !k->joined && k->state != K_LAST_ACK &&
+            !memcmp(k->token, token, 4))
+            return k;
+    }
+    return NULL;
+}
+
 static void server_refuse(uint32_t server, const struct segment *s)
 {
     struct frame *f = new_frame(0);
@@ -829,6 +983,25 @@ static void server_refuse(uint32_t server, const struct segment *s)
     memcpy(r.to, s->from, 16);
     frame_write(f, router_mac, setting.mac[server], &r);
     route(f, &r, false);
+}
+
+/* What it sent is too long for the way to its client. */
+static void heed(uint32_t server, const struct segment *s)
+{
+    uint32_t client = client_of(s->to), service = service_of(s->from, s->sport), own = server_of(s->from);
+    if (client == NONE || !s->mtu || (service == NONE && own != server))
+        return;
+    uint32_t i = find_child(server, client, s->dport, service != NONE ? 2 + service : s->family == 6);
+    struct child *k = i == NONE ? NULL : &children[i];
+    if (!k || s->seq - k->iss - 1 > k->nxt || s->mtu < 576) /* or made up */
+        return;
+    uint32_t fits = s->mtu - 60 - (k->multipath ? 24 : 0);
+    if (fits >= k->mss)
+        return;
+    tally.errors_heeded++;
+    k->mss = (uint16_t)fits;
+    k->nxt = k->una;
+    server_output(i);
 }
 
 static void arrive_at_server(uint32_t server, struct frame *f)
@@ -850,10 +1023,13 @@ static void arrive_at_server(uint32_t server, struct frame *f)
     if (read == 1 && servers[server].back > now && service_of(s.to, s.dport) != NONE && balancers[0].up) {
         memcpy(f->data, balancers[0].mac, 6);
         memcpy(f->data + 6, setting.mac[server], 6);
+        f->ifindex = (uint8_t)sim_interface(&setting, server);
         move(f, AT_BALANCER, 0, 40 * US);
         return;
     }
     end_frame(f, &tally.delivered); /* its bytes stay where they are until another one takes the place */
+    if (read == 1 && s.icmp)
+        heed(server, &s);
     if (read != 1 || s.icmp)
         return;
     uint32_t client = client_of(s.from), service = service_of(s.to, s.dport), own = server_of(s.to), via;
@@ -864,9 +1040,19 @@ static void arrive_at_server(uint32_t server, struct frame *f)
     struct child *k = i == NONE ? NULL : &children[i];
     if (s.flags & CRAB_SYN) {
         uint8_t vip[16];
+        const uint8_t *join = multipath_option(&s, MP_JOIN, 12), *capable = multipath_option(&s, MP_CAPABLE, 4);
+        struct child *whole = join ? child_of_token(server, client, join + 4) : NULL;
         if (s.flags & CRAB_ACK)
             return;
-        if (own == server) { /* redirected: only to what it was told of */
+        if (join && options_redirects(&s, vip))
+            violation("forged", f->conn, "a forged redirect reached a server");
+        if (join && !whole && !k) {
+            server_refuse(server, &s);
+            return;
+        }
+        if (join) {
+            service = whole ? whole->service : k->service;
+        } else if (own == server) { /* redirected: only to what it was told of */
             if (!options_redirects(&s, vip) || (service = service_of(vip, s.dport)) == NONE)
                 return;
         } else if (options_redirects(&s, vip)) {
@@ -884,6 +1070,13 @@ static void arrive_at_server(uint32_t server, struct frame *f)
             k->irs = s.seq;
             k->conn = f->conn;
             k->rto = S;
+            if (join || capable) {
+                uint64_t key = rnd();
+                k->multipath = true;
+                k->joined = join;
+                memcpy(k->key, &key, 8);
+                token_of(k->key, k->token);
+            }
             if (s.length) { /* Fast Open, with a cookie that is right */
                 execute(k, f, &s, 0);
                 k->got = s.length;
@@ -975,6 +1168,28 @@ static void child_timer(uint32_t i)
 
 /* ---- clients ---- */
 
+static void client_says_multipath(const struct conn *c, struct segment *s, uint32_t at)
+{
+    uint8_t keys[18] = {0}, token[8] = {0};
+    uint64_t own = mix(c->isn);
+    if (at == NONE && c->joins) {
+        token_of(conns[c->joins].key, token);
+        say_multipath(s, MP_JOIN, 1, 12, token, 8);
+    } else if (at == NONE) {
+        say_multipath(s, MP_CAPABLE, 1, 4, NULL, 0);
+    } else if (!c->multipath || s->flags & CRAB_RST) {
+        return;
+    } else if (c->joins && !c->una && !s->length) {
+        say_multipath(s, MP_JOIN, 0, 24, NULL, 0);
+    } else if (!c->joins && !c->una && (!s->length || !at)) { /* both keys; with data, their length too */
+        memcpy(keys, &own, 8);
+        memcpy(keys + 8, c->key, 8);
+        say_multipath(s, MP_CAPABLE, 0x81, s->length ? 22 : 20, keys, s->length ? 18 : 16);
+    } else {
+        say_multipath(s, MP_DSS, 5, 20, NULL, 0);
+    }
+}
+
 static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t length)
 {
     struct client *client = &clients[c->client];
@@ -984,7 +1199,7 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
     uint8_t payload[1500];
     client_address(s.from, c->client, c->family);
     memcpy(s.to, setting.service[c->service].addr, 16);
-    if (c->taken && !(flags & CRAB_SYN)) /* a SYN is never translated */
+    if ((c->taken && !(flags & CRAB_SYN)) || c->direct) /* a SYN is never translated */
         memcpy(s.to, setting.dip[c->family == 6][c->server], 16);
     uint32_t first = at == NONE ? 0 : at;
     for (uint32_t i = 0; i < length; i++)
@@ -1013,6 +1228,8 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
             s.option_count += 4;
             }
     }
+    if (c->asks)
+        client_says_multipath(c, &s, at);
     frame_write(f, router_mac, router_mac, &s);
     if (client->card && !c->taken)
         frame_partial(f);
@@ -1020,16 +1237,24 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
     route(f, &s, true);
 }
 
-static void new_conn(uint32_t task)
+/* A port of a client's that is free, or NONE. */
+static uint32_t free_port(struct client *who)
 {
-    uint32_t client = task % client_count, port = 0;
-    struct client *who = &clients[client];
+    uint32_t port = 0;
     for (uint32_t n = 0; n < ports; n++) {
         port = who->next++ % ports;
         if (!who->ports[port] || conns[who->ports[port]].state >= C_DONE)
             break;
     }
-    if (conn_count == conn_room || (who->ports[port] && conns[who->ports[port]].state < C_DONE)) {
+    return conn_count == conn_room || (who->ports[port] && conns[who->ports[port]].state < C_DONE) ? NONE : port;
+}
+
+static void new_conn(uint32_t task)
+{
+    uint32_t client = task % client_count;
+    struct client *who = &clients[client];
+    uint32_t port = free_port(who);
+    if (port == NONE) {
         push(now + S, E_TASK, 0, task);
         return;
     }
@@ -1037,7 +1262,7 @@ static void new_conn(uint32_t task)
     struct conn *c = &conns[id];
     *c = (struct conn){.task = task, .client = (uint16_t)client, .port = (uint16_t)(FIRST_PORT + port), .isn = (uint32_t)rnd(),
                        .service = (uint8_t)n, .server = NOBODY, .state = C_SYN, .mss = 1400, .stubborn = who->stubborn,
-                       .fast = who->fast, .forges = who->forges};
+                       .fast = who->fast, .forges = who->forges, .asks = who->multipath, .full = who->full};
     c->family = crab_is_mapped(setting.service[n].addr) ? 4 : 6;
     c->forges &= c->family == 4;
     c->acquainted = *acquaintance(c);
@@ -1045,6 +1270,8 @@ static void new_conn(uint32_t task)
     c->request = (uint16_t)(below(8) ? 40 + below(200) : 1000 + below(3000));
     c->answer = (uint16_t)(below(8) ? 40 + below(400) : 1000 + below(6000));
     c->rounds = (uint16_t)(below(5) ? 1 : 2 + below(6));
+    if (c->asks && c->rounds == 1)
+        c->rounds = (uint16_t)(1 + below(6));
     c->rto = c->offers ? 250 * MS : S;
     who->ports[port] = id;
     agents_pending += c->offers;
@@ -1054,6 +1281,35 @@ static void new_conn(uint32_t task)
     } else {
         client_say(c, CRAB_SYN, NONE, 0);
     }
+    arm(&c->deadline, &c->armed, now + c->rto, E_CONN, id);
+}
+
+/* A connection that its server has acknowledged data of: to another subflow, once. */
+static void try_to_join(struct conn *whole)
+{
+    struct client *who = &clients[whole->client];
+    if (!whole->multipath || whole->joins || whole->tried || whole->taken || whole->state != C_OPEN ||
+        whole->round + 1 >= whole->rounds || !(whole->full || whole->told))
+        return;
+    uint32_t port = free_port(who);
+    whole->tried = true;
+    if (port == NONE)
+        return;
+    uint32_t id = conn_count++;
+    struct conn *c = &conns[id];
+    *c = (struct conn){.task = whole->task, .client = whole->client, .port = (uint16_t)(FIRST_PORT + port), .isn = (uint32_t)rnd(),
+                       .service = whole->service, .server = NOBODY, .state = C_SYN, .mss = 1380, .family = whole->family,
+                       .request = whole->request, .answer = whole->answer, .joins = (uint32_t)(whole - conns), .asks = true,
+                       .direct = !whole->full, .rto = S};
+    c->acquainted = *acquaintance(c);
+    if (c->direct) {
+        c->server = whole->server;
+        c->taken = true;
+    }
+    tally.joins += !c->direct;
+    tally.joins_direct += c->direct;
+    who->ports[port] = id;
+    client_say(c, CRAB_SYN, NONE, 0);
     arm(&c->deadline, &c->armed, now + c->rto, E_CONN, id);
 }
 
@@ -1081,6 +1337,8 @@ static void conn_ends(struct conn *c, bool well)
     c->state = well ? C_DONE : C_FAILED;
     c->deadline = 0;
     offer_ends(c, well && c->taken);
+    if (c->moved || (c->joins && conns[c->joins].moved != (uint32_t)(c - conns))) /* its connection goes on elsewhere */
+        return;
     if (well && !tasks[c->task].served) {
         tasks[c->task].served = 1;
         served++;
@@ -1112,7 +1370,8 @@ static void conn_timer(uint32_t id)
     if (!fires(&c->deadline, &c->armed, E_CONN, id))
         return;
     if (c->state == C_SYN) {
-        if (++c->copies > SYN_TRIES) {
+        c->asks &= c->joins || c->copies < 2;
+        if (++c->copies > (c->joins ? JOIN_TRIES : SYN_TRIES)) {
             tally.timeouts++;
             conn_ends(c, false);
             return;
@@ -1162,6 +1421,34 @@ static void client_refuse(uint32_t client, const struct segment *s)
     route(f, &r, true);
 }
 
+static void client_closes(struct conn *c)
+{
+    c->state = C_CLOSING;
+    c->tries = 0;
+    c->rto = 300 * MS;
+    c->pausing = false;
+    client_say(c, CRAB_FIN | CRAB_ACK, c->nxt, 0);
+    arm(&c->deadline, &c->armed, now + c->rto, E_CONN, (uint32_t)(c - conns));
+}
+
+/* A subflow stands: what its connection has not begun yet is its own; the first subflow is closed once its round is over. */
+static bool takes_over(struct conn *c)
+{
+    struct conn *whole = &conns[c->joins];
+    if (whole->state != C_OPEN || whole->round + 1 >= whole->rounds)
+        return false;
+    if (whole->server != c->server)
+        violation("join-strayed", (uint32_t)(c - conns), "server %u took a subflow of server %u's connection", c->server, whole->server);
+    tally.moved++;
+    whole->moved = (uint32_t)(c - conns);
+    c->rounds = (uint16_t)(whole->rounds - whole->round - 1);
+    whole->rounds = (uint16_t)(whole->round + 1);
+    c->doomed |= whole->doomed;
+    if (whole->pausing)
+        client_closes(whole);
+    return true;
+}
+
 static void connected(struct conn *c, const struct segment *s, uint32_t server, bool redirected)
 {
     c->state = C_OPEN;
@@ -1180,7 +1467,18 @@ static void connected(struct conn *c, const struct segment *s, uint32_t server, 
     c->doomed = c->lost >> server & 1;
     for (uint32_t l = 0; l < balancer_count; l++)
         c->doomed |= balancers[l].view[server].dead;
-    c->pooled = setting.service[c->service].policy != NULL;
+    c->pooled = setting.service[c->service].policy != NULL || c->joins;
+    const uint8_t *capable = multipath_option(s, MP_CAPABLE, 12);
+    c->multipath = c->asks && (c->joins || capable);
+    if (c->multipath && capable)
+        memcpy(c->key, capable + 4, 8);
+    if (c->multipath && c->mss > 1380)
+        c->mss = 1380;
+    if (c->joins && !takes_over(c)) {
+        client_say(c, CRAB_RST | CRAB_ACK, c->nxt, 0);
+        conn_ends(c, false);
+        return;
+    }
     client_say(c, CRAB_ACK, c->nxt, 0);
     client_output(c);
 }
@@ -1202,8 +1500,9 @@ static void arrive_at_client(uint32_t client, struct frame *f)
     uint32_t port = (s.icmp ? s.sport : s.dport) - FIRST_PORT;
     struct conn *c = port < PORTS && clients[client].ports[port] ? &conns[clients[client].ports[port]] : NULL;
     if (s.icmp) {
-        if (c && c->state == C_OPEN && s.mtu && s.mtu >= 576 && s.mtu - 60 < c->mss) {
-            c->mss = (uint16_t)(s.mtu - 60);
+        uint32_t fits = s.mtu - 60 - (c && c->multipath ? 24 : 0); /* with the options that data have */
+        if (c && c->state == C_OPEN && s.mtu && s.mtu >= 576 && fits < c->mss) {
+            c->mss = (uint16_t)fits;
             c->nxt = c->una;
             client_output(c);
         }
@@ -1244,12 +1543,14 @@ static void arrive_at_client(uint32_t client, struct frame *f)
         }
         if (s.flags & CRAB_RST) {
             tally.refused++;
+            tally.joins_refused += c->joins != 0;
             conn_ends(c, false);
         } else if (s.flags & CRAB_SYN) {
-            connected(c, &s, from, false);
+            connected(c, &s, from, c->direct);
         }
         return;
     }
+    c->told |= multipath_option(&s, MP_ADD_ADDR, 0) != NULL;
     uint32_t at = s.seq - c->irs - 1;
     if (c->state == C_DONE) {
         if (s.flags & CRAB_FIN)
@@ -1289,13 +1590,10 @@ static void arrive_at_client(uint32_t client, struct frame *f)
             c->got = at + s.length;
             news = true;
             offer_ends(c, c->taken);
+            try_to_join(c); /* the packet was read: its place may be another's now */
         }
         if (c->got == (uint32_t)c->answer * c->rounds) {
-            c->state = C_CLOSING;
-            c->tries = 0;
-            c->rto = 300 * MS;
-            client_say(c, CRAB_FIN | CRAB_ACK, c->nxt, 0);
-            arm(&c->deadline, &c->armed, now + c->rto, E_CONN, (uint32_t)(c - conns));
+            client_closes(c);
             return;
         }
         client_say(c, CRAB_ACK, c->nxt, 0);
@@ -1360,7 +1658,30 @@ static void stranger(uint32_t kind)
     s.ttl = (uint8_t)(kind == 10 ? 1 : 64);
     if (kind == 11)
         s.flags = CRAB_ACK;
+    if (kind == 15) { /* keys of nobody's connection */
+        uint8_t keys[16];
+        for (uint32_t i = 0; i < sizeof keys; i++)
+            keys[i] = (uint8_t)rnd();
+        s.flags = CRAB_ACK;
+        say_multipath(&s, MP_CAPABLE, 0x81, 20, keys, 16);
+    }
+    if (kind == 16) { /* to whomever it leads */
+        uint64_t token = rnd();
+        say_multipath(&s, MP_JOIN, 1, 12, (uint8_t *)&token, 8);
+        memcpy(s.options + s.option_count, "\x2a\x02\x01\x01", 4);
+        s.option_count += 4;
+    }
     frame_write(f, balancers[0].mac, router_mac, &s);
+    if (kind == 17 && id && c->state == C_OPEN) { /* an error about somebody's packet, which he has not seen */
+        struct segment about = {.sport = 80, .dport = c->port, .seq = (uint32_t)rnd(), .flags = CRAB_ACK};
+        memcpy(about.from, setting.service[c->service].addr, 16);
+        client_address(about.to, c->client, c->family);
+        struct frame *quoted = new_frame(0);
+        frame_write(quoted, router_mac, router_mac, &about);
+        frame_complain(f, quoted, about.to, 100);
+        memcpy(f->data + 6, router_mac, 6);
+        end_frame(quoted, &tally.to_nobody);
+    }
     f->hostile = 1;
     tally.hostile++;
     if (kind == 12 || kind == 13) { /* bytes */
@@ -1470,7 +1791,7 @@ static void server_goes(uint32_t s)
 
 static void heal(void)
 {
-    wire.loss = wire.dup = wire.reorder = wire.corrupt = wire.cut = wire.strip = 0;
+    wire.loss = wire.dup = wire.reorder = wire.corrupt = wire.cut = wire.strip = wire.narrow = 0;
     for (uint32_t s = 0; s < server_count; s++) {
         servers[s].up = true;
         servers[s].back = 0;
@@ -1499,7 +1820,7 @@ static void play(const struct script *e)
         const char *name;
         uint32_t *of;
     } knobs[] = {{"loss", &wire.loss}, {"dup", &wire.dup}, {"reorder", &wire.reorder}, {"corrupt", &wire.corrupt},
-                 {"cut", &wire.cut}, {"strip", &wire.strip}};
+                 {"cut", &wire.cut}, {"strip", &wire.strip}, {"narrow", &wire.narrow}};
     for (uint32_t i = 0; i < sizeof knobs / sizeof *knobs; i++)
         if (!strcmp(name, knobs[i].name)) {
             *knobs[i].of = (uint32_t)e->a;
@@ -1515,8 +1836,10 @@ static void play(const struct script *e)
     } else if (!strcmp(name, "ecmp")) {
         salt = (uint32_t)e->a;
     } else if (!strcmp(name, "reload")) {
-        if (b->serving)
+        if (b->serving) {
             balancer_publish(b);
+            balancer_sweep(b, (uint32_t)(now / S));
+        }
     } else if (!strcmp(name, "takeover")) {
         if (b->serving)
             balancer_take_over(b, meanwhile, b);
@@ -1564,7 +1887,7 @@ static void play(const struct script *e)
         servers[server].back = now + (uint64_t)e->b * US;
     } else if (!strcmp(name, "hostile")) {
         for (long i = 0; i < e->b; i++)
-            stranger(below(15));
+            stranger(below(multipath ? 18 : 15));
         if (e->c > 1)
             add_script(now + 10 * MS, "hostile", 0, e->b, e->c - 1);
     } else if (!strcmp(name, "flood")) { /* of SYNs, from anywhere */
@@ -1621,6 +1944,9 @@ static void read_scenario(void)
             else if (!strcmp(key, "heal")) heal_at = value * US;
             else if (!strcmp(key, "cache")) setting.cache = v;
             else if (!strcmp(key, "flows")) setting.flows = v;
+            else if (!strcmp(key, "multipath")) multipath = v;
+            else if (!strcmp(key, "tags") && v <= 2) setting.tags = v;
+            else if (!strcmp(key, "split") && v <= 1) setting.split = v;
             else {
                 fprintf(stderr, "sim: %s: unknown, or too large\n", key);
                 exit(2);
@@ -1639,6 +1965,7 @@ static void read_scenario(void)
 static void begin(void)
 {
     random_state = seed;
+    setting.tokens = is_small() ? 64 : 1 << 16;
     uint64_t k = rnd();
     memcpy(setting.key, &k, 8);
     setting.backends = server_count;
@@ -1658,6 +1985,8 @@ static void begin(void)
         c->forges = !c->fast && !below(6);
         c->card = below(2);
         c->walled = !below(10);
+        c->multipath = multipath && !c->fast && !c->forges && below(100) < multipath;
+        c->full = c->multipath && below(2);
     }
     /* Below 4 GiB: as much as struct xdp_md can point to. */
     frames = must(mmap((void *)0x20000000, FRAMES * sizeof *frames, PROT_READ | PROT_WRITE,
@@ -1788,6 +2117,15 @@ int main(void)
     say("by_xdp", tally.by_xdp);
     say("learned", learned);
     say("flows_full", full);
+    say("joins", tally.joins);
+    say("joins_known", tally.joins_known);
+    say("joins_direct", tally.joins_direct);
+    say("joins_refused", tally.joins_refused);
+    say("moved_over", tally.moved);
+    say("errors", tally.errors);
+    say("errors_heeded", tally.errors_heeded);
+    say("tagged", tally.tagged);
+    say("elsewhere", tally.elsewhere);
     say("lost", tally.lost);
     say("dropped", tally.dropped);
     say("passed", tally.passed);

@@ -8,6 +8,7 @@ static struct {
     struct xdp *of;
     uint64_t now;
     bool socket; /* the last redirect was to one */
+    uint32_t ifindex; /* of the last one to an interface */
     uint32_t queue;
     struct passed key[256]; /* of map `passed` */
     struct passing value[256];
@@ -36,9 +37,9 @@ void *sim_map_lookup(const void *map, const void *key)
         return NULL;
     }
     if (map == &macs)
-        return i == SIM_IFINDEX ? &x->macs : NULL;
+        return i == SIM_IFINDEX || i == SIM_ELSEWHERE ? &x->macs : NULL;
     if (map == &interfaces)
-        return i == SIM_IFINDEX ? &x->interface : NULL;
+        return i == SIM_IFINDEX || i == SIM_ELSEWHERE ? &x->interface : NULL;
     if (map == &sockets)
         return i < SIM_QUEUES && x->sockets[i] ? &x->sockets[i] : NULL;
     if (map == &paths)
@@ -84,7 +85,7 @@ long sim_redirect_map(__u32 place, __u64 otherwise)
 
 long sim_redirect(__u32 ifindex)
 {
-    (void)ifindex;
+    turn.ifindex = ifindex;
     turn.socket = false;
     return XDP_REDIRECT;
 }
@@ -103,7 +104,7 @@ __u64 sim_ktime(void)
 int sim_xdp(struct xdp *x, struct frame *f, uint32_t queue, uint64_t now_ns, uint32_t *why)
 {
     struct xdp_md ctx = {.data = (__u32)(uintptr_t)f->data, .data_end = (__u32)(uintptr_t)(f->data + f->len),
-                         .ingress_ifindex = SIM_IFINDEX, .rx_queue_index = queue};
+                         .ingress_ifindex = f->ifindex, .rx_queue_index = queue};
     uint64_t before[CRAB_XDP_COUNTERS];
     memcpy(before, x->counters, sizeof before);
     turn.of = x;
@@ -122,6 +123,8 @@ int sim_xdp(struct xdp *x, struct frame *f, uint32_t queue, uint64_t now_ns, uin
     case XDP_TX:
         return XDP_IS_SENT;
     case XDP_REDIRECT:
+        if (!turn.socket)
+            f->ifindex = (uint8_t)turn.ifindex;
         return turn.socket ? XDP_IS_A_WORKERS : XDP_IS_SENT;
     default:
         return XDP_IS_DROPPED;
