@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from crablb.lab import VIP4
-from tests.foreign.conftest import ForeignSite, Result, compare
-from tests.stacks.conftest import FETCHED, LIMIT
+from tests.foreign.conftest import LIMIT, ForeignSite, Result
+from tests.stacks.conftest import FETCHED
 from tests.stacks.test_redis import PORT, PROGRAMS, start_redis
 
 SOURCE = FETCHED / "redis/source"
@@ -25,7 +25,7 @@ LEFT_OUT = [
 ]  # fmt: skip
 
 
-def test_suite(make_site, way):
+def test_suite(make_site, way, compare):
     site = make_site(PORT, servers=1)
     server = site.lab.servers[0]
     suite = site.folder / "suite"
@@ -48,7 +48,7 @@ def test_suite(make_site, way):
             found = fresh(str(VIP4), *site.by)
         return found
 
-    compare("redis", way, lambda: fresh(server.ip4), through, {})
+    compare("redis", way, lambda: fresh(server.ip4), through)
 
 
 def run(site: ForeignSite, suite: Path, host: str, *by: str) -> Result:

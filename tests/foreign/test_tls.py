@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.foreign.conftest import ForeignSite, Result, compare, targets
-from tests.stacks.conftest import LIMIT
+from tests.foreign.conftest import LIMIT, ForeignSite, Result, targets
 from tests.stacks.nginx import PORTS, start_nginx
 
 #: Of when it ran, and of itself.
@@ -16,7 +15,7 @@ VOLATILE = {"scanTime", "HTTP_clock_skew", "TLS_timestamp", "engine_problem", "c
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_testssl(make_site, way, family):
+def test_testssl(make_site, way, family, compare):
     """One server: two have no session tickets in common."""
     site = make_site(*PORTS, servers=1)
     for server in site.lab.servers:
@@ -29,7 +28,7 @@ def test_testssl(make_site, way, family):
             found = run(site, vip, site.folder / "through.csv", *site.by)
         return found
 
-    compare(f"testssl.sh, IPv{family}", way, lambda: run(site, own, site.folder / "own.csv"), through, {})
+    compare(f"testssl.sh, IPv{family}", way, lambda: run(site, own, site.folder / "own.csv"), through)
 
 
 def run(site: ForeignSite, host: str, file: Path, *by: str) -> Result:
