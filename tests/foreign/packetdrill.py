@@ -528,6 +528,8 @@ class Run:
                 self._call(event)
             case "command":
                 done = subprocess.run(["bash", "-c", event.text], cwd=self.folder, capture_output=True, check=False)
+                if done.returncode and event is self.script.events[0]:
+                    raise Unsupported("the kernel does not have all that is to be set")
                 check("status", 0, done.returncode)
                 self.now = time.monotonic()
             case "code":

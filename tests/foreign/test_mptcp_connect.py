@@ -34,8 +34,7 @@ HOW = {
 def test_transfers(make_site, way, family, compare):
     site = make_site(PORT, servers=1)
     program = site.folder / "mptcp_connect"
-    include = [f"-I{LINUX / folder}" for folder in ("headers", "tools/include")]
-    subprocess.run(["gcc", "-O2", "-w", *include, "-o", program, SOURCE], check=True)
+    compiled(SOURCE, program)
     own, vip = targets(site.lab.servers[0])[family]
 
     def through() -> Result:
@@ -45,6 +44,11 @@ def test_transfers(make_site, way, family, compare):
         return found
 
     compare(f"mptcp_connect, IPv{family}", way, lambda: run(site, program, own), through)
+
+
+def compiled(source: Path, program: Path) -> None:
+    include = [f"-I{LINUX / folder}" for folder in ("headers", "tools/include")]
+    subprocess.run(["gcc", "-O2", "-w", *include, "-o", program, source], check=True)
 
 
 def run(site: ForeignSite, program: Path, host: str) -> Result:
