@@ -91,12 +91,15 @@ class ForeignSite(Site):
 _direct: dict[str, Result] = {}
 #: What a test says of its suite goes with its report, as it may run in another process.
 ROW = "suite"
+LONGEST = ("test_tls", "test_redis", "test_packetdrill", "test_haproxy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The ways of a suite are one process's, which runs it straight once."""
+    """The ways of a suite are one process's, which runs it straight once.  What takes longest begins first."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent == here and item.path.stem not in LONGEST)
     for item in items:
-        if item.path.parent == Path(__file__).parent:
+        if item.path.parent == here:
             family = item.callspec.params.get("family", "") if hasattr(item, "callspec") else ""
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{family}"))
 
