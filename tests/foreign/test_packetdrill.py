@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,8 +41,19 @@ def test_scripts(agents, tmp_path, compare):
         assert offers > 0 < echoes < redirects, counts
 
 
-def run(folder, way: str, counts: dict[str, int], only: set[str] | None) -> Result:
-    """``only``: of these scripts and families, all if it is None."""
+def run(folder: Path, way: str, counts: dict[str, int], only: set[str] | None) -> Result:
+    found = Result()
+    for name, (verdict, why) in verdicts(folder, SOURCE, way, only, counts).items():
+        (found.passed if verdict == "passed" else found.failed).add(name)
+        if why:
+            print(name, why)
+    return found
+
+
+def verdicts(
+    folder: Path, scripts: Path, way: str, only: set[str] | None = None, counts: dict[str, int] | None = None
+) -> dict[str, tuple[str, str]]:
+    """What became of each script, and why.  ``only``: of these scripts and families, all if it is None."""
     cgroup = cgroup_root() / "crablb-lab" / unique()
     cgroup.mkdir(parents=True)
     place = folder / way
@@ -52,19 +64,17 @@ def run(folder, way: str, counts: dict[str, int], only: set[str] | None) -> Resu
         with Island(place) as island:
             # Who enters has another folder to begin with.
             program = ("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.foreign.drill")
-            done = island.run(*program, str(SOURCE), way, str(cgroup), *([str(names)] if only else []), check=False)
+            done = island.run(*program, str(scripts), way, str(cgroup), *([str(names)] if only else []), check=False)
     finally:
         (cgroup / "cgroup.kill").write_text("1")
         until(lambda: "populated 0" in (cgroup / "cgroup.events").read_text())
         os.rmdir(cgroup)
     assert not done.returncode, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    found = Result()
+    found = {}
     for line in done.stdout.splitlines():
         said = json.loads(line)
         assert said["verdict"] in ("passed", "failed", "unsupported"), said
-        (found.passed if said["verdict"] == "passed" else found.failed).add(said["name"])
-        for name in counts:
-            counts[name] += said.get(name, 0)
-        if said["verdict"] != "passed":
-            print(said["name"], said["why"])
+        found[said["name"]] = said["verdict"], said["why"]
+        for name in counts or ():
+            counts[name] += said.get(name, 0)  # type: ignore[index]
     return found
