@@ -28,7 +28,7 @@ from tests.foreign.packetdrill import FAMILIES, PORT, Differs, Ends, Run, Segmen
 #: scripts' peers are VIPs, and so is their own address, but nothing is redirected.  ``redirected``: what can be is.
 WAYS = ("none", "beside", "mptcp", "fallback", "redirected")
 #: So many of a family at a time, as most of a script is waiting; again if it failed, as it may have been the machine.
-SLOTS, TRIES = 3, 3
+SLOTS, TRIES = 2, 3
 LIMIT = 120
 SETTINGS = Path("/proc/sys/net/ipv4")
 
