@@ -27,6 +27,7 @@ CRABLB = str(Path(sys.executable).with_name("crablb"))
 # In front of ip(8): when an interface of a namespace comes up, agents come there, if they are not there and can be. A
 # client's has a route to the VIPs, and none to itself.  Before a namespace goes, its agents' counters are written down.
 IP = r"""#!/bin/bash
+[ "$1 $2" = "netns exec" ] && exec %(ip)s "$@"  # which is to be the process that is killed
 if [[ "$1 $2" == "netns del"* && -e %(folder)s/$3.client ]]; then
   nsenter --net=/run/netns/$3 %(crablb)s agent status --json >>%(folder)s/status
 fi
