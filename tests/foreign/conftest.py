@@ -94,6 +94,7 @@ ROW = "suite"
 LONGEST = ("test_tls", "test_redis", "test_packetdrill", "test_haproxy")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The ways of a suite are one process's, which runs it straight once.  What takes longest begins first."""
     here = Path(__file__).parent

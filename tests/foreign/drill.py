@@ -26,7 +26,7 @@ from tests.foreign.packetdrill import FAMILIES, PORT, Differs, Ends, Run, Segmen
 
 #: ``none``: no agents.  ``beside``: agents of other VIPs.  ``mptcp``: the same, with ``--mptcp``.  ``fallback``: the
 #: scripts' peers are VIPs, and so is their own address, but nothing is redirected.  ``redirected``: what can be is.
-WAYS = ("none", "beside", "mptcp", "fallback", "redirected")
+WAYS = ("none", "redirected", "fallback", "mptcp", "beside")
 #: So many of a family at a time, as most of a script is waiting; again if it failed, as it may have been the machine.
 SLOTS, TRIES = 2, 3
 LIMIT = 120
