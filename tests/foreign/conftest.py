@@ -19,6 +19,8 @@ from crablb.lab import VIP4, VIP6, Lab, Node
 from tests.helpers.namespaces import unique
 from tests.stacks.conftest import Site, kernel
 
+#: Seconds; only so that a hang ends as a failure.  A suite takes minutes, on a machine that has much to do many.
+LIMIT = 1500
 #: What unmodified programs get MPTCP sockets by.
 MPTCPIZE = ("mptcpize", "run")
 WAYS = ("prepared", "fallback", "mptcp")
@@ -87,41 +89,70 @@ class ForeignSite(Site):
 
 #: By suite: straight at the server.  Once for all ways.
 _direct: dict[str, Result] = {}
-#: Suite, way; what failed there, and what of that did not straight at the server.
-_rows: list[tuple[str, str, Result, set[str]]] = []
+#: What a test says of its suite goes with its report, as it may run in another process.
+ROW = "suite"
+LONGEST = ("test_tls", "test_redis", "test_packetdrill", "test_haproxy")
 
 
-def compare(
-    suite: str, way: str, straight: Callable[[], Result], through: Callable[[], Result], excused: dict[str, str]
-) -> None:
-    """Run both and hold them against each other.
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The ways of a suite are one process's, which runs it straight once.  What takes longest begins first."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent == here and item.path.stem not in LONGEST)
+    for item in items:
+        if item.path.parent == here:
+            family = item.callspec.params.get("family", "") if hasattr(item, "callspec") else ""
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{family}"))
 
-    ``excused``: the tests that may fail through the load balancer alone, with the reason.  Whatever else fails there
-    fails straight at the server as well, and both run the same tests.
+
+def direct(suite: str) -> Result:
+    """What came out straight at the server; known while the other ways run."""
+    return _direct[suite]
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``compare(suite, way, straight, through)``: run both and hold them against each other.
+
+    What fails through the load balancer fails straight at the server as well, and both run the same tests.
     """
-    if suite not in _direct:
-        _direct[suite] = straight()
-    direct, found = _direct[suite], through()
-    differing = direct.passed & found.failed
-    _rows.append((suite, way, found, differing))
-    assert found.run == direct.run, "\n".join(["run in one of both alone:", *sorted(direct.run ^ found.run)])
-    assert len(found.passed) > 0
-    unknown = differing - excused.keys()
-    assert not unknown, "\n".join(["fail through the load balancer alone:", *sorted(unknown)])
+
+    def both(suite: str, way: str, straight: Callable[[], Result], through: Callable[[], Result]) -> None:
+        if suite not in _direct:
+            _direct[suite] = straight()
+        plain, found = _direct[suite], through()
+        differing = plain.passed & found.failed
+        row = [suite, way, *map(sorted, (plain.passed, plain.failed, found.passed, differing))]
+        request.node.user_properties.append((ROW, row))
+        assert found.run == plain.run, "\n".join(["run in one of both alone:", *sorted(plain.run ^ found.run)])
+        assert len(found.passed) > 0
+        assert not differing, "\n".join(["fail through the load balancer alone:", *sorted(differing)])
+
+    return both
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _rows:
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    rows = [
+        value
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, value in report.user_properties
+        if name == ROW
+    ]
+    if not rows:
         return
     say = terminalreporter.write_line
     terminalreporter.section("suites")
-    for suite, direct in _direct.items():
-        say(f"{suite}: {len(direct.run)} tests; straight at the server {len(direct.passed)} passed")
-        for name in sorted(direct.failed):
+    for suite in dict.fromkeys(row[0] for row in rows):
+        of_it = [row[1:] for row in rows if row[0] == suite]
+        _, passed, failed, *_ = of_it[0]
+        say(f"{suite}: {len(passed) + len(failed)} tests; without the load balancer {len(passed)} passed")
+        for name in failed:
             say(f"    failed: {name}")
-        for way, found, differing in (row[1:] for row in _rows if row[0] == suite):
-            say(f"  {way}: {len(found.passed)} of {len(found.run)} passed, {len(differing)} failed here alone")
-            for name in sorted(differing):
+        for way, _, _, well, differing in of_it:
+            say(f"  {way}: {len(well)} passed, {len(differing)} failed here alone")
+            for name in differing:
                 say(f"    failed here alone: {name}")
 
 

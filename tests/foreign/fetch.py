@@ -3,12 +3,13 @@
     python -m tests.foreign.fetch FOLDER
 
 makes FOLDER/varnish (varnishtest, unpacked: its package would start a daemon), FOLDER/haproxy (what HAProxy's authors
-released) and FOLDER/mptcp (the MPTCP selftests of Debian's kernel, by its package linux-source).  Nothing is installed.
+released) and FOLDER/linux (selftests of Debian's newest kernel, by its package linux-source).  Nothing is installed.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,15 @@ from pathlib import Path
 
 from tests.stacks.fetch import Mirror, Missing, run
 
-SELFTESTS = "tools/testing/selftests/net/mptcp"
+SELFTESTS = (
+    "include/uapi/linux/mptcp*.h",
+    "tools/include/*",
+    "tools/testing/selftests/kselftest/ktap_helpers.sh",
+    "tools/testing/selftests/net/lib.sh",
+    "tools/testing/selftests/net/lib/sh/*",
+    "tools/testing/selftests/net/mptcp/*",
+    "tools/testing/selftests/net/packetdrill/*",
+)
 
 
 def unpack(mirror: Mirror, folder: Path, *packages: str) -> None:
@@ -47,14 +56,22 @@ def release(mirror: Mirror, name: str, version: str, folder: Path) -> None:
     raise Missing("\n".join([f"apt's mirror has no source of {name} {version}; another one may", *faults]))
 
 
-def selftests(mirror: Mirror, folder: Path) -> str:
-    """Of the kernel that the distribution has the sources of; which one that is."""
-    name = mirror.apt("apt-cache", "depends", "linux-source").split("Depends: ")[1].split()[0]
+def selftests(folder: Path) -> str:
+    """Of the newest kernel that Debian has the sources of, whichever release this is: they are made to run with older
+    ones.  Which one that is."""
     with tempfile.TemporaryDirectory(prefix="crablb-linux-", dir=folder.parent) as where:
+        mirror = Mirror(Path(where) / "lists", "sid")
+        names = re.findall(r"^linux-source-([\d.]+) ", mirror.apt("apt-cache", "search", "^linux-source-"), re.M)
+        name = "linux-source-" + max(names, key=lambda version: [int(part) for part in version.split(".")])
         unpack(mirror, Path(where) / "package", name)
         tar = Path(where) / f"package/usr/src/{name}.tar.xz"
-        run("tar", "-xf", tar, "-C", where, f"{name}/{SELFTESTS}")
-        shutil.move(Path(where) / name / SELFTESTS, folder)
+        run("tar", "-xf", tar, "-C", where, "--wildcards", *(f"{name}/{one}" for one in SELFTESTS))
+        shutil.move(Path(where) / name, folder)
+    # What a kernel's headers have that are installed, for programs to be compiled with.
+    headers = folder / "headers/linux"
+    headers.mkdir(parents=True)
+    for header in (folder / "include/uapi/linux").glob("mptcp*.h"):
+        shutil.copy(header, headers)
     return name
 
 
@@ -77,7 +94,7 @@ def main() -> None:
             unpack(mirror, folder / "varnish", "varnish", library)
             haproxy = upstream("haproxy")
             release(mirror, "haproxy", haproxy, folder / "haproxy")
-            linux = selftests(mirror, folder / "mptcp")
+            linux = selftests(folder / "linux")
     except Missing as missing:
         sys.exit(f"crablb: {missing}")
     print(f"    varnishtest, haproxy {haproxy}, {linux}")

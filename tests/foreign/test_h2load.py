@@ -7,8 +7,7 @@ import re
 import pytest
 
 from crablb.lab.demo import make_big
-from tests.foreign.conftest import ForeignSite, Result, compare, targets
-from tests.stacks.conftest import LIMIT
+from tests.foreign.conftest import LIMIT, ForeignSite, Result, targets
 from tests.stacks.nginx import PORTS, start_nginx
 
 # nginx answers 1,000 requests of a connection.
@@ -25,7 +24,7 @@ LOADS = {
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_h2load(make_site, way, family):
+def test_h2load(make_site, way, family, compare):
     site = make_site(*PORTS)
     for server in site.lab.servers:
         make_big(start_nginx(site, server, run=site.by) / "big", 1 << 20)
@@ -38,7 +37,7 @@ def test_h2load(make_site, way, family):
             found = run(site, vip, *site.by)
         return found
 
-    compare(f"h2load, IPv{family}", way, lambda: run(site, own), through, {})
+    compare(f"h2load, IPv{family}", way, lambda: run(site, own), through)
 
 
 def run(site: ForeignSite, host: str, *by: str) -> Result:

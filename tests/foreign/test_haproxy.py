@@ -10,17 +10,16 @@ import tempfile
 from pathlib import Path
 
 from crablb.lab import VIP4
-from tests.foreign.conftest import ForeignSite, Result, compare
+from tests.foreign.conftest import LIMIT, ForeignSite, Result
 from tests.stacks.conftest import FETCHED
 
 SOURCE = FETCHED / "foreign/haproxy"
 VARNISH = FETCHED / "foreign/varnish/usr"
 #: All of its listeners at a time, of two scenarios at a time, and some to come back to late.
 PORTS = range(20000, 20064)
-LIMIT = 900
 
 
-def test_scenarios(make_site, way):
+def test_scenarios(make_site, way, compare):
     site = make_site(*PORTS, servers=1, one_cgroup=True)
     preload = site.folder / "elsewhere.so"
     source = Path(__file__).with_name("elsewhere.c")
@@ -32,7 +31,7 @@ def test_scenarios(make_site, way):
             found = run(site, preload, str(VIP4), *site.by)
         return found
 
-    compare("haproxy", way, lambda: run(site, preload, site.lab.servers[0].ip4), through, {})
+    compare("haproxy", way, lambda: run(site, preload, site.lab.servers[0].ip4), through)
 
 
 def run(site: ForeignSite, preload: Path, to: str, *by: str) -> Result:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.foreign.conftest import ForeignSite, Result, compare, targets
+from tests.foreign.conftest import LIMIT, ForeignSite, Result, targets
 from tests.helpers.processes import until
-from tests.stacks.conftest import FETCHED, LIMIT
+from tests.stacks.conftest import FETCHED
 
-SOURCE = FETCHED / "foreign/mptcp/mptcp_connect.c"
+LINUX = FETCHED / "foreign/linux"
+SOURCE = LINUX / "tools/testing/selftests/net/mptcp/mptcp_connect.c"
 PORT = 10000
 PROTOCOLS = ("MPTCP", "TCP")
 #: Its options, on both sides.
@@ -30,10 +31,10 @@ HOW = {
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_transfers(make_site, way, family):
+def test_transfers(make_site, way, family, compare):
     site = make_site(PORT, servers=1)
     program = site.folder / "mptcp_connect"
-    subprocess.run(["gcc", "-O2", "-w", "-o", program, SOURCE], check=True)
+    compiled(SOURCE, program)
     own, vip = targets(site.lab.servers[0])[family]
 
     def through() -> Result:
@@ -42,7 +43,12 @@ def test_transfers(make_site, way, family):
             found = run(site, program, vip)
         return found
 
-    compare(f"mptcp_connect, IPv{family}", way, lambda: run(site, program, own), through, {})
+    compare(f"mptcp_connect, IPv{family}", way, lambda: run(site, program, own), through)
+
+
+def compiled(source: Path, program: Path) -> None:
+    include = [f"-I{LINUX / folder}" for folder in ("headers", "tools/include")]
+    subprocess.run(["gcc", "-O2", "-w", *include, "-o", program, source], check=True)
 
 
 def run(site: ForeignSite, program: Path, host: str) -> Result:

@@ -8,12 +8,12 @@ import subprocess
 from pathlib import Path
 
 from crablb.lab import VIP4
-from tests.foreign.conftest import ForeignSite, Result, compare
-from tests.stacks.conftest import LIMIT, UNPRIVILEGED
+from tests.foreign.conftest import LIMIT, ForeignSite, Result
+from tests.stacks.conftest import UNPRIVILEGED
 from tests.stacks.test_postgresql import FOLDER, PORT, program, start_postgres
 
 
-def test_regression(make_site, way):
+def test_regression(make_site, way, compare):
     site = make_site(PORT, servers=1)
     server = site.lab.servers[0]
     start_postgres(site, server, *site.by)
@@ -31,7 +31,7 @@ def test_regression(make_site, way):
             found = run(site, suite, str(VIP4), *site.by)
         return found
 
-    compare("postgresql", way, lambda: run(site, suite, server.ip4), through, {})
+    compare("postgresql", way, lambda: run(site, suite, server.ip4), through)
 
 
 def run(site: ForeignSite, suite: Path, host: str, *by: str) -> Result:

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from tests.foreign.conftest import ForeignSite, Result, compare, targets
-from tests.stacks.conftest import LIMIT, UNPRIVILEGED
+from tests.foreign.conftest import LIMIT, ForeignSite, Result, targets
+from tests.stacks.conftest import UNPRIVILEGED
 
 PORT = 8080
 CONFIG = """
@@ -28,7 +28,7 @@ MODULES = ("mpm_event", "authz_core", "dav", "dav_fs")
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_litmus(make_site, way, family):
+def test_litmus(make_site, way, family, compare):
     site = make_site(PORT)
     (site.folder / "files").mkdir()
     modules = "\n".join(f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so" for name in MODULES)
@@ -43,7 +43,7 @@ def test_litmus(make_site, way, family):
             found = run(site, vip, *site.by)
         return found
 
-    compare(f"litmus, IPv{family}", way, lambda: run(site, own), through, {})
+    compare(f"litmus, IPv{family}", way, lambda: run(site, own), through)
 
 
 def run(site: ForeignSite, host: str, *by: str) -> Result:

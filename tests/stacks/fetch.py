@@ -35,7 +35,8 @@ def run(*args: str | Path, cwd: Path | None = None) -> str:
 class Mirror:
     """The mirrors that this machine's apt has its distribution from, sources included, with lists of their own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *releases: str) -> None:
+        """``releases``: of the same distribution, beside the machine's own."""
         self.folder = folder
         (folder / "lists/partial").mkdir(parents=True)
         origin = re.search(r"^ID=\W?(\w+)", Path("/etc/os-release").read_text(), re.M)[1]  # type: ignore[index]
@@ -46,9 +47,10 @@ class Mirror:
         if not where:
             raise Missing(f"apt's sources name no mirror of {origin}, or it was never updated: run apt-get update")
         keyring = f"[signed-by=/usr/share/keyrings/{origin}-archive-keyring.gpg]"
-        lines = [
-            f"{kind} {keyring} {line}\n" for kind in ("deb", "deb-src") for line in sorted(set(where.splitlines()))
-        ]
+        places = set(where.splitlines())
+        archive = next((line.split()[0] for line in sorted(places) if "security" not in line), "")
+        places |= {f"{archive} {release} main" for release in releases}
+        lines = [f"{kind} {keyring} {line}\n" for kind in ("deb", "deb-src") for line in sorted(places)]
         (folder / "sources.list").write_text("".join(lines))
         settings = {
             "Dir::Etc::SourceList": folder / "sources.list",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
 
 from crablb.lab import VIP4, VIP6, Node
 from tests.stacks.conftest import FETCHED, Site
@@ -12,11 +13,11 @@ PORT = 6379
 PROGRAMS = FETCHED / "redis/program/usr/bin"
 
 
-def start_redis(site: Site, server: Node, *run: str) -> None:
+def start_redis(site: Site, server: Node, *run: str) -> subprocess.Popen[str]:
     """``run``: the command that runs it."""
     folder = site.folder / server.name
-    folder.mkdir()
-    site.start(
+    folder.mkdir(exist_ok=True)
+    return site.start(
         server, PORT, *run, PROGRAMS / "redis-server", "--port", str(PORT), "--bind", "*", "-::*",
         "--protected-mode", "no", "--save", "", "--dir", folder, "--enable-debug-command", "yes",
         "--enable-protected-configs", "yes", "--enable-module-command", "yes",
