@@ -21,8 +21,8 @@ from typing import Literal, Self
 from crablb._native import ffi, lib
 
 from crablb.kernel import bpf
-from crablb.model import Address, Vip, mapped
-from crablb.selection.maglev import maglev_table
+from crablb.model import Address, Hashing, Vip, mapped
+from crablb.selection.tables import table_of
 
 TABLE_SIZE = 65537
 
@@ -55,7 +55,7 @@ class Redirect:
                 maps["backends"].update(
                     backend, mapped(hop.address) + hop.dst_mac + hop.src_mac + struct.pack("=I", hop.ifindex)
                 )
-            table = maglev_table({ids[hop]: (hop.address, 1, 1) for hop in hops}, TABLE_SIZE, seed)
+            table = table_of({ids[hop]: (hop.address, 1, 1) for hop in hops}, TABLE_SIZE, seed, Hashing.MAGLEV)
             first = number * TABLE_SIZE
             for slot, backend in enumerate(table.tolist()):
                 maps["table"].update(first + slot, backend)

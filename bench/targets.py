@@ -26,7 +26,7 @@ TARGETS: dict[str, tuple[str, str]] = {
         "at most 1.3 times",
     ),
     "P8": (
-        "Maglev tables for 1,000 backends; disruption when one is removed",
+        "tables for 1,000 backends; disruption when one is removed, with each size",
         "65,537 entries in 2 ms, 655,373 in 25 ms; at most 1.5 times the ideal",
     ),
     "P9": ("two queues on two cores beside one, hot loop", "at least 1.8 times"),

@@ -12,7 +12,7 @@ __all__ = ["odd", "unreadable"]
 
 #: Weights that are further apart than so are told.
 APART = 100
-#: Slots of a Maglev table for each backend that its paper asks for.
+#: Slots of a table for each backend that Maglev's paper asks for.
 SLOTS = 100
 
 

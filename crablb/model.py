@@ -77,6 +77,13 @@ class Announce(Enum):
     ARP = "arp"  # the load balancer, by ARP and neighbour discovery
 
 
+class Hashing(Enum):
+    """By what a hash means a backend."""
+
+    MAGLEV = "maglev"  # equal to the slot; who comes or goes moves a few of others' connections
+    RENDEZVOUS = "rendezvous"  # hardly any of others'; nobody more than a 32nd beyond its share
+
+
 class Closed(Enum):
     """What is done about packets to VIPs that are no service's, and SYNs that no backend can take."""
 
@@ -253,6 +260,7 @@ class Config:
     xdp_mode: XdpMode = XdpMode.AUTO
     queues: int | None = None  # of each interface have a CPU of their own; None: all
     busy_poll: int = 20  # microseconds that a worker turns at most before it sleeps, under load; 0: never
+    table: Hashing = Hashing.MAGLEV
     table_size: int = 65537  # prime
     flows: int = 262144  # capacity of each worker's flow cache, and of the XDP program's, in connections
     ack_bypass: Bypass = Bypass.AUTO

@@ -27,6 +27,7 @@ from crablb.model import (
     Closed,
     Config,
     Fallback,
+    Hashing,
     Initially,
     Mode,
     OnDead,
@@ -344,6 +345,15 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         scope=Config,
+        name="table",
+        kind=_choice(Hashing),
+        help="by what a hash means a backend: maglev: equal to the slot, and where a backend is added or removed a few"
+        " connections of others move as well; rendezvous: hardly any of others', and no backend gets more than a 32nd"
+        " beyond its share. Load balancers with one VIP need the same",
+        example="maglev",
+    ),
+    Option(
+        scope=Config,
         name="table_size",
         kind=Kind(
             says="a prime, 7 to 5,000,011",
@@ -352,7 +362,7 @@ OPTIONS: tuple[Option, ...] = (
             read=_number,
             json={"type": "integer", "minimum": 7, "maximum": 5_000_011},
         ),
-        help="slots of a Maglev table: 100 times the backends of a service, or more",
+        help="slots of a service's table: 100 times the backends of a service, or more",
         example=65537,
     ),
     Option(

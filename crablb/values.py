@@ -359,7 +359,7 @@ def parse_interfaces(value: object) -> tuple[str, ...]:
 def parse_table_size(value: object) -> int:
     size = whole(7, 5_000_011, value)
     if not all(size % d for d in range(2, int(size**0.5) + 1)):
-        raise ConfigError(f"{size} is not prime, as a Maglev table must be (65537 and 655373 are usual)")
+        raise ConfigError(f"{size} is not prime, as a table's size must be (65537 and 655373 are usual)")
     return size
 
 

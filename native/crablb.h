@@ -94,9 +94,9 @@ int crab_packet_parse(const uint8_t *frame, size_t len, struct crab_packet *out)
  * crab_packet_parse finds it right, and, unless it is bad, the checksum that it should carry (in memory order) in *right. */
 int crab_csum_state(const uint8_t *ip, size_t ip_len, uint16_t *right);
 
-/* ---- maglev: Eisenbud et al., NSDI 2016, 3.4 ---- */
+/* ---- tables: which backend a hash means ---- */
 
-struct crab_maglev_member {
+struct crab_table_member {
     uint8_t addr[16];
     uint32_t weight; /* now; 0: no slots */
     uint32_t full;   /* when all is well with it; less than `weight`: that */
@@ -109,8 +109,13 @@ struct crab_maglev_member {
  * from the table of full weights.  Slots hold CRAB_NO_BACKEND when no member has a weight.  Returns 0, or -1 without memory.
  * Nobody writes a table that a snapshot has. */
 #define CRAB_NO_BACKEND 65535
-int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_member *members, uint32_t count,
+/* Maglev hashing, Eisenbud et al., NSDI 2016, 3.4: each has its share, to the slot. */
+int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_table_member *members, uint32_t count,
                       const uint8_t *key16);
+/* Rendezvous hashing with bounded loads (native/rendezvous.c): nobody has more than a 32nd beyond its share, and hardly any
+ * slots move but those of who comes or goes. */
+int crab_rendezvous_build(uint16_t *table, uint32_t size, const struct crab_table_member *members, uint32_t count,
+                          const uint8_t *key16);
 
 /* ---- select: policies, which backend a connection is redirected to (native/select.h) ---- */
 

@@ -12,17 +12,14 @@
  * and load balancers that do not agree on who is alive agree on all else. */
 #include <stdlib.h>
 
-#include "bytes.h"
-#include "crablb.h"
+#include "permutation.h"
 
 #define LOOKAHEAD 32 /* slots of a permutation that are looked at together */
 
 struct turn {
-    const struct crab_maglev_member *member;
-    uint32_t offset, skip; /* of its permutation */
-    uint32_t next;         /* slot of it that it looks at next */
-    uint32_t claims;
-    uint32_t weight;       /* that counts now */
+    struct permutation p;
+    uint32_t next;   /* slot of it that it looks at next */
+    uint32_t weight; /* that counts now */
     uint32_t credit;
     uint32_t ahead, used;          /* candidates, and how many of them have been looked at */
     uint32_t candidates[LOOKAHEAD]; /* slots that were free when it last looked ahead */
@@ -30,18 +27,7 @@ struct turn {
 
 static int by_address(const void *a, const void *b)
 {
-    return memcmp(((const struct turn *)a)->member->addr, ((const struct turn *)b)->member->addr, 16);
-}
-
-static uint32_t full_weight(const struct crab_maglev_member *m)
-{
-    return m->full > m->weight ? m->full : m->weight;
-}
-
-static inline uint32_t step(const struct turn *t, uint32_t slot, uint32_t size)
-{
-    slot += t->skip;
-    return slot >= size ? slot - size : slot;
+    return memcmp(((const struct turn *)a)->p.member->addr, ((const struct turn *)b)->p.member->addr, 16);
 }
 
 /* A free slot, and how many steps away it is. */
@@ -71,21 +57,6 @@ static void sort(struct place *places, struct place *between, uint32_t count, ui
         memcpy(places, from, count * sizeof *places);
 }
 
-/* 1 / a modulo a prime; 0 < a < prime.  Extended Euclid. */
-static uint32_t inverse(uint32_t a, uint32_t prime)
-{
-    int64_t r = prime, next_r = a, t = 0, next_t = 1;
-    while (next_r) {
-        int64_t quotient = r / next_r, swap = r - quotient * next_r;
-        r = next_r;
-        next_r = swap;
-        swap = t - quotient * next_t;
-        t = next_t;
-        next_t = swap;
-    }
-    return (uint32_t)(t < 0 ? t + prime : t);
-}
-
 /* With few free slots, each is far from the next one in a permutation: in place of looking at all between, they are sorted by
  * where they are in it.  From so many on that is dearer than what it saves (measured: the minimum is flat), and for less than
  * MIN_SORTED so are the counts of the sort. */
@@ -101,12 +72,10 @@ static uint32_t few(uint32_t size, uint32_t n)
 static void find(struct place *places, struct place *between, const uint32_t *slots, uint32_t count,
                  const struct turn *t, uint32_t size)
 {
-    uint64_t steps_of_one = inverse(t->skip, size);
+    uint32_t inverse = crab_inverse(t->p.skip, size);
     uint32_t from = t->used < t->ahead ? t->candidates[t->used] : t->next;
-    for (uint32_t i = 0; i < count; i++) {
-        uint32_t away = slots[i] >= from ? slots[i] - from : slots[i] + size - from;
-        places[i] = (struct place){(uint32_t)(away * steps_of_one % size), slots[i]};
-    }
+    for (uint32_t i = 0; i < count; i++)
+        places[i] = (struct place){crab_steps(slots[i], from, inverse, size), slots[i]};
     sort(places, between, count, size);
 }
 
@@ -124,7 +93,7 @@ static uint32_t next_free(const uint16_t *table, uint32_t size, struct turn *t)
         for (int i = 0; i < LOOKAHEAD; i++) {
             t->candidates[count] = slot;
             count += table[slot] == CRAB_NO_BACKEND;
-            slot = step(t, slot, size);
+            slot = crab_behind(&t->p, slot, size);
         }
         t->next = slot;
         t->ahead = count;
@@ -144,8 +113,8 @@ static inline bool is_due(struct turn *t, uint32_t most)
 
 static inline void take(uint16_t *table, struct turn *t, uint32_t slot)
 {
-    table[slot] = t->member->backend;
-    t->claims++;
+    table[slot] = t->p.member->backend;
+    t->p.claims++;
 }
 
 /* Have those with a weight claim all free slots.  Returns 0, or -1 without memory. */
@@ -197,57 +166,32 @@ static int claim(uint16_t *table, uint32_t size, struct turn *turns, uint32_t n,
     return 0;
 }
 
-/* Free what a member has beyond its share.  Returns how many slots. */
-static uint32_t give_back(uint16_t *table, uint32_t size, const struct turn *t)
-{
-    const struct crab_maglev_member *m = t->member;
-    uint32_t keeps = (uint32_t)((uint64_t)t->claims * m->weight / full_weight(m));
-    uint32_t slot = t->offset, seen = 0;
-    while (seen < t->claims) { /* in the order in which it claimed them */
-        if (table[slot] == m->backend && ++seen > keeps)
-            table[slot] = CRAB_NO_BACKEND;
-        slot = step(t, slot, size);
-    }
-    return t->claims - keeps;
-}
-
-int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_maglev_member *members, uint32_t count,
+int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_table_member *members, uint32_t count,
                       const uint8_t *key16)
 {
     for (uint32_t i = 0; i < size; i++)
         table[i] = CRAB_NO_BACKEND;
 
-    uint8_t skip_key[16];
-    for (int i = 0; i < 16; i++)
-        skip_key[i] = key16[i] ^ 0xa5;
     struct turn *turns = malloc((count ? count : 1) * sizeof *turns);
     if (!turns)
         return -1;
     uint32_t n = 0, freed = 0;
     for (uint32_t i = 0; i < count; i++) {
-        const struct crab_maglev_member *m = &members[i];
-        if (!full_weight(m))
+        if (!crab_full_weight(&members[i]))
             continue;
-        uint32_t offset = (uint32_t)(crab_siphash13(key16, m->addr, 16) % size);
-        turns[n++] = (struct turn){
-            .member = m,
-            .offset = offset,
-            .next = offset,
-            .skip = (uint32_t)(crab_siphash13(skip_key, m->addr, 16) % (size - 1)) + 1,
-            .weight = full_weight(m),
-        };
+        struct permutation p = crab_permutation(&members[i], size, key16);
+        turns[n++] = (struct turn){.p = p, .next = p.offset, .weight = crab_full_weight(p.member)};
     }
     qsort(turns, n, sizeof *turns, by_address);
     int failed = claim(table, size, turns, n, size);
     for (uint32_t i = 0; i < n && !failed; i++)
-        if (turns[i].member->weight < turns[i].weight)
-            freed += give_back(table, size, &turns[i]);
+        freed += crab_give_back(table, size, &turns[i].p);
     if (freed) {
         for (uint32_t i = 0; i < n; i++) {
-            turns[i].next = turns[i].offset;
+            turns[i].next = turns[i].p.offset;
             turns[i].ahead = turns[i].used = 0;
             turns[i].credit = 0;
-            turns[i].weight = turns[i].member->weight;
+            turns[i].weight = turns[i].p.member->weight;
         }
         failed |= claim(table, size, turns, n, freed);
     }

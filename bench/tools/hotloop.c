@@ -6,7 +6,7 @@
  *   hotloop stages FAMILY                   parts of the work
  *   hotloop policy NAME                     a SYN, beside Maglev
  *   hotloop checksum BYTES                  crab_sum
- *   hotloop maglev SIZE BACKENDS            a table, and what changes when a backend goes
+ *   hotloop table NAME SIZE BACKENDS        a table, how even it is, and what changes when a backend goes
  *   hotloop threads N                       SYNs a second, by N threads on CPUs of their own
  *   hotloop batches FAMILY N WAY            nothing timed: for callgrind.  redirect: SYNs; fallback: SYNs without an offer,
  *                                           and as many packets of their connections, in turn
@@ -158,7 +158,7 @@ static struct world *make_world(int family, uint32_t backends, uint32_t services
     w->backends = memory(backends * sizeof *w->backends);
     w->services = memory(services * sizeof *w->services);
     w->table = memory(TABLE * sizeof *w->table);
-    struct crab_maglev_member *members = memory(backends * sizeof *members);
+    struct crab_table_member *members = memory(backends * sizeof *members);
     for (uint32_t i = 0; i < backends; i++) {
         set_address(w->backends[i].addr, family, 1, i);
         w->backends[i].dst_mac[0] = 2; /* not the frames' source, which is zero */
@@ -458,28 +458,41 @@ static int checksum(uint32_t bytes)
     return printf("{\"ns\": %.3f}\n", (double)spent / rounds) < 0;
 }
 
-static int maglev(uint32_t size, uint32_t backends)
+static int slots(const char *name, uint32_t size, uint32_t backends)
 {
+    int (*build)(uint16_t *, uint32_t, const struct crab_table_member *, uint32_t, const uint8_t *) =
+        !strcmp(name, "maglev") ? crab_maglev_build : !strcmp(name, "rendezvous") ? crab_rendezvous_build : NULL;
+    if (!build)
+        die("no such table");
     uint16_t *table = memory(size * sizeof *table), *after = memory(size * sizeof *table);
-    struct crab_maglev_member *members = memory(backends * sizeof *members);
+    struct crab_table_member *members = memory(backends * sizeof *members);
     for (uint32_t i = 0; i < backends; i++) {
-        members[i] = (struct crab_maglev_member){.weight = 1, .backend = (uint16_t)i};
+        members[i] = (struct crab_table_member){.weight = 1, .backend = (uint16_t)i};
         set_address(members[i].addr, 4, 1, i);
     }
     uint64_t start = now_ns();
-    if (crab_maglev_build(table, size, members, backends, key))
+    if (build(table, size, members, backends, key))
         die("no memory");
     double ms = (double)(now_ns() - start) / 1e6;
+    uint32_t *shares = memory(backends * sizeof *shares), most = 0, least = size;
+    memset(shares, 0, backends * sizeof *shares);
+    for (uint32_t i = 0; i < size; i++)
+        shares[table[i]]++;
+    for (uint32_t i = 0; i < backends; i++) {
+        most = shares[i] > most ? shares[i] : most;
+        least = shares[i] < least ? shares[i] : least;
+    }
+    double share = (double)size / backends;
     /* Each in turn of some goes: at first it fails, then it leaves the configuration. */
     double ratios[2] = {0};
     const uint32_t goers = 20;
     for (uint32_t g = 0; g < goers; g++)
         for (int left = 0; left < 2; left++) {
-            struct crab_maglev_member *gone = &members[g * (backends / goers)], kept = *gone;
+            struct crab_table_member *gone = &members[g * (backends / goers)], kept = *gone;
             uint32_t lost = 0, changed = 0;
             gone->full = left ? 0 : gone->weight;
             gone->weight = 0;
-            if (crab_maglev_build(after, size, members, backends, key))
+            if (build(after, size, members, backends, key))
                 die("no memory");
             for (uint32_t i = 0; i < size; i++) {
                 lost += table[i] == gone->backend;
@@ -488,7 +501,8 @@ static int maglev(uint32_t size, uint32_t backends)
             ratios[left] += (double)changed / lost / goers;
             *gone = kept;
         }
-    return printf("{\"ms\": %.4f, \"disruption\": %.4f, \"removal\": %.4f}\n", ms, ratios[0], ratios[1]) < 0;
+    return printf("{\"ms\": %.4f, \"disruption\": %.4f, \"removal\": %.4f, \"most\": %.4f, \"least\": %.4f}\n", ms,
+                  ratios[0], ratios[1], most / share, least / share) < 0;
 }
 
 /* ---- threads ---- */
@@ -601,8 +615,8 @@ int main(int argc, char **argv)
         return policy(argv[2]);
     if (!strcmp(what, "checksum") && argc == 3)
         return checksum(number(argv[2]));
-    if (!strcmp(what, "maglev") && argc == 4)
-        return maglev(number(argv[2]), number(argv[3]));
+    if (!strcmp(what, "table") && argc == 5)
+        return slots(argv[2], number(argv[3]), number(argv[4]));
     if (!strcmp(what, "threads") && argc == 3)
         return threads(number(argv[2]));
     if (!strcmp(what, "batches") && argc == 5) {

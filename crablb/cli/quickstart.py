@@ -36,7 +36,7 @@ T = TypeVar("T")
 #: Where the unit of systemd looks for it (deploy/crablb.service).
 PLACE = Path("/etc/crablb/lb.toml")
 UNITS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-#: Sizes of a Maglev table, and ports that curl is a client for.
+#: Sizes of a table, and ports that curl is a client for.
 SMALL_TABLE, LARGE_TABLE = 65_537, 655_373
 WEB = {80: "http", 8000: "http", 8080: "http", 443: "https", 8443: "https"}
 IFF_UP, IFF_LOOPBACK = 1, 8

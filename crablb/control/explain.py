@@ -172,7 +172,7 @@ def _steps(
         by = f"{client}/{service.source_prefix[client.version == 6]} alone, by policy source-hash"
     yield Step(what="hash", outcome=f"{found.choice:016x}", why=f"keyed by the seed, of {by}")
     seat = f"{found.seat}" if found.seat else "nobody: no backend takes new connections"
-    yield Step(what="slot", outcome=f"{found.slot} of {size}: {seat}", why="its place in the service's Maglev table")
+    yield Step(what="slot", outcome=f"{found.slot} of {size}: {seat}", why="its place in the service's table")
     if token is not None:
         yield _join_step(found.done.beside, token)
     yield from _policy_step(found, service)

@@ -12,8 +12,8 @@ from crablb.model import Address, Config, OnDead, Service, State, Vip
 from crablb.options import held, of, remedy
 from crablb.overlay import ServiceEdit, backend_words, between, settings_words, word
 from crablb.selection.loads import WHOLE, Balance
-from crablb.selection.maglev import maglev_table
 from crablb.selection.standing import Pair, Standing, judge
+from crablb.selection.tables import table_of
 from crablb.values import counted
 
 __all__ = ["Seen", "plan", "summary"]
@@ -52,7 +52,7 @@ def plan(before: Config, after: Config, seen: Seen, warnings: Sequence[str] = ()
         flows.setdefault(vip, {})[address] = count
     names = {str(vip): vip for vip in (*old, *new)}
     services = [
-        _service(vip, edit, old.get(vip), new.get(vip), before.table_size, seen, flows.get(vip, {}))
+        _service(vip, edit, old.get(vip), new.get(vip), before, seen, flows.get(vip, {}))
         for vip, edit in ((names[name], edit) for name, edit in between(before, after).services.items())
     ]
     return types.Plan(services=services, settings=settings, restart=restart, warnings=list(warnings))
@@ -63,7 +63,7 @@ def _service(
     edit: ServiceEdit,
     before: Service | None,
     after: Service | None,
-    table_size: int,
+    config: Config,
     seen: Seen,
     flows: Mapping[Address, int],
 ) -> types.PlanService:
@@ -82,12 +82,12 @@ def _service(
         backends_removed=removed,
         backends_changed=[backend_words(name, member) for name, member in names if member.settings],
         serving=_serving(before, after, seen) if before and after else [],
-        moved=moved(before, after, table_size, seen) if before and after else 0.0,
+        moved=moved(before, after, config, seen) if before and after else 0.0,
         flows=_flows(after, flows),
     )
 
 
-def moved(before: Service, after: Service, table_size: int, seen: Seen) -> float:
+def moved(before: Service, after: Service, config: Config, seen: Seen) -> float:
     """Share of the service's table that another backend gets, 0 to 1; with what is healthy and reached as it is now,
     and when all have begun that begin slowly."""
     both = {b.address for service in (before, after) for b in service.backends}
@@ -106,7 +106,7 @@ def moved(before: Service, after: Service, table_size: int, seen: Seen) -> float
     old, new = members(before, seen.standings), members(after, seen.then)
     if old == new:
         return 0.0
-    tables = (maglev_table(each, table_size, seen.seed) for each in (old, new))
+    tables = (table_of(each, config.table_size, seen.seed, config.table) for each in (old, new))
     return float(np.mean(np.not_equal(*tables)))
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from crablb._native import lib
 from crablb.dataplane.flows import FlowTable, now
 from crablb.model import Address, Vip
-from crablb.selection.maglev import Table
 from crablb.selection.standing import Pair
+from crablb.selection.tables import Table
 
 __all__ = ["Census", "FoundFlow", "count", "count_flows", "find"]
 

@@ -35,8 +35,8 @@ from crablb.model import (
 )
 from crablb.selection.custom import Asked
 from crablb.selection.loads import Balance
-from crablb.selection.maglev import Table, empty, fill
 from crablb.selection.pool import Pool
+from crablb.selection.tables import Table, empty, fill
 from crablb.values import resolve
 
 __all__ = ["Sight", "Snapshot", "at_once", "build"]
@@ -80,7 +80,7 @@ class Sight:
 
 
 class Snapshot:
-    """A C snapshot, and the Maglev tables and pools that it points to.  To be freed when no worker uses it."""
+    """A C snapshot, and the tables and pools that it points to.  To be freed when no worker uses it."""
 
     def __init__(self) -> None:
         self.c: Any = ffi.NULL  # ``struct crab_snapshot *``
@@ -129,7 +129,7 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None, most: in
     """
     made = Snapshot()
     made.made_of = (
-        sight.hops, sight.version, sight.unredirected, config.closed, config.table_size, sight.seed,
+        sight.hops, sight.version, sight.unredirected, config.closed, config.table, config.table_size, sight.seed,
     )  # fmt: skip
     parts = before.parts if before and _as_before(made.made_of, before.made_of) else {}
     unsettled = sight.balance.unsettled()
@@ -183,7 +183,7 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None, most: in
             part = _Part(service, False, _refuses(config, service, sight), members[service.vip], [], key)
             made.owed.add(service.vip)
         else:
-            key = _choose(made, entry, service, config.table_size, sight, before, tables[service.vip in owed])
+            key = _choose(made, entry, service, config, sight, before, tables[service.vip in owed])
             settled = service.vip not in unsettled
             part = _Part(service, settled, _refuses(config, service, sight), members[service.vip], [], key)
         if not alike or service.vip not in kept:
@@ -338,7 +338,7 @@ def _choose(
     made: Snapshot,
     entry: Any,
     service: Service,
-    table_size: int,
+    config: Config,
     sight: Sight,
     before: Snapshot | None,
     tables: list[Callable[[], None]],
@@ -360,10 +360,10 @@ def _choose(
         table = before.tables.get(key)
     if table is None:
         if any(weight for _, weight, _ in members.values()):
-            table = np.empty(table_size, np.uint16)
-            tables.append(partial(fill, table, members, sight.seed))
+            table = np.empty(config.table_size, np.uint16)
+            tables.append(partial(fill, table, members, sight.seed, config.table))
         else:
-            table = empty(table_size)
+            table = empty(config.table_size)
     made.tables[key] = made.chosen[service.vip] = table
     entry.table = ffi.from_buffer("uint16_t[]", table)
     if service.policy in CONSISTENT:

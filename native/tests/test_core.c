@@ -24,11 +24,11 @@ static struct crab_backend backends[2] = {
 
 static struct crab_snapshot *snapshot(uint32_t flags)
 {
-    struct crab_maglev_member m[2];
+    struct crab_table_member m[2];
     for (uint16_t i = 0; i < 2; i++) {
         backends[i].flags = flags;
         backends[i].mtu = 1500;
-        m[i] = (struct crab_maglev_member){.weight = 1, .backend = i};
+        m[i] = (struct crab_table_member){.weight = 1, .backend = i};
         memcpy(m[i].addr, backends[i].addr, 16);
     }
     CHECK(crab_maglev_build(table, SIZE, m, 2, key) == 0);

@@ -82,10 +82,10 @@ int main(void)
     struct crab_load loads[3] = {0};
     struct crab_turn turn = {0};
     struct crab_member members[3];
-    struct crab_maglev_member placed[3] = {0};
+    struct crab_table_member placed[3] = {0};
     for (uint16_t i = 0; i < 3; i++) {
         members[i] = (struct crab_member){.backend = i, .weight = 1u + i, .load = &loads[i]};
-        placed[i] = (struct crab_maglev_member){.addr = {(uint8_t)(i + 1)}, .weight = i, .full = 3, .backend = i};
+        placed[i] = (struct crab_table_member){.addr = {(uint8_t)(i + 1)}, .weight = i, .full = 3, .backend = i};
     }
     for (uint32_t i = 0; crab_policy_name(i); i++) {
         pool = NULL;
@@ -111,6 +111,7 @@ int main(void)
         }
     CHECK(!crab_pool_new("nothing of the kind", members, 3, &turn));
     EACH(crab_maglev_build(slots, SIZE, placed, 3, key) == 0, );
+    EACH(crab_rendezvous_build(slots, SIZE, placed, 3, key) == 0, );
     /* Nothing is nobody's to free. */
     crab_pool_free(NULL);
     crab_core_free(NULL);

@@ -16,7 +16,7 @@ static void address(uint8_t out[16], int six, uint8_t last)
 
 static void fill(uint16_t table[SLOTS], const struct world *w, uint16_t first)
 {
-    struct crab_maglev_member members[4] = {0};
+    struct crab_table_member members[4] = {0};
     for (uint16_t i = 0; i < 4; i++) {
         memcpy(members[i].addr, w->backends[first + i].addr, 16);
         members[i].weight = 1;

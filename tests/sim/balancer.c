@@ -109,13 +109,13 @@ void balancer_publish(struct balancer *b)
     for (uint32_t n = 0; n < setting->services; n++) {
         const struct service_setting *from = &setting->service[n];
         uint32_t first = crab_is_mapped(from->addr) ? 0 : SIM_BACKENDS / 2, count = 0, eligible = 0;
-        struct crab_maglev_member members[SIM_BACKENDS];
+        struct crab_table_member members[SIM_BACKENDS];
         struct crab_member pooled[SIM_BACKENDS];
         for (uint32_t id = first; id < first + setting->backends; id++) {
             const struct backend_view *v = &b->view[id];
             if (!v->member)
                 continue;
-            members[count] = (struct crab_maglev_member){.weight = share(v), .full = v->weight, .backend = (uint16_t)id};
+            members[count] = (struct crab_table_member){.weight = share(v), .full = v->weight, .backend = (uint16_t)id};
             memcpy(members[count++].addr, address_of(b, id), 16);
             b->members = (b->members ^ (id << 16 | share(v) << 8 | v->weight)) * 1099511628211ull;
             if (share(v))

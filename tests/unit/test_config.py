@@ -217,7 +217,7 @@ BAD_FILES = {
         "busy_poll: -1 is not a whole number from 0 to 1000000",
         "xdp_mode: 'fast' is not one of auto, native, generic",
         "seed: must be 32 hexadecimal digits (make one: openssl rand -hex 16)",
-        "table_size: 100 is not prime, as a Maglev table must be (65537 and 655373 are usual)",
+        "table_size: 100 is not prime, as a table's size must be (65537 and 655373 are usual)",
         "service: 3 is not a list",
     ],
     'interface = "eth0"\n\n[[service]]\naddress = "tcp://10.0.0.100:80"\nbackend = ["10.0.0.11"]\nmode = "yes"\n': [

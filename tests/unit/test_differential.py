@@ -16,7 +16,7 @@ from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 
 from tests.helpers.frames import SEED, VIP4, VIP6, a_hop_less, reference
 from tests.helpers.native import Core, mapped
-from tests.reference import maglev, packets
+from tests.reference import maglev, packets, rendezvous
 from tests.reference.options import offer, parse
 from tests.reference.siphash import siphash
 
@@ -55,7 +55,7 @@ def test_flow_hash(key, v6, data):
     assert got == siphash(key, source + destination + ports)
 
 
-# ---- Maglev ----
+# ---- tables ----
 
 members = st.lists(
     st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 20), st.integers(0, 30)),
@@ -64,15 +64,17 @@ members = st.lists(
 )
 
 
-@given(st.sampled_from([7, 61, 251, 1021]), members, st.binary(min_size=16, max_size=16))
-def test_maglev(size, pool, seed):
+@pytest.mark.parametrize("reference", [maglev, rendezvous], ids=["maglev", "rendezvous"])
+@given(size=st.sampled_from([7, 61, 251, 1021]), pool=members, seed=st.binary(min_size=16, max_size=16))
+def test_table(reference, size, pool, seed):
     listed, full = [(address, weight, i) for i, (address, weight, _) in enumerate(pool)], [full for _, _, full in pool]
-    array = ffi.new("struct crab_maglev_member[]", max(1, len(listed)))
+    array = ffi.new("struct crab_table_member[]", max(1, len(listed)))
     for entry, (address, weight, backend), most in zip(array, listed, full, strict=False):
         entry.addr, entry.weight, entry.backend, entry.full = address, weight, backend, most
     table = ffi.new("uint16_t[]", size)
-    assert lib.crab_maglev_build(table, size, array, len(listed), seed) == 0
-    assert list(table) == maglev.table(size, listed, seed, full)
+    build = {maglev: lib.crab_maglev_build, rendezvous: lib.crab_rendezvous_build}[reference]
+    assert build(table, size, array, len(listed), seed) == 0
+    assert list(table) == reference.table(size, listed, seed, full)
 
 
 # ---- options ----

@@ -241,7 +241,7 @@ BAD = {
         "9" * 5000: f"'{'9' * 199}... is not a whole number from 1 to 64",
         "\u0663": "'\u0663' is not a whole number from 1 to 64",
     },
-    "--table-size": {"65536": "65536 is not prime, as a Maglev table must be (65537 and 655373 are usual)"},
+    "--table-size": {"65536": "65536 is not prime, as a table's size must be (65537 and 655373 are usual)"},
     "--flows": {"0": "0 is not a whole number from 64 to 67108864"},
     "--report-listen": {
         "lb:7171": "'lb' is not an IP address (an endpoint is written 10.0.0.1 or [fd00::1])",
