@@ -33,7 +33,7 @@ def start(folder: Path, what: str, does: int, first: int, step: int, call: str =
 
 
 def steps(number: int) -> int:
-    """CRABLB_LONG=29: each."""
+    """CRABLB_LONG=58: each."""
     return max(number // int(os.environ.get("CRABLB_LONG", "1")), 1)
 
 
@@ -52,7 +52,7 @@ def test_the_calls_of_a_start_fail_one_after_the_other(tmp_path, does):
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("what", ["client", "server", "mptcp"])
 def test_the_calls_of_an_agents_start_fail_one_after_the_other(tmp_path, what):
-    assert start(tmp_path, what, ENOMEM, 1, steps(29)) > 300
+    assert start(tmp_path, what, ENOMEM, 1, steps(58)) > 300
 
 
 @pytest.mark.long
@@ -60,3 +60,12 @@ def test_the_calls_of_an_agents_start_fail_one_after_the_other(tmp_path, what):
 def test_there_is_no_room_for_what_a_start_writes(tmp_path, what):
     """In /run/crablb: locks, states."""
     assert start(tmp_path, what, ENOSPC, 1, 1, "write", "/run/crablb") > 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("call", "of"), [("socketpair", ""), ("eventfd", ""), ("epoll_create1", ""), ("ioctl", "unix")]
+)
+def test_no_event_loop_can_be_made(tmp_path, call, of):
+    """In a line of crablb's own."""
+    assert start(tmp_path, "serve", EMFILE, 1, 1, call, of) > 1
