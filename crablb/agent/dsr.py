@@ -62,6 +62,14 @@ def _height(links: Mapping[str, dict[str, Any]], name: str, above: frozenset[str
     return max((1 + _height(links, each, above) for each in below & links.keys() - above), default=0)
 
 
+def _under(links: Mapping[str, dict[str, Any]], name: str, above: frozenset[str] = frozenset()) -> set[str]:
+    """All interfaces under one, as in :func:`_height`."""
+    above |= {name}
+    ports = {port for port, link in links.items() if link.get("master") == name}
+    below = (_below(links[name]) | ports) & links.keys() - above
+    return below.union(*(_under(links, each, above) for each in below))
+
+
 def _macs(links: Mapping[str, dict[str, Any]], name: str) -> bytes:
     """``struct crab_macs``: the MAC addresses that frames to an interface have, its own and its bridge's or bond's."""
     names = [name]
@@ -185,6 +193,10 @@ def set_up(
     for name in made.keys() - set(interfaces):
         _detach(folder, name, made[name])
         del state["interfaces"][name]
+    links, new = _links(), {name for name in interfaces if not _attached(folder, name, "crab_decap")}
+    for name in interfaces:
+        if new & _under(links, name):  # where it would be in the way; it comes back behind those
+            _detach_xdp(folder, name)
     sync(addresses, state, folder, note, mend=True)
     for prefix in set(state["addresses"]) - {_prefix(address) for address in addresses}:
         _give(prefix)
@@ -211,6 +223,10 @@ def _exchange(program: bpf.Object, folder: Path, interface: str) -> None:
 def _detach(folder: Path, interface: str, made: bool) -> None:
     """Have no programs there any more."""
     detach_filters({interface: made}, "egress")
+    _detach_xdp(folder, interface)
+
+
+def _detach_xdp(folder: Path, interface: str) -> None:
     with suppress(bpf.BpfNotFoundError), bpf.Link.from_pin(folder / _pin(interface)) as link:
         link.detach()
     (folder / _pin(interface)).unlink(missing_ok=True)

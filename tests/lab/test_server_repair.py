@@ -222,6 +222,29 @@ def test_a_program_above_excludes_one_below(make_world: Callable[..., World], ot
     server.run(*crablb("agent", "server", *ALL, "--dsr", "--interface", "eth0", "--detach"))
 
 
+def test_one_below_comes_up_before_the_agent_is_replaced(make_world: Callable[..., World]) -> None:
+    """Programs that are there stay, but for one above what has none yet."""
+    world = make_world()
+    server = world.lab.servers[0]
+    server.ip(
+        "link add low0 type veth peer name low1", "link add mv0 link low0 type macvlan mode bridge", "link set mv0 up",
+        "link add high0 type veth peer name high1", "link set high0 up",
+    )  # fmt: skip
+    interfaces = "--interface", "mv0", "--interface", "eth0", "--interface", "high0"
+    server.run(*crablb("agent", "server", *ALL, "--dsr", *interfaces, "--detach"))
+    with inside(server.netns), bpf.Link.from_pin(pins.folder("server") / "decap-eth0") as link:
+        before = link.program_id
+        server.run(
+            *crablb("agent", "server", *ALL, "--dsr", *interfaces[:4], "--interface", "low0", "--detach", "--replace")
+        )
+        assert link.program_id not in (0, before)  # the same link
+    now = agent_status(server)["server"]
+    assert (now["faults"], set(now["dsr"]["interfaces"])) == ([], {"eth0", "mv0", "low0"})
+    links = server.run("ip", "link", "show", "high0").stdout
+    assert "xdp" not in links
+    assert "clsact" not in server.run("tc", "qdisc", "show", "dev", "high0").stdout
+
+
 def test_an_interface_that_was_named_is_missed(make_world: Callable[..., World]) -> None:
     world = make_world()
     world.servers(agents=False)
