@@ -53,6 +53,9 @@ STEPS = {
     "cards": pytest("-s", "tests/machines/cards.py"),
 }
 
+# Variables of the environment that steps go by.
+PASSED = ["CRABLB_SYNS"]
+
 # Pairs of cards, each on a wire of its own: the model, and how many queues it has at most (0: as many as it is made
 # with).  Of virtio's one pair has none to spare for what XDP programs send, and one has.
 PAIRS = [("virtio-net-pci", 2), ("virtio-net-pci", 4), ("igb", 0)]
@@ -186,6 +189,7 @@ def job(steps: Sequence[str]) -> str:
     lines = [
         "export HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         f"cd {shlex.quote(str(PROJECT))}",
+        *(f"export {name}={shlex.quote(os.environ[name])}" for name in PASSED if name in os.environ),
     ]
     for name in steps:
         lines += [f"echo '==> {name}'", f'{shlex.join(STEPS[name])} </dev/null; echo "$? {name}" >/dev/ttyS1']
