@@ -176,7 +176,7 @@ def test_a_tunnel_that_somebody_narrows_carries_on(make_world, family):
     Attack(world).send(lab.lb, iter([forged(other), forged(server)]))  # one after the other
     until(lambda: way_to_it().endswith(f"MTU {least}"))
     if not six:
-        assert "mtu 1500" in lab.lb.run("ip", "route", "get", other.ip4).stdout
+        assert "mtu lock 1500" in lab.lb.run("ip", "route", "get", other.ip4).stdout
     # Less than that it could not be told.
     assert world.echo(vip, "100000")["intact"]
     assert f"mtu {least}" in lab.client.run("ip", "route", "get", vip).stdout
