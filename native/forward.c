@@ -181,6 +181,31 @@ static inline bool is_sent_back(const uint8_t *frame, const struct crab_packet *
                           : memcmp(ip + CRAB_IP6_SRC, backend->addr, 16);
 }
 
+/* Bytes that a packet may have by a tunnel, whatever is said of the way there: IPv6 takes no less (RFC 8200, 5), nor does Linux
+ * with IPv4 (net.ipv4.route.min_pmtu).  Who is told less stalls; and what is said may be forged. */
+#define LEAST4 552
+#define LEAST6 1280
+
+/* How long a packet may be, by a tunnel or by a way whose MTU it has to fit. */
+static inline uint32_t room_of(const struct crab_packet *p, const struct crab_backend *backend, uint32_t outer)
+{
+    uint32_t least = !outer ? 0 : p->family == 4 ? LEAST4 : LEAST6;
+    uint32_t room = backend->mtu > outer ? backend->mtu - outer : 0;
+    return room > least ? room : least;
+}
+
+/* Have the sender of a packet that does not fit be told how long one may be. */
+CRAB_APART enum crab_counter refuse(struct crab_frame *frame, const struct crab_item *it, uint32_t room)
+{
+    const struct crab_packet *p = &it->packet;
+    if (it->kind == CRAB_KIND_ICMP) /* no error about an error (RFC 1122, 3.2.2) */
+        return CRAB_C_DROP_TOO_BIG;
+    if (p->family == 4 && !(frame->data[p->l3 + 6] & 0x40))
+        return CRAB_C_DROP_TOO_BIG;
+    frame->data = crab_answer_too_big(frame->data, &frame->len, p, room);
+    return CRAB_C_TOO_BIG;
+}
+
 /* Forward a frame, whose headers are right otherwise, by direct server return.  Returns `outcome`, or the counter of
  * what became of it instead. */
 CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_frame *frame, const struct crab_item *it,
@@ -203,12 +228,9 @@ CRAB_APART enum crab_counter send_by_dsr(struct crab_core *core, struct crab_fra
     /* On the segment that it came from it fits: there no router would say so either. */
     bool must_fit = !by_mac || frame->ifindex != backend->ifindex;
     if (crab_unlikely(must_fit && frame->len - p->l3 + outer > backend->mtu)) {
-        if (it->kind == CRAB_KIND_ICMP) /* no error about an error (RFC 1122, 3.2.2) */
-            return CRAB_C_DROP_TOO_BIG;
-        if (p->family == 4 && !(frame->data[p->l3 + 6] & 0x40))
-            return CRAB_C_DROP_TOO_BIG;
-        frame->data = crab_answer_too_big(frame->data, &frame->len, p, backend->mtu - outer);
-        return CRAB_C_TOO_BIG;
+        uint32_t room = room_of(p, backend, outer);
+        if (frame->len - p->l3 > room)
+            return refuse(frame, it, room);
     }
     if (by_mac) {
         crab_take_hop(frame->data + p->l3, p->family);

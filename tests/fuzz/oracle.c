@@ -377,15 +377,18 @@ static void fall_back(const struct look *k, const struct crab_service *s, uint16
     v->what = CRAB_C_DROP_HOPS;
     if (by_mac && ip[hop] < 2)
         return;
-    if ((!by_mac || b->ifindex != HERE) && total + outer > b->mtu) {
+    uint32_t fits = b->mtu - outer;
+    if (!by_mac && (int32_t)fits < (k->six ? 1280 : 552))
+        fits = k->six ? 1280 : 552;
+    if ((!by_mac || b->ifindex != HERE) && total > fits) {
         v->what = CRAB_C_DROP_TOO_BIG;
         if (icmp || (!k->six && !(ip[6] & 0x40)))
             return;
         v->what = CRAB_C_TOO_BIG;
         if (k->six)
-            complain(v, k, ip, total, 2, 0, b->mtu - outer);
+            complain(v, k, ip, total, 2, 0, fits);
         else
-            complain(v, k, ip, total, 3, 4, b->mtu - outer);
+            complain(v, k, ip, total, 3, 4, fits);
         return;
     }
     v->what = what;

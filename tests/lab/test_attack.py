@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 import socket
@@ -25,10 +26,11 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
+from crablb.kernel import bpf, pins
 from crablb.lab import VIP4, VIP6, Node
 from tests.helpers.namespaces import inside
-from tests.helpers.processes import exchange
-from tests.helpers.world import World, status
+from tests.helpers.processes import exchange, until
+from tests.helpers.world import World, agent_status, command, status
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
 ATTACKER = "02:00:00:00:66:66"
@@ -107,6 +109,79 @@ class Attack:
         """Protocols 4 and 41."""
         for inner in self.segments(client, port, vip, 80):
             yield (IPv6 if ":" in to else IP)(src=outer, dst=to) / inner
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_tunnels_from_elsewhere_reach_no_server(make_world, family):
+    """Where servers are told who their load balancers are; also when the program had to be put back."""
+    world = make_world("routed", servers=1)
+    lab, vip = world.lab, VIP[family]
+    [server] = lab.servers
+    balancers = [f"{address(lab.lb, f)}/{32 if f == 4 else 128}" for f in (4, 6)]
+    world.servers(True, *(part for prefix in balancers for part in ("--tunnels-from", prefix)), dsr=True)
+    world.serve()
+    attack = Attack(world)
+
+    def counts() -> dict[str, int]:
+        return agent_status(server)["server"]["counters"]
+
+    def fallback() -> None:
+        before = counts()["dsr_decapsulated"]
+        assert world.echo(vip)["intact"]
+        assert counts()["dsr_decapsulated"] > before
+
+    for _ in range(2):
+        fallback()
+        before = counts()
+        outer, to = "203.0.113.9" if family == 4 else "2001:db8::9", address(server, family)
+        frames = list(attack.tunnels(outer, to, address(lab.client, family), 41000, vip))
+        attack.send(server, iter(frames))
+        until(lambda: counts()["dsr_drop_source"] - before["dsr_drop_source"] == len(frames))  # noqa: B023
+        assert counts()["dsr_decapsulated"] == before["dsr_decapsulated"]
+        assert ":41000" not in server.run("ss", "-Htan").stdout
+        with inside(server.netns), bpf.Link.from_pin(pins.folder("server") / "decap-eth0") as link:
+            link.detach()
+        assert "decapsulates" in command(server, "agent", "repair")
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_tunnel_that_somebody_narrows_carries_on(make_world, family):
+    """He knows all addresses, and says "too big" of the load balancer's own packets.  IPv4 routes can be locked."""
+    world = make_world("routed", servers=2, offload=False)
+    lab, vip, six = world.lab, VIP[family], family == 6
+    server, other = lab.servers
+    routes = lab.lb.run("ip", f"-{family}", "-j", "route", "show", "default").stdout
+    lb, (way,) = address(lab.lb, family), json.loads(routes)
+    if not six:
+        lab.lb.ip(f"route add {other.ip4} via {way['gateway']} dev {way['dev']} mtu lock 1500")
+    world.servers(dsr=True)
+    served = f"tcp://[{vip}]:80" if six else f"tcp://{vip}:80"
+    world.serve("--fallback", "dsr-ipip", what=[f"{served}={address(server, family)}"])
+
+    def forged(to: Node) -> Packet:
+        inner = (IPv6 if six else IP)(src=address(lab.client, family), dst=vip) / TCP(sport=41000, dport=80)
+        outer = (IPv6 if six else IP)(src=lb, dst=address(to, family)) / inner
+        if six:
+            return IPv6(src=way["gateway"], dst=lb) / ICMPv6PacketTooBig(mtu=1280) / outer
+        return IP(src=way["gateway"], dst=lb) / ICMP(type=3, code=4, nexthopmtu=68) / outer
+
+    least = 1280 if six else 552
+    host = address(lab.client, family)
+    asked = f"[{host}]:41000 -> [{vip}]:80" if six else f"{host}:41000 -> {vip}:80"
+
+    def way_to_it() -> str:
+        steps = json.loads(command(lab.lb, "explain", asked, "--json"))["steps"]
+        return next(step["why"] for step in steps if step["what"] == "backend")
+
+    Attack(world).send(lab.lb, iter([forged(other), forged(server)]))  # one after the other
+    until(lambda: way_to_it().endswith(f"MTU {least}"))
+    if not six:
+        assert "mtu lock 1500" in lab.lb.run("ip", "route", "get", other.ip4).stdout
+    # Less than that it could not be told.
+    assert world.echo(vip, "100000")["intact"]
+    assert f"mtu {least}" in lab.client.run("ip", "route", "get", vip).stdout
+    counts = status(lab)["total"]
+    assert (counts["too_big"] > 0, counts["drop_too_big"]) == (True, 0)
 
 
 @pytest.mark.parametrize("family", [4, 6])

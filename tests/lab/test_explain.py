@@ -95,9 +95,9 @@ def test_a_fallback_flow_is_known(standing):
 
 def test_why_not(standing):
     world = standing(servers=3)
-    never = Service(FOUR, BACKENDS, mode=Mode.NEVER, fallback=Fallback.DSR_IPIP)
-    few = Service(Vip(VIP4, 81), BACKENDS, redirect_clients=(ip_network("192.168.0.0/16"),))
-    plain = Service(Vip(VIP4, 82), tuple(Backend(b.address, cr=False) for b in BACKENDS))
+    never = Service(FOUR, BACKENDS, mode=Mode.NEVER, fallback=Fallback.DSR_IPIP, checks=())
+    few = Service(Vip(VIP4, 81), BACKENDS, redirect_clients=(ip_network("192.168.0.0/16"),), checks=())
+    plain = Service(Vip(VIP4, 82), tuple(Backend(b.address, cr=False) for b in BACKENDS), checks=())
 
     def check(lb: LoadBalancer) -> None:
         found = explained(lb, "10.0.0.1:40000", FOUR)
@@ -144,8 +144,8 @@ def test_policies_are_asked_apart(standing):
         asked.append(len(batch))
         return [1] * len(batch)
 
-    turns = Service(FOUR, BACKENDS, policy="round-robin")
-    own = Service(Vip(VIP4, 81), BACKENDS, policy=mine)
+    turns = Service(FOUR, BACKENDS, policy="round-robin", checks=())
+    own = Service(Vip(VIP4, 81), BACKENDS, policy=mine, checks=())
 
     def check(lb: LoadBalancer) -> None:
         # Whose turn it is stays so, however often one asks.

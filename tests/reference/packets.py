@@ -309,7 +309,9 @@ class LoadBalancer:
         hops = 8 if v4 else 7
         if by_mac and ip[hops] <= 1:
             return "drop_hops", None
-        fits = backend.mtu - (0 if by_mac else 20 if len(backend.address) == 4 else 40)
+        fits = backend.mtu
+        if not by_mac:  # whom a tunnel's MTU has told less than his family takes would stall
+            fits = max(fits - (20 if len(backend.address) == 4 else 40), 552 if v4 else 1280)
         if len(ip) > fits and (not by_mac or backend.elsewhere):
             if v4 and not ip[6] & 0x40:
                 return "drop_too_big", None

@@ -397,6 +397,29 @@ def test_icmp_errors_go_where_the_packets_go(v6, fallback, tags):
 
 @pytest.mark.parametrize("outer", [4, 6])
 @pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("mtu", [0, 552, 1280, 1300])
+def test_nobody_is_told_less_than_his_family_takes(inner, outer, mtu):
+    """Whatever a tunnel's way is said to carry, perhaps by a forger: who is told less sends nothing any more."""
+    expected = reference(fallback="ipip")
+    for backend in expected.backends:
+        backend.mtu = mtu
+    service = expected.services[0 if inner == 4 else 2]
+    service.table = expected.services[0 if outer == 4 else 2].table
+    core = Core(expected)
+    layer = IP(src="10.0.0.1", dst="10.0.0.100", flags="DF") if inner == 4 else IPv6(src="fd00:5::1", dst="fd00::100")
+    head = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / layer / TCP(dport=80, flags="A")
+    fits = max(mtu - (20 if outer == 4 else 40), 552 if inner == 4 else 1280)
+    data = fits - len(head[1])
+    (short,) = core.handle(bytes(head / bytes(data)))
+    assert len(short) == len(head) + data + (20 if outer == 4 else 40)
+    (long,) = core.handle(bytes(head / bytes(data + 1)))
+    answer = Ether(long)[ICMP if inner == 4 else ICMPv6PacketTooBig]
+    assert (answer.nexthopmtu if inner == 4 else answer.mtu) == fits
+    assert core.counts()["too_big"] == 1
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
 @pytest.mark.parametrize("size", [10, 1400, 1461])
 def test_scapy_agrees_with_the_tunnel(inner, outer, size):
     """What is encapsulated is what was sent; what does not fit is answered by an error that Scapy finds right."""
