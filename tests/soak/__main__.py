@@ -97,7 +97,7 @@ def main() -> int:
         try:
             soaked(farm, args.minutes * 60, found, say=True)
             wrong += faults(found)
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             wrong.append(traceback.format_exc())
         told = farm.connections()
         wrong += [f"broken: {one}" for one in farm.broken()]

@@ -38,7 +38,6 @@ __all__ = ["Farm"]
 #: whose servers go and come, so that its connections may fail.
 REDIRECTED, FALLBACK, MULTIPATH, FAILING, PASSING = 80, 81, 82, 83, 84
 METRICS = 9117
-SERVERS = 3
 #: Looks of one counting: what is under way is gone in one of them.
 LOOKS, BETWEEN = 6, 0.15
 #: Of a busy machine nobody is to be taken for dead that is only slow.
@@ -140,14 +139,12 @@ class Farm:
         prefixes = [word for prefix in self.lab.prefixes() for word in ("--backends", prefix)]
         self._agent(self.lab.client, "client", REDIRECTED, FAILING, more=(*prefixes, "--mptcp", "--wait", "1"))
 
-    def write(
-        self, *, servers: int = SERVERS, weights: bool = False, policy: str = "maglev", more: bool = False
-    ) -> None:
-        """What is served: by so many servers; with other weights, with another policy, with one service more."""
+    def write(self, *, fewer: bool = False, weights: bool = False, policy: str = "maglev", more: bool = False) -> None:
+        """What is served: by one server less; with other weights, with another policy, with one service more."""
         text = HEAD.format(lb=self.lab.lb.ip4, key=self.key)
         for port in (REDIRECTED, FALLBACK, MULTIPATH, FAILING, *((PASSING,) if more else ())):
             for vip in vips(port):
-                addresses = [s.ip6 if "[" in vip else s.ip4 for s in self.lab.servers[:servers]]
+                addresses = [s.ip6 if "[" in vip else s.ip4 for s in self.lab.servers[: -1 if fewer else None]]
                 weight = self.random.randint(1, 5) if weights else 1
                 text += SERVICE.format(
                     vip=vip,
@@ -191,7 +188,7 @@ class Farm:
     def reloads(self) -> None:
         """By the file: fewer servers, other weights, another policy, a service more; and back."""
         for change in (
-            {"servers": SERVERS - 1},
+            {"fewer": True},
             {"weights": True},
             {"policy": self.random.choice(POLICIES[1:])},
             {"more": True},
@@ -293,14 +290,15 @@ class Farm:
         )  # fmt: skip
 
     def takeovers(self) -> None:
-        """One after the other; one that is refused, one whose new process is killed in the midst, and one more."""
+        """One that succeeds, and one that does not: it is refused, or its new process is killed in the midst."""
         self._taken_over()
-        text = self.file.read_text()
-        self.file.write_text(text + 'xdp_mode = "purple"\n')
-        self.lb("takeover", expected=1)
-        self.file.write_text(text)
-        self._killed_successor()
-        self._taken_over()
+        if self.random.random() < 0.5:
+            self._killed_successor()
+        else:
+            text = self.file.read_text()
+            self.file.write_text(text + 'xdp_mode = "purple"\n')
+            self.lb("takeover", expected=1)
+            self.file.write_text(text)
 
     def _taken_over(self) -> None:
         """On a machine that has no time for the new process, the old one serves on: so be it."""
@@ -321,14 +319,14 @@ class Farm:
         until(lambda: self.serving != child.pid and status(self.lab)["state"] == "serving")
 
     def agents(self) -> None:
-        """A server's agent is killed, the client's killed or told to end; others take their places."""
+        """A server's or the client's agent is killed, or the client's told to end; another takes its place."""
         server, client = self.random.choice(self.lab.servers), self.lab.client
-        self._killed(self._agents[server.name])
-        self._server_agent(server)
         if self.random.random() < 0.5:
-            self._killed(self._agents[client.name])
-        else:
-            self._ended(self._agents[client.name])
+            self._killed(self._agents[server.name])
+            self._server_agent(server)
+            return
+        end = self.random.choice((self._killed, self._ended))
+        end(self._agents[client.name])
         self._client_agent()
 
     def round(self, names: tuple[str, ...]) -> None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-__all__ = ["MEMORY", "growth", "leaks", "least"]
+__all__ = ["growth", "leaks", "least"]
 
-#: How much one may have grown in the end, beyond the first quarter: things that are counted, and memory (KiB), of which
-#: allocators keep some back.  One that is lost a look is many times as much.
-COUNTED, MEMORY = 1.5, 1024
+#: How much one may have grown in the end, beyond the first quarter: things that are counted, and, by how their names end,
+#: what goes up and down by itself: memory, of which allocators keep some back, in however many pieces; what Python makes.
+#: One that is lost a look is many times as much.
+COUNTED = 1.5
+LOOSE = {"KiB": 1024, "Python objects": 1000, "mappings": 8}
 #: Looks at least, that the quarters of a run are something.
 LOOKS = 8
 
@@ -28,12 +30,13 @@ def growth(looks: Sequence[float]) -> float:
 
 
 def leaks(series: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Those that have grown too much, by name, and by how much.  Memory is what ends in KiB."""
+    """Those that have grown too much, by name, and by how much."""
     found = {}
     for name, looks in series.items():
         if len(looks) < LOOKS:
             raise ValueError(f"{len(looks)} looks tell nothing; {LOOKS} are needed")
-        if (more := growth(looks)) > (MEMORY if name.endswith("KiB") else COUNTED):
+        allowed = next((most for end, most in LOOSE.items() if name.endswith(end)), COUNTED)
+        if (more := growth(looks)) > allowed:
             found[name] = more
     return found
 
