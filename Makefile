@@ -19,6 +19,7 @@
 #   make test-units    the systemd units on fresh Debian systems, booted in containers (DISTROS='bookworm trixie')
 #   make fuzz    libFuzzer over native/, from the corpora in tests/fuzz (ARGS='--seconds 600 --jobs 2', ARGS=--coverage)
 #   make sim    a farm in one process, seed by seed: a million connections, and what befalls them (ARGS='--seed 7 --each 2000')
+#   make soak    an hour of use: what grows, and what breaks though nothing was killed (ARGS='--minutes 5 --seed 7')
 #   make test-compilers   the BPF programs by every clang here and of the package index, through the verifier (CLANGS='14 19')
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
 
@@ -64,7 +65,7 @@ PARALLEL = -n $(WORKERS) --dist loadgroup
 
 SOURCES := setup.py pyproject.toml crablb/kernel/libbpf.h $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo demo-often test test-long bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim lint c-test clean help
+.PHONY: demo demo-often test test-long bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim soak lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -136,6 +137,9 @@ fuzz: $(STAMPS)/tested-tools $(STAMPS)/fuzz-packages
 
 sim: $(STAMPS)/packages $(VENV)/bin/python
 	@$(VENV)/bin/python -m tests.sim $(ARGS)
+
+soak: $(STAMPS)/tested-tools
+	@$(SUDO) $(VENV)/bin/python -m tests.soak $(ARGS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages

@@ -147,8 +147,8 @@ def set_up(
 ) -> None:
     """Prepare this network namespace.  ``note(state)`` is told, before each step, what :func:`tear_down` must undo.
 
-    ``before``: what was noted by an agent that this one follows.  Packets come meanwhile: what stays, stays where it is,
-    and programs are exchanged.
+    ``before``: what was noted by an agent that this one follows.  Packets come meanwhile: what stays, stays where it
+    is, and programs are exchanged.
     """
     before = before or {}
     addresses = list(dict.fromkeys(vip.address for vip in vips))
@@ -188,8 +188,8 @@ def sync(
     mend: bool,
     anew: bool = False,
 ) -> list[str]:
-    """What is not as it is to be; ``mend``: make it so, as far as that can be.  ``anew``: put this version's programs in
-    the place of those that are attached, too.
+    """What is not as it is to be; ``mend``: make it so, as far as that can be.  ``anew``: put this version's programs
+    in the place of those that are attached, too.
 
     Raises :class:`KernelError` if some of it cannot be.
     """
@@ -244,8 +244,8 @@ def _mend(
     folder: Path,
     note: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Attach the programs that are lacking, of the maps that are pinned, in the place of ours that are there, and tell them
-    whose frames to take, by interface."""
+    """Attach the programs that are lacking, of the maps that are pinned, in the place of ours that are there, and tell
+    them whose frames to take, by interface."""
     refused = []
     with ExitStack() as stack:
         maps = {}

@@ -1,5 +1,5 @@
-"""A lab in use, to which all that people do to a load balancer is done again and again; after each round all is as it was
-before, and is counted."""
+"""A lab in use, to which all that people do to a load balancer is done again and again; after each round all is as it
+was before, and is counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from crablb.kernel import pins
 from crablb.lab import VIP4, VIP6, Lab, Node
 from crablb.lab.demo import crablb
 from tests.helpers.namespaces import inside
-from tests.helpers.processes import ROOT, answer, exchange, until
+from tests.helpers.processes import answer, exchange, until
 from tests.helpers.secret import secret
 from tests.helpers.world import World, command, status
 from tests.soak.counted import of_node, of_process
@@ -91,8 +91,8 @@ class Farm:
             list(pool.map(self._begin, lab.servers))
         self._client_agent()
         self.write()
-        world_program = [sys.executable, "-m", "tests.soak.watched", str(folder / "objects"), leak]
-        self.daemon = self.world.serve(config=self.file, program=world_program)
+        program = [sys.executable, "-m", "tests.soak.watched", str(folder / "objects"), leak]
+        self.daemon = self.world.serve(config=self.file, program=program)
         until(lambda: status(lab)["daemon"]["reports"])
         self.well()
         ways = [
@@ -171,9 +171,8 @@ class Farm:
 
     @contextlib.contextmanager
     def api(self) -> Iterator[Client]:
-        with inside(self.lab.lb.netns):
-            with Client(discover("eth0")) as client:
-                yield client
+        with inside(self.lab.lb.netns), Client(discover("eth0")) as client:
+            yield client
 
     @property
     def serving(self) -> int:
@@ -252,14 +251,14 @@ class Farm:
         if not wait:
             child.kill()
         child.communicate()
-        self.world._started.remove(child)  # noqa: SLF001
+        self.world._started.remove(child)
         self._forgotten(child)
 
     def _forgotten(self, child: subprocess.Popen[str]) -> None:
         """It has ended: neither of those who would end it needs to know it any more."""
         for node in self.lab.nodes.values():
-            if child in node._children:  # noqa: SLF001
-                node._children.remove(child)  # noqa: SLF001
+            if child in node._children:
+                node._children.remove(child)
 
     def fails(self) -> None:
         """Servers of one service end, are found dead, and come back."""
@@ -402,6 +401,3 @@ class Farm:
         with inside(self.lab.lb.netns):
             until(lambda: pins.owner("lb-eth0") is None)
         self.daemon.wait()
-
-
-assert ROOT and Callable

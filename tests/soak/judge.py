@@ -8,9 +8,9 @@ from statistics import median
 
 __all__ = ["growth", "leaks", "least"]
 
-#: How much one may have grown in the end, beyond the first quarter: things that are counted, and, by how their names end,
-#: what goes up and down by itself: memory, of which allocators keep some back, in however many pieces; what Python makes.
-#: One that is lost a look is many times as much.
+#: How much one may have grown in the end, beyond the first quarter: things that are counted, and, by how their names
+#: end, what goes up and down by itself: memory, of which allocators keep some back, in however many pieces; what Python
+#: makes.  One that is lost a look is many times as much.
 COUNTED = 1.5
 LOOSE = {"KiB": 1024, "Python objects": 1000, "mappings": 8}
 #: Looks at least, that the quarters of a run are something.
@@ -19,8 +19,8 @@ LOOKS = 8
 
 def growth(looks: Sequence[float]) -> float:
     """By how much it has grown since its first quarter, the warm-up: the less of what two ways of looking say, each of
-    which is misled by something else.  The median of all slopes is not moved by what comes and goes, and a step that
-    is taken once does not count as one; the medians of the second and the last quarter are not moved by ups and downs."""
+    which is misled by something else.  The median of all slopes is not moved by what comes and goes, nor by a step that
+    is taken once; the medians of the second and the last quarter are not moved by ups and downs."""
     quarter = len(looks) // 4
     body = looks[quarter:]
     slope = median((b - a) / (j - i) for i, a in enumerate(body) for j, b in enumerate(body) if i < j)

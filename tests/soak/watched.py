@@ -37,6 +37,10 @@ def _pin() -> None:
         found.pin(pins.folder("lb-eth0") / f"lost{os.urandom(4).hex()}")
 
 
+def _file() -> None:
+    (pins.RUN / f"{pins.namespace()}-lost{os.urandom(4).hex()}").touch()
+
+
 #: What can be lost.
 LEAKS: dict[str, Callable[[], object]] = {
     "descriptor": lambda: os.dup(0),
@@ -47,7 +51,7 @@ LEAKS: dict[str, Callable[[], object]] = {
     "objects": lambda: kept.append([object() for _ in range(1000)]),
     "thread": lambda: threading.Thread(target=threading.Event().wait, daemon=True).start(),
     "mapping": lambda: kept.append(mmap.mmap(-1, 1 << 12)),
-    "file": lambda: (pins.RUN / f"{pins.namespace()}-lost{os.urandom(4).hex()}").touch(),
+    "file": _file,
 }
 
 
