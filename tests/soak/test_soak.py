@@ -37,6 +37,7 @@ def farm(folder: Path, leak: str = "none") -> Iterator[Farm]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_nothing_grows_and_nothing_breaks(tmp_path):
     found: dict[str, Series] = {}
     with farm(tmp_path) as made:
@@ -46,10 +47,10 @@ def test_nothing_grows_and_nothing_breaks(tmp_path):
         assert leaks(found["replaced"]) == {}
         assert made.broken() == []
         assert all(told["made"] > 0 for told in made.connections().values())
-        assert made.done["taken over"] or made.done["too slow to take over"]
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_what_is_lost_is_found(tmp_path):
     """One of everything with each change of the configuration: each is found, and where it was lost."""
     found: dict[str, Series] = {}
@@ -60,6 +61,7 @@ def test_what_is_lost_is_found(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_what_a_takeover_loses_is_found(tmp_path):
     """One file each."""
     found: dict[str, Series] = {}
