@@ -20,6 +20,7 @@
 #   make fuzz    libFuzzer over native/, from the corpora in tests/fuzz (ARGS='--seconds 600 --jobs 2', ARGS=--coverage)
 #   make sim    a farm in one process, seed by seed: a million connections, and what befalls them (ARGS='--seed 7 --each 2000')
 #   make deaths    load balancer, agents, path manager killed 200 times under 500 connections (ARGS='--rounds 20', ARGS=--calls)
+#   make soak    an hour of use: what grows, and what breaks though nothing was killed (ARGS='--minutes 5 --seed 7')
 #   make test-compilers   the BPF programs by every clang here and of the package index, through the verifier (CLANGS='14 19')
 # Each first installs what it needs (system packages by apt, Python packages into .venv), once.
 
@@ -65,7 +66,7 @@ PARALLEL = -n $(WORKERS) --dist loadgroup
 
 SOURCES := setup.py pyproject.toml native/libbpf.cdef $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo demo-often test test-long bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim deaths lint c-test clean help
+.PHONY: demo demo-often test test-long bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim soak deaths lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -140,6 +141,9 @@ sim: $(STAMPS)/packages $(VENV)/bin/python
 
 deaths: $(STAMPS)/tested-tools
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python -m tests.deaths $(ARGS)
+
+soak: $(STAMPS)/tested-tools
+	@$(SUDO) $(VENV)/bin/python -m tests.soak $(ARGS)
 
 # The hot loop by itself, with the sanitizers on.
 c-test: $(STAMPS)/packages

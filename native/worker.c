@@ -34,7 +34,7 @@ struct crab_worker {
     uint64_t spin; /* nanoseconds: turn so long before a sleep, if that seems worth it */
     bool worth_it;
     _Atomic(bool) stop;
-    _Atomic(uint64_t) turns; /* of crab_worker_run; this thread's */
+    _Atomic(uint64_t) turns; /* of crab_worker_run; this thread's.  Who sees one sees what was done before */
 };
 
 /* Frames of a round: a kick's fixed costs are shared, and the socket's cache lines change hands less often. */
@@ -95,7 +95,7 @@ void crab_worker_wake(struct crab_worker *w)
 
 uint64_t crab_worker_turns(const struct crab_worker *w)
 {
-    return atomic_load_explicit(&w->turns, memory_order_relaxed);
+    return atomic_load_explicit(&w->turns, memory_order_acquire);
 }
 
 /* Send frames that the AF_XDP socket does not, in order.  One that is refused (a link that is down, a frame
@@ -365,7 +365,7 @@ void crab_worker_rounds(struct crab_worker *w, struct crab_rounds *rounds)
 static int run(struct crab_worker *w)
 {
     while (!atomic_load_explicit(&w->stop, memory_order_relaxed)) {
-        atomic_store_explicit(&w->turns, crab_worker_turns(w) + 1, memory_order_relaxed);
+        atomic_store_explicit(&w->turns, crab_worker_turns(w) + 1, memory_order_release);
         int n = work(w);
         if (n < 0)
             return n;

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int checks;
+static _Atomic(int) checks; /* of all threads */
 
 #define CHECK(x)                                                                   \
     do {                                                                           \

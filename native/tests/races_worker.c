@@ -121,7 +121,7 @@ ssize_t __wrap_sendto(int fd, const void *data, size_t len, int flags, const str
     uint32_t at = atomic_load(&completion.ends.producer);
     for (; from != until; from++, at++) {
         struct xdp_desc d = tx.descs[from % RING];
-        CHECK(d.len >= 60 && !memcmp(umem + d.addr, "\x02\0\0\0\0", 5) && umem[d.addr + 5] >= 11);
+        CHECK(d.len >= 54 && !memcmp(umem + d.addr, "\x02\0\0\0\0", 5) && umem[d.addr + 5] >= 11);
         completion.descs[at % FRAMES] = d.addr;
         sent++;
     }

@@ -418,8 +418,8 @@ def test_a_kernel_that_lists_no_sockets(make_world: Callable[..., World], monkey
 
 
 def test_one_that_follows_another_serves_all_the_while(make_world, monkeypatch):
-    """What the one before has put into the kernel is exchanged there: at no step is a client redirected no more, or is the VIP
-    gone, or what takes its packets out of tunnels."""
+    """What the one before has put into the kernel is exchanged there: at no step is a client redirected no more, or is
+    the VIP gone, or what takes its packets out of tunnels."""
     world = make_world()
     (server,) = world.lab.servers
     world.servers(agents=False)

@@ -1,4 +1,4 @@
-"""``make soak``: a load balancer in use for an hour, to which everything is done again and again; does anything grow?"""
+"""``make soak``: a load balancer in use for an hour, to which everything is done again and again: what grows?"""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def main() -> int:
         try:
             soaked(farm, args.minutes * 60, found, say=True)
             wrong += faults(found)
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             wrong.append(traceback.format_exc())
         told = farm.connections()
         wrong += [f"broken: {one}" for one in farm.broken()]
@@ -108,8 +108,9 @@ def main() -> int:
     report(found)
     for way, one in told.items():
         print(
-            f"==> {way}: {one['made']} connections ({one['multipath']} by MPTCP), {one['requests']} requests, "
-            f"{len(one['failed'])} failed; at most {one['longest_connect']:.2f} s to connect, {one['longest_request']:.2f} s a request"
+            f"==> {way}: {one['made']} connections ({one['multipath']} by MPTCP), {one['requests']} requests,"
+            f" {len(one['failed'])} failed; at most {one['longest_connect']:.2f} s to connect,"
+            f" {one['longest_request']:.2f} s a request"
         )
     print("==> " + ", ".join(f"{count} {name}" for name, count in farm.done.items()))
     print(*(f"==> {one}" for one in wrong), sep="\n")

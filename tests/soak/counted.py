@@ -1,5 +1,5 @@
-"""What processes have, and what the kernel has in their network namespaces.  Only of those that are named: others' tests
-are beside them."""
+"""What processes have, and what the kernel has in their network namespaces.  Only of those that are named: others'
+tests are beside them."""
 
 from __future__ import annotations
 

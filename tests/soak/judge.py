@@ -6,19 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-__all__ = ["MEMORY", "growth", "leaks", "least"]
+__all__ = ["growth", "leaks", "least"]
 
-#: How much one may have grown in the end, beyond the first quarter: things that are counted, and memory (KiB), of which
-#: allocators keep some back.  One that is lost a look is many times as much.
-COUNTED, MEMORY = 1.5, 1024
+#: How much one may have grown in the end, beyond the first quarter: things that are counted, and, by how their names
+#: end, what goes up and down by itself: memory, of which allocators keep some back, in however many pieces; what Python
+#: makes.  One that is lost a look is many times as much.
+COUNTED = 1.5
+LOOSE = {"KiB": 1024, "Python objects": 1000, "mappings": 8}
 #: Looks at least, that the quarters of a run are something.
 LOOKS = 8
 
 
 def growth(looks: Sequence[float]) -> float:
     """By how much it has grown since its first quarter, the warm-up: the less of what two ways of looking say, each of
-    which is misled by something else.  The median of all slopes is not moved by what comes and goes, and a step that
-    is taken once does not count as one; the medians of the second and the last quarter are not moved by ups and downs."""
+    which is misled by something else.  The median of all slopes is not moved by what comes and goes, nor by a step that
+    is taken once; the medians of the second and the last quarter are not moved by ups and downs."""
     quarter = len(looks) // 4
     body = looks[quarter:]
     slope = median((b - a) / (j - i) for i, a in enumerate(body) for j, b in enumerate(body) if i < j)
@@ -28,12 +30,13 @@ def growth(looks: Sequence[float]) -> float:
 
 
 def leaks(series: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Those that have grown too much, by name, and by how much.  Memory is what ends in KiB."""
+    """Those that have grown too much, by name, and by how much."""
     found = {}
     for name, looks in series.items():
         if len(looks) < LOOKS:
             raise ValueError(f"{len(looks)} looks tell nothing; {LOOKS} are needed")
-        if (more := growth(looks)) > (MEMORY if name.endswith("KiB") else COUNTED):
+        allowed = next((most for end, most in LOOSE.items() if name.endswith(end)), COUNTED)
+        if (more := growth(looks)) > allowed:
             found[name] = more
     return found
 

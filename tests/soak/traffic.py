@@ -1,5 +1,5 @@
-"""Both ends of a soak's connections: ``python -m tests.soak.traffic serve NAME PORT ...``, ``... ask SECONDS WORKERS WAY
-...`` inside nodes."""
+"""Both ends of a soak's connections: ``python -m tests.soak.traffic serve NAME PORT ...``, ``... ask SECONDS WORKERS
+WAY ...`` inside nodes."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Asking:
 
 
 def ask(longest: str, workers: str, *ways: str) -> None:
-    """So many workers a way, whose connections last so long at most; for each line of standard input all that has become
-    of them so far, by way, as JSON.  At its end they end theirs, and the last is told."""
+    """So many workers a way, whose connections last so long at most; for each line of standard input all that has
+    become of them so far, by way, as JSON.  At its end they end theirs, and the last is told."""
     end = threading.Event()
     asking = [Asking(way, n, float(longest), end) for way in ways for n in range(int(workers))]
 

@@ -37,6 +37,10 @@ def _pin() -> None:
         found.pin(pins.folder("lb-eth0") / f"lost{os.urandom(4).hex()}")
 
 
+def _file() -> None:
+    (pins.RUN / f"{pins.namespace()}-lost{os.urandom(4).hex()}").touch()
+
+
 #: What can be lost.
 LEAKS: dict[str, Callable[[], object]] = {
     "descriptor": lambda: os.dup(0),
@@ -47,38 +51,36 @@ LEAKS: dict[str, Callable[[], object]] = {
     "objects": lambda: kept.append([object() for _ in range(1000)]),
     "thread": lambda: threading.Thread(target=threading.Event().wait, daemon=True).start(),
     "mapping": lambda: kept.append(mmap.mmap(-1, 1 << 12)),
-    "file": lambda: (pins.RUN / f"{pins.namespace()}-lost{os.urandom(4).hex()}").touch(),
+    "file": _file,
 }
 
 
 def _lose(leak: str) -> None:
-    """With each change of the configuration; of a name with ``once``, when it starts."""
+    """With each change of the configuration; of a name with ``once``, when it starts.  ``all``: one of each."""
     what, _, when = leak.partition(",")
-    lose = LEAKS[what]
+    lost = list(LEAKS.values()) if what == "all" else [LEAKS[what]]
     owner, name = (Engine, "apply") if when != "once" else (daemon, "_seen")
     whole = getattr(owner, name)
 
     def loses(*args: Any) -> Any:
-        lose()
+        for lose in lost:
+            lose()
         return whole(*args)
 
     setattr(owner, name, loses)
 
 
 def _tell(path: Path) -> None:
-    while True:
-        signal.sigwait({signal.SIGRTMIN})
-        gc.collect()
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps({"objects": len(gc.get_objects())}))
-        new.rename(path)
+    gc.collect()
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps({"objects": len(gc.get_objects())}))
+    new.rename(path)
 
 
 def main(file: str, leak: str, *arguments: str) -> int:
     if leak != "none":
         _lose(leak)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGRTMIN})  # in all threads, which inherit it
-    threading.Thread(target=_tell, args=(Path(f"{file}.{os.getpid()}"),), daemon=True).start()
+    signal.signal(signal.SIGRTMIN, lambda *_: _tell(Path(f"{file}.{os.getpid()}")))
     sys.argv[1:] = arguments
     return cli.main()  # as a program's: its successors are this again
 
