@@ -212,7 +212,9 @@ BROKEN_TOO = {
     "the XDP program sends where a packet came from": ("interface", {"bpf/lb.bpf.c": (
         "int back = ifindex == ctx->ingress_ifindex", "int back = 1"
     )}),
-    "the XDP program takes tags for addresses": ("tags", {"bpf/lb.bpf.c": (" && p.l3 == ETH_HLEN) /* what", ") /* what")}),
+    "the XDP program takes tags for addresses": ("tags", {"bpf/lb.bpf.c": (
+        " && p.l3 == ETH_HLEN) /* what", ") /* what"
+    )}),
     "a flow with VLAN tags is not written down": ("moved", {"native/forward.c": (
         "(backend->flags & CRAB_BACKEND_BYPASS && !(p->tcp_flags",
         "(backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags",
