@@ -572,9 +572,9 @@ CRAB_APART enum crab_counter forward_icmp(struct crab_core *core, const struct c
                   : is_written(core, it, now, &flow) ? flow.backend
                   : known.pending                    ? known.pending->backend
                                                      : CRAB_NO_BACKEND;
-    if (!crab_usable(s, it->service, id))
-        id = backend_of(s, it);
     if (id == CRAB_NO_BACKEND)
+        id = backend_of(s, it);
+    if (!crab_usable(s, it->service, id)) /* it is about a connection that is no other backend's */
         return CRAB_C_DROP_NO_BACKEND;
     frame->len = it->packet.end;
     return send_by_dsr(core, frame, it, &s->backends[id], CRAB_C_FALLBACK_ICMP);

@@ -7,6 +7,7 @@
 #include "joins.h"
 #include "packet.h"
 #include "segment.h"
+#include "table.h"
 
 #define SIZE 251
 static uint16_t table[SIZE];
@@ -168,6 +169,62 @@ static void redirected_without_room(void)
         crab_core_free(core);
         crab_snapshot_free(s);
     }
+}
+
+/* Nor is remembered whom a policy chose: what goes by fallback goes where its client's next packet will. */
+static void chosen_without_room(void)
+{
+    struct crab_load load = {0};
+    struct crab_turn turn = {0};
+    struct crab_member second = {.backend = 1, .weight = 1, .load = &load};
+    struct crab_core *core = crab_core_new(64, counters);
+    struct crab_snapshot *s = lead_to(core, 0, NULL);
+    for (uint16_t port = 1; port <= 2000; port++) {
+        send_one(core, 4, port, CRAB_SYN, 5, 20, 100);
+        send_one(core, 4, port, CRAB_ACK, 6, 0, 100);
+    }
+    services[0].pool = crab_pool_new("round-robin", &second, 1, &turn);
+    s = lead_to(core, 0, s);
+    memset(counters, 0, sizeof counters);
+    CHECK(send_one(core, 4, 3000, CRAB_SYN, 5, 24, 100) == 12 && load.assigned == 1);
+    CHECK(send_one(core, 4, 3000, CRAB_SYN, 5, 24, 101) == 11 && load.assigned == 1);
+    CHECK(send_one(core, 4, 3000, CRAB_ACK, 6, 0, 101) == 11);
+    CHECK(counters[CRAB_C_REDIRECTED] == 1 && counters[CRAB_C_FALLBACK_RETRANSMIT] == 1);
+    crab_core_free(core);
+    crab_snapshot_free(s);
+    crab_pool_free(services[0].pool);
+    services[0].pool = NULL;
+}
+
+/* A connection in frames with VLAN tags is written down for the next daemon, once a second. */
+static void written_with_tags(void)
+{
+    static struct crab_bucket buckets[16];
+    struct crab_table *flows = crab_table_new(buckets, 16);
+    struct crab_core *core = crab_core_new(64, counters);
+    uint32_t before = backends[0].flags;
+    backends[0].flags |= CRAB_BACKEND_BYPASS;
+    struct crab_snapshot *s = lead_to(core, 0, NULL);
+    const uint8_t client[16] = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 1};
+    struct crab_flow flow;
+    crab_core_learn(core, flows);
+    memset(counters, 0, sizeof counters);
+    for (uint32_t i = 0; i < 4; i++) {
+        uint8_t *memory;
+        struct crab_frame f = make(&memory, 4, 900, i ? CRAB_ACK : CRAB_SYN, 5 + !!i, offer, 0, 0);
+        memmove(f.data - 4, f.data, 12);
+        memcpy(f.data + 8, "\x81\0\0\5", 4);
+        f.data -= 4;
+        f.len += 4;
+        CHECK(crab_core_batch(core, &f, 1, 100 + i / 3) == 1 && f.data[5] == 11 && !memcmp(f.data + 12, "\x81\0\0\5", 4));
+        free(memory);
+    }
+    CHECK(crab_table_get(flows, crab_flow_hash(key, client, services[0].addr, htons(900), htons(80)), 101, &flow));
+    CHECK(flow.backend == 0 && flow.state == CRAB_FLOW_OPEN && flow.seen == 101 && counters[CRAB_C_LEARNED] == 2);
+    crab_core_free(core);
+    crab_snapshot_free(s);
+    crab_table_free(flows);
+    backends[0].flags = before;
 }
 
 int main(void)
@@ -460,5 +517,7 @@ int main(void)
     forged_in_a_handshake();
     one_port_again_and_again();
     redirected_without_room();
+    chosen_without_room();
+    written_with_tags();
     DONE();
 }

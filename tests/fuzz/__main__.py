@@ -1,8 +1,8 @@
 """``make fuzz``: libFuzzer over native/, with ASan and UBSan; then more of ``test_inputs.py`` than the tests do.
 
 The targets run one after the other from ``tests/fuzz/corpus``.  What they find that is new is in ``build/fuzz/corpus``;
-``--keep`` makes it the repository's, as small as can be.  How many inputs were executed in all is in ``executed.json``: of a
-run that is ended early, what is before its last five minutes.
+``--keep`` makes it the repository's, as small as can be.  How many inputs were executed in all is in ``executed.json``:
+of a run that is ended early, what is before its last five minutes.
 """
 
 from __future__ import annotations

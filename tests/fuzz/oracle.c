@@ -788,9 +788,9 @@ static bool judge_error(struct oracle *o, const struct look *k, uint32_t room, s
     flow = flow ? flow : flow_of(o, tuple, tuple_size, EARLIER);
     flow = flow ? flow : flow_of(o, tuple, tuple_size, WRITTEN);
     flow = flow ? flow : flow_of(o, tuple, tuple_size, PENDING);
-    uint16_t chosen = flow && is_usable(w, service, flow->backend) ? flow->backend : by_table(k, service, tuple, hash);
+    uint16_t chosen = flow ? flow->backend : by_table(k, service, tuple, hash);
     v->what = CRAB_C_DROP_NO_BACKEND;
-    if (chosen != CRAB_NO_BACKEND)
+    if (is_usable(w, service, chosen))
         fall_back(k, &w->services[service], chosen, k->ip, k->total, hash, CRAB_C_FALLBACK_ICMP, v);
     return true;
 }

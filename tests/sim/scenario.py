@@ -219,7 +219,9 @@ def of(seed: int, connections: int = 2000) -> Scenario:
     more = random.Random(f"{seed} more")  # what came later, so that all else stays what it was
     events = [event() for _ in range(busy)]
     for _ in range(more.randint(0, 3)):
-        events.append((more.randrange(span), "narrow", more.choice((1000, 800, 600)), more.choice((50_000, 3_000_000)), 0))
+        events.append(
+            (more.randrange(span), "narrow", more.choice((1000, 800, 600)), more.choice((50_000, 3_000_000)), 0)
+        )
     return Scenario(
         seed, connections, rate, balancers, servers, r.choice((1, 16, 64)), r.choice((0, 50, 100)),
         r.choice((50, 500, 2048)),

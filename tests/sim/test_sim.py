@@ -92,6 +92,35 @@ FOUND = {
             (630532, "back", 1, 3000000, 0),
         ),
     ),
+    "a SYN that nobody remembers fell back to whom its policy chose": Scenario(
+        seed=366,
+        connections=5000,
+        servers=8,
+        clients=64,
+        ports=500,
+        cache=64,
+        flows=16,
+        multipath=100,
+        split=1,
+        heal=3500000,
+        services=(("power-of-two", 1, 1, 1),),
+    ),
+    "an error about the packet of a backend without a next hop went to another one": Scenario(
+        seed=399,
+        connections=5000,
+        servers=3,
+        agents=0,
+        ports=50,
+        tags=1,
+        heal=3500000,
+        services=(("least-connections", 0, 2, 1), ("maglev", 0, 2, 0)),
+        events=(
+            (474928, "kill", 3, 500000, 0),
+            (1240171, "crash", 4, 1000, 0),
+            (1431838, "narrow", 1000, 3000000, 0),
+            (1907826, "loss", 2000, 3000000, 0),
+        ),
+    ),
     "a flow with VLAN tags was forgotten with the daemon": Scenario(
         seed=20,
         connections=1000,
@@ -171,9 +200,8 @@ BROKEN_TOO = {
         "CRAB_OPTION_UNSAFE | CRAB_OPTION_JOIN", "CRAB_OPTION_JOIN"
     )}),
     "errors go by their hash": ("error-moved", {"native/forward.c": (
-        "    if (!crab_usable(s, it->service, id))\n        id = backend_of(s, it);\n    if (id == CRAB_NO_BACKEND)\n"
-        "        return CRAB_C_DROP_NO_BACKEND;\n    frame->len",
-        "    id = backend_of(s, it);\n    if (id == CRAB_NO_BACKEND)\n        return CRAB_C_DROP_NO_BACKEND;\n    frame->len",
+        "    if (id == CRAB_NO_BACKEND)\n        id = backend_of(s, it);\n    if (!crab",
+        "    id = backend_of(s, it);\n    if (!crab",
     )}),
     "tags go along to another interface": ("tags", {"native/forward.c": (
         "uint32_t tags = p->l3 - 14u;", "uint32_t tags = 0; (void)p;"
@@ -184,7 +212,9 @@ BROKEN_TOO = {
     "the XDP program sends where a packet came from": ("interface", {"bpf/lb.bpf.c": (
         "int back = ifindex == ctx->ingress_ifindex", "int back = 1"
     )}),
-    "the XDP program takes tags for addresses": ("tags", {"bpf/lb.bpf.c": (" && p.l3 == ETH_HLEN) /* what", ") /* what")}),
+    "the XDP program takes tags for addresses": ("tags", {"bpf/lb.bpf.c": (
+        " && p.l3 == ETH_HLEN) /* what", ") /* what"
+    )}),
     "a flow with VLAN tags is not written down": ("moved", {"native/forward.c": (
         "(backend->flags & CRAB_BACKEND_BYPASS && !(p->tcp_flags",
         "(backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags",

@@ -589,7 +589,7 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
             const struct backend_view *v = &b->view[seen->server];
             if (known && lives && v->resolved && !v->dead && !is_crowded(b, c))
                 violation("copy-moved", f->conn, "a SYN's copy went to server %u, the one before to %u", server, seen->server);
-            c->excused |= !known;
+            c->excused |= !known || !v->resolved; /* what was in its SYN may be executed by both */
         }
         if (!known || seen->server != server)
             *seen = (struct seen){.members = b->members, .memory = b->memory, .pending = b->pending, .server = (uint8_t)server,
@@ -622,7 +622,7 @@ static void check_error(const struct balancer *b, const struct frame *f, uint32_
 {
     const struct conn *c = &conns[f->conn];
     const struct seen *seen = &c->seen[b - balancers];
-    bool known = knows(b, seen) && !displaced(c, seen) && !is_crowded(b, c);
+    bool known = knows(b, seen) && seen->level == 2 && !is_crowded(b, c);
     bool mistaken = !known && (seen->others || c->acquainted || seen->level);
     if (is_small() || c->state != C_OPEN || c->doomed || c->excused || f->server != c->server || server == f->server)
         return;
