@@ -108,7 +108,7 @@ test-stacks: $(STAMPS)/tested-tools $(STAMPS)/stacks
 	$(SUDO) $(VENV)/bin/python -m pytest tests/stacks --durations=10 -o tmp_path_retention_policy=failed $(ARGS)
 
 test-foreign: $(STAMPS)/tested-tools $(STAMPS)/foreign
-	$(SUDO) $(VENV)/bin/python -m pytest tests/foreign $(PARALLEL) --timeout=3600 --durations=10 -o tmp_path_retention_policy=failed $(ARGS)
+	$(SUDO) $(VENV)/bin/python -m pytest tests/foreign -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout=3600 --durations=10 -o tmp_path_retention_policy=failed $(ARGS)
 
 test-distros: $(STAMPS)/distro-packages $(VENV)/bin/python
 	@$(SUDO:sudo=sudo -E) $(VENV)/bin/python tests/machines/distros.py --commands='$(COMMANDS)' $(DISTROS)

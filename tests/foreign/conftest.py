@@ -94,15 +94,10 @@ ROW = "suite"
 LONGEST = ("test_tls", "test_redis", "test_packetdrill", "test_haproxy")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The ways of a suite are one process's, which runs it straight once.  What takes longest begins first."""
+    """What takes longest begins first."""
     here = Path(__file__).parent
     items.sort(key=lambda item: item.path.parent == here and item.path.stem not in LONGEST)
-    for item in items:
-        if item.path.parent == here:
-            family = item.callspec.params.get("family", "") if hasattr(item, "callspec") else ""
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{family}"))
 
 
 def direct(suite: str) -> Result:

@@ -20,6 +20,7 @@ from tests.helpers.processes import until
 
 #: Those that need nothing that is not everywhere: the others are held up by netem, and by iptables.
 SUITES = ("pm_netlink", "userspace_pm", "diag")
+TRIES = 3
 PROGRAMS = ("mptcp_connect", "mptcp_diag", "pm_nl_ctl")
 VIPS = ("10.0.1.1:50002", "10.0.2.1:50003", "[dead:beef:1::1]:50004")
 CRABLB = str(Path(sys.executable).with_name("crablb"))
@@ -58,9 +59,29 @@ def test_selftests(tmp_path, compare):
 
 
 def run(folder: Path, tree: Path, *, agents: bool) -> Result:
+    """A test is well that once is: they wait half a second for what a machine that has much to do needs longer for."""
+    found = Result()
+    left = set(SUITES)
+    for number in range(TRIES):
+        outputs = once(folder / f"agents-{agents}-{number}", tree, left, agents)
+        left.clear()
+        for suite, said in outputs.items():
+            lines = re.findall(r"^(ok|not ok) (\d+) - (.*?) # .*$", said, re.M)
+            assert lines, said[-4000:]
+            for verdict, at, name in lines:
+                (found.passed if verdict == "ok" else found.failed).add(f"{suite} {at}: {name}")
+                if verdict != "ok":
+                    left.add(suite)
+        if not left:
+            break
+    found.failed -= found.passed
+    return found
+
+
+def once(place: Path, tree: Path, suites: set[str], agents: bool) -> dict[str, str]:
+    """What each of them says."""
     cgroup = cgroup_root() / "crablb-lab" / unique()
     cgroup.mkdir(parents=True)
-    place = folder / f"agents-{agents}"
     (place / "bin").mkdir(parents=True)
     vips = " ".join(f"--vip 'tcp://{vip}'" for vip in VIPS)
     if agents:
@@ -68,29 +89,23 @@ def run(folder: Path, tree: Path, *, agents: bool) -> Result:
         real = shutil.which("ip")
         program.write_text(IP % {"ip": real, "folder": place, "crablb": CRABLB, "cgroup": cgroup, "vips": vips})
         program.chmod(0o755)
-    outputs = {}
     try:
         with Island(place) as island:
             begin = (
                 f"echo $$ >{cgroup}/cgroup.procs; cd {tree}/mptcp"
                 f"; export PATH={place}/bin:$PATH NSTAT_HISTORY={place}/$0; exec timeout $1 ./$0.sh 2>&1"
             )
-            started = {suite: island.popen("bash", "-c", begin, suite, str(LIMIT)) for suite in SUITES}
-            for suite, child in started.items():
-                outputs[suite], _ = child.communicate()
+            started = {suite: island.popen("bash", "-c", begin, suite, str(LIMIT)) for suite in suites}
+            outputs = {suite: child.communicate()[0] for suite, child in started.items()}
     finally:
         (cgroup / "cgroup.kill").write_text("1")
         until(lambda: "populated 0" in (cgroup / "cgroup.events").read_text())
         os.rmdir(cgroup)
-    found = Result()
-    for suite, said in outputs.items():
-        lines = re.findall(r"^(ok|not ok) (\d+) - (.*?) # .*$", said, re.M)
-        assert lines, said[-4000:]
-        for verdict, number, name in lines:
-            (found.passed if verdict == "ok" else found.failed).add(f"{suite} {number}: {name}")
     if agents:
-        there = {path.suffix for path in place.iterdir()}
-        assert {".server", ".client"} <= there, (place / "log").read_text()
-        offered = re.findall(r'"offered": (\d+)', (place / "status").read_text())
-        assert any(map(int, offered)), (place / "status").read_text()
-    return found
+        log = (place / "log").read_text()
+        assert list(place.glob("*.server")), log
+        if "userspace_pm" in suites:
+            assert list(place.glob("*.client")), log
+            offered = re.findall(r'"offered": (\d+)', (place / "status").read_text())
+            assert any(map(int, offered)), (place / "status").read_text()
+    return outputs

@@ -70,6 +70,7 @@ def verdicts(
         until(lambda: "populated 0" in (cgroup / "cgroup.events").read_text())
         os.rmdir(cgroup)
     assert not done.returncode, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.stdout, scripts
     found = {}
     for line in done.stdout.splitlines():
         said = json.loads(line)

@@ -36,7 +36,7 @@ class Mirror:
     """The mirrors that this machine's apt has its distribution from, sources included, with lists of their own."""
 
     def __init__(self, folder: Path, *releases: str) -> None:
-        """``releases``: of the same distribution, beside the machine's own."""
+        """``releases``: of Debian, beside the machine's own if that is Debian."""
         self.folder = folder
         (folder / "lists/partial").mkdir(parents=True)
         origin = re.search(r"^ID=\W?(\w+)", Path("/etc/os-release").read_text(), re.M)[1]  # type: ignore[index]
@@ -49,7 +49,8 @@ class Mirror:
         keyring = f"[signed-by=/usr/share/keyrings/{origin}-archive-keyring.gpg]"
         places = set(where.splitlines())
         archive = next((line.split()[0] for line in sorted(places) if "security" not in line), "")
-        places |= {f"{archive} {release} main" for release in releases}
+        if origin == "debian":
+            places |= {f"{archive} {release} main" for release in releases}
         lines = [f"{kind} {keyring} {line}\n" for kind in ("deb", "deb-src") for line in sorted(places)]
         (folder / "sources.list").write_text("".join(lines))
         settings = {
