@@ -303,7 +303,11 @@ class ClientAgent(Agent):
                 if priority == PRIORITIES[-1]:
                     raise
                 continue
-            cls._note_filter(name, priority, made)
+            try:
+                cls._note_filter(name, priority, made)
+            except BaseException:  # who removes goes by what is noted
+                detach_filters({name: made}, "ingress", priority)
+                raise
             return
 
     @classmethod

@@ -234,7 +234,11 @@ def _mend(
             if part == "crab_clamp":
                 _, made = bpf.attach_tc(program.program(part), index, "egress", priority=FILTER, handle=FILTER)
                 state["interfaces"][name] = made or state["interfaces"].get(name, False)
-                note(state)
+                try:
+                    note(state)
+                except BaseException:  # who removes goes by what is noted
+                    detach_filters({name: made}, "egress")
+                    raise
                 continue
             try:
                 with program.program(part).attach_xdp(index) as link:
