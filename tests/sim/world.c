@@ -591,8 +591,10 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
                 violation("copy-moved", f->conn, "a SYN's copy went to server %u, the one before to %u", server, seen->server);
             c->excused |= !known || !v->resolved; /* what was in its SYN may be executed by both */
         }
+        /* Where a copy goes again while it is not certain that its load balancer remembers, the tables of the first may have decided. */
+        bool unsure = !known && seen->level && seen->server == server && seen->members != b->members;
         if (!known || seen->server != server)
-            *seen = (struct seen){.members = b->members, .memory = b->memory, .pending = b->pending, .server = (uint8_t)server,
+            *seen = (struct seen){.members = unsure ? 0 : b->members, .memory = b->memory, .pending = b->pending, .server = (uint8_t)server,
                                   .level = 1};
         seen->at = now;
         return;
