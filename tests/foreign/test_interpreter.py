@@ -97,7 +97,7 @@ def test_wire(family, redirecting):
     data = segment(True, 16)
     if not redirecting:
         assert (answer.source, answer.options) == (ends.remote, plain)
-        assert wire.counts == {"offers": 1, "redirects": 0, "echoes": 0}
+        assert wire.counts == {"offers": 1, "redirects": 0, "echoes": 0, "padded": 0}
         return
     assert answer.source == backend
     assert answer.options[len(plain)] == 42
@@ -109,7 +109,7 @@ def test_wire(family, redirecting):
     assert syn.options[: len(plain)] == plain
     assert len(syn.options) > len(plain)
     assert wire.out(segment(True, 18, syn.options)).options == plain
-    assert wire.counts == {"offers": 1, "redirects": 2, "echoes": 1}
+    assert wire.counts == {"offers": 1, "redirects": 2, "echoes": 1, "padded": 0}
 
 
 def test_packets_are_read_as_they_are_written():
