@@ -34,6 +34,8 @@ SETTINGS = Path("/proc/sys/net/ipv4")
 
 #: By family: a VIP that no script has to do with, a backend behind the scripts' peer, and the VIP that a SYN names.
 OTHERS = {4: ("198.51.100.80", "192.0.2.77", "203.0.113.80"), 6: ("fd3d:5::80", "fd3d:fa7b:d17d::77", "fd3d:6::80")}
+#: What the kernel makes of room that an agent has asked for, before it saw that this SYN is not one to offer in.
+PADDING = b"\1\1\1\1"
 
 
 class Balancer(Wire):
@@ -45,7 +47,7 @@ class Balancer(Wire):
         self.named, self.peer = _redirect(packed), _redirect(ip_address(ends.remote).packed)
         self.offered: set[int] = set()  # ports of ours whose last SYN did
         self.moved: set[int] = set()  # whose connections have been redirected
-        self.counts = {"offers": 0, "redirects": 0, "echoes": 0}
+        self.counts = {"offers": 0, "redirects": 0, "echoes": 0, "padded": 0}
 
     def out(self, segment: Segment) -> Segment:
         if segment.syn:
@@ -53,6 +55,9 @@ class Balancer(Wire):
             found = len(options) < len(segment.options)
             segment.options = options
             if not segment.flags & 16:
+                if options.endswith(PADDING):
+                    segment.options = options.removesuffix(PADDING)
+                    self.counts["padded"] += 1
                 self.moved.discard(segment.sport)
                 (self.offered.add if found else self.offered.discard)(segment.sport)
                 self.counts["offers"] += found
@@ -173,14 +178,15 @@ class Slot:
         return dict(json.loads(said)) if said else {"verdict": "broken", "why": f"wait status {status}"}
 
     def _run(self, script: Path) -> dict[str, Any]:
-        # Scripts have files in /tmp that go by one name.
+        # Scripts have files in /tmp that go by one name.  They may lie there themselves.
+        folder = os.open(script.parent, os.O_PATH)
         ctypes.CDLL(None).unshare(0x20000)
         run("mount", "-t", "tmpfs", "none", "/tmp")
         os.environ.update(PACKETDRILL_PID=str(os.getpid()), NSTAT_HISTORY="/tmp/nstat")
         wire = Balancer(self.ends, self._backend, self._named, self.way == "redirected")
         verdict, why = "passed", ""
         try:
-            Run(script, self.ends, self._tap, wire, self._port).run()
+            Run(Path(f"/proc/{os.getpid()}/fd/{folder}", script.name), self.ends, self._tap, wire, self._port).run()
         except Unsupported as fault:
             verdict, why = "unsupported", str(fault)
         except Differs as fault:

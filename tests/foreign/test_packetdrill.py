@@ -18,6 +18,8 @@ from tests.stacks.conftest import FETCHED
 
 SOURCE = FETCHED / "foreign/linux/tools/testing/selftests/net/packetdrill"
 
+AGAIN = 2
+
 
 @pytest.mark.parametrize("agents", [way for way in drill.WAYS if way != "none"])
 def test_scripts(agents, tmp_path, compare):
@@ -28,7 +30,17 @@ def test_scripts(agents, tmp_path, compare):
         known = direct("packetdrill")
         found = run(tmp_path, agents, counts, known.passed)
         assert found.run == known.passed
+        # What a machine that has much to do makes fail: that fails without agents too, or passes with them, just then.
+        for _ in range(AGAIN):
+            if not (differing := set(found.failed)):
+                break
+            without, again = (run(tmp_path, way, {}, differing) for way in ("none", agents))
+            found.passed |= again.passed
+            found.failed -= again.passed | without.failed
+            known.passed -= without.failed - again.passed
+            known.failed |= without.failed - again.passed
         found.failed |= known.failed
+        assert len(found.passed) > 100
         return found
 
     compare("packetdrill", agents, lambda: run(tmp_path, "none", {}, None), through)
@@ -56,7 +68,7 @@ def verdicts(
     """What became of each script, and why.  ``only``: of these scripts and families, all if it is None."""
     cgroup = cgroup_root() / "crablb-lab" / unique()
     cgroup.mkdir(parents=True)
-    place = folder / way
+    place = folder / unique()
     place.mkdir()
     names = place / "only"
     names.write_text("\n".join(sorted(only or ())))
