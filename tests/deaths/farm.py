@@ -118,7 +118,7 @@ class Nursery:
     def start(self, node: Node, *args: str, kill: int = 0) -> Child:
         """``kill``: the call that is to be its last one, 0: none."""
         self._count += 1
-        place = self.folder / f"notify-{self._count}"
+        place = self.folder / f"notify-{os.getpid()}-{self._count}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         sock.bind(str(place))
         asked = {

@@ -225,6 +225,7 @@ def test_a_program_above_excludes_one_below(make_world: Callable[..., World], ot
 def test_one_below_comes_up_before_the_agent_is_replaced(make_world: Callable[..., World]) -> None:
     """Programs that are there stay, but for one above what has none yet."""
     world = make_world()
+    world.servers(agents=False)
     server = world.lab.servers[0]
     server.ip(
         "link add low0 type veth peer name low1", "link add mv0 link low0 type macvlan mode bridge", "link set mv0 up",
