@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -325,7 +326,10 @@ class Farm:
             now, before = shown(node).splitlines(), self.before[node.name].splitlines()
             found += [f"{node.name}: new: {line}" for line in now if line not in before]
             found += [f"{node.name}: gone: {line}" for line in before if line not in now]
-        return found + [f"{what} {number} lives" for what, number in sorted(self.ids) if exists(what, number)]
+        end = time.monotonic() + 60
+        while (alive := sorted(one for one in self.ids if exists(*one))) and time.monotonic() < end:
+            select.select([], [], [], 0.05)  # the kernel lets go of programs, and of their maps, when nobody runs them
+        return found + [f"{what} {number} lives" for what, number in alive]
 
 
 def identity(pin: Path) -> tuple[str, int]:
