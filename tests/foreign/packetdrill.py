@@ -5,7 +5,7 @@ An interpreter of its own, for Debian has the scripts but not the program.  What
 * The interface is a TAP device, as agents want Ethernet, and between it and the script is a :class:`Wire`, which may do
   what a load balancer and a backend do.
 * Times are those at the least: what comes late on a machine that has much to do delays what follows it.  A packet that
-  comes out early is wrong, unless something was late before.  When system calls return, and times in control messages,
+  comes out early is wrong, by more than the script was late.  When system calls return, and times in control messages,
   are not looked at.
 * What goes out of the socket under test and is not expected is seen at the next packet that is.
 """
@@ -494,7 +494,7 @@ class Run:
         self._scripted = (0, 0)  # and in the script
         self._stamps: dict[int, int] = {}
         self._first_stamp: tuple[int, int] | None = None
-        self._late = False
+        self._late = 0.0
         self._kept: list[object] = []  # memory of calls that go on
 
     def run(self) -> None:
@@ -518,7 +518,7 @@ class Run:
         while (left := due - time.monotonic()) > 0:
             time.sleep(left)  # the script's own clock: this much later
         self.now = time.monotonic()
-        self._late |= self.now > due + EARLY / 5
+        self._late += self.now - due
         match event.what:
             case "packet":
                 self._inject(event)
@@ -628,7 +628,7 @@ class Run:
         if parts["tos"] and found.tos & 3 not in TOS[parts["tos"]]:
             raise Differs(f"{parts['tos']} expected, {found.tos & 3} found")
         self._compare_options(event, found, remote)
-        if event.at is not None and when < due - EARLY and not self._late:
+        if event.at is not None and when < due - EARLY - self._late:
             raise Differs(f"{due - when:.3f} s early")
         return when
 
