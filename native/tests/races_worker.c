@@ -163,9 +163,9 @@ static void *receive(void *arg)
             make_frame(umem + addr, &len, (uint16_t)(1 + done % 4000), done % 3 == 0, false);
             rx.descs[(at + i) % RING] = (struct xdp_desc){.addr = addr, .len = len};
         }
+        atomic_store(&delivered, done); /* before the worker can have them */
         atomic_store_explicit(&fill.ends.consumer, from + n, memory_order_release);
         atomic_store_explicit(&rx.ends.producer, at + n, memory_order_release);
-        atomic_store(&delivered, done);
         CHECK(write(came, &(uint64_t){1}, 8) == 8);
         if (random >> 30 == 0 || !n)
             rest();

@@ -31,7 +31,7 @@ static void begin(uint32_t flags)
     struct crab_service service = {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .port_be = htons(80), .protocol = 6,
                                    .fallback = CRAB_FALLBACK_L2, .table = table};
     struct crab_backend backends[2] = {0};
-    struct crab_maglev_member m[2];
+    struct crab_table_member m[2];
     int error;
     const char *stage;
     for (uint16_t i = 0; i < 2; i++) {
@@ -39,7 +39,7 @@ static void begin(uint32_t flags)
                                             .dst_mac = {2, 0, 0, 0, 0, (uint8_t)(11 + i)}, .src_mac = {2, 0, 0, 0, 0, 2},
                                             .flags = CRAB_BACKEND_USABLE | CRAB_BACKEND_ON_LINK,
                                             .ifindex = i ? ELSEWHERE : HERE};
-        m[i] = (struct crab_maglev_member){.weight = 1, .backend = i};
+        m[i] = (struct crab_table_member){.weight = 1, .backend = i};
         memcpy(m[i].addr, backends[i].addr, 16);
     }
     CHECK(!crab_maglev_build(table, SIZE, m, 2, key));
