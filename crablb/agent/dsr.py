@@ -181,8 +181,8 @@ def set_up(
         for index, macs in _all_macs(interfaces).items():
             program.map("dsr_macs").update(index, macs)
         with suppress(bpf.BpfNotFoundError), bpf.Map.from_pin(folder / "dsr_tunnels") as tunnels:
-            for index, value in tunnels.items():
-                program.map("dsr_tunnels").update(index, value)
+            for key, value in tunnels.items():
+                program.map("dsr_tunnels").update(key, value)
         for name in MAPS:
             pins.put(program.map(name), folder / name)
         for name in BEFORE:
