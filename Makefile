@@ -44,7 +44,7 @@ CLANGS ?=
 PACKAGES := clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev make pkg-config python3-dev python3-venv \
             iproute2 ethtool procps nftables nginx-light curl iperf3 tcpdump keepalived
 # What tests look at metrics, the status page, manual pages, captures and units with; what docs/migration.md is run with.
-TEST_PACKAGES := chromium fonts-dejavu-core groff-base prometheus systemd tshark haproxy ipvsadm kmod openssl
+TEST_PACKAGES := iputils-ping chromium fonts-dejavu-core groff-base prometheus systemd tshark haproxy ipvsadm kmod openssl
 # What the benchmarks measure beside crablb, and with.
 BENCH_PACKAGES := haproxy libnginx-mod-stream mptcpize wrk valgrind
 # What Debian's packages are made and looked at with.

@@ -75,7 +75,7 @@ def test_what_is_made_is_noted_before(monkeypatch: pytest.MonkeyPatch):
     try:
         with Pair.made() as pair, pytest.raises(KeyboardInterrupt):
             pair.ip("addr", "add", "10.0.0.2/24", "dev", "veth0")
-            dsr.set_up([], ["veth0"], folder, lambda state: noted.append(state["interfaces"]["veth0"]))
+            dsr.set_up([], ["veth0"], [], folder, lambda state: noted.append(state["interfaces"]["veth0"]))
     finally:
         for pin in folder.iterdir():
             pin.unlink()

@@ -36,7 +36,7 @@ def farm(folder: Path, leak: str = "none") -> Iterator[Farm]:
         made.close()
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_nothing_grows_and_nothing_breaks(tmp_path):
     found: dict[str, Series] = {}
@@ -49,7 +49,7 @@ def test_nothing_grows_and_nothing_breaks(tmp_path):
         assert all(told["made"] > 0 for told in made.connections().values())
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_what_is_lost_is_found(tmp_path):
     """One of everything with each change of the configuration: each is found, and where it was lost."""
@@ -60,7 +60,7 @@ def test_what_is_lost_is_found(tmp_path):
     assert {what for what, name in FOUND.items() if name not in grown} == set()
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_what_a_takeover_loses_is_found(tmp_path):
     """One file each."""

@@ -25,6 +25,7 @@ from crablb.model import (
     Closed,
     Config,
     Fallback,
+    Hashing,
     Initially,
     Mode,
     OnDead,
@@ -102,6 +103,7 @@ SAME = {
     "xdp_mode": (["--xdp-mode", "generic"], "generic", XdpMode.GENERIC),
     "queues": (["--queues", "2"], 2, 2),
     "busy_poll": (["--busy-poll", "0"], 0, 0),
+    "table": (["--table", "rendezvous"], "rendezvous", Hashing.RENDEZVOUS),
     "table_size": (["--table-size", "655373"], 655373, 655373),
     "flows": (["--flows", "1024"], 1024, 1024),
     "keep": (["--keep", "60"], 60, 60.0),
@@ -209,8 +211,8 @@ def test_with_a_file_it_is_the_file_that_says_it(name, tmp_path):
 def test_what_a_reload_may_change():
     """Another list than the table: who changes one of them is to think of it."""
     assert set(options.fixed_fields()) == {
-        "interfaces", "seed", "xdp_mode", "queues", "busy_poll", "table_size", "flows", "ack_bypass", "announce",
-        "report_listen", "report_key", "admin", "admin_group", "admin_listen", "admin_cert", "admin_key",
+        "interfaces", "seed", "xdp_mode", "queues", "busy_poll", "table", "table_size", "flows", "ack_bypass",
+        "announce", "report_listen", "report_key", "admin", "admin_group", "admin_listen", "admin_cert", "admin_key",
         "admin_token_file", "metrics_listen", "persist",
     }  # fmt: skip
 
