@@ -17,7 +17,7 @@ from pathlib import Path
 
 from crablb.errors import ConfigError, KernelError
 
-__all__ = ["Namespace", "all_seen", "enter", "every", "find", "inside", "own_name", "places"]
+__all__ = ["Namespace", "all_seen", "enter", "every", "find", "inside", "is_gone", "own_name", "places"]
 
 #: Where ip netns keeps those that have names.
 NAMED = Path("/run/netns")
@@ -108,7 +108,7 @@ def find(text: str) -> Namespace:
         names = ", ".join(sorted(one.name for one in NAMED.glob("*"))) or "none"
         raise ConfigError(f"there is no such name; there are: {names} (without a name: /proc/PID/ns/net)") from None
     except OSError as error:
-        raise ConfigError(f"cannot be opened: {error.strerror}") from None
+        raise ConfigError(f"cannot be opened: {error.strerror}") from error
     except ValueError as error:  # a NUL in it
         raise ConfigError(f"cannot be opened: {error}") from None
     try:
@@ -127,24 +127,39 @@ def all_seen() -> bool:
     return os.stat("/proc/self/ns/pid").st_ino == PROC_PID_INIT_INO and Path("/proc/1").exists()
 
 
+def is_gone(error: OSError) -> bool:
+    """Whether it says that a process or a mount has ended, or may not be looked at: not that there was no memory or
+    descriptor to look with, when nothing is known of it."""
+    return error.errno in (errno.ENOENT, errno.ESRCH, errno.ENOTDIR, errno.EACCES, errno.EPERM)
+
+
 def places(but: Collection[int] = ()) -> Iterator[Path]:
-    """Files that stand for the network namespaces there are: of processes, except for some, and of mounts."""
-    for process in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*")):
+    """Files that stand for the network namespaces there are: of processes, except for some, and of mounts.
+
+    Raises ``OSError`` if not all can be told.
+    """
+    for process in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         if process not in but:
             yield Path(f"/proc/{process}/ns/net")
     for view in ("self", "1"):
-        with suppress(OSError):
-            for line in Path(f"/proc/{view}/mountinfo").read_text().splitlines():
-                fields, _, kind = line.partition(" - ")
-                if kind.startswith("nsfs ") and fields.split()[3].startswith("net:["):
-                    mounted = fields.split()[4].encode().decode("unicode_escape")  # \040 for a space
-                    yield Path(f"/proc/{view}/root{mounted}")
+        try:
+            mounts = Path(f"/proc/{view}/mountinfo").read_text()
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            continue
+        for line in mounts.splitlines():
+            fields, _, kind = line.partition(" - ")
+            if kind.startswith("nsfs ") and fields.split()[3].startswith("net:["):
+                mounted = fields.split()[4].encode().decode("unicode_escape")  # \040 for a space
+                yield Path(f"/proc/{view}/root{mounted}")
 
 
 def every(but: Collection[int] = ()) -> list[Namespace]:
     """All network namespaces: those that have names by these, this process's own, the others by a process or a mount.
 
-    ``but``: processes that do not count, as they are there for the sake of others.
+    ``but``: processes that do not count, as they are there for the sake of others.  Raises ``OSError`` if not all can
+    be told.
     """
     found: dict[int, Namespace] = {}
     named = sorted(NAMED.glob("*"))
@@ -153,6 +168,10 @@ def every(but: Collection[int] = ()) -> list[Namespace]:
             if os.stat(place).st_ino not in found:
                 one = find(place.name if place in named else str(place))
                 found.setdefault(one.inode, one)  # a process may be in another one by now
-        except (OSError, ConfigError):  # it has ended meanwhile, or is a name that is yet to stand for one
-            continue
+        except ConfigError as error:  # a name that is yet to stand for one, or does no more
+            if isinstance(error.__cause__, OSError) and not is_gone(error.__cause__):
+                raise error.__cause__ from None
+        except OSError as error:  # it has ended meanwhile
+            if not is_gone(error):
+                raise
     return list(found.values())

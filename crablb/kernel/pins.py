@@ -460,13 +460,16 @@ def _alive() -> tuple[set[int], set[str]]:
     """Inode numbers and names of the network namespaces there are.
 
     Where a process may not be looked at, as process 1 in some containers, it is in the first one, or others are too.
-    Raises :class:`KernelError` if there is one that cannot be entered to ask for its name.
+    Raises :class:`KernelError` if there is one that cannot be entered to ask for its name, ``OSError`` if there was no
+    memory or descriptor to look with.
     """
     found = {0: FIRST}
     for place in netns.places():
         try:
             there = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # it has ended meanwhile
+        except OSError as error:  # it has ended meanwhile
+            if not netns.is_gone(error):
+                raise
             continue
         # Asked of what is open: a process may be in another one the next moment, as one that looks around as we do is.
         try:
@@ -495,7 +498,7 @@ def collect() -> None:
         return
     try:
         inodes, names = _alive()
-    except KernelError:  # whoever cannot be asked may be the one whose pins these are
+    except (KernelError, OSError):  # whoever cannot be asked may be the one whose pins these are
         return
     for path in folders:
         known = path.name in names or (path.name.isdigit() and int(path.name) in inodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -348,3 +349,33 @@ def test_a_lock_is_taken_and_claimed_back_where_there_is_no_room(tmp_path, monke
                 assert pins.has_begun("lb-x")
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.parametrize("place", ["mountinfo", "/ns/net", "/proc"])
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE])
+def test_who_cannot_look_removes_nothing(
+    netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch, place: str, number: int
+):
+    """Without memory or descriptors it is not known who is there: nobody is taken for gone."""
+    here, other = netns(), netns()
+    with inside(other):
+        left = pins.folder("server")
+        pin(left)
+
+    def failing(of: Any) -> Any:
+        def call(path: Any, *args: Any, **more: Any) -> Any:
+            if str(path).endswith(place):
+                raise OSError(number, os.strerror(number), str(path))
+            return of(path, *args, **more)
+
+        return call
+
+    with inside(here):
+        monkeypatch.setattr(os, "listdir", failing(os.listdir))
+        monkeypatch.setattr(os, "open", failing(os.open))
+        monkeypatch.setattr(Path, "read_text", failing(Path.read_text))
+        pins.collect()
+        monkeypatch.undo()
+    assert (left / "sockets").exists()
+    with inside(other):
+        pins.remove(left)
