@@ -59,7 +59,7 @@ def run(context: Context) -> Suite:
 
 
 def subject(context: Context, peers: Peers, name: str, big: int) -> Callable[[], Mapping[str, float]]:
-    seconds = str(context.pick(1.5, 0.5, 0.1))
+    seconds = str(context.pick(1.5, 0.5, 0.5))
     # Few enough that the client's closed connections, which wait for a minute, do not use up its ports.
     samples = str(context.pick(4000, 1000, 100))
 
