@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from crablb._native import ffi, lib
-from crablb.dataplane.paths import PATH_SIZE
 from crablb.kernel.bpf import Map
 from crablb.model import Address, Vip, mapped, unmapped
 
@@ -166,7 +165,7 @@ class Inherited:
 
             old, keys, flows, paths = (pinned(name) for name in ("services", "hashing", "flows", "paths"))
             sizes = flows.value_size, paths.value_size, old.value_size
-            if sizes != (FLOW.itemsize * lib.CRAB_BUCKET, PATH_SIZE, 4):
+            if sizes != (FLOW.itemsize * lib.CRAB_BUCKET, ffi.sizeof("struct crab_path"), 4):
                 raise ValueError("another version of crablb made them")
             if keys.lookup(0) != hashing(seed, flows.max_entries):
                 raise ValueError("they were found by another seed")

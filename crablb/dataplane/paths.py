@@ -11,10 +11,9 @@ from crablb.kernel.bpf import Map
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import Address, mapped, unmapped
 
-__all__ = ["PATH_SIZE", "Paths", "Ways", "backends", "no_path", "path"]
+__all__ = ["Paths", "Ways", "backends", "no_path", "path"]
 
-PATH_SIZE = 64
-assert ffi.sizeof("struct crab_path") == PATH_SIZE
+PATH_SIZE = ffi.sizeof("struct crab_path")
 
 
 class Ways(NamedTuple):

@@ -28,11 +28,11 @@ def exchange(child: subprocess.Popen[str], text: str) -> str:
     return answer(child)
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Ask again and again until it holds; fail after ``seconds``."""
+def until(condition: Callable[[], object], seconds: float = 60, told: Callable[[], object] = lambda: "") -> None:
+    """Ask again and again until it holds; fail after ``seconds`` with what there is instead, if somebody can tell."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come about"
+        assert time.monotonic() < end, f"it did not come about: {told()}"
 
 
 def logged(log: Path, event: str = "") -> list[dict[str, Any]]:

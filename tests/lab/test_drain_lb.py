@@ -113,9 +113,13 @@ def test_open_connections_leave(make_world):
     stays = where["server3"] + 1
     for each in watched:
         each.begin()
-    found = drain(world, "--timeout", "0", expected=1)
+
+    def left() -> dict[str, Any]:
+        return drain(world, "--timeout", "0", expected=1)
+
+    found = left()
     assert (found["draining"], found["told"], found["withdrawn"]) == (True, True, False)
-    until(lambda: drain(world, "--timeout", "0", expected=1)["flows"] == stays)
+    until(lambda: left()["flows"] == stays, told=lambda: (stays, left(), [ways(world, at) for at in (0, 1)]))
     until(lambda: ways(world, 0) == (1, 0, where["server1"] + 1))
     for each in watched:
         each.more()
@@ -123,7 +127,7 @@ def test_open_connections_leave(make_world):
     print(f"longest gap of a connection that left: {gaps[0]:.1f} ms (backup), {gaps[1]:.1f} ms (leave)")
     assert max(gaps) < 10_000
     assert [each.tell("ping") for each in held] == [24, 24]
-    found = drain(world, "--timeout", "0", expected=1)
+    found = left()
     reasons = {each["backend"]: each["reason"] for each in found["left"]}
     assert set(reasons) <= {world.lab.servers[0].ip4, third.ip4, third.ip6}
     assert reasons[world.lab.servers[0].ip4].startswith("TCP, or MPTCP clients")
@@ -135,7 +139,7 @@ def test_open_connections_leave(make_world):
     # Those that come meanwhile leave as soon as they can.
     later = ends.hold_many(str(VIP4), 12)
     stays += sum(one["server"] == "server3" for one in later.tell("about"))
-    until(lambda: drain(world, "--timeout", "0", expected=1)["flows"] == stays)
+    until(lambda: left()["flows"] == stays, told=lambda: (stays, left()))
     with cut(world.lab, "lb"):
         assert [each.tell("ping", 20) < 10_000 for each in watched] == [True, True]
     found = drain(world, "--cancel")
