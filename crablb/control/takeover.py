@@ -237,16 +237,18 @@ def connect(interfaces: Sequence[str]) -> Predecessor | None:
             raise
     for name in interfaces:
         if (pid := pins.owner(f"lb-{name}")) is not None:
-            _unheard(name, pid)
+            until_ended(pid, END)  # it may be dying just now
+            if (pid := pins.owner(f"lb-{name}")) is not None:
+                _unheard(name, pid)
     return None
 
 
-def until_ended(pid: int) -> None:
+def until_ended(pid: int, seconds: float = ANSWER) -> None:
     """What a process that dies has is closed in some order: its sockets before its locks, perhaps."""
     with contextlib.suppress(OSError):  # it has ended
         pidfd = os.pidfd_open(pid)
         try:
-            select.select([pidfd], [], [], ANSWER)
+            select.select([pidfd], [], [], seconds)
         finally:
             os.close(pidfd)
 
@@ -301,7 +303,11 @@ class Predecessor:
             )
         self._inbox = _Inbox(sock, MOST)
         self.given = False  # what it had is ours
-        offered, fds = self._ask("hello", msgspec.to_builtins(hello), "offer")
+        try:
+            offered, fds = self._ask("hello", msgspec.to_builtins(hello), "offer")
+        except BaseException:
+            self._inbox.close()  # its locks may be among what has come: who has them would be the one who serves
+            raise
         try:
             offer = msgspec.convert(offered, Offer)
         except msgspec.ValidationError as error:

@@ -28,11 +28,13 @@ def exchange(child: subprocess.Popen[str], text: str) -> str:
     return answer(child)
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Ask again and again until it holds; fail after ``seconds``."""
+def until(condition: Callable[[], object], seconds: float = 60, every: float = 0.01) -> None:
+    """Ask again and again until it holds; fail after ``seconds``.  In between, for ``every`` seconds, leave the CPU to
+    those who are to bring it about."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
+        time.sleep(every)
 
 
 def logged(log: Path, event: str = "") -> list[dict[str, Any]]:

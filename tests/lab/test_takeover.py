@@ -367,6 +367,56 @@ def test_the_old_one_is_killed_in_the_midst(served):
     until(lambda: served.daemon("reports") > reports)
 
 
+#: ``crablb serve`` that kills itself as it hands over, before or after it has said or heard a word.
+DIES = """
+import os, signal, sys
+from crablb.cli import main
+from crablb.control import takeover
+
+when, does, word = sys.argv.pop(1).split()
+whole = getattr(takeover._Speaker, does)
+
+async def dies(speaker, *words):
+    def die(now):
+        if now == when and words[0] == word:
+            os.kill(os.getpid(), signal.SIGKILL)
+    die("before")
+    done = await whole(speaker, *words)
+    die("after")
+    return done
+
+setattr(takeover._Speaker, does, dies)
+sys.exit(main())
+"""
+
+
+@pytest.mark.long
+def test_the_old_one_is_killed_at_each_word(served):
+    """One that had begun to give as well, whose successor may have nothing of it but what is in the kernel."""
+    last = served.first
+    for place in (
+        "before say offer", "after say offer", "after hear take", "before say given", "after say given",
+        "after hear more", "before say rest", "after say rest", "after hear served",
+    ):  # fmt: skip
+        last.kill()
+        last.communicate()
+        words = ("serve", "--iface", "eth0", "--config", str(served.file))
+        old = served.world.program(served.lab.lb, sys.executable, "-c", DIES, place, *words)
+        until(lambda old=old: served.pid == old.pid and status(served.lab)["state"] == "serving", 240)
+        last = served.by_hand("--takeover")
+        assert old.wait(240) == -signal.SIGKILL, place
+        until(
+            lambda last=last, place=place: (
+                (served.pid, status(served.lab)["state"]) == (last.pid, "serving")
+                or (last.poll() is not None and pytest.fail(f"{place}: {last.communicate()}"))
+            ),
+            240,
+        )
+        assert served.world.echo(VIP4)["server"].startswith("server"), place
+        reports = served.daemon("reports")
+        until(lambda reports=reports: served.daemon("reports") > reports)
+
+
 #: ``crablb serve --takeover`` to which something happens at a place.
 BEFALLEN = """
 import os, signal, sys
