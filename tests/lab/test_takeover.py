@@ -23,6 +23,7 @@ from crablb.control import takeover
 from crablb.kernel import pins
 from crablb.lab import VIP4, Lab
 from crablb.lab.demo import crablb, start_agent
+from tests.deaths.farm import exists
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import ROOT, until
 from tests.helpers.secret import secret
@@ -403,6 +404,7 @@ def test_the_old_one_is_killed_at_each_word(served):
         words = ("serve", "--iface", "eth0", "--config", str(served.file))
         old = served.world.program(served.lab.lb, sys.executable, "-c", DIES, place, *words)
         until(lambda old=old: served.pid == old.pid and status(served.lab)["state"] == "serving", 240)
+        maps = maps_of(old.pid)
         last = served.by_hand("--takeover")
         assert old.wait(240) == -signal.SIGKILL, place
         until(
@@ -415,6 +417,50 @@ def test_the_old_one_is_killed_at_each_word(served):
         assert served.world.echo(VIP4)["server"].startswith("server"), place
         reports = served.daemon("reports")
         until(lambda reports=reports: served.daemon("reports") > reports)
+        # The sockets, which go on in another process, keep no map of one that is dead.
+        until(lambda maps=maps: not any(exists("map_id", one) for one in maps - maps_of(served.pid)), 120)
+
+
+def maps_of(pid: int) -> set[int]:
+    """The ids of the BPF maps that a process has open."""
+    found = set[int]()
+    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found |= {int(line.split()[1]) for line in info.read_text().splitlines() if line.startswith("map_id:")}
+    return found
+
+
+#: A successor that has taken all, and is killed before it works on the first packet; it tells which maps it has.
+UNBEGUN = """
+import os, signal, sys
+from crablb.cli import main
+from crablb.dataplane.queues import Queues
+from tests.lab.test_takeover import maps_of
+
+def start(*_):
+    print(*maps_of(os.getpid()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Queues.start = start
+sys.exit(main())
+"""
+
+
+def test_a_successor_is_killed_before_its_first_packet(served):
+    """The old one goes on with the same sockets, which keep none of the other one's maps."""
+    old = served.pid
+    words = ("serve", "--iface", "eth0", "--config", str(served.file), "--takeover")
+    child = served.world.program(served.lab.lb, sys.executable, "-c", UNBEGUN, *words)
+    told, said = child.communicate(timeout=240)
+    assert child.returncode == -signal.SIGKILL, said
+    until(lambda: served.logged("the takeover failed"))
+    until(lambda: served.pid == old and status(served.lab)["state"] == "serving", 240)
+    assert served.world.echo(VIP4)["server"].startswith("server")
+    theirs = set(map(int, told.split())) - maps_of(old)
+    assert theirs
+    until(lambda: not any(exists("map_id", one) for one in theirs), 120)
+    served.taken()
+    assert served.world.echo(VIP4)["server"].startswith("server")
 
 
 #: ``crablb serve --takeover`` to which something happens at a place.

@@ -45,8 +45,11 @@ class Fake:
         self.asked.append("offer")
         return Offer(engine={"big": BIG, 5: [1, 2]}, fds=len(self.files) - 1, parts=["p"]), self.files
 
-    def give(self) -> Any:
+    def give(self, fds: list[int]) -> Any:
         self.asked.append("give")
+        for fd in fds:
+            os.write(fd, b"given")
+            os.close(fd)
         return {"given": BIG}
 
     def rest(self) -> Any:
@@ -112,7 +115,9 @@ def take_all() -> tuple[Any, Any, Any, list[bytes]]:
     assert found
     contents = [os.pread(fd, 9, 0) for fd in (*found.fds, *found.sockets)]
     assert (len(found.fds), len(found.sockets)) == (2, 1)
-    given = found.take()
+    with os.fdopen(os.memfd_create("theirs")) as file:
+        given = found.take([file.fileno()])
+        assert os.pread(file.fileno(), 9, 0) == b"given"
     rest = found.rest()
     found.served()
     offered = found.values
