@@ -361,8 +361,9 @@ class Predecessor:
         )
 
     def take(self, fds: Sequence[int] = ()) -> Any:
-        """Have it stop; what its engine gave.  ``fds``: see :meth:`.handover.Predecessor.take`.  Raises :class:`Gone` if
-        it has ended: all is as after its death; else :class:`KernelError`."""
+        """Have it stop; what its engine gave.  ``fds``: see :meth:`.handover.Predecessor.take`.
+
+        Raises :class:`Gone` if it has ended: all is as after its death; else :class:`KernelError`."""
         values, _ = self._ask("take", None, "given", fds)
         self.given = True
         return values
