@@ -28,8 +28,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, help="with --calls: at each such call (%(default)s)")
     parser.add_argument("--keep", type=Path, help="folder for logs")
     args = parser.parse_args()
-    if args.rounds < 1 or args.each < 1 or args.every < 1 or args.connections < len(KINDS):
-        parser.error(f"--rounds, --each and --every are at least 1, --connections {len(KINDS)}")
+    if args.each < 1 or args.every < 1 or args.connections < len(KINDS):
+        parser.error(f"--each and --every are at least 1, --connections {len(KINDS)}")
+    names = {f"{role} {act.name}" for role, several in ACTS.items() for act in several}
+    if args.only == f"lb {UNKEPT.name}":
+        args.rounds = 0
+    elif args.only not in {None, *names, *(f"{role} first" for role in BARE)}:
+        parser.error(f"--only is one of: {', '.join(sorted(names))}")
     return args
 
 
