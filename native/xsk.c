@@ -19,7 +19,7 @@
 #ifndef MADV_COLLAPSE /* Linux 6.1 */
 #define MADV_COLLAPSE 25
 #endif
-#define BIND_TRIES 50
+#define BIND_TRIES 250
 #define BIND_PAUSE_MS 20
 
 static int map_ring(struct crab_ring *r, int fd, uint64_t pgoff, const struct xdp_ring_offset *off, uint32_t size,
@@ -199,7 +199,8 @@ static void leave(struct crab_xsk *x)
         }
 }
 
-/* Bind.  A queue whose last socket was closed a moment ago is released by a kernel worker: EBUSY until then. */
+/* Bind.  A queue whose last socket was closed a moment ago is released by a kernel worker, which waits for its turn, and
+ * for whoever configures networks just then: EBUSY until then. */
 static int bind_queue(struct crab_xsk *x, const struct crab_xsk *share, uint16_t flags)
 {
     struct sockaddr_xdp addr = {

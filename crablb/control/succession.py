@@ -59,9 +59,9 @@ class _Giver:
         )
         return Offer(engine=values, fds=len(fds), parts=parts), [*fds, *doors.values(), logging.STDERR]
 
-    def give(self) -> Any:
+    def give(self, fds: list[int]) -> Any:
         self._supervisor.pause()
-        return self._engine.give()
+        return self._engine.give(fds)
 
     def rest(self) -> Any:
         announced, reports = self._supervisor.export()

@@ -16,6 +16,9 @@ failed             it serves on (``resume``)
 After "served" the predecessor may say "reload", until it ends: it was told to, and may not see the other process, to
 send it a signal.
 
+With "take" comes the descriptor of the map that the successor registers the sockets in: one that dies leaves them
+registered there, and they would keep the map for as long as they live.  (Versions before do not send it.)
+
 "refused", with the reason, may come instead of any answer.  If the successor goes, is too slow, or says what it should
 not, the predecessor serves on.  If the predecessor goes before "given", the successor starts as after its death.
 """
@@ -49,8 +52,8 @@ log = structlog.get_logger()
 PROTOCOL = 1
 #: Bytes and descriptors of a packet (SCM_MAX_FD is 253), bytes of a message at most.
 PIECE, RIGHTS, MOST = 32 << 10, 200, 64 << 20
-#: Bytes of what a successor says.
-MOST_SAID = 64 << 10
+#: Bytes of what a successor says, and with which words descriptors come.
+MOST_SAID, GIVES = 64 << 10, ("take",)
 #: Seconds that the successor waits for an answer; it is the control side's, and so has to come in a tenth of one.
 ANSWER = 10.0
 #: Seconds for a successor: to say hello; from the offer until it takes, and after that until all of it is there; until
@@ -101,8 +104,9 @@ class Giver(Protocol):
     def offer(self) -> tuple[Offer, list[int]]:
         """Values, and descriptors, which stay its own.  Raises :class:`CrablbError`."""
 
-    def give(self) -> Any:
-        """Stop working on packets; what is known of them.  Milliseconds.  Raises :class:`CrablbError`."""
+    def give(self, fds: list[int]) -> Any:
+        """Stop working on packets; what is known of them.  Milliseconds.  ``fds``: what came with "take", the giver's
+        from now on.  Raises :class:`CrablbError`."""
 
     def rest(self) -> Any:
         """What is not urgent, after :meth:`give`."""
@@ -237,16 +241,18 @@ def connect(interfaces: Sequence[str]) -> Predecessor | None:
             raise
     for name in interfaces:
         if (pid := pins.owner(f"lb-{name}")) is not None:
-            _unheard(name, pid)
+            until_ended(pid, END)  # it may be dying just now
+            if (pid := pins.owner(f"lb-{name}")) is not None:
+                _unheard(name, pid)
     return None
 
 
-def until_ended(pid: int) -> None:
+def until_ended(pid: int, seconds: float = ANSWER) -> None:
     """What a process that dies has is closed in some order: its sockets before its locks, perhaps."""
     with contextlib.suppress(OSError):  # it has ended
         pidfd = os.pidfd_open(pid)
         try:
-            select.select([pidfd], [], [], ANSWER)
+            select.select([pidfd], [], [], seconds)
         finally:
             os.close(pidfd)
 
@@ -301,7 +307,11 @@ class Predecessor:
             )
         self._inbox = _Inbox(sock, MOST)
         self.given = False  # what it had is ours
-        offered, fds = self._ask("hello", msgspec.to_builtins(hello), "offer")
+        try:
+            offered, fds = self._ask("hello", msgspec.to_builtins(hello), "offer")
+        except BaseException:
+            self._inbox.close()  # its locks may be among what has come: who has them would be the one who serves
+            raise
         try:
             offer = msgspec.convert(offered, Offer)
         except msgspec.ValidationError as error:
@@ -316,15 +326,15 @@ class Predecessor:
     def _who(self) -> str:
         return f"{pins.told(self.pid)}, which serves,"
 
-    def _ask(self, kind: str, value: Any, expected: str) -> tuple[Any, list[int]]:
+    def _ask(self, kind: str, value: Any, expected: str, fds: Sequence[int] = ()) -> tuple[Any, list[int]]:
         """Raises :class:`KernelError`; :class:`Gone` if it has ended."""
         with contextlib.suppress(Gone):  # what it said last, and why, may wait to be read
-            self._say(kind, value)
+            self._say(kind, value, fds)
         return self._hear(expected)
 
-    def _say(self, kind: str, value: Any) -> None:
+    def _say(self, kind: str, value: Any, fds: Sequence[int] = ()) -> None:
         try:
-            for data, rights in _pieces(kind, value, ()):
+            for data, rights in _pieces(kind, value, fds):
                 self._sock.sendmsg([data], rights)
         except TimeoutError:
             self._unanswered()
@@ -350,10 +360,11 @@ class Predecessor:
             f"{self._who} does not answer within {ANSWER:g} s: it is stopped, or hangs; {_force(self.pid)}"
         )
 
-    def take(self) -> Any:
-        """Have it stop; what its engine gave.  Raises :class:`Gone` if it has ended: all is as after its death; else
-        :class:`KernelError`."""
-        values, _ = self._ask("take", None, "given")
+    def take(self, fds: Sequence[int] = ()) -> Any:
+        """Have it stop; what its engine gave.  ``fds``: see :meth:`.handover.Predecessor.take`.
+
+        Raises :class:`Gone` if it has ended: all is as after its death; else :class:`KernelError`."""
+        values, _ = self._ask("take", None, "given", fds)
         self.given = True
         return values
 
@@ -608,10 +619,10 @@ class Host:
             async with asyncio.timeout(START):
                 offer, fds = giver.offer()
                 await speaker.say("offer", offer, fds)
-                await speaker.hear("take")
+                fds = await speaker.hear("take")
             self._given = True
             async with asyncio.timeout(SERVE):
-                await speaker.say("given", giver.give())
+                await speaker.say("given", giver.give(fds))
                 await speaker.hear("more")
             async with asyncio.timeout(START):
                 await speaker.say("rest", giver.rest())
@@ -696,15 +707,16 @@ class _Speaker:
     async def hello(self) -> Hello:
         """Raises as :meth:`hear`."""
         try:
-            return msgspec.convert((await self._hear(["hello"]))[1], Hello)
+            return msgspec.convert((await self._hear(["hello"]))[0], Hello)
         except msgspec.ValidationError as error:
             raise KernelError(f"it says hello otherwise: {error}") from None
 
-    async def hear(self, *expected: str) -> str:
-        """Which of these it says.  Raises :class:`Gone`, :class:`Refusal`, :class:`KernelError`."""
-        return (await self._hear(expected))[0]
+    async def hear(self, *expected: str) -> list[int]:
+        """It says one of these; the descriptors that come with it, the caller's from now on.  Raises :class:`Gone`,
+        :class:`Refusal`, :class:`KernelError`."""
+        return (await self._hear(expected))[1]
 
-    async def _hear(self, expected: Sequence[str]) -> tuple[str, Any]:
+    async def _hear(self, expected: Sequence[str]) -> tuple[Any, list[int]]:
         while True:
             try:
                 message = self._inbox.read()
@@ -714,12 +726,14 @@ class _Speaker:
             if message:
                 break
         kind, value, fds = message
-        _close(fds)  # a successor has none to give
+        if kind not in expected or kind not in GIVES:
+            _close(fds)
+            fds = []
         if kind == "failed":
             raise Refusal(str(value))
         if kind not in expected:
             raise KernelError(f"it says {kind!r} instead of {' or '.join(expected)}")
-        return kind, value
+        return value, fds
 
     async def gone(self) -> None:
         """Until the other one has ended the conversation."""

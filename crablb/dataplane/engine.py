@@ -29,7 +29,18 @@ from crablb.dataplane.census import Census, FoundFlow, count, count_flows, find
 from crablb.dataplane.events import Event, HopsChanged, Judged, LinksChanged, Notice, Started, Swept
 from crablb.dataplane.flows import Inherited, flow_hash
 from crablb.dataplane.handlers import Handle, Handlers, Match
-from crablb.dataplane.handover import Area, Gap, Known, Offer, Predecessor, fingerprint, forms, handed, understood
+from crablb.dataplane.handover import (
+    Area,
+    Gap,
+    Known,
+    Offer,
+    Predecessor,
+    fingerprint,
+    forms,
+    handed,
+    lent,
+    understood,
+)
 from crablb.dataplane.paths import Ways
 from crablb.dataplane.program import Program, bypass
 from crablb.dataplane.queues import Queues
@@ -40,6 +51,7 @@ from crablb.dataplane.statistics import Rounds
 from crablb.dataplane.tap import Tap, Taps
 from crablb.errors import ConfigError, KernelError, starved, why
 from crablb.filters import Filter
+from crablb.kernel import bpf
 from crablb.kernel.interface import Interface, interface_info
 from crablb.kernel.netlink import HopState, Link, NextHop, NextHops
 from crablb.model import Address, Bypass, Config, Service, State, Vip, mapped
@@ -91,6 +103,7 @@ class Engine:
         engine of another process, in whose place this one serves (:mod:`.handover`)."""
         self._predecessor = predecessor
         self._area: Area | None = None  # what is given, or taken
+        self._theirs: bpf.Map | None = None  # where another process has, or had, registered the sockets
         self._held = self._given = False  # a successor is to take all; it has
         self.config = config
         self.threads = threads
@@ -607,11 +620,14 @@ class Engine:
         self._area = Area(offer.sizes)
         self._queues.show_memory(self._area)
         locks = [attachment.lock for attachment in self._attachments]
-        return msgspec.to_builtins(offer), [*locks, self._area.fd, *fds]
+        return msgspec.to_builtins(offer), [*locks, self._area.fd, *fds, self._running.maps["sockets"].fd]
 
-    def give(self) -> Any:
-        """Work on no more packets, which wait; what the workers knew, as plain values."""
+    def give(self, fds: list[int]) -> Any:
+        """Work on no more packets, which wait; what the workers knew, as plain values.  ``fds``: see
+        :meth:`.handover.Predecessor.take`; ours from now on.  Raises :class:`KernelError`."""
         assert self._held and self._area
+        with handed(fds) as each:
+            self._theirs = lent(next(each, -1))
         self._given = True
         return msgspec.to_builtins(self._queues.give(self._area))
 
@@ -651,8 +667,17 @@ class Engine:
                     )
         if self._unclaimed:
             asyncio.get_running_loop().call_later(RECLAIM_INTERVAL, self._reclaim)
-        elif before:
+            return
+        self._unregister()  # packets go by it no more
+        if before:
             log.info("all is as it was before the takeover that failed", interfaces=sorted(before))
+
+    def _unregister(self) -> None:
+        """No other process's program gives the sockets packets any more: have its map be forgotten."""
+        if self._theirs:
+            self._queues.unregister(self._theirs)
+            self._theirs.close()
+            self._theirs = None
 
     async def leave(self) -> None:
         """In place of :meth:`close`, when the successor serves: all is its, and stays."""
@@ -695,6 +720,7 @@ class Engine:
             self._registry = Registry(program.service_room, numbers.backends, numbers.services)
             self._registry.admit(self.config)
             self._queues.accept(program.maps, interfaces, program.flows, offer.ports, fds)
+            self._theirs = lent(next(fds, -1))
             if same["memory"]:
                 self._queues.look_at_memory(self._area)
         self._same_memory = same["memory"]
@@ -703,7 +729,7 @@ class Engine:
     def _take(self, predecessor: Predecessor) -> float:
         """Be the one who serves, from now on.  When the other's workers were told to stop, as :class:`Known` has it."""
         assert self._area
-        known = understood(predecessor.take(), Known)
+        known = understood(predecessor.take([self._running.maps["sockets"].fd]), Known)
         if not self._queues.take(known, self._area, same=self._same_memory) and not self.bypass:
             log.warning("fallback flows are given up", reason="flows is another number, or it was another version")
         while self._locks:
@@ -713,6 +739,7 @@ class Engine:
     def begun(self) -> None:
         """Have ``crablb status`` know that all is there that this one's owner starts."""
         self._predecessor = None
+        self._unregister()  # perhaps it dies before it has done that itself
         for attachment in self._attachments:
             attachment.begun()
 
@@ -764,6 +791,9 @@ class Engine:
             self._program = None
         self._stack.close()
         self._forget_area()
+        if self._theirs:
+            self._theirs.close()
+            self._theirs = None
         while self._locks:
             os.close(self._locks.pop())
 

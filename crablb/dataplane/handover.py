@@ -32,6 +32,7 @@ from crablb._native import lib
 from crablb.dataplane.flows import Numbered
 from crablb.dataplane.statistics import DAEMON_COUNTERS, WORKER_COUNTERS, XDP_COUNTERS
 from crablb.errors import KernelError
+from crablb.kernel import bpf
 from crablb.kernel.xsk import Bound, Given
 from crablb.model import Vip, unmapped
 
@@ -46,6 +47,7 @@ __all__ = [
     "fingerprint",
     "forms",
     "handed",
+    "lent",
     "understood",
 ]
 
@@ -57,8 +59,9 @@ class Predecessor(Protocol):
     values: Any
     fds: list[int]
 
-    def take(self) -> Any:
-        """Have it stop, and give what its engine's :meth:`.Engine.give` says.  Raises :class:`KernelError`."""
+    def take(self, fds: Sequence[int] = ()) -> Any:
+        """Have it stop, and give what its engine's :meth:`.Engine.give` says, which has copies of these descriptors:
+        one, of the map that the sockets are registered in from now on.  Raises :class:`KernelError`."""
 
 
 #: A number as flows and caches hold it; a size.
@@ -84,7 +87,7 @@ class Port(msgspec.Struct, frozen=True):
 
 class Offer(msgspec.Struct, frozen=True):
     """What a successor has to know before it takes.  Descriptors: a lock for each interface, in their order, one of
-    :class:`Area`, then two a queue."""
+    :class:`Area`, then two a queue, then (not of versions before) the map that the sockets are registered in."""
 
     interfaces: tuple[str, ...]
     seed: str  # its fingerprint
@@ -189,6 +192,18 @@ def understood(values: Any, kind: type[T]) -> T:
         return msgspec.convert(values, kind, strict=False)  # JSON has no numbers as keys
     except msgspec.ValidationError as error:
         raise KernelError(f"what is served is another version's, which says otherwise what it has: {error}") from None
+
+
+def lent(fd: int) -> bpf.Map | None:
+    """Another process's map, by its descriptor, ours from now on; -1: it has given none.  Raises
+    :class:`KernelError`."""
+    if fd < 0:
+        return None
+    try:
+        return bpf.Map(fd)
+    except KernelError:
+        os.close(fd)
+        raise
 
 
 @contextmanager

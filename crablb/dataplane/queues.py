@@ -428,9 +428,16 @@ class Queues:
                         self._bind(port, name, number, interfaces[name])
                     else:
                         worker.bind(worker.xsk)
+                        worker.xsk.register(self._maps["sockets"], port.first + number)  # see unregister
                         self._start(port, name, number)
                 except Exception as error:  # no memory, no thread, an interface that is gone, whatever it is
                     self._has_failed(worker, name, f"queue {number} cannot be worked on again: {error}")
+
+    def unregister(self, sockets: bpf.Map) -> None:
+        """Take these sockets out of another process's map: as long as they live they keep each that they are in."""
+        for slot in self.slots:
+            with contextlib.suppress(KernelError):
+                sockets.delete(slot)
 
     def accept(
         self,

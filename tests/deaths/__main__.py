@@ -4,6 +4,7 @@ notices, under live connections."""
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import tempfile
 import time
@@ -11,7 +12,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from tests.deaths.farm import KINDS, Farm
-from tests.deaths.rounds import ACTS, BARE, Tally, acts, first, play
+from tests.deaths.rounds import ACTS, BARE, UNKEPT, Tally, acts, first, play
 
 
 def arguments() -> argparse.Namespace:
@@ -21,13 +22,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of what dies when (%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first round (%(default)s)")
     parser.add_argument("--each", type=int, default=25, help="rounds of one lab; the next has other offloads")
+    parser.add_argument("--unkept", type=int, default=10, help="deaths more, of one that keeps nothing (%(default)s)")
     parser.add_argument("--only", help="rounds of this kind alone, as 'lb reloading'")
     parser.add_argument("--calls", action="store_true", help="no rounds: at each call, one after the other")
     parser.add_argument("--every", type=int, default=1, help="with --calls: at each such call (%(default)s)")
     parser.add_argument("--keep", type=Path, help="folder for logs")
     args = parser.parse_args()
-    if args.rounds < 1 or args.each < 1 or args.every < 1 or args.connections < len(KINDS):
-        parser.error(f"--rounds, --each and --every are at least 1, --connections {len(KINDS)}")
+    if args.each < 1 or args.every < 1 or args.connections < len(KINDS):
+        parser.error(f"--each and --every are at least 1, --connections {len(KINDS)}")
+    names = {f"{role} {act.name}" for role, several in ACTS.items() for act in several}
+    if args.only == f"lb {UNKEPT.name}":
+        args.rounds = 0
+    elif args.only not in {None, *names, *(f"{role} first" for role in BARE)}:
+        parser.error(f"--only is one of: {', '.join(sorted(names))}")
     return args
 
 
@@ -51,6 +58,23 @@ def rounds(folder: Path, args: argparse.Namespace, tally: Tally) -> None:
             print(f"fault: {error}", flush=True)
         print(tally.told(), flush=True)
         offload = not offload
+
+
+def unkept(folder: Path, args: argparse.Namespace, tally: Tally) -> None:
+    """Those that come to their end, or are killed at a call of it, and leave nothing to the next one."""
+    role, act, choose = "lb", UNKEPT, random.Random(f"{args.seed}:unkept")
+    if not args.unkept or args.only not in (None, f"{role} {act.name}"):
+        return
+    try:
+        with Farm.made(folder / "unkept", offload=True, seed=args.seed, connections=args.connections, keep=0) as farm:
+            for number in range(args.unkept):
+                at = choose.randint(1, act.steps)
+                faults = play(farm, tally, role, act, at)
+                print(f"{number}: {role} {act.name} at {at}, {tally.last}", *faults, sep="\n    ", flush=True)
+            tally.end(farm)
+    except AssertionError as error:
+        tally.faults.append(f"{error}")
+        print(f"fault: {error}", flush=True)
 
 
 def calls(folder: Path, args: argparse.Namespace, tally: Tally) -> None:
@@ -84,7 +108,12 @@ def calls(folder: Path, args: argparse.Namespace, tally: Tally) -> None:
 def main() -> int:
     args, tally = arguments(), Tally()
     with tempfile.TemporaryDirectory(prefix="crablb-deaths-") as made:
-        (calls if args.calls else rounds)(args.keep or Path(made), args, tally)
+        folder = args.keep or Path(made)
+        if args.calls:
+            calls(folder, args, tally)
+        else:
+            rounds(folder, args, tally)
+            unkept(folder, args, tally)
     print(tally.told())
     return bool(tally.faults)
 

@@ -20,6 +20,7 @@ from crablb.kernel import bpf, pins
 from crablb.kernel.bpf.descriptor import open_pin
 from crablb.kernel.mptcp import Flag, PathManager
 from crablb.lab import VIP4, VIP6, Lab, Node
+from tests.deaths.nursery import next_kill
 from tests.helpers.namespaces import inside, unique
 from tests.helpers.processes import ROOT, answer
 from tests.helpers.shim import KILL, Shim
@@ -34,7 +35,7 @@ KINDS = {
     for family, vip in ((4, VIP4), (6, VIP6))
 }
 CONFIG = """
-keep = 600
+keep = {keep}
 persist = "off"
 ack_bypass = "on"
 flows = 8192
@@ -42,10 +43,14 @@ flows = 8192
 SERVICE = """
 [[service]]
 address = "tcp://{vip}:{port}"
-check = []
+check = [{checks}]
 fallback = "{fallback}"
 backends = [{backends}]
 """
+#: Nobody is to be taken for dead who merely begins, on a busy machine: that is another matter.
+CHECKS = ", ".join(
+    f'{{ type = "{kind}", interval = 2, timeout = 2, fall = 30, rise = 1 }}' for kind in ("tcp", "redirect")
+)
 #: Seconds for a process to be ready, or to end.
 LONG = 240
 LIBBPF = ctypes.CDLL("libbpf.so.1")
@@ -76,6 +81,14 @@ class Child:
     def ended(self, seconds: float = LONG) -> bool:
         """Wait for its end; whether it came."""
         return self._fd < 0 or bool(select.select([self._fd], [], [], seconds)[0])
+
+    def succeeded(self) -> Child | None:
+        """Who serves in its place, as it has told the service manager, if somebody has."""
+        while select.select([self._notify], [], [], 0)[0]:
+            said = self._notify.recv(4096).decode().splitlines()
+            for pid in (int(line.removeprefix("MAINPID=")) for line in said if line.startswith("MAINPID=")):
+                return Child(self.nursery, pid, self._notify.dup())
+        return None
 
     def signal(self, number: int) -> None:
         if self._fd >= 0:
@@ -131,6 +144,13 @@ class Nursery:
         self._child.stdin.flush()
         return Child(self, int(answer(self._child)), sock)
 
+    def kill_next(self, number: int) -> None:
+        """A successor that a load balancer starts is to be killed at this call; 0: none."""
+        place = next_kill(self.shim.path)
+        place.unlink(missing_ok=True)
+        if number:
+            place.write_text(str(number))
+
     def log(self, node: Node) -> Path:
         return self.folder / f"{node.name}.log"
 
@@ -148,9 +168,19 @@ class Nursery:
 class Farm:
     """The lab, what is in it, and what is known of it.  ``processes``: by role, those that are to run."""
 
-    def __init__(self, folder: Path, *, offload: bool, servers: int = 2, seed: int = 1, connections: int = 500) -> None:
-        """``connections``: 0: none, and nothing runs."""
-        self.folder, self.seed = folder, seed
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        offload: bool,
+        servers: int = 2,
+        seed: int = 1,
+        connections: int = 500,
+        keep: int = 600,
+    ) -> None:
+        """``connections``: 0: none, and nothing runs.  ``keep``: 0: what ends takes all away, and the hash alone leads
+        connections afterwards, so that the configuration stays the same."""
+        self.folder, self.seed, self.keep_seconds = folder, seed, keep
         #: Connections that are to be held, of each kind.
         self.wanted = {kind: connections // len(KINDS) for kind in KINDS}
         for kind in list(KINDS)[: connections % len(KINDS)]:
@@ -214,8 +244,8 @@ class Farm:
 
     def write(self) -> None:
         """Another configuration than before: new connections by the fallback have another backend each time."""
-        self.turn += 1
-        text = CONFIG
+        self.turn += bool(self.keep_seconds)
+        text = CONFIG.format(keep=self.keep_seconds)
         for way, port in PORTS.items():
             for vip in (VIP4, VIP6):
                 addresses = [server.ip4 if vip is VIP4 else server.ip6 for server in self.lab.servers]
@@ -228,6 +258,7 @@ class Farm:
                     port=port,
                     fallback="dsr-ipip" if way == "tunnel" else "dsr-l2",
                     backends=backends,
+                    checks=CHECKS,
                 )
         self.config.write_text(text)
 
@@ -249,6 +280,12 @@ class Farm:
         # The path manager is the first one's, as it takes a process; the kernel leads the others' clients.
         mode = "leave" if node is self.lab.servers[0] else "backup"
         return ["agent", "server", *vips(*PORTS.values()), *cgroup, "--dsr", f"--mptcp={mode}"]
+
+    def serving(self) -> int | None:
+        """The process that has the load balancer's role; 0: it has not begun with it; None: there is none."""
+        with inside(self.lab.lb.netns):
+            pid = pins.owner("lb-eth0")
+            return pid and pid * pins.has_begun("lb-eth0")
 
     def begin(self, role: str, *more: str, kill: int = 0) -> Child:
         """Start one, and do not wait."""

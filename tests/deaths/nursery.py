@@ -2,6 +2,10 @@
 
 Each is a child, forked from here because a new interpreter takes longer to start than what is to be killed.  For a
 line of standard input (:meth:`tests.deaths.farm.Nursery.start`) it answers the child's process id.
+
+``python -m tests.deaths.nursery RULES ARGUMENT ...`` is ``crablb ARGUMENT ...``: what a load balancer starts in its
+place (``crablb takeover``), and what is killed at the call whose number is in the file that :func:`next_kill` names, if
+there is one.
 """
 
 from __future__ import annotations
@@ -32,6 +36,18 @@ def load() -> None:
     gc.freeze()
 
 
+def next_kill(rules: Path) -> Path:
+    """Where the number of the call is that is to be the last one of the next successor, which takes it away."""
+    return rules.with_name("next-kill")
+
+
+def kill_at(shim: Shim, number: int) -> None:
+    """Have a call, counted from now on, be this process' last one."""
+    shim.end()
+    shim.only(os.getpid())
+    shim.add("step", does=KILL, first=number)
+
+
 def run(shim: Shim, asked: dict[str, Any]) -> None:
     """The child."""
     from crablb import cli
@@ -49,13 +65,29 @@ def run(shim: Shim, asked: dict[str, Any]) -> None:
         os.environ["NOTIFY_SOCKET"] = asked["notify"]
     with inside(asked["netns"]):
         if number := asked["kill"]:
-            shim.end()
-            shim.only(os.getpid())
-            shim.add("step", does=KILL, first=number)
-        sys.exit(cli.main(asked["args"]))
+            kill_at(shim, number)
+        # Its successors, which are programs of their own.
+        sys.orig_argv[:] = [sys.executable, "-m", "tests.deaths.nursery", str(shim.path), *asked["args"]]
+        os.environ.update(shim.env)
+        sys.argv[1:] = asked["args"]
+        sys.exit(cli.main())  # as a program
 
 
-def main(rules: str) -> None:
+def succeed(shim: Shim, arguments: list[str]) -> int:
+    from crablb import cli
+
+    sys.argv[1:] = arguments
+    place = next_kill(shim.path)
+    if place.exists():
+        number = int(place.read_text())
+        place.unlink()
+        kill_at(shim, number)
+    return cli.main()
+
+
+def main(rules: str, *arguments: str) -> int:
+    if arguments:
+        return succeed(Shim(Path(rules)), list(arguments))
     load()
     shim = Shim(Path(rules))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
@@ -65,7 +97,8 @@ def main(rules: str) -> None:
             print(pid, flush=True)
         else:
             run(shim, json.loads(line))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(*sys.argv[1:]))

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.deaths.farm import KINDS, Farm
+from tests.deaths.farm import KINDS, LONG, Farm
+from tests.helpers.processes import until
 
-__all__ = ["ACTS", "BARE", "Act", "Tally", "acts", "first", "play"]
+__all__ = ["ACTS", "BARE", "UNKEPT", "Act", "Tally", "acts", "first", "play"]
 
 #: New connections of each kind, three times a round.
 FRESH = 2
@@ -150,6 +151,45 @@ def predecessor(farm: Farm, role: str, at: int) -> bool:
     return False
 
 
+def _asked(farm: Farm, role: str, at: int, *, successor: bool) -> bool:
+    """``crablb takeover``: the old process starts the new one, and either is killed.
+
+    As where a service manager watches, the new one ends if the old one has died before all was told."""
+    old, new = farm.processes[role], None
+    farm.write()
+    farm.nursery.kill_next(at if successor else 0)
+    if not successor:
+        old.kill_at(at)
+    asking = farm.nursery.start(farm.lab.node(role), "takeover")
+    assert asking.ended(), "crablb takeover does not end"
+    asking.close()
+
+    def known() -> bool:
+        """Who is left."""
+        nonlocal new
+        new, serving = old.succeeded() or new, farm.serving()
+        if old.alive():
+            return serving == old.pid and not (new and new.alive())
+        return serving is None or bool(new and serving == new.pid)
+
+    until(known, LONG, every=0.1)
+    farm.nursery.kill_next(0)
+    if new and new.alive():
+        farm.keep(role, new)
+        return False
+    if new:
+        new.close()
+    return not old.alive()
+
+
+def asked_successor(farm: Farm, role: str, at: int) -> bool:
+    return _asked(farm, role, at, successor=True)
+
+
+def asked_predecessor(farm: Farm, role: str, at: int) -> bool:
+    return _asked(farm, role, at, successor=False)
+
+
 def everybody(farm: Farm, role: str, at: int) -> bool:
     """All processes at once."""
     _pause(at / 1000)
@@ -169,6 +209,8 @@ ACTS: dict[str, list[Act]] = {
         Act("reloading", reloading, 180),
         Act("successor", successor, 280),
         Act("predecessor", predecessor, 15),
+        Act("asked successor", asked_successor, 300),
+        Act("asked predecessor", asked_predecessor, 40),
         Act("ending", ending, 130),
     ],
     "client": [Act("serving", serving, 1000), Act("starting", starting, 245), Act("ending", ending, 60)],
@@ -184,6 +226,9 @@ ACTS: dict[str, list[Act]] = {
     ],
     "all": [Act("serving", everybody, 1000)],
 }
+#: Where nothing is kept: what ends on purpose takes all away, and until the next start connections by the fallback
+#: stand still; the hash alone leads them then, so that the configuration stays as it is.
+UNKEPT = Act("ending unkept", ending, 150, still=True)
 #: Whose first start is tried too.
 BARE = ("server1", "server2", "client", "lb")
 

@@ -28,11 +28,18 @@ def exchange(child: subprocess.Popen[str], text: str) -> str:
     return answer(child)
 
 
-def until(condition: Callable[[], object], seconds: float = 60, told: Callable[[], object] = lambda: "") -> None:
-    """Ask again and again until it holds; fail after ``seconds`` with what there is instead, if somebody can tell."""
+def until(
+    condition: Callable[[], object],
+    seconds: float = 60,
+    every: float = 0.01,
+    told: Callable[[], object] = lambda: "",
+) -> None:
+    """Ask again and again until it holds; fail after ``seconds`` with what there is instead, if somebody can tell.  In
+    between, for ``every`` seconds, leave the CPU to those who are to bring it about."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"it did not come about: {told()}"
+        time.sleep(every)
 
 
 def logged(log: Path, event: str = "") -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import gc
 import json
 import os
 import platform
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -45,15 +45,15 @@ class Offered:
         self.values: Any = json.loads(json.dumps(values))
         self.fds = [os.dup(fd) for fd in fds]
 
-    def take(self) -> Any:
-        return json.loads(json.dumps(self._engine.give()))
+    def take(self, fds: Sequence[int] = ()) -> Any:
+        return json.loads(json.dumps(self._engine.give([os.dup(fd) for fd in fds])))
 
 
 class Gone(Offered):
     """One whose process ends when it is to give."""
 
-    def take(self) -> Any:
-        super().take()
+    def take(self, fds: Sequence[int] = ()) -> Any:
+        super().take(fds)
         raise KernelError("it has ended")
 
 

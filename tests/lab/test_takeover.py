@@ -23,6 +23,7 @@ from crablb.control import takeover
 from crablb.kernel import pins
 from crablb.lab import VIP4, Lab
 from crablb.lab.demo import crablb, start_agent
+from tests.deaths.farm import exists
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import ROOT, until
 from tests.helpers.secret import secret
@@ -106,6 +107,18 @@ class Served:
         """Somebody else starts the successor."""
         words = ("serve", "--iface", "eth0", "--config", str(self.file), *more)
         return self.world.program(self.lab.lb, *crablb(*words))
+
+    def serves(self, child: subprocess.Popen[str]) -> None:
+        """Wait until it serves; if it has ended instead, say why.  On a busy machine a start takes half a minute, and
+        who follows one that died amid a takeover starts twice."""
+
+        def whole() -> bool:
+            if (self.pid, status(self.lab)["state"]) == (child.pid, "serving"):
+                return True
+            assert child.poll() is None, child.communicate()
+            return False
+
+        until(whole, 240)
 
     def end(self) -> None:
         """What serves at the end is no child of ours."""
@@ -320,7 +333,7 @@ def test_who_may_not_and_who_finds_nobody(served):
     os.kill(old, signal.SIGKILL)
     served.first.wait()
     child = served.by_hand("--takeover")
-    until(lambda: served.pid == child.pid and status(lab)["state"] == "serving")
+    served.serves(child)
     assert served.world.echo(VIP4)["server"].startswith("server")
     # And one that somebody starts by hand takes over from that.
     another = served.by_hand("--takeover")
@@ -361,10 +374,99 @@ def test_the_old_one_is_killed_in_the_midst(served):
     until(lambda: served.logged("a takeover begins"))
     served.first.kill()
     served.first.wait()
-    until(lambda: served.pid == child.pid and status(served.lab)["state"] == "serving")
+    served.serves(child)
     assert served.world.echo(VIP4)["server"].startswith("server")
     reports = served.daemon("reports")
     until(lambda: served.daemon("reports") > reports)
+
+
+#: ``crablb serve`` that kills itself as it hands over, before or after it has said or heard a word.
+DIES = """
+import os, signal, sys
+from crablb.cli import main
+from crablb.control import takeover
+
+when, does, word = sys.argv.pop(1).split()
+whole = getattr(takeover._Speaker, does)
+
+async def dies(speaker, *words):
+    def die(now):
+        if now == when and words[0] == word:
+            os.kill(os.getpid(), signal.SIGKILL)
+    die("before")
+    done = await whole(speaker, *words)
+    die("after")
+    return done
+
+setattr(takeover._Speaker, does, dies)
+sys.exit(main())
+"""
+
+
+@pytest.mark.long
+def test_the_old_one_is_killed_at_each_word(served):
+    """One that had begun to give as well, whose successor may have nothing of it but what is in the kernel."""
+    last = served.first
+    for place in (
+        "before say offer", "after say offer", "after hear take", "before say given", "after say given",
+        "after hear more", "before say rest", "after say rest", "after hear served",
+    ):  # fmt: skip
+        last.kill()
+        last.communicate()
+        words = ("serve", "--iface", "eth0", "--config", str(served.file))
+        old = served.world.program(served.lab.lb, sys.executable, "-c", DIES, place, *words)
+        served.serves(old)
+        maps = maps_of(old.pid)
+        last = served.by_hand("--takeover")
+        assert old.wait(240) == -signal.SIGKILL, place
+        served.serves(last)
+        assert served.world.echo(VIP4)["server"].startswith("server"), place
+        reports = served.daemon("reports")
+        until(lambda reports=reports: served.daemon("reports") > reports)
+        # The sockets, which go on in another process, keep no map of one that is dead.
+        until(lambda maps=maps: not any(exists("map_id", one) for one in maps - maps_of(served.pid)), 120)
+
+
+def maps_of(pid: int) -> set[int]:
+    """The ids of the BPF maps that a process has open."""
+    found = set[int]()
+    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found |= {int(line.split()[1]) for line in info.read_text().splitlines() if line.startswith("map_id:")}
+    return found
+
+
+#: A successor that has taken all, and is killed before it works on the first packet; it tells which maps it has.
+UNBEGUN = """
+import os, signal, sys
+from crablb.cli import main
+from crablb.dataplane.queues import Queues
+from tests.lab.test_takeover import maps_of
+
+def start(*_):
+    print(*maps_of(os.getpid()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Queues.start = start
+sys.exit(main())
+"""
+
+
+def test_a_successor_is_killed_before_its_first_packet(served):
+    """The old one goes on with the same sockets, which keep none of the other one's maps."""
+    old = served.pid
+    words = ("serve", "--iface", "eth0", "--config", str(served.file), "--takeover")
+    child = served.world.program(served.lab.lb, sys.executable, "-c", UNBEGUN, *words)
+    told, said = child.communicate(timeout=240)
+    assert child.returncode == -signal.SIGKILL, said
+    until(lambda: served.logged("the takeover failed"))
+    until(lambda: served.pid == old and status(served.lab)["state"] == "serving", 240)
+    assert served.world.echo(VIP4)["server"].startswith("server")
+    theirs = set(map(int, told.split())) - maps_of(old)
+    assert theirs
+    until(lambda: not any(exists("map_id", one) for one in theirs), 120)
+    served.taken()
+    assert served.world.echo(VIP4)["server"].startswith("server")
 
 
 #: ``crablb serve --takeover`` to which something happens at a place.

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from crablb.api.client import ApiError, Client, discover, of_vip
 from crablb.kernel import pins
 from crablb.lab import VIP4, VIP6, Lab, Node
 from crablb.lab.demo import crablb
+from tests.helpers import processes
 from tests.helpers.namespaces import inside
-from tests.helpers.processes import answer, exchange, until
+from tests.helpers.processes import answer, exchange
 from tests.helpers.secret import secret
 from tests.helpers.world import World, command, status
 from tests.soak.counted import of_node, of_process
@@ -40,6 +42,8 @@ REDIRECTED, FALLBACK, MULTIPATH, FAILING, PASSING = 80, 81, 82, 83, 84
 METRICS = 9117
 #: What is said on a machine that has no time: nothing is wrong then, but with the machine.
 LATE = ("too slow", "no answer within")
+#: It is asked for a state now and then: other things are done on the machine beside an hour's soak.
+until = partial(processes.until, every=0.1)
 #: Looks of one counting: what is under way is gone in one of them.
 LOOKS, BETWEEN = 6, 0.15
 #: Of a busy machine nobody is to be taken for dead that is only slow.

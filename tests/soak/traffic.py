@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from tests.helpers.mptcp import Connection, accept, listener
 
 #: Between two connections of a worker, and between two requests of a connection that lasts.
-PAUSE, BETWEEN = 0.25, 0.25
+PAUSE, BETWEEN = 0.5, 1.0
 SIZES = (10, 3000, 60000)
 
 

@@ -9,9 +9,8 @@ from crablb._native import ffi, lib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crablb.dataplane.snapshot import build
 from crablb.model import Backend, Mode, Service
-from tests.unit.test_snapshot import MAIL, WEB, A, B, Core, config, sight
+from tests.unit.test_snapshot import MAIL, WEB, A, B, Core, build, config, freed, sight  # noqa: F401 (a fixture)
 
 SECOND = 1_000_000_000
 

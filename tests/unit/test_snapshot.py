@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from ipaddress import ip_address
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from crablb.dataplane import snapshot as snapshot_module
-from crablb.dataplane.snapshot import Sight, Snapshot, build
+from crablb.dataplane.snapshot import Sight, Snapshot
 from crablb.kernel.netlink import HopState, NextHop
 from crablb.model import (
     Address,
@@ -61,6 +62,23 @@ def sight(config: Config) -> Sight:
 
 def config(*services: Service, **settings: object) -> Config:
     return replace(Config(("eth0",), services, table_size=61), **settings)
+
+
+#: The snapshots that a test has built: whose they are, frees them.
+built: list[Snapshot] = []
+
+
+def build(*given: Any) -> Snapshot:
+    """See :func:`crablb.dataplane.snapshot.build`."""
+    built.append(snapshot_module.build(*given))
+    return built[-1]
+
+
+@pytest.fixture(autouse=True)
+def freed() -> Iterator[None]:
+    yield
+    while built:
+        built.pop().free()
 
 
 class Core:

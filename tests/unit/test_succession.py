@@ -73,7 +73,7 @@ def started(
             task=lasting.task,
             hold=lambda: asked.append("hold"),
             offer=lambda: ({}, []),
-            give=lambda: asked.append("give"),
+            give=lambda fds: asked.append("give"),
             resume=lambda: asked.append("resume"),
             export=lambda: {},
             count=counted.append,

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
@@ -44,8 +45,11 @@ class Fake:
         self.asked.append("offer")
         return Offer(engine={"big": BIG, 5: [1, 2]}, fds=len(self.files) - 1, parts=["p"]), self.files
 
-    def give(self) -> Any:
+    def give(self, fds: list[int]) -> Any:
         self.asked.append("give")
+        for fd in fds:
+            os.write(fd, b"given")
+            os.close(fd)
         return {"given": BIG}
 
     def rest(self) -> Any:
@@ -111,7 +115,9 @@ def take_all() -> tuple[Any, Any, Any, list[bytes]]:
     assert found
     contents = [os.pread(fd, 9, 0) for fd in (*found.fds, *found.sockets)]
     assert (len(found.fds), len(found.sockets)) == (2, 1)
-    given = found.take()
+    with os.fdopen(os.memfd_create("theirs")) as file:
+        given = found.take([file.fileno()])
+        assert os.pread(file.fileno(), 9, 0) == b"given"
     rest = found.rest()
     found.served()
     offered = found.values
@@ -557,6 +563,41 @@ def test_a_predecessor_that_says_something_else(silent, said):
     server.send(b"\1" + msgspec.msgpack.encode(said))
     with client, server, pytest.raises(KernelError, match=r"offers what this version does not know|says 'what'"):
         Predecessor(client, takeover.Hello(1))
+
+
+def test_a_predecessor_that_dies_amid_its_offer(silent):
+    """Of the descriptors that have come until then none is kept: the dead one's locks are among them."""
+    held, lock = socket.socketpair()
+    with held, lock:
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        client.connect(str(takeover.place("eth0")))
+        client.settimeout(10)
+        server, _ = silent.accept()
+        socket.send_fds(server, [b"\0" + BIG[: takeover.PIECE]], [lock.fileno()])
+        lock.close()
+        server.shutdown(socket.SHUT_WR)
+        with client, server, pytest.raises(takeover.Gone):
+            Predecessor(client, takeover.Hello(1))
+        held.settimeout(10)
+        assert held.recv(1) == b""  # nobody has its other end any more
+
+
+def test_one_that_dies_just_now_is_waited_for(monkeypatch):
+    """It listens no more, and has its lock yet."""
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    asked = list[str]()
+
+    def owner(role: str) -> int | None:
+        asked.append(role)
+        if len(asked) == 1:
+            child.kill()
+            return child.pid
+        return child.pid if child.poll() is None else None
+
+    monkeypatch.setattr(pins, "owner", owner)
+    assert connect(["eth0"]) is None
+    assert asked == ["lb-eth0", "lb-eth0"]
+    child.communicate()
 
 
 def test_a_predecessor_that_is_told_to_stop():
