@@ -59,7 +59,7 @@ void world_make(struct world *w, const uint8_t chosen[3])
         k->mtu = n == 1 ? 200 : 1500;
         k->ifindex = HERE;
         k->flags = CRAB_BACKEND_USABLE | (n != 2 ? CRAB_BACKEND_CR : 0) | (i != 1 ? CRAB_BACKEND_ON_LINK : 0) |
-                   (six ? CRAB_BACKEND_V6 : 0) | (w->table ? CRAB_BACKEND_BYPASS : 0);
+                   (six ? CRAB_BACKEND_V6 : 0);
         if (w->elsewhere && n == 3) {
             k->mtu = 150;
             k->ifindex = ELSEWHERE;
