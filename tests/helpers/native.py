@@ -30,9 +30,7 @@ def flags(cr: bool, dead: bool) -> int:
 class Core:
     """A core with the services and backends of a reference load balancer."""
 
-    def __init__(
-        self, reference: packets.LoadBalancer, flows: int = 4096, ifindex: int = 3
-    ) -> None:
+    def __init__(self, reference: packets.LoadBalancer, flows: int = 4096, ifindex: int = 3) -> None:
         self.ifindex = ifindex  # that frames come in by; a backend that is elsewhere is behind ELSEWHERE more
         self.elsewhere = False  # whether the last frame left by another
         self.counters = ffi.new("uint64_t[]", lib.CRAB_COUNTERS)

@@ -230,7 +230,8 @@ def of(seed: int, connections: int = 2000) -> Scenario:
         seed, connections, rate, balancers, servers, r.choice((1, 16, 64)), r.choice((0, 50, 100)),
         r.choice((50, 500, 2048)),
         cache=cache, flows=flows, multipath=more.choice((0, 30, 100)),
-        tags=more.choice((0, 0, 0, 1, 2)), split=more.randint(0, 1), apart=more.randint(0, 1), collide=more.randint(0, 1),
+        tags=more.choice((0, 0, 0, 1, 2)), split=more.randint(0, 1),
+        apart=more.randint(0, 1), collide=more.randint(0, 1),
         heal=span + 1_000_000, services=services, events=tuple(sorted(events)),
     )  # fmt: skip
 
