@@ -36,10 +36,11 @@ def test_what_failed_once_does_not_fail(name):
     corpus.replay(target, [data])
 
 
+END = "= it->packet.end;\n"
 #: A byte too far, in the code under test: its file, a text in it, and what is there instead.
 TOO_FAR = {
-    "written behind": ("forward", "= it->packet.end;\n", "= it->packet.end;\n    frame->data[it->packet.end] = 0;\n"),
-    "written in front": ("forward", "= it->packet.end;\n", "= it->packet.end;\n    frame->data[-CRAB_HEADROOM - 1] = 0;\n"),
+    "written behind": ("forward", END, f"{END}    frame->data[it->packet.end] = 0;\n"),
+    "written in front": ("forward", END, f"{END}    frame->data[-CRAB_HEADROOM - 1] = 0;\n"),
     "read behind": ("answer", "crab_sum(icmp, length);", "crab_sum(icmp, length) + icmp[length];"),
     "copied from behind": ("forward", "memmove(moved, frame, p->l3);", "memmove(moved, frame, *len + 1);"),
 }  # fmt: skip
