@@ -175,8 +175,7 @@ void crab_pool_refresh(struct crab_pool *pool);
 #define CRAB_BACKEND_ON_LINK 4 /* on the served segment, so that DSR by MAC address reaches it */
 #define CRAB_BACKEND_V6 8      /* its address is an IPv6 one */
 #define CRAB_BACKEND_DEAD 16   /* its connections are lost: never usable */
-#define CRAB_BACKEND_BYPASS 32 /* the XDP program reaches it: flows to it are worth learning */
-#define CRAB_BACKEND_EXCEPTED 64 /* some service has an exception for it; filled in by crab_snapshot_new */
+#define CRAB_BACKEND_EXCEPTED 32 /* some service has an exception for it; filled in by crab_snapshot_new */
 
 struct crab_backend {
     uint8_t addr[16];

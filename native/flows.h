@@ -28,12 +28,13 @@
 enum crab_entry_state { CRAB_ENTRY_FREE, CRAB_ENTRY_SYN, CRAB_ENTRY_ESTABLISHED, CRAB_ENTRY_CLOSING };
 
 #define CRAB_HUGE_PAGE (2u << 20)
-#define CRAB_MANY 63
+#define CRAB_MANY 31
 
 struct crab_entry {
     uint64_t tag : 48;
     uint64_t state : 8;
-    uint64_t copies : 6; /* of its SYN seen so far; stays at CRAB_MANY */
+    uint64_t copies : 5; /* of its SYN seen so far; stays at CRAB_MANY */
+    uint64_t data : 1;   /* one of them had data, on which the backend may have acted */
     uint64_t twin : 1;   /* the connection may have another entry */
     uint64_t plain : 1;  /* the first of them made no offer, and was to be redirected all the same */
     uint32_t isn;        /* initial sequence number, as it lies in the packet */

@@ -43,6 +43,32 @@ static inline bool is_written(const struct crab_core *core, const struct crab_it
     return core->table && crab_table_get(core->table, it->hash, now, flow);
 }
 
+/* Has a SYN data?  Its server may act on them before the client is heard again (Fast Open, RFC 7413). */
+static inline bool has_data(const struct crab_packet *p)
+{
+    return p->end - p->l4 != p->tcp_header;
+}
+
+/* Whether a connection whose backend it may not be sent to now goes to another one: those of dead backends alone.  Without a
+ * next hop for the moment, a backend still has its connections. */
+static inline bool moves(const struct crab_snapshot *s, const struct crab_service *service, uint16_t backend)
+{
+    return backend < s->backend_count && crab_backend_flags(s, service, backend) & CRAB_BACKEND_DEAD &&
+           service->on_dead != CRAB_ON_DEAD_RESET;
+}
+
+/* What becomes of a packet of a connection that does not. */
+CRAB_APART enum crab_counter stop(const struct crab_snapshot *s, struct crab_frame *frame, const struct crab_item *it,
+                                  uint16_t backend)
+{
+    const struct crab_packet *p = &it->packet;
+    bool dead = backend < s->backend_count && crab_backend_flags(s, it->service, backend) & CRAB_BACKEND_DEAD;
+    if (!dead || p->tcp_flags & CRAB_RST) /* which is never answered by another (RFC 9293, 3.10.7.1) */
+        return CRAB_C_DROP_NO_BACKEND;
+    frame->data = crab_answer_by_reset(frame->data, &frame->len, p);
+    return CRAB_C_RESET;
+}
+
 /* Remember a SYN.  twin: the connection has another entry, that stays. */
 static inline void remember(const struct crab_item *it, struct crab_entry *place, uint16_t backend, uint32_t isn,
                             uint32_t now, bool twin)
@@ -58,6 +84,14 @@ static inline void unassign(const struct crab_item *it)
         crab_unassign(it->service->pool, it->member);
 }
 
+/* A SYN goes nowhere now, whoever might take it. */
+static inline uint16_t withhold(struct crab_item *it)
+{
+    unassign(it);
+    it->outcome = CRAB_C_DROP_NO_BACKEND;
+    return CRAB_NO_BACKEND;
+}
+
 /* The backend of a SYN that cannot be remembered: its client's next packet would be taken for the flow's that its four-tuple
  * has had, so it goes where that goes; and if it has had none, and goes by fallback, where the table says, as that packet will.
  * Nor is known how often it came before: it counts as if it had in every other second, so that who cannot be redirected is not
@@ -69,6 +103,10 @@ CRAB_APART uint16_t assign_without_room(struct crab_core *core, const struct cra
     if (now & 1 && it->outcome == CRAB_C_REDIRECTED) {
         it->outcome = CRAB_C_FALLBACK_RETRANSMIT;
         it->straight = false;
+    }
+    if (crab_unlikely(has_data(&it->packet))) { /* nobody could tell where they were acted on: the copy has none */
+        core->counters[CRAB_C_FLOWS_FULL]++;
+        return withhold(it);
     }
     uint16_t known = settled ? settled->backend : is_written(core, it, now, &flow) ? flow.backend : CRAB_NO_BACKEND;
     core->counters[CRAB_C_FLOWS_FULL]++;
@@ -107,6 +145,13 @@ CRAB_APART uint16_t assign_known(struct crab_core *core, const struct crab_snaps
         unassign(it); /* both copies are in this batch */
         return f->backend;
     }
+    /* What a backend may have acted on is no other's to act on: its copy says the same again, with data or without. */
+    bool data = f && f->data;
+    if (crab_unlikely(data)) {
+        f->seen = (uint16_t)now;
+        if (!moves(s, it->service, f->backend))
+            return withhold(it);
+    }
     uint16_t backend = backend_of(s, it);
     if (backend == CRAB_NO_BACKEND)
         return backend;
@@ -120,6 +165,10 @@ CRAB_APART uint16_t assign_known(struct crab_core *core, const struct crab_snaps
     if (!place)
         return assign_without_room(core, s, it, known.settled, now);
     remember(it, place, backend, isn, now, beside);
+    if (crab_unlikely(data)) {
+        place->data = true;
+        place->copies = *copies = CRAB_MANY;
+    }
     /* The XDP program saw the SYN too, but perhaps before we wrote down what came in front of it. */
     if (core->table && known.settled) {
         crab_table_ask(core->table, it->hash);
@@ -312,6 +361,8 @@ CRAB_APART enum crab_counter decide_by_copies(const struct crab_item *it, uint32
 {
     struct crab_entry *f = crab_flows_of_syn(crab_flows_entries(it->bucket, it->hash, now), isn);
     enum crab_counter outcome = it->outcome;
+    if (f && has_data(&it->packet))
+        f->data = true;
     if (outcome == CRAB_C_FALLBACK_UNSAFE) {
         /* Its server may have acted on the data: a copy without, redirected, would be another connection that sends them. */
         if (f)
@@ -337,6 +388,16 @@ CRAB_APART enum crab_counter forward_syn_otherwise(struct crab_core *core, const
     return fall_back(core, s, frame, it, backend, it->outcome);
 }
 
+/* A SYN that no backend takes, or none now. */
+CRAB_APART enum crab_counter turn_away(struct crab_core *core, const struct crab_snapshot *s, struct crab_frame *frame,
+                                       const struct crab_item *it, uint32_t isn, uint32_t now)
+{
+    if (crab_likely(it->outcome != CRAB_C_DROP_NO_BACKEND))
+        return it->service->refuses ? crab_answer_syn(core, frame, &it->packet, now) : CRAB_C_DROP_NO_BACKEND;
+    struct crab_entry *f = crab_flows_of_syn(crab_flows_entries(it->bucket, it->hash, now), isn);
+    return stop(s, frame, it, f ? f->backend : CRAB_NO_BACKEND);
+}
+
 /* A SYN.  Returns the counter of what became of it. */
 CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const struct crab_snapshot *s,
                                                struct crab_frame *frame, struct crab_item *it, uint32_t now, uint32_t l3,
@@ -350,7 +411,7 @@ CRAB_TEMPLATE enum crab_counter forward_syn_at(struct crab_core *core, const str
     uint32_t isn = load32(frame->data + p.l4 + CRAB_TCP_SEQ);
     uint16_t id = assign(core, s, it, isn, now, &copies);
     if (crab_unlikely(id == CRAB_NO_BACKEND))
-        return it->service->refuses ? crab_answer_syn(core, frame, &it->packet, now) : CRAB_C_DROP_NO_BACKEND;
+        return turn_away(core, s, frame, it, isn, now);
     const struct crab_backend *backend = &s->backends[id];
     /* Whoever has exceptions is looked at more closely. */
     const uint32_t mask = CRAB_BACKEND_CR | CRAB_BACKEND_V6 | CRAB_BACKEND_EXCEPTED;
@@ -514,15 +575,8 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
     if (f) {
         id = f->backend;
         if (crab_unlikely(!crab_usable(s, it->service, id))) {
-            /* Without a next hop for the moment, the backend still has its connections. */
-            if (id >= s->backend_count || !(crab_backend_flags(s, it->service, id) & CRAB_BACKEND_DEAD))
-                return CRAB_C_DROP_NO_BACKEND;
-            if (it->service->on_dead == CRAB_ON_DEAD_RESET) {
-                if (p->tcp_flags & CRAB_RST) /* which is never answered by another (RFC 9293, 3.10.7.1) */
-                    return CRAB_C_DROP_NO_BACKEND;
-                frame->data = crab_answer_by_reset(frame->data, &frame->len, p);
-                return CRAB_C_RESET;
-            }
+            if (!moves(s, it->service, id))
+                return stop(s, frame, it, id);
             id = backend_of(s, it);
             if (id == CRAB_NO_BACKEND)
                 return CRAB_C_DROP_NO_BACKEND;
@@ -540,13 +594,11 @@ CRAB_APART enum crab_counter forward_other(struct crab_core *core, const struct 
     const struct crab_backend *backend = &s->backends[id];
     if (core->joins && crab_unlikely(p->tcp_header >= CRAB_TCP_MIN + KEYS))
         learn_token(core, it, frame->data + p->l4, id, now);
-    /* The XDP program leaves backends out of its reach to us: they are not worth a flow.  But one that is written is kept
-     * right, or it would lead back to an earlier backend, or be swept.  So is one with VLAN tags, which the XDP program leaves
-     * to us as well: it is there for the daemon that comes after us.  While a SYN is pending only we can tell whose packets
-     * are whose. */
+    /* Also of backends out of the XDP program's reach, and of those with VLAN tags, which it leaves to us: flows are there for
+     * the daemon that comes after us as well.  What is written is kept right, or it would lead back to an earlier backend, or
+     * be swept.  While a SYN is pending only we can tell whose packets are whose. */
     bool learn = core->table && !known.pending &&
-                 (written || (backend->flags & CRAB_BACKEND_BYPASS && !(p->tcp_flags & CRAB_RST) &&
-                              (f || may_learn_unknown(core, now))));
+                 (written || (!(p->tcp_flags & CRAB_RST) && (f || may_learn_unknown(core, now))));
     uint64_t tunnelled = core->counters[CRAB_C_ENCAPSULATED];
     finish(frame, it);
     enum crab_counter outcome = send_by_dsr(core, frame, it, backend, CRAB_C_FALLBACK_ESTABLISHED);

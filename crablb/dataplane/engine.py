@@ -1050,7 +1050,6 @@ class Engine:
             self._nexthops.current if self._nexthops else {},
             self._balance,
             at,
-            self.reached,
             self._completions.stopped(),
             self._answered,
             self._handlers.matches(),

@@ -71,7 +71,6 @@ class Sight:
     hops: Mapping[Address, NextHop]
     balance: Balance
     at: float = 0.0  # seconds, of the balance's clock
-    reached: Container[Address] = ()  # backends that the XDP program reaches by itself
     unredirected: Collection[tuple[Vip, Address]] = ()  # backends of services that are not redirected to now
     answered: Container[Address] = ()  # VIPs whose packets that are no service's are user space's
     matches: Any = None  # ``struct crab_matches *``: frames of one's own
@@ -88,7 +87,6 @@ class Snapshot:
         self.chosen: dict[Vip, Table] = {}  # by service
         self.parts: dict[Vip, _Part] = {}  # by service
         self.made_of: tuple[Any, ...] = ()  # what all parts have in common
-        self.reached: Container[Address] = ()
         self.backends: tuple[Any, int] = ffi.NULL, 0  # ``struct crab_backend[]``, and how many
         self.pools: dict[Vip, tuple[Any, Pool]] = {}  # by service: what it was made of, and itself
         self.limits: dict[Vip, Any] = {}  # by service: ``struct crab_limit *``
@@ -146,11 +144,10 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None, most: in
         and parts.keys() == {service.vip for service in config.services}
         and all(parts[vip].members == own for vip, own in members.items())
     )
-    if before and alike and sight.reached == before.reached:
+    if before and alike:
         made.backends = before.backends
     else:
         made.backends = _backends(config, sight)
-    made.reached = sight.reached
     backends, count = made.backends
     services = ffi.new("struct crab_service[]", max(len(config.services), 1))
     prefixes: list[tuple[bytes, int]] = []
@@ -291,8 +288,6 @@ def _backends(config: Config, sight: Sight) -> tuple[Any, int]:
             entry.flags |= lib.CRAB_BACKEND_USABLE
             if hop.on_link:
                 entry.flags |= lib.CRAB_BACKEND_ON_LINK
-            if address in sight.reached:
-                entry.flags |= lib.CRAB_BACKEND_BYPASS
             entry.mtu, entry.ifindex = hop.mtu, hop.ifindex
             entry.dst_mac, entry.src_mac = hop.dst_mac, hop.src_mac
             if hop.source:

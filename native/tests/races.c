@@ -159,8 +159,7 @@ int main(void)
     for (uint16_t i = 0; i < MEMBERS; i++)
         backends[i] = (struct crab_backend){.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, (uint8_t)(11 + i)},
                                             .dst_mac = {2, 0, 0, 0, 0, (uint8_t)(11 + i)}, .mtu = 1500,
-                                            .flags = CRAB_BACKEND_USABLE | CRAB_BACKEND_CR | CRAB_BACKEND_ON_LINK |
-                                                     CRAB_BACKEND_BYPASS};
+                                            .flags = CRAB_BACKEND_USABLE | CRAB_BACKEND_CR | CRAB_BACKEND_ON_LINK};
     for (uint32_t i = 0; i < SIZE; i++)
         slots[i] = (uint16_t)(i % MEMBERS);
     for (uint32_t i = 0; crab_policy_name(i); i++)

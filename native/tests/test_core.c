@@ -40,11 +40,11 @@ static struct crab_snapshot *snapshot(uint32_t flags)
 static const uint8_t offer[24] = {2, 4, 5, 180, 4, 2, 8, 10, 1, 2, 3, 4, 0, 0, 0, 0, 1, 3, 3, 7, 42, 2, 1, 1};
 
 /* Send one frame; returns the destination's last MAC byte, or 0 if it is dropped; checks both checksums. */
-static uint8_t send_one(struct crab_core *core, int family, uint16_t sport, uint8_t flags, uint32_t seq, size_t options,
-                    uint32_t now)
+static uint8_t send_data(struct crab_core *core, int family, uint16_t sport, uint8_t flags, uint32_t seq, size_t options,
+                         size_t payload, uint32_t now)
 {
     uint8_t *memory;
-    struct crab_frame f = make(&memory, family, sport, flags, seq, offer, options, 0);
+    struct crab_frame f = make(&memory, family, sport, flags, seq, offer, options, payload);
     uint8_t to = 0;
     if (crab_core_batch(core, &f, 1, now)) {
         uint16_t right;
@@ -54,6 +54,12 @@ static uint8_t send_one(struct crab_core *core, int family, uint16_t sport, uint
     }
     free(memory);
     return to;
+}
+
+static uint8_t send_one(struct crab_core *core, int family, uint16_t sport, uint8_t flags, uint32_t seq, size_t options,
+                        uint32_t now)
+{
+    return send_data(core, family, sport, flags, seq, options, 0, now);
 }
 
 struct storm {
@@ -196,14 +202,113 @@ static void chosen_without_room(void)
     services[0].pool = NULL;
 }
 
+/* What a SYN carries, its backend may have acted on: without a next hop for the moment that one keeps it, in whatever form its
+ * copies come, for as long as they come.  Those of a dead one are reset, or go to another, which keeps them likewise. */
+static void data_in_a_syn(int family, size_t options, uint8_t mode)
+{
+    const uint32_t all = backends[0].flags, lost = all & ~(uint32_t)CRAB_BACKEND_USABLE, dead = all | CRAB_BACKEND_DEAD;
+    struct crab_core *core = crab_core_new(64, counters);
+    services[family == 6].mode = mode;
+    backends[0].flags = backends[1].flags = all | (family == 6 ? CRAB_BACKEND_V6 : 0);
+    struct crab_snapshot *s = lead_to(core, 0, NULL);
+    memset(counters, 0, sizeof counters);
+    CHECK(send_data(core, family, 900, CRAB_SYN, 5, 20, 100, 100) == 11);
+    CHECK(send_one(core, family, 901, CRAB_SYN, 5, options, 100) == 11); /* without data */
+    backends[0].flags = lost | (family == 6 ? CRAB_BACKEND_V6 : 0);
+    services[family == 6].refuses = 1; /* but others could take it */
+    s = lead_to(core, 1, s);
+    CHECK(send_one(core, family, 901, CRAB_SYN, 5, options, 101) == 12);
+    for (uint32_t i = 0; i < 6; i++)
+        CHECK(send_one(core, family, 900, CRAB_SYN, 5, options, 101 + i * (CRAB_AGE_SYN - 2)) == 0);
+    CHECK(send_data(core, family, 900, CRAB_SYN, 5, 20, 100, 110 + 5 * (CRAB_AGE_SYN - 2)) == 0);
+    CHECK(counters[CRAB_C_DROP_NO_BACKEND] == 7);
+    const uint32_t now = 120 + 5 * (CRAB_AGE_SYN - 2);
+    CHECK(send_data(core, family, 900, CRAB_SYN, 6, 20, 100, now) == 12); /* a connection of its own */
+    backends[0].flags = dead | (family == 6 ? CRAB_BACKEND_V6 : 0);
+    services[family == 6].on_dead = CRAB_ON_DEAD_RESET;
+    s = lead_to(core, 1, s);
+    CHECK(send_one(core, family, 900, CRAB_SYN, 5, options, now) == 1 && counters[CRAB_C_RESET] == 1);
+    services[family == 6].on_dead = CRAB_ON_DEAD_REASSIGN;
+    s = lead_to(core, 1, s);
+    CHECK(send_one(core, family, 900, CRAB_SYN, 5, options, now) == 12);
+    backends[0].flags = all | (family == 6 ? CRAB_BACKEND_V6 : 0);
+    backends[1].flags = lost | (family == 6 ? CRAB_BACKEND_V6 : 0);
+    s = lead_to(core, 0, s);
+    CHECK(send_one(core, family, 900, CRAB_SYN, 5, options, now) == 0);
+    backends[1].flags = backends[0].flags;
+    s = lead_to(core, 0, s);
+    CHECK(send_one(core, family, 900, CRAB_SYN, 5, options, now) == 12);
+    CHECK(counters[CRAB_C_REDIRECTED] <= 2); /* of the one without data */
+    services[family == 6].refuses = 0;
+    services[family == 6].mode = CRAB_MODE_NEGOTIATED;
+    backends[0].flags = backends[1].flags = all;
+    crab_core_free(core);
+    crab_snapshot_free(s);
+}
+
+/* Nor is a SYN with data sent to anybody where there is no room to remember to whom: its copy has none. */
+static void data_without_room(void)
+{
+    struct crab_core *core = crab_core_new(64, counters);
+    struct crab_snapshot *s = lead_to(core, 0, NULL);
+    for (uint16_t port = 1; port <= 2000; port++) {
+        send_one(core, 4, port, CRAB_SYN, 5, 20, 100);
+        send_one(core, 4, port, CRAB_ACK, 6, 0, 100);
+    }
+    memset(counters, 0, sizeof counters);
+    CHECK(send_data(core, 4, 3000, CRAB_SYN, 5, 20, 100, 100) == 0);
+    CHECK(counters[CRAB_C_FLOWS_FULL] == 1 && counters[CRAB_C_DROP_NO_BACKEND] == 1);
+    CHECK(send_one(core, 4, 3000, CRAB_SYN, 5, 20, 101) == 11);
+    crab_core_free(core);
+    crab_snapshot_free(s);
+}
+
+/* SYNs of one four-tuple in one batch.  Copies go where the first one goes, and count once for the policy; others have what they
+ * are given themselves, as if they had come one after the other.  Of one that is known when the policy is asked, and whose
+ * place another SYN takes within the batch, the table decides. */
+static void one_four_tuple_in_a_batch(void)
+{
+    struct crab_load loads[2] = {{0}};
+    struct crab_turn turn = {0};
+    struct crab_member members[2] = {{.backend = 0, .weight = 1, .load = &loads[0]},
+                                     {.backend = 1, .weight = 1, .load = &loads[1]}};
+    const uint32_t first[][2] = {{CRAB_SYN, 5}, {CRAB_SYN, 5}, {CRAB_SYN, 0x40000000}, {CRAB_SYN, 5}, {CRAB_SYN, 0x40000000}};
+    const uint32_t then[][2] = {{CRAB_SYN, 0x20000000}, {CRAB_SYN, 0x40000000}, {CRAB_ACK, 6}, {CRAB_SYN, 5}};
+    struct crab_core *core = crab_core_new(64, counters);
+    services[0].pool = crab_pool_new("round-robin", members, 2, &turn);
+    struct crab_snapshot *s = lead_to(core, 0, NULL);
+    uint8_t *memory[5], to[2][5] = {{0}};
+    for (uint32_t b = 0; b < 2; b++) {
+        struct crab_frame frames[5];
+        uint32_t n = b ? 4 : 5;
+        for (uint32_t i = 0; i < n; i++)
+            frames[i] = make(&memory[i], 4, 900, (uint8_t)(b ? then : first)[i][0], (b ? then : first)[i][1], offer, 24, 0);
+        CHECK(crab_core_batch(core, frames, n, 100) == n);
+        for (uint32_t i = 0; i < n; i++) {
+            to[b][i] = frames[i].data[5];
+            free(memory[i]);
+        }
+        if (b)
+            break;
+        CHECK(to[0][1] == to[0][0] && to[0][3] == to[0][0] && to[0][4] == to[0][2]);
+        CHECK(loads[0].assigned + loads[1].assigned == 2);
+        CHECK(loads[to[0][0] - 11].assigned && loads[to[0][2] - 11].assigned);
+        s = lead_to(core, to[0][2] == 11, s); /* the table's is another than the policy's was */
+    }
+    CHECK(to[1][1] == 11 + (to[0][2] == 11) && loads[0].assigned + loads[1].assigned == 3);
+    CHECK(to[1][2] == to[0][0] && to[1][3] == to[0][0]); /* the client's own is not moved */
+    crab_core_free(core);
+    crab_snapshot_free(s);
+    crab_pool_free(services[0].pool);
+    services[0].pool = NULL;
+}
+
 /* A connection in frames with VLAN tags is written down for the next daemon, once a second. */
 static void written_with_tags(void)
 {
     static struct crab_bucket buckets[16];
     struct crab_table *flows = crab_table_new(buckets, 16);
     struct crab_core *core = crab_core_new(64, counters);
-    uint32_t before = backends[0].flags;
-    backends[0].flags |= CRAB_BACKEND_BYPASS;
     struct crab_snapshot *s = lead_to(core, 0, NULL);
     const uint8_t client[16] = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 1};
     struct crab_flow flow;
@@ -224,7 +329,6 @@ static void written_with_tags(void)
     crab_core_free(core);
     crab_snapshot_free(s);
     crab_table_free(flows);
-    backends[0].flags = before;
 }
 
 int main(void)
@@ -518,6 +622,13 @@ int main(void)
     one_port_again_and_again();
     redirected_without_room();
     chosen_without_room();
+    data_in_a_syn(4, 20, CRAB_MODE_NEGOTIATED);
+    data_in_a_syn(4, 24, CRAB_MODE_NEGOTIATED);
+    data_in_a_syn(4, 20, CRAB_MODE_ALWAYS);
+    data_in_a_syn(4, 20, CRAB_MODE_NEVER);
+    data_in_a_syn(6, 24, CRAB_MODE_NEGOTIATED);
+    data_without_room();
+    one_four_tuple_in_a_batch();
     written_with_tags();
     DONE();
 }

@@ -36,6 +36,24 @@ def test_what_failed_once_does_not_fail(name):
     corpus.replay(target, [data])
 
 
+END = "= it->packet.end;\n"
+#: A byte too far, in the code under test: its file, a text in it, and what is there instead.
+TOO_FAR = {
+    "written behind": ("forward", END, f"{END}    frame->data[it->packet.end] = 0;\n"),
+    "written in front": ("forward", END, f"{END}    frame->data[-CRAB_HEADROOM - 1] = 0;\n"),
+    "read behind": ("answer", "crab_sum(icmp, length);", "crab_sum(icmp, length) + icmp[length];"),
+    "copied from behind": ("forward", "memmove(moved, frame, p->l3);", "memmove(moved, frame, *len + 1);"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOO_FAR)
+def test_a_byte_too_far_is_seen(tmp_path, name):
+    """Where frames lie, nothing is theirs but the room in front that is promised, and they themselves."""
+    program = corpus.mutate("packet", tmp_path, *TOO_FAR[name])
+    with pytest.raises(AssertionError, match="AddressSanitizer: use-after-poison"):
+        corpus.replay("packet", corpus.kept("packet"), program=program)
+
+
 def test_the_corpus_is_small():
     assert sum(path.stat().st_size for path in (corpus.FOLDER / "corpus").iterdir()) < 300_000
 

@@ -37,18 +37,22 @@ def syn(port: int, client: str = "10.0.0.1") -> bytes:
     return bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src=client, dst="10.0.0.100") / tcp)
 
 
+#: Of ways to backends, by their place in a family: one by which nothing long fits, and one by which the longest do not.
+MTUS = {1: 200, 2: 1400}
+
+
 def reference(experimental: bool = False, mode: str = "negotiated", fallback: str = "l2", *,
               elsewhere: bool = False) -> packets.LoadBalancer:  # fmt: skip
     """``elsewhere``: the last backend of each family is behind another interface, with a small MTU."""
     mac, addresses = b"\2\0\0\0\0\2", [ipaddress.ip_address(f"10.0.0.{11 + i}").packed for i in range(4)]
     backends = [
-        packets.Backend(a, bytes([2, 0, 0, 0, 1, i]), mac, cr=i != 2, on_link=i != 1, mtu=200 if i == 1 else 1500)
+        packets.Backend(a, bytes([2, 0, 0, 0, 1, i]), mac, cr=i != 2, on_link=i != 1, mtu=MTUS.get(i, 1500))
         for i, a in enumerate(addresses)
     ]
     source = ipaddress.ip_address("fd00::2").packed
     addresses = [ipaddress.ip_address(f"fd00::{11 + i}").packed for i in range(4)]
     backends += [
-        packets.Backend(a, bytes([2, 0, 0, 0, 2, i]), mac, cr=i != 2, source=source, mtu=200 if i == 1 else 1500)
+        packets.Backend(a, bytes([2, 0, 0, 0, 2, i]), mac, cr=i != 2, source=source, mtu=MTUS.get(i, 1500))
         for i, a in enumerate(addresses)
     ]
     four = maglev.table(61, [(mapped(b.address), 1, i) for i, b in enumerate(backends[:4])], SEED)

@@ -30,9 +30,7 @@ def flags(cr: bool, dead: bool) -> int:
 class Core:
     """A core with the services and backends of a reference load balancer."""
 
-    def __init__(
-        self, reference: packets.LoadBalancer, flows: int = 4096, ifindex: int = 3, reached: bool = False
-    ) -> None:
+    def __init__(self, reference: packets.LoadBalancer, flows: int = 4096, ifindex: int = 3) -> None:
         self.ifindex = ifindex  # that frames come in by; a backend that is elsewhere is behind ELSEWHERE more
         self.elsewhere = False  # whether the last frame left by another
         self.counters = ffi.new("uint64_t[]", lib.CRAB_COUNTERS)
@@ -50,7 +48,6 @@ class Core:
                 | flags(b.cr, b.dead)
                 | b.on_link * lib.CRAB_BACKEND_ON_LINK
                 | (len(b.address) == 16) * lib.CRAB_BACKEND_V6
-                | reached * lib.CRAB_BACKEND_BYPASS
             )
         services = ffi.new("struct crab_service[]", max(1, len(reference.services)))
         prefixes: list[Any] = []
@@ -89,12 +86,6 @@ class Core:
         assert not lib.crab_snapshot_answer(new, ffi.new("struct crab_address[]", vips), len(vips), ping, reset)
         lib.crab_core_publish(self.core, new)
         self.snapshot, self.tables = new, tables
-
-    def reach(self, backends: set[int]) -> None:
-        """Have the XDP program reach these backends."""
-        for i, entry in enumerate(self._backends):
-            entry.flags = (entry.flags & ~lib.CRAB_BACKEND_BYPASS) | (i in backends) * lib.CRAB_BACKEND_BYPASS
-        self.publish()
 
     def set_pool(self, service: int, pool: Any) -> None:
         self.services[service].pool = pool

@@ -77,8 +77,7 @@ static void publish_paths(struct balancer *b)
         p->mtu = b->mtu;
         p->ifindex = sim_interface(b->setting, id);
         p->v6 = is_v6(id);
-        p->tx = 1;
-        p->redirect = 1;
+        p->tx = p->redirect = !(b->setting->apart && id % (SIM_BACKENDS / 2) % 3 == 2);
         p->partial = CRAB_PARTIAL_FINISH;
     }
 }
@@ -98,7 +97,7 @@ void balancer_publish(struct balancer *b)
         memcpy(to->addr, address_of(b, id), 16);
         to->flags = CRAB_BACKEND_CR | (is_v6(id) ? CRAB_BACKEND_V6 : 0) | (v->dead ? CRAB_BACKEND_DEAD : 0);
         if (v->resolved)
-            to->flags |= CRAB_BACKEND_USABLE | CRAB_BACKEND_ON_LINK | (v->dead ? 0 : CRAB_BACKEND_BYPASS);
+            to->flags |= CRAB_BACKEND_USABLE | CRAB_BACKEND_ON_LINK;
         memcpy(to->dst_mac, setting->mac[id % (SIM_BACKENDS / 2)], 6);
         memcpy(to->src_mac, b->mac, 6);
         memcpy(to->tunnel_src, b->addr[is_v6(id)], 16);

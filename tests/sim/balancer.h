@@ -55,6 +55,7 @@ struct setting {
     uint32_t tokens; /* of MPTCP connections that there is room for */
     uint32_t tags;   /* VLAN tags of frames on the VIPs' segment */
     bool split;      /* every other server is on another interface of the load balancers */
+    bool apart;      /* the XDP program reaches every third server by no way: user space alone sends to it */
     uint8_t key[16];
 };
 

@@ -41,6 +41,8 @@ class Scenario:
     multipath: int = 0  # of 100 clients
     tags: int = 0  # VLAN tags
     split: int = 0  # 1: every other server is on another interface of the load balancers
+    apart: int = 0  # 1: the XDP program does not reach every third server
+    collide: int = 0  # 1: a client's port is several connections' at once, and again before its server knows
     heal: int = 1_000_000  # when all faults end, microseconds
     services: tuple[tuple[str, int, int, int], ...] = (
         ("maglev", 0, 0, 0),
@@ -62,6 +64,8 @@ class Scenario:
             "multipath",
             "tags",
             "split",
+            "apart",
+            "collide",
             "heal",
         )
         lines = [f"{name} {getattr(self, name)}" for name in names]
@@ -227,6 +231,7 @@ def of(seed: int, connections: int = 2000) -> Scenario:
         r.choice((50, 500, 2048)),
         cache=cache, flows=flows, multipath=more.choice((0, 30, 100)),
         tags=more.choice((0, 0, 0, 1, 2)), split=more.randint(0, 1),
+        apart=more.randint(0, 1), collide=more.randint(0, 1),
         heal=span + 1_000_000, services=services, events=tuple(sorted(events)),
     )  # fmt: skip
 

@@ -58,6 +58,11 @@ def test_every_way_is_taken(world: Path) -> None:
         "errors_heeded",
         "tagged",
         "elsewhere",
+        "early",
+        "shared",
+        "faded",
+        "waited",
+        "refused_syns",
     ):
         assert sum(counts[name] for counts in runs), name
 
@@ -132,6 +137,49 @@ FOUND = {
         heal=3_000_000,
         services=(("power-of-two", 0, 1, 1),),
         events=((437576, "kill", 3, 500000, 0),),
+    ),
+    "a flow out of the XDP program's reach was forgotten with the daemon": Scenario(
+        seed=10,
+        connections=500,
+        rate=500,
+        servers=3,
+        clients=1,
+        agents=0,
+        multipath=30,
+        split=1,
+        apart=1,
+        collide=1,
+        heal=5_000_000,
+        services=(("random", 1, 1, 1),),
+        events=((3238235, "kill", 3, 20000000, 0),),
+    ),
+    "a SYN's data were executed by another server too, as the first one had no next hop": Scenario(
+        seed=26,
+        rate=10000,
+        balancers=2,
+        servers=2,
+        clients=64,
+        agents=0,
+        ports=50,
+        multipath=100,
+        tags=1,
+        split=1,
+        heal=3_000_000,
+        services=(("least-connections", 2, 0, 1), ("random", 1, 0, 1)),
+        events=(
+            (218492, "dup", 2000, 3000000, 0),
+            (263880, "dup", 100, 3000000, 0),
+            (454019, "crash", 7, 500000, 0),
+            (510961, "loss", 10, 500000, 0),
+            (775879, "back", 1, 500000, 0),
+            (1068496, "loss", 500, 3000000, 0),
+            (1086995, "dup", 10, 1000, 0),
+            (1219580, "dup", 10, 500000, 0),
+            (1568119, "mtu", 1300, 0, 0),
+            (1777005, "dup", 100, 500000, 0),
+            (1966907, "cut", 1, 50000, 0),
+            (1970803, "bury", 6, 20000000, 0),
+        ),
     ),
 }
 
@@ -216,8 +264,16 @@ BROKEN_TOO = {
         " && p.l3 == ETH_HLEN) /* what", ") /* what"
     )}),
     "a flow with VLAN tags is not written down": ("moved", {"native/forward.c": (
-        "(backend->flags & CRAB_BACKEND_BYPASS && !(p->tcp_flags",
-        "(backend->flags & CRAB_BACKEND_BYPASS && p->l3 == 14 && !(p->tcp_flags",
+        "(written || (!(p->tcp_flags", "(written || (p->l3 == 14 && !(p->tcp_flags",
+    )}),
+    "a flow out of the XDP program's reach is not written down": ("moved", {"native/forward.c": (
+        "(written || (!(p->tcp_flags", "(written || (backend->dst_mac[5] % 3 && !(p->tcp_flags",
+    )}),
+    "a SYN's data go to another server": ("twice", {"native/forward.c": (
+        "    bool data = f && f->data;\n", "    bool data = f && f->data && 0;\n"
+    )}),
+    "what is late is taken for a new connection's": ("moved", {"native/flows.h": (
+        "    return ntohl(seq) - ntohl(syn->isn) - 1 < CRAB_FIRST_WINDOW;", "    return seq || syn;"
     )}),
 }  # fmt: skip
 

@@ -20,11 +20,12 @@
 #define DATA_TRIES 10
 #define ANSWER_TIME (30 * S) /* that an application waits */
 #define IDLE_TIME (400 * S)  /* until a server forgets a client that says nothing */
+#define TIME_WAIT (60 * S)
 #define PATIENCE (900 * S) /* since all has healed, or somebody was served: then nobody will be any more */
 #define BATCH_AFTER (20 * US)
 
 enum { C_NEW, C_SYN, C_OPEN, C_CLOSING, C_DONE, C_FAILED };
-enum { K_SYN_RECEIVED, K_OPEN, K_LAST_ACK };
+enum { K_SYN_RECEIVED, K_OPEN, K_LAST_ACK, K_FIN_WAIT, K_TIME_WAIT };
 enum { E_FRAME, E_CONN, E_CHILD, E_BATCH, E_SCRIPT, E_TASK, E_VIEW };
 enum { AT_BALANCER, AT_SERVER, AT_CLIENT };
 enum { MP_CAPABLE, MP_JOIN, MP_DSS, MP_ADD_ADDR }; /* RFC 8684, 3 */
@@ -36,6 +37,7 @@ struct seen {
     uint32_t memory, pending;
     uint8_t server;
     uint8_t level; /* 1: its SYN; 2: more */
+    uint8_t data;   /* its SYN had some */
     uint8_t others; /* SYNs with other sequence numbers since, of strangers, or late ones */
 };
 
@@ -46,6 +48,7 @@ struct conn {
     uint8_t service, state, server, tries, copies, family;
     uint8_t acquainted; /* as of its SYN */
     bool offers, stubborn, taken, fast, doomed, excused, pooled, pausing, forges;
+    bool waits, ending; /* its server closes first; and has */
     uint64_t deadline, armed, rto, members;
     uint32_t lost;     /* servers, a bit each, whose half of it is lost */
     uint32_t executed; /* serial of the child whose application had the request; 0: none */
@@ -67,7 +70,7 @@ struct child {
     uint16_t port, request, answer, rounds, mss;
     uint8_t server, service, via, state, tries, family;
     bool used;
-    bool multipath, joined;
+    bool multipath, joined, closes;
     uint8_t key[8], token[4];
     uint64_t deadline, armed, rto;
 };
@@ -77,11 +80,13 @@ struct task {
 };
 
 struct client {
-    uint32_t ports[PORTS];
-    uint32_t next;
+    uint32_t ports[SIM_SERVICES][PORTS];
+    uint32_t claims[PORTS]; /* of connections that have a port, the one that may be redirected */
+    uint32_t next[SIM_SERVICES];
     uint64_t until[SIM_SERVICES]; /* no offers before */
     uint64_t backoff[SIM_SERVICES];
     bool agent, stubborn, card, fast, forges;
+    bool fades; /* behind a NAT that forgets: its connections end without a word, and their ports are used again at once */
     bool multipath, full; /* asks for MPTCP; joins VIPs, though servers ask it not to */
     bool walled; /* whatever is not the VIP's does not get through to it: NAT, a stateful firewall */
 };
@@ -119,7 +124,7 @@ static struct script scripts[4096];
 static uint32_t script_count;
 static uint32_t *child_heads, child_count, child_room, free_child = NONE, child_serial;
 static uint32_t conn_count, conn_room, served, task_count = 1000, balancer_count = 1, server_count = 1, client_count = 1;
-static uint32_t rate = 10000, agents = 50, ports = PORTS, trace, agents_pending, multipath;
+static uint32_t rate = 10000, agents = 50, ports = PORTS, trace, agents_pending, multipath, collide;
 static uint64_t now, progress, seed = 1, heal_at, random_state, birth;
 static bool logging;
 static struct {
@@ -141,6 +146,7 @@ static struct {
     uint64_t checksums, taken, twice_excused, most_passes, learned, restarts;
     uint64_t joins, joins_known, joins_direct, joins_refused, moved;
     uint64_t errors, errors_heeded, tagged, elsewhere;
+    uint64_t early, shared, faded, waited, refused_syns;
 } tally;
 
 static uint64_t rnd(void)
@@ -548,7 +554,7 @@ static void note_end(struct balancer *b, const struct segment *s, uint32_t servi
 {
     uint32_t client = client_of(s->from), port = s->sport - FIRST_PORT;
     if (is_small() && client != NONE && port < PORTS && service != NONE)
-        conns[clients[client].ports[port]].seen[b - balancers].level = 0;
+        conns[clients[client].ports[service][port]].seen[b - balancers].level = 0;
 }
 
 /* A SYN to a service, of any connection's, or a stranger's packet: who knows nothing of a flow learns it from that. */
@@ -557,7 +563,7 @@ static void note_other(const struct balancer *b, const struct segment *s, uint32
     uint32_t client = client_of(s->from), port = s->sport - FIRST_PORT;
     if (client == NONE || port >= PORTS || service == NONE)
         return;
-    struct conn *c = &conns[clients[client].ports[port]];
+    struct conn *c = &conns[clients[client].ports[service][port]];
     struct seen *seen = &c->seen[b - balancers];
     if (c->service == service && c->isn != s->seq && seen->others < 255)
         seen->others++;
@@ -587,15 +593,18 @@ static void check_way(struct balancer *b, const struct frame *f, const struct se
             check_join(b, f->conn, server);
         if (seen->level && seen->server != server) {
             const struct backend_view *v = &b->view[seen->server];
-            if (known && lives && v->resolved && !v->dead && !is_crowded(b, c))
+            /* What it had in its SYN may be executed there: it waits until there is a way again. */
+            bool waits = v->resolved || seen->data;
+            if (known && lives && waits && !v->dead && !is_crowded(b, c))
                 violation("copy-moved", f->conn, "a SYN's copy went to server %u, the one before to %u", server, seen->server);
-            c->excused |= !known || !v->resolved; /* what was in its SYN may be executed by both */
+            c->excused |= !known || !waits;
         }
         /* Where a copy goes again while it is not certain that its load balancer remembers, the tables of the first may have decided. */
         bool unsure = !known && seen->level && seen->server == server && seen->members != b->members;
         if (!known || seen->server != server)
             *seen = (struct seen){.members = unsure ? 0 : b->members, .memory = b->memory, .pending = b->pending, .server = (uint8_t)server,
                                   .level = 1};
+        seen->data |= s->length != 0;
         seen->at = now;
         return;
     }
@@ -883,7 +892,7 @@ static void server_say(struct child *k, uint8_t flags, uint32_t at, uint32_t len
 {
     struct frame *f = new_frame(k->conn);
     struct segment s = {.sport = 80, .dport = k->port, .flags = flags, .seq = at == NONE ? k->iss : k->iss + 1 + at,
-                        .ack = k->irs + 1 + k->got + (k->state == K_LAST_ACK), .length = length};
+                        .ack = k->irs + 1 + k->got + (k->state == K_LAST_ACK || k->state == K_TIME_WAIT), .length = length};
     uint8_t payload[1500];
     if (k->via < 2)
         memcpy(s.from, setting.dip[k->via][k->server], 16);
@@ -918,7 +927,19 @@ static void server_output(uint32_t i)
         server_say(k, CRAB_ACK, k->nxt, n);
         k->nxt += n;
     }
-    arm(&k->deadline, &k->armed, now + (k->una < k->nxt || k->state == K_LAST_ACK ? k->rto : IDLE_TIME), E_CHILD, i);
+    if (k->state == K_OPEN && k->closes && k->limit == (uint32_t)k->rounds * k->answer && k->nxt == k->limit) {
+        k->state = K_FIN_WAIT;
+        server_say(k, CRAB_FIN | CRAB_ACK, k->limit, 0);
+    }
+    bool waits = k->una < k->nxt || k->state != K_OPEN;
+    arm(&k->deadline, &k->armed, now + (k->state == K_TIME_WAIT ? TIME_WAIT : waits ? k->rto : IDLE_TIME), E_CHILD, i);
+}
+
+/* What it has of the request lets it answer. */
+static void grant(struct child *k)
+{
+    uint32_t whole = k->request ? k->got / k->request : 0;
+    k->limit = (whole < k->rounds ? whole : k->rounds) * k->answer;
 }
 
 /* The application reads. */
@@ -933,7 +954,8 @@ static void execute(struct child *k, const struct frame *f, const struct segment
         k->conn = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
         k->request = (uint16_t)(p[4] << 8 | p[5]);
         k->answer = (uint16_t)(p[6] << 8 | p[7]);
-        k->rounds = p[8];
+        k->rounds = p[8] & 127;
+        k->closes = p[8] & 128;
         if (k->conn >= conn_count || !k->conn) {
             violation("bytes", f->conn, "a request of connection %u", k->conn);
             k->conn = 0;
@@ -1060,7 +1082,12 @@ static void arrive_at_server(uint32_t server, struct frame *f)
         } else if (options_redirects(&s, vip)) {
             violation("forged", f->conn, "a forged redirect reached a server");
         }
+        if (k && k->state == K_TIME_WAIT && (int32_t)(s.seq - k->irs - k->got - 2) > 0) { /* RFC 9293, 3.10.7.4 */
+            drop_child(i);
+            k = NULL;
+        }
         if (k && k->irs != s.seq) {
+            tally.refused_syns++;
             server_say(k, CRAB_ACK, k->nxt, 0); /* RFC 5961, 4.2 */
             return;
         }
@@ -1082,11 +1109,17 @@ static void arrive_at_server(uint32_t server, struct frame *f)
             if (s.length) { /* Fast Open, with a cookie that is right */
                 execute(k, f, &s, 0);
                 k->got = s.length;
+                grant(k);
             }
         }
         server_say(k, CRAB_SYN | CRAB_ACK, NONE, 0);
-        if (k->state == K_SYN_RECEIVED)
-            arm(&k->deadline, &k->armed, now + k->rto, E_CHILD, i);
+        if (k->state != K_SYN_RECEIVED)
+            return;
+        if (k->limit && !k->nxt) { /* it need not wait for the client's ACK (RFC 7413, 4.2.2) */
+            tally.early++;
+            server_output(i);
+        }
+        arm(&k->deadline, &k->armed, now + k->rto, E_CHILD, i);
         return;
     }
     if (!k) {
@@ -1096,7 +1129,7 @@ static void arrive_at_server(uint32_t server, struct frame *f)
     }
     uint32_t at = s.seq - k->irs - 1;
     if (s.flags & CRAB_RST) {
-        if (at == k->got || (k->state == K_LAST_ACK && at == k->got + 1))
+        if (at == k->got || ((k->state == K_LAST_ACK || k->state == K_TIME_WAIT) && at == k->got + 1))
             drop_child(i);
         return;
     }
@@ -1104,7 +1137,7 @@ static void arrive_at_server(uint32_t server, struct frame *f)
         return;
     uint32_t acked = s.ack - k->iss - 1;
     if (k->state == K_SYN_RECEIVED) {
-        if (acked > 0 || at > 1u << 20) {
+        if (acked > k->nxt || at > 1u << 20) {
             if (at <= 1u << 20)
                 server_refuse(server, &s);
             return;
@@ -1131,8 +1164,13 @@ static void arrive_at_server(uint32_t server, struct frame *f)
         if (s.length && (int32_t)(at - k->got) <= 0 && (int32_t)(at + s.length - k->got) > 0 && k->state == K_OPEN) {
             execute(k, f, &s, k->got - at);
             k->got = at + s.length;
-            uint32_t whole = k->request ? k->got / k->request : 0;
-            k->limit = (whole < k->rounds ? whole : k->rounds) * k->answer;
+            grant(k);
+        }
+        if (s.flags & CRAB_FIN && at + s.length == k->got && (k->state == K_FIN_WAIT || k->state == K_TIME_WAIT)) {
+            k->state = K_TIME_WAIT;
+            k->una = k->nxt = k->limit;
+            server_say(k, CRAB_ACK, k->limit + 1, 0);
+            said = true;
         }
         if (s.flags & CRAB_FIN && at + s.length == k->got && k->state == K_OPEN) {
             k->state = K_LAST_ACK;
@@ -1141,7 +1179,7 @@ static void arrive_at_server(uint32_t server, struct frame *f)
             said = true;
         }
         if (!said && k->nxt >= k->limit)
-            server_say(k, CRAB_ACK, k->nxt, 0);
+            server_say(k, CRAB_ACK, k->nxt + (k->state >= K_FIN_WAIT), 0);
     }
     server_output(i);
 }
@@ -1151,7 +1189,7 @@ static void child_timer(uint32_t i)
     struct child *k = &children[i];
     if (!fires(&k->deadline, &k->armed, E_CHILD, i) || !k->used)
         return;
-    if (++k->tries > (k->state == K_SYN_RECEIVED ? 5 : DATA_TRIES) || (k->state == K_OPEN && k->una == k->nxt)) {
+    if (++k->tries > (k->state == K_SYN_RECEIVED ? 5 : DATA_TRIES) || k->state == K_TIME_WAIT || (k->state == K_OPEN && k->una == k->nxt)) {
         drop_child(i);
         return;
     }
@@ -1162,7 +1200,7 @@ static void child_timer(uint32_t i)
         arm(&k->deadline, &k->armed, now + k->rto, E_CHILD, i);
         return;
     }
-    if (k->state == K_LAST_ACK)
+    if (k->state == K_LAST_ACK || k->state == K_FIN_WAIT)
         server_say(k, CRAB_FIN | CRAB_ACK, k->limit, 0);
     k->nxt = k->una;
     server_output(i);
@@ -1197,7 +1235,7 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
     struct client *client = &clients[c->client];
     struct frame *f = new_frame((uint32_t)(c - conns));
     struct segment s = {.sport = c->port, .dport = 80, .flags = flags, .seq = at == NONE ? c->isn : c->isn + 1 + at,
-                        .ack = flags & CRAB_ACK ? c->irs + 1 + c->got + (c->state == C_DONE) : 0, .length = length};
+                        .ack = flags & CRAB_ACK ? c->irs + 1 + c->got + (c->state == C_DONE || c->ending) : 0, .length = length};
     uint8_t payload[1500];
     client_address(s.from, c->client, c->family);
     memcpy(s.to, setting.service[c->service].addr, 16);
@@ -1209,7 +1247,7 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
     if (length && first < HEADER) {
         uint32_t id = (uint32_t)(c - conns);
         uint8_t header[HEADER] = {(uint8_t)(id >> 24), (uint8_t)(id >> 16), (uint8_t)(id >> 8), (uint8_t)id, (uint8_t)(c->request >> 8),
-                                  (uint8_t)c->request, (uint8_t)(c->answer >> 8), (uint8_t)c->answer, (uint8_t)c->rounds};
+                                  (uint8_t)c->request, (uint8_t)(c->answer >> 8), (uint8_t)c->answer, (uint8_t)(c->rounds | c->waits << 7)};
         memcpy(payload, header, HEADER);
     }
     s.payload = payload;
@@ -1239,28 +1277,49 @@ static void client_say(struct conn *c, uint8_t flags, uint32_t at, uint32_t leng
     route(f, &s, true);
 }
 
-/* A port of a client's that is free, or NONE. */
-static uint32_t free_port(struct client *who)
+static bool is_open(uint32_t conn)
 {
-    uint32_t port = 0;
-    for (uint32_t n = 0; n < ports; n++) {
-        port = who->next++ % ports;
-        if (!who->ports[port] || conns[who->ports[port]].state >= C_DONE)
-            break;
+    return conn && conns[conn].state < C_DONE;
+}
+
+/* A port of a client's that is free, or NONE.  alone: to all services, as it is for a connection to the server's own address;
+ * otherwise a NAT, or a kernel, gives the same one to connections to several. */
+static uint32_t free_port(struct client *who, uint32_t service, bool alone)
+{
+    uint32_t *next = &who->next[collide ? service : 0];
+    for (uint32_t n = 0; n < ports && conn_count < conn_room; n++) {
+        uint32_t port = (*next)++ % ports;
+        bool used = is_open(who->ports[service][port]);
+        for (uint32_t other = 0; other < setting.services && (alone || !collide); other++)
+            used |= is_open(who->ports[other][port]);
+        if (!used)
+            return port;
     }
-    return conn_count == conn_room || (who->ports[port] && conns[who->ports[port]].state < C_DONE) ? NONE : port;
+    return NONE;
+}
+
+/* It has its port: may it be redirected?  The first one of those that have the same. */
+static bool claim(struct client *who, uint32_t port, uint32_t id)
+{
+    who->ports[conns[id].service][port] = id;
+    if (is_open(who->claims[port])) {
+        tally.shared++;
+        return false;
+    }
+    who->claims[port] = id;
+    return true;
 }
 
 static void new_conn(uint32_t task)
 {
     uint32_t client = task % client_count;
     struct client *who = &clients[client];
-    uint32_t port = free_port(who);
+    uint32_t n = (task / client_count) % setting.services, port = free_port(who, n, who->stubborn);
     if (port == NONE) {
         push(now + S, E_TASK, 0, task);
         return;
     }
-    uint32_t id = conn_count++, n = (task / client_count) % setting.services;
+    uint32_t id = conn_count++;
     struct conn *c = &conns[id];
     *c = (struct conn){.task = task, .client = (uint16_t)client, .port = (uint16_t)(FIRST_PORT + port), .isn = (uint32_t)rnd(),
                        .service = (uint8_t)n, .server = NOBODY, .state = C_SYN, .mss = 1400, .stubborn = who->stubborn,
@@ -1268,14 +1327,14 @@ static void new_conn(uint32_t task)
     c->family = crab_is_mapped(setting.service[n].addr) ? 4 : 6;
     c->forges &= c->family == 4;
     c->acquainted = *acquaintance(c);
-    c->offers = who->agent && now >= who->until[n];
+    c->offers = claim(who, port, id) && who->agent && now >= who->until[n];
     c->request = (uint16_t)(below(8) ? 40 + below(200) : 1000 + below(3000));
     c->answer = (uint16_t)(below(8) ? 40 + below(400) : 1000 + below(6000));
     c->rounds = (uint16_t)(below(5) ? 1 : 2 + below(6));
     if (c->asks && c->rounds == 1)
         c->rounds = (uint16_t)(1 + below(6));
+    c->waits = collide && !c->asks && !(mix(c->isn) % 4);
     c->rto = c->offers ? 250 * MS : S;
-    who->ports[port] = id;
     agents_pending += c->offers;
     if (c->fast) {
         uint32_t n_first = c->request < 100 ? c->request : 100;
@@ -1293,7 +1352,7 @@ static void try_to_join(struct conn *whole)
     if (!whole->multipath || whole->joins || whole->tried || whole->taken || whole->state != C_OPEN ||
         whole->round + 1 >= whole->rounds || !(whole->full || whole->told))
         return;
-    uint32_t port = free_port(who);
+    uint32_t port = free_port(who, whole->service, !whole->full);
     whole->tried = true;
     if (port == NONE)
         return;
@@ -1310,7 +1369,7 @@ static void try_to_join(struct conn *whole)
     }
     tally.joins += !c->direct;
     tally.joins_direct += c->direct;
-    who->ports[port] = id;
+    claim(who, port, id);
     client_say(c, CRAB_SYN, NONE, 0);
     arm(&c->deadline, &c->armed, now + c->rto, E_CONN, id);
 }
@@ -1384,7 +1443,14 @@ static void conn_timer(uint32_t id)
         return;
     }
     if (c->pausing) {
+        struct client *who = &clients[c->client];
         c->pausing = false;
+        if (who->fades && !c->joins && !c->moved && !(mix(c->isn + c->round) % 4)) {
+            tally.faded++;
+            who->next[c->service] = (uint32_t)(c->port - FIRST_PORT);
+            conn_ends(c, false);
+            return;
+        }
         c->round++;
         client_output(c);
         return;
@@ -1500,7 +1566,9 @@ static void arrive_at_client(uint32_t client, struct frame *f)
     if (read != 1)
         return;
     uint32_t port = (s.icmp ? s.sport : s.dport) - FIRST_PORT;
-    struct conn *c = port < PORTS && clients[client].ports[port] ? &conns[clients[client].ports[port]] : NULL;
+    uint32_t server = server_of(s.from), service = s.icmp ? service_of(s.to, s.dport) : service_of(s.from, s.sport), from = NONE;
+    uint32_t id = port >= PORTS ? 0 : service != NONE ? clients[client].ports[service][port] : clients[client].claims[port];
+    struct conn *c = id ? &conns[id] : NULL;
     if (s.icmp) {
         uint32_t fits = s.mtu - 60 - (c && c->multipath ? 24 : 0); /* with the options that data have */
         if (c && c->state == C_OPEN && s.mtu && s.mtu >= 576 && fits < c->mss) {
@@ -1510,7 +1578,6 @@ static void arrive_at_client(uint32_t client, struct frame *f)
         }
         return;
     }
-    uint32_t server = server_of(s.from), service = service_of(s.from, s.sport), from = NONE;
     for (uint32_t i = 0; i < server_count; i++)
         if (!memcmp(mac, setting.mac[i], 6))
             from = i;
@@ -1594,16 +1661,27 @@ static void arrive_at_client(uint32_t client, struct frame *f)
             offer_ends(c, c->taken);
             try_to_join(c); /* the packet was read: its place may be another's now */
         }
-        if (c->got == (uint32_t)c->answer * c->rounds) {
+        if (c->got == (uint32_t)c->answer * c->rounds && !c->waits) {
             client_closes(c);
             return;
         }
         client_say(c, CRAB_ACK, c->nxt, 0);
-        if (c->got == (uint32_t)c->answer * (c->round + 1u) && !c->pausing) {
+        if (c->got == (uint32_t)c->answer * (c->round + 1u) && !c->pausing && c->round + 1 < c->rounds) {
             c->pausing = true;
             arm(&c->deadline, &c->armed, now + 1 + (below(10) ? below(1000) * MS : below(60000) * MS), E_CONN, (uint32_t)(c - conns));
             return;
         }
+    }
+    if (c->waits && s.flags & CRAB_FIN && at + s.length == c->got && c->got == (uint32_t)c->answer * c->rounds && c->state == C_OPEN) {
+        tally.waited++;
+        c->ending = true;
+        client_closes(c);
+        return;
+    }
+    if (c->ending) {
+        if (s.ack == c->isn + c->nxt + 2)
+            conn_ends(c, true);
+        return;
     }
     if (c->state == C_CLOSING) {
         if (s.flags & CRAB_FIN && at == c->got) {
@@ -1949,6 +2027,8 @@ static void read_scenario(void)
             else if (!strcmp(key, "multipath")) multipath = v;
             else if (!strcmp(key, "tags") && v <= 2) setting.tags = v;
             else if (!strcmp(key, "split") && v <= 1) setting.split = v;
+            else if (!strcmp(key, "apart") && v <= 1) setting.apart = v;
+            else if (!strcmp(key, "collide") && v <= 1) collide = v;
             else {
                 fprintf(stderr, "sim: %s: unknown, or too large\n", key);
                 exit(2);
@@ -1989,6 +2069,7 @@ static void begin(void)
         c->walled = !below(10);
         c->multipath = multipath && !c->fast && !c->forges && below(100) < multipath;
         c->full = c->multipath && below(2);
+        c->fades = collide && i % 4 == 3;
     }
     /* Below 4 GiB: as much as struct xdp_md can point to. */
     frames = must(mmap((void *)0x20000000, FRAMES * sizeof *frames, PROT_READ | PROT_WRITE,
@@ -2128,6 +2209,11 @@ int main(void)
     say("errors_heeded", tally.errors_heeded);
     say("tagged", tally.tagged);
     say("elsewhere", tally.elsewhere);
+    say("early", tally.early);
+    say("shared", tally.shared);
+    say("faded", tally.faded);
+    say("waited", tally.waited);
+    say("refused_syns", tally.refused_syns);
     say("lost", tally.lost);
     say("dropped", tally.dropped);
     say("passed", tally.passed);
