@@ -41,6 +41,7 @@ class Scenario:
     multipath: int = 0  # of 100 clients
     tags: int = 0  # VLAN tags
     split: int = 0  # 1: every other server is on another interface of the load balancers
+    syn_rate: int = 0  # SYNs a second that each service takes; 0: all
     heal: int = 1_000_000  # when all faults end, microseconds
     services: tuple[tuple[str, int, int, int], ...] = (
         ("maglev", 0, 0, 0),
@@ -62,6 +63,7 @@ class Scenario:
             "multipath",
             "tags",
             "split",
+            "syn_rate",
             "heal",
         )
         lines = [f"{name} {getattr(self, name)}" for name in names]
@@ -222,12 +224,18 @@ def of(seed: int, connections: int = 2000) -> Scenario:
         events.append(
             (more.randrange(span), "narrow", more.choice((1000, 800, 600)), more.choice((50_000, 3_000_000)), 0)
         )
+    latest = random.Random(f"{seed} limit")
+    limit = latest.choice((0, 0, rate // 10, rate // 2, 2 * rate))
+    for _ in range(latest.randint(0, 3) if limit else 0):
+        events.append((latest.randrange(span), "limit", latest.choice((0, 1, rate // 10, rate)), 0, 0))
+    if limit:
+        events.append((span, "limit", limit, 0, 0))
     return Scenario(
         seed, connections, rate, balancers, servers, r.choice((1, 16, 64)), r.choice((0, 50, 100)),
         r.choice((50, 500, 2048)),
         cache=cache, flows=flows, multipath=more.choice((0, 30, 100)),
         tags=more.choice((0, 0, 0, 1, 2)), split=more.randint(0, 1),
-        heal=span + 1_000_000, services=services, events=tuple(sorted(events)),
+        syn_rate=limit, heal=span + 1_000_000, services=services, events=tuple(sorted(events)),
     )  # fmt: skip
 
 
