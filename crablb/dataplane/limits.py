@@ -1,11 +1,11 @@
 """How many SYNs a second each service takes, as the XDP program is told by its map ``limits``.
 
-A bucket of tokens a service, for all CPUs and interfaces together.  It is in front of the workers' rings, so a flood to one
-service does not fill them.  The program takes the tokens, and drops (``drop_syn_rate``) the SYNs that there are none for:
-never another packet.
+A bucket of tokens a service, for all CPUs and interfaces together.  It is in front of the workers' rings, so a flood
+to one service does not fill them.  The program takes the tokens, and drops (``drop_syn_rate``) the SYNs that there are
+none for: never another packet.
 
-A rate is one word, so a change of it is seen whole.  Its bucket is full then, as are those of a process that takes over from
-another one; what is not changed goes on.
+A rate is one word, so a change of it is seen whole.  Its bucket is full then, as are those of a process that takes over
+from another one; what is not changed goes on.
 """
 
 from __future__ import annotations

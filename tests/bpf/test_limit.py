@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from ipaddress import ip_address
 
 import numpy as np
@@ -33,14 +34,13 @@ SEED = bytes(range(16))
 XDP_DROP, XDP_TX, XDP_REDIRECT = 1, 3, 4
 VIPS = {4: parse_vip("tcp://10.0.0.100:80"), 6: parse_vip("tcp://[fd00::100]:80")}  # whose indices are 4 and 6
 INDICES = {vip: family for family, vip in VIPS.items()}
+CLIENTS = {4: "10.0.0.1", 6: "fd00::1"}
 BACKENDS = {4: "10.0.0.11", 6: "fd00::11"}
 
 
 def packet(family: int = 4, flags: str = "S", tags: int = 0, **more: object) -> bytes:
     head = [ether(), ether() / Dot1Q(vlan=7), ether() / Dot1AD(vlan=9) / Dot1Q(vlan=7)][tags]
-    ip = (IP if family == 4 else IPv6)(
-        src="10.0.0.1" if family == 4 else "fd00::1", dst=str(VIPS[family].address)
-    )
+    ip = (IP if family == 4 else IPv6)(src=CLIENTS[family], dst=str(VIPS[family].address))
     return bytes(head / ip / TCP(**{"sport": 4242, "dport": 80, "flags": flags, **more}))
 
 
@@ -92,29 +92,27 @@ def test_a_rate_in_a_word(rate):
 def test_one_syn(lb, rate, lacks):
     """Whatever there is in the bucket: taken or dropped, and what is left, as of the reference at that moment."""
     lb.serve(rate)
-    token = SECOND // rate
+    token, room = SECOND // rate, Bucket(rate).room * (SECOND // rate)
     full = lb.full[4] = time.monotonic_ns() + lacks
     before = time.monotonic_ns()
     took = lb.taken(packet())
     after, then = time.monotonic_ns(), int(lb.full[4])
 
-    def at(now: int) -> bool:
-        """Whether the reference takes it, having lacked as much."""
-        bucket = Bucket(rate)
-        missing = max(int(full) - now, 0)
-        if missing <= bucket.room * token:  # more than that no bucket of this rate lacks
-            bucket.held -= missing / token
-        bucket.at = now
+    def reference(now: int) -> bool:
+        """Whether that takes it, having lacked as much."""
+        bucket = Bucket(rate, at=now)
+        if 0 < full - now <= room:  # more than that no bucket of this rate lacks
+            bucket.held -= Fraction(full - now, token)
         return bucket.take(now)
 
-    if at(before) == at(after) and (full - after <= Bucket(rate).room * token) == (full - before <= Bucket(rate).room * token):
-        assert took == at(before)
+    if (full - before <= room) == (full - after <= room) and reference(before) == reference(after):
+        assert took == reference(before)
     if not took:
         assert then == full
-    elif before < full <= before + Bucket(rate).room * token and full > after:
+    elif after < full <= before + room:
         assert then == full + token
     else:
-        assert before + token <= then <= max(after, int(full)) + token
+        assert before + token <= then <= max(after, full) + token
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -139,7 +137,7 @@ def test_what_is_no_syn_is_never_dropped(lb, family):
     lb.serve(1, family)
     assert lb.taken(packet(family), 100) < 100
     assert lb.taken(packet(family, flags="A", sport=5000), 100) == 100
-    hash_ = flowmap.flow_hash(SEED, ip_address("10.0.0.1" if family == 4 else "fd00::1"), 4243, VIPS[family].address, 80)
+    hash_ = flowmap.flow_hash(SEED, ip_address(CLIENTS[family]), 4243, VIPS[family].address, 80)
     flowmap.FlowTable(lb.maps["flows"]).add(hash_, 7, family)
     backend = ip_address(BACKENDS[family])
     way = paths.path(backend, bytes.fromhex("020000000b0b020000000202"), 1500, ip_address("10.0.0.2"), LO,
@@ -187,7 +185,7 @@ def test_a_change_of_something_else_gives_no_tokens(lb):
 
 
 def test_a_token_taken_by_a_rate_before(lb):
-    """On another CPU, just when the rate was changed: the bucket lacks more than it has room for, and nobody waits for that."""
+    """On another CPU, just when the rate was changed: the bucket lacks more than it has room for.  It is full then."""
     lb.serve(1000)
     lb.full[4] = time.monotonic_ns() + 16 * SECOND
     assert lb.taken(packet(), 100) == 100

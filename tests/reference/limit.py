@@ -13,8 +13,10 @@ SECOND = 1_000_000_000
 
 @dataclass
 class Bucket:
-    """``rate`` tokens a second, as far as one comes in a whole number of nanoseconds, up to a tenth of a second's, 16 at
-    least; full at first."""
+    """``rate`` tokens a second (one comes in a whole number of nanoseconds), up to a tenth of a second's, 16 at least.
+
+    It is full at first.
+    """
 
     rate: int
     room: int = field(init=False)

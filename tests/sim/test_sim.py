@@ -186,8 +186,10 @@ BROKEN = {
     "checksums are left to nobody": ("checksum", {"native/forward.c": (
         "    store16(frame->data + it->packet.l4 + CRAB_TCP_CSUM, crab_tcp_right(it->sum));\n", "    (void)it;\n"
     )}),
-    "a bucket has no bottom": ("rate", {"bpf/lb.bpf.c": ("        if (lacks + token > all)\n", "        if (lacks > all)\n")}),
-    "tokens are anybody's": ("rate", {"bpf/lb.bpf.c": ("if (flags & CRAB_SYN && has_enough(*service))", "if (has_enough(*service))")}),
+    "a bucket has no bottom": ("rate", {"bpf/lb.bpf.c": ("if (lacks + token > all)", "if (lacks > all)")}),
+    "anything takes tokens": ("rate", {"bpf/lb.bpf.c": (
+        "if (flags & CRAB_SYN && has_enough(*service))", "if (has_enough(*service))"
+    )}),
     "subflows go by their hash": ("join-strayed", {"native/examine.c": ("        it->slot = &it->joined;\n", "")}),
 }  # fmt: skip
 
