@@ -48,6 +48,15 @@ struct {
     __type(value, struct crab_service_counters);
 } service_counters SEC(".maps");
 
+/* User space maps it, to write a rate and leave the tokens. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 1); /* user space says how many */
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __type(key, __u32);
+    __type(value, struct crab_limit);
+} limits SEC(".maps");
+
 struct {
     __uint(type, BPF_MAP_TYPE_ARRAY);
     __uint(max_entries, 1);
@@ -643,6 +652,40 @@ static __always_inline __u32 length_of(struct xdp_md *ctx, struct packet *p, con
     return crab_valid_length(l3, family, least, p->frame - p->l3);
 }
 
+/* How often a token is tried for while other CPUs take some at the same moment: each time one of them got one. */
+#define TRIES 4
+
+/* Has a service had as many SYNs as it is to have by now?  If not, it has one more.
+ *
+ * One bucket for all CPUs: how a card spreads packets is nobody's to know, and one client's may all come to one queue.  Who
+ * finds it empty writes nothing, so a flood leaves the cache line with all CPUs.  Here and not in the worker, as what it is to
+ * protect is the ring in front of that.  Global, so that it is verified once. */
+__noinline int has_enough(__u32 service)
+{
+    struct crab_limit *limit = bpf_map_lookup_elem(&limits, &service);
+    if (!limit)
+        return 0;
+    union {
+        __u64 word;
+        struct crab_rate is;
+    } rate = {.word = *(volatile __u64 *)&limit->rate};
+    if (!rate.word)
+        return 0;
+    __u64 token = rate.is.token_ns, all = token * rate.is.burst, now = bpf_ktime_get_ns();
+#pragma unroll
+    for (int i = 0; i < TRIES; i++) {
+        __u64 full = *(volatile __u64 *)&limit->full_ns;
+        __u64 lacks = full > now ? full - now : 0;
+        if (lacks > all) /* more than there is room for: a token of a rate before, taken while it was changed */
+            lacks = 0;
+        if (lacks + token > all)
+            return 1;
+        if (__sync_val_compare_and_swap(&limit->full_ns, full, now + lacks + token) == full)
+            return 0;
+    }
+    return 1;
+}
+
 ENTRY
 int crab_lb(struct xdp_md *ctx)
 {
@@ -742,7 +785,8 @@ int crab_lb(struct xdp_md *ctx)
         verdict = forward(ctx, &p, flags, icmp);
     if (verdict >= 0)
         return verdict;
-    if (!bpf_map_lookup_elem(&services, &p.vip))
+    __u32 *service = bpf_map_lookup_elem(&services, &p.vip);
+    if (!service)
         return pass(ctx, CRAB_XDP_PASS_NOT_VIP, foreign);
     if (!ours) { /* the workers would take it */
         count(foreign ? CRAB_XDP_PASS_OTHER_MAC : CRAB_XDP_PASS_NOT_VIP);
@@ -750,6 +794,10 @@ int crab_lb(struct xdp_md *ctx)
     }
     if (p.mapped) {
         count(CRAB_XDP_DROP_MAPPED);
+        return XDP_DROP;
+    }
+    if (flags & CRAB_SYN && has_enough(*service)) {
+        count(CRAB_XDP_DROP_SYN_RATE);
         return XDP_DROP;
     }
 

@@ -68,6 +68,19 @@ struct crab_service_counters {
     __u64 bytes; /* of frames, as they came */
 };
 
+/* What SYNs a service takes: a bucket of tokens.  One word, so that a change of it is seen whole.  0: all. */
+struct crab_rate {
+    __u32 token_ns; /* in which there is another token */
+    __u32 burst;    /* that it holds: SYNs at once */
+};
+
+/* Value of map `limits` (index: a service's), of all CPUs together.  What the bucket has is told by the time (CLOCK_MONOTONIC) at
+ * which it will be full (the virtual scheduling of ITU-T I.371), which the XDP program alone writes. */
+struct crab_limit {
+    __u64 full_ns;
+    struct crab_rate rate;
+};
+
 /* Value of map `vips` (key: struct crab_address): which packets to a VIP's address that are no service's are user space's, to
  * answer or to drop.  An address of this machine is not in it: those the kernel answers. */
 #define CRAB_VIP_ECHO 1   /* echo requests */
@@ -244,6 +257,7 @@ enum crab_xdp_counter {
     CRAB_XDP_PASS_OTHER_MAC,    /* sent to another machine's MAC address: given to the kernel, which drops it */
     CRAB_XDP_VIP,               /* to a VIP, but no service's, handed to an AF_XDP socket to be answered or dropped */
     CRAB_XDP_DROP_MAPPED,       /* to an IPv4 VIP, or from an IPv4 address, but in an IPv6 header (IPv4-mapped) */
+    CRAB_XDP_DROP_SYN_RATE,     /* a service's SYN, above the rate that it takes */
     CRAB_XDP_COUNTERS
 };
 

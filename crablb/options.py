@@ -659,8 +659,8 @@ OPTIONS: tuple[Option, ...] = (
         scope=Service,
         name="syn_rate",
         kind=_whole(0, 100_000_000),
-        help="SYNs a second that the service takes, so that a flood to it leaves time for others; those above are"
-        " dropped, and clients send them again. 0: all",
+        help="SYNs a second that the service takes, of all queues together, so that a flood to it leaves room and time"
+        " for others; those above are dropped by the XDP program, and clients send them again. 0: all",
         example=50_000,
         reload=True,
     ),

@@ -200,17 +200,6 @@ struct crab_exception {
     uint16_t flags; /* CRAB_BACKEND_CR, CRAB_BACKEND_DEAD: count for the service in place of these two of its own */
 };
 
-/* What new connections a service takes: a bucket of tokens, as the time at which it will be full (the virtual scheduling of
- * ITU-T I.371).  Shared by all cores; nanoseconds of CLOCK_MONOTONIC. */
-struct crab_limit {
-    uint64_t full_ns;
-    uint64_t token_ns; /* in which there is another token */
-    uint64_t size_ns;  /* in which an empty bucket is full, less one token's */
-};
-
-/* Take a token.  Returns whether there is one.  From any thread. */
-bool crab_limit_take(struct crab_limit *limit, uint64_t now_ns);
-
 struct crab_service {
     uint8_t addr[16];
     uint16_t port_be;
@@ -229,7 +218,7 @@ struct crab_service {
     uint32_t index; /* into map `service_counters` */
     uint8_t custom; /* 1: crab_core_ask's function chooses whom to redirect to */
     uint8_t refuses; /* 1: a SYN that no backend can take is answered by a RST */
-    uint8_t particular; /* the snapshot's own: it redirects nobody or not all, or has a limit */
+    uint8_t particular; /* the snapshot's own: it redirects nobody, or not all */
     uint8_t pad;
 };
 
@@ -253,9 +242,6 @@ void crab_snapshot_match(struct crab_snapshot *snapshot, const struct crab_match
  * without memory. */
 int crab_snapshot_answer(struct crab_snapshot *snapshot, const struct crab_address *vips, uint32_t count, bool ping,
                          bool reset);
-/* How many SYNs a service takes, by its place among the snapshot's; the limit must outlive the snapshot, and may be another's
- * too.  Before the snapshot is published.  Returns 0, or -1 without memory. */
-int crab_snapshot_limit(struct crab_snapshot *snapshot, uint32_t service, struct crab_limit *limit);
 /* Which packets are shown (see "tap").  Copied; before the snapshot is published. */
 void crab_snapshot_tap(struct crab_snapshot *snapshot, const struct crab_taps *taps);
 /* When crab_core_uses says no of every core that it was published to. */
@@ -330,7 +316,7 @@ enum crab_counter {
     CRAB_C_DROP_CHECKSUM, /* wrong IPv4 header or TCP checksum */
     CRAB_C_DROP_MAPPED,   /* IPv6 with an IPv4-mapped address, which there is none of on the wire */
     CRAB_C_DROP_CLOSED,   /* to a VIP, but no service's; of a kind that is not answered */
-    CRAB_C_DROP_RATE,     /* it would have been answered, but enough others were in this second; a SYN above its service's limit */
+    CRAB_C_DROP_RATE,     /* it would have been answered, but enough others were in this second */
     CRAB_C_DROP_NO_BACKEND,
     CRAB_C_DROP_NO_PATH,  /* a fallback packet whose backend is behind a gateway, where DSR by MAC cannot reach it */
     CRAB_C_DROP_TOO_BIG,  /* does not fit on the way, and may be fragmented: that is for the sender to do */

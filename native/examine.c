@@ -98,24 +98,11 @@ static inline enum crab_counter decide(const struct crab_item *it, bool data)
     return CRAB_C_REDIRECTED;
 }
 
-/* Whether a service takes no SYN now: it has had as many as it is to have. */
-static bool has_enough(const struct crab_snapshot *s, const struct crab_service *service)
-{
-    struct crab_limit *limit = s->limits ? s->limits[service - s->services] : NULL;
-    struct timespec now;
-    if (!limit)
-        return false;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return !crab_limit_take(limit, (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
-}
-
-/* The same of a service that is particular; or why it is dropped. */
+/* The same of a service that is particular. */
 CRAB_APART enum crab_counter decide_particular(const struct crab_snapshot *s, const struct crab_item *it,
                                                const uint8_t *ip, bool data)
 {
     const struct crab_service *service = it->service;
-    if (has_enough(s, service))
-        return CRAB_C_DROP_RATE;
     if (service->mode == CRAB_MODE_NEVER)
         return CRAB_C_FALLBACK_MODE;
     enum crab_counter outcome = decide(it, data);
@@ -211,8 +198,6 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
         } else {
             enum crab_counter outcome =
                 crab_likely(!it->service->particular) ? decide(it, data) : decide_particular(s, it, ip, data);
-            if (crab_unlikely(outcome == CRAB_C_DROP_RATE))
-                return outcome;
             it->outcome = (uint8_t)outcome;
             it->straight = outcome == CRAB_C_REDIRECTED && in_place;
             it->room = it->straight || (outcome == CRAB_C_REDIRECTED && fits(s, it, tcp));

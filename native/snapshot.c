@@ -132,17 +132,6 @@ void crab_snapshot_match(struct crab_snapshot *s, const struct crab_matches *mat
     s->matches = *matches;
 }
 
-int crab_snapshot_limit(struct crab_snapshot *s, uint32_t service, struct crab_limit *limit)
-{
-    if (!s->limits)
-        s->limits = copy(NULL, s->service_count, sizeof *s->limits);
-    if (!s->limits)
-        return -1;
-    s->limits[service] = limit;
-    s->services[service].particular = 1;
-    return 0;
-}
-
 void crab_snapshot_tap(struct crab_snapshot *s, const struct crab_taps *taps)
 {
     s->taps = *taps;
@@ -179,6 +168,5 @@ void crab_snapshot_free(struct crab_snapshot *s)
     free(s->prefixes);
     free(s->exceptions);
     free(s->redirects);
-    free(s->limits);
     free(s);
 }

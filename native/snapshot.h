@@ -45,7 +45,6 @@ struct crab_snapshot {
     struct crab_prefix *prefixes;
     struct crab_exception *exceptions;
     struct crab_redirect *redirects; /* one a service */
-    struct crab_limit **limits;      /* likewise; NULL: none has one */
     struct crab_matches matches;     /* of frames that are no service's */
     struct crab_answers answers;     /* to those of which no match holds */
     struct crab_taps taps;

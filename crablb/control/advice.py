@@ -165,6 +165,7 @@ def dropped(packets: int) -> Iterator[Advice]:
             packets=packets,
             reason="crablb status has the kinds: xsk_rx_full, the worker had no time; xsk_rx_dropped, no frame was"
             " free, or none is long enough",
+            remedy="more queues or CPUs; where one service is flooded with SYNs, a syn_rate keeps the others' room",
         )
 
 

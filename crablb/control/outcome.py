@@ -39,7 +39,7 @@ WORKER = {
     "drop_checksum": "dropped: a checksum is wrong",
     "drop_mapped": "dropped: an IPv4-mapped address in an IPv6 header",
     "drop_closed": "dropped: to the VIP, but no service's, and of a kind that is not answered",
-    "drop_rate": "dropped: enough were answered in this second, or its service takes no more SYNs now (syn_rate)",
+    "drop_rate": "dropped: enough were answered in this second",
     "drop_no_backend": "dropped: no backend can take it",
     "drop_no_path": "dropped: the backend is behind a gateway, where DSR by MAC address does not reach it",
     "drop_too_big": "dropped: too big for the way to the backend",
@@ -72,6 +72,7 @@ XDP = {
     "drop_hops": "dropped: no hop is left (TTL, hop limit)",
     "drop_sent_back": "dropped: the backend sent back what was sent to it",
     "drop_mapped": "dropped: an IPv4-mapped address in an IPv6 header",
+    "drop_syn_rate": "dropped: its service takes no more SYNs now (syn_rate)",
 }
 
 

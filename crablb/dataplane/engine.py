@@ -545,6 +545,7 @@ class Engine:
         flows = program.flows.flows() if left and program.flows else None
         if flows is not None:
             self._queues.adopt(flows)
+        program.limits.publish(self.config.services, self._registry.services)
         program.serve((service.vip for service in self.config.services), self._registry.services)
         # Its thread from now on: later there may be no memory for one, and what was asked for would come at any time.
         await loop.run_in_executor(self._sweeper, lambda: None)
@@ -880,6 +881,7 @@ class Engine:
         self._nexthops.follow(self._registry.backends, config.vips)
         self._publish()
         self._running.answer(self._answered, config)
+        self._running.limits.publish(self.config.services, self._registry.services)
         self._running.serve(served, self._registry.services)
         self._tell(Event("changed"))
         self._sweep_soon.set()  # services that were removed lose their flows

@@ -12,6 +12,7 @@ flows              each worker's flow cache, which decides; the map is learned f
 paths              :class:`.paths.Paths`
 interfaces sockets :class:`.queues.Queues`
 macs               the configuration, and :class:`crablb.kernel.netlink.NextHops`
+limits             the configuration; their tokens nowhere
 handlers           :class:`.handlers.Handlers`
 vips               the configuration, and :class:`crablb.kernel.netlink.NextHops`
 worker_counters    the same memory, mapped; so are flows
@@ -30,6 +31,7 @@ from typing import Any
 
 from crablb._native import ffi, lib
 from crablb.dataplane.flows import FlowTable, Inherited, buckets_for, hashing
+from crablb.dataplane.limits import Limits
 from crablb.dataplane.paths import Paths
 from crablb.dataplane.statistics import DaemonCounters, forwarded, read
 from crablb.kernel import bpf
@@ -57,7 +59,7 @@ PINNED = (
     "flows",
 )
 #: What the program itself writes to, or finds flows by.
-WRITTEN = ("flows", "hashing", "passed", "pieces", "service_counters", "xdp_counters")
+WRITTEN = ("flows", "hashing", "limits", "passed", "pieces", "service_counters", "xdp_counters")
 #: How many services can be added at the least without a restart.
 SERVICES = 4096
 
@@ -87,16 +89,19 @@ class Program:
         buckets = buckets_for(config.flows) if bypass(config) else 1
         known = inherited.services.values() if inherited else ()
         needed = max(known, default=-1) + 1 + len(config.services)
-        sizes = {"service_counters": min(max(2 * needed, SERVICES), lib.CRAB_MAX_SERVICES)}
+        room = min(max(2 * needed, SERVICES), lib.CRAB_MAX_SERVICES)
         reuse = dict(inherited.maps) if inherited else {}
         if not bypass(config) or ("flows" in reuse and reuse["flows"].max_entries == 1):  # it had none
             for name in ("flows", "paths"):
                 reuse.pop(name, None)
         if "service_counters" in reuse and reuse["service_counters"].max_entries < needed:
             del reuse["service_counters"]
+        if "service_counters" in reuse:
+            room = reuse["service_counters"].max_entries
         if "flows" in reuse:
             buckets = reuse["flows"].max_entries
-        sizes = {name: size for name, size in {**sizes, "flows": buckets}.items() if name not in reuse}
+        sizes = {"service_counters": room, "limits": room, "flows": buckets}
+        sizes = {name: size for name, size in sizes.items() if name not in reuse}
         try:
             self._object = _load(reuse, sizes)
         finally:
@@ -107,6 +112,7 @@ class Program:
         self.flows = FlowTable(self.maps["flows"]) if bypass(config) else None
         self.paths = Paths(self.maps["paths"])
         self.counters = DaemonCounters(self.maps["daemon_counters"])
+        self.limits = Limits(self.maps["limits"])
         self._tap: _Tap | None = None  # in place of it
         self._ready: _Tap | None = None
         self._aside: bpf.Object | None = None
@@ -192,6 +198,7 @@ class Program:
         """A service has got this index, which may have been another one's."""
         counters = self.maps["service_counters"]
         counters.update(index, bytes(counters.value_size))
+        self.limits.fill(index)
 
     def take_frames(self, matches: Any) -> None:
         """Take the frames that these (``struct crab_matches *``) name, and no others."""

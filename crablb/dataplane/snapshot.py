@@ -89,7 +89,6 @@ class Snapshot:
         self.made_of: tuple[Any, ...] = ()  # what all parts have in common
         self.backends: tuple[Any, int] = ffi.NULL, 0  # ``struct crab_backend[]``, and how many
         self.pools: dict[Vip, tuple[Any, Pool]] = {}  # by service: what it was made of, and itself
-        self.limits: dict[Vip, Any] = {}  # by service: ``struct crab_limit *``
         self.custom: dict[int, Asked] = {}  # by index: the services whose policy is Python
         self.owed: set[Vip] = set()  # services that choose as before yet: the next snapshots have what they shall do
 
@@ -164,9 +163,6 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None, most: in
 
     for entry, service in zip(services, config.services, strict=False):
         _describe(entry, service, sight.services[service.vip])
-        if service.syn_rate:
-            earlier = before.limits.get(service.vip) if before else None
-            made.limits[service.vip] = _limit(service.syn_rate, earlier)
         entry.first_prefix, entry.prefix_count = len(prefixes), len(service.redirect_clients)
         for prefix in service.redirect_clients:
             bits = prefix.prefixlen + (96 if prefix.version == 4 else 0)
@@ -203,10 +199,6 @@ def build(config: Config, sight: Sight, before: Snapshot | None = None, most: in
     if not made.c:
         assert ffi.errno != errno.EINVAL, "what is said of prefixes or exceptions is wrong"
         raise MemoryError("no memory for a snapshot")
-    for i, service in enumerate(config.services):
-        limit = made.limits.get(service.vip)
-        if limit and lib.crab_snapshot_limit(made.c, i, limit):
-            raise MemoryError("no memory for a snapshot")
     if sight.matches:
         lib.crab_snapshot_match(made.c, sight.matches)
     if sight.taps:
@@ -316,17 +308,6 @@ def _describe(entry: Any, service: Service, index: int) -> None:
     entry.index = index
     if service.policy == "source-hash":
         entry.source4, entry.source6 = service.source_prefix
-
-
-def _limit(rate: int, before: Any) -> Any:
-    """``struct crab_limit *`` of so many SYNs a second, and a tenth of a second's at once, 16 at least.
-
-    One of the same rate goes on.
-    """
-    token = 1_000_000_000 // rate
-    if before is not None and before.token_ns == token:
-        return before
-    return ffi.new("struct crab_limit *", {"token_ns": token, "size_ns": token * (max(rate // 10, 16) - 1)})
 
 
 def _choose(

@@ -409,6 +409,10 @@ MEANINGS: Mapping[str, Mapping[str, Meaning]] = {
         ),
         "drop_hops": Meaning("packets have no hop left: they go round", "find the ring: tcpdump -v, and the TTLs"),
         "drop_mapped": Meaning("IPv4-mapped addresses in IPv6 headers: forged", "filter them at the network's edge"),
+        "drop_syn_rate": Meaning(
+            "more SYNs came to a service than its syn_rate",
+            "somebody floods: find who (crablb capture); or raise syn_rate",
+        ),
     },
     "total": {
         "too_big": Meaning(
@@ -427,8 +431,7 @@ MEANINGS: Mapping[str, Mapping[str, Meaning]] = {
         "drop_tx": Meaning("the kernel refused to send", "ip link: is the interface up? The log"),
         "drop_handler": Meaning("a handler failed", "its exception is in the log"),
         "drop_rate": Meaning(
-            "more than 1,000 answers a second for VIPs' other ports, or more SYNs than a service's syn_rate",
-            "somebody scans or floods: find who; or raise syn_rate",
+            "more than 1,000 answers a second for VIPs' other ports", "somebody scans: find who (crablb capture)"
         ),
         "refused": Meaning("SYNs that no backend of a service could take", "crablb backends; the log"),
         "retransmitted_syn": Meaning(
@@ -437,7 +440,10 @@ MEANINGS: Mapping[str, Mapping[str, Meaning]] = {
             usual=True,
         ),
         "flows_full": Meaning("SYNs were not remembered for want of room", "raise `flows`"),
-        "xsk_rx_full": Meaning("a worker had no time: its ring was full", "more queues or CPUs: ethtool -L"),
+        "xsk_rx_full": Meaning(
+            "a worker had no time: its ring was full",
+            "more queues or CPUs: ethtool -L; if one service is flooded, its syn_rate",
+        ),
         "xsk_rx_dropped": Meaning("no frame was free, or none long enough", "a smaller MTU, or more queues"),
         "xsk_fill_empty": Meaning("the kernel found no free frame", "more queues or CPUs: ethtool -L"),
         "xsk_rx_invalid": Meaning("the kernel refused descriptors: a bug", "please report it"),

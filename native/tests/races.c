@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* What several threads do at the same time, for ThreadSanitizer (`make race`): workers that pick, learn and forward, while
- * others refresh a pool, publish snapshots, count and recall flows, forget and copy tokens, read the table and what is shown; all of them take from
- * one limit.  It says so itself where something is wrong. */
+ * others refresh a pool, publish snapshots, count and recall flows, forget and copy tokens, read the table and what is shown.
+ * It says so itself where something is wrong. */
 #include <pthread.h>
 
 #include "check.h"
@@ -17,7 +17,6 @@ static uint16_t slots[SIZE];
 static struct crab_bucket buckets[16];
 static struct crab_load loads[MEMBERS];
 static struct crab_turn turn;
-static struct crab_limit limit = {.token_ns = 1, .size_ns = 1000000000}; /* more than there are */
 static struct crab_service service = {.addr = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 100}, .protocol = 6,
                                       .fallback = CRAB_FALLBACK_L2, .table = slots};
 static struct crab_backend backends[MEMBERS];
@@ -34,7 +33,7 @@ static struct worker workers[WORKERS];
 static struct crab_snapshot *snapshot(void)
 {
     struct crab_snapshot *s = crab_snapshot_new(&service, 1, backends, MEMBERS, NULL, 0, NULL, 0, SIZE, CRAB_FORM_CRAB, key);
-    CHECK(s && crab_snapshot_limit(s, 0, &limit) == 0);
+    CHECK(s);
     return s;
 }
 

@@ -26,7 +26,7 @@ TREE = HERE / "tree"
 CALLING = [
     *(
         f"tests/unit/test_{name}.py"
-        for name in ("answer", "connections", "differential", "flows", "handler", "joins", "limit", "policy", "tap")
+        for name in ("answer", "connections", "differential", "flows", "handler", "joins", "policy", "tap")
     ),
     *(f"tests/unit/test_{name}.py" for name in ("shared_backends", "snapshot", "syn")),
     *(f"tests/bpf/test_{name}.py" for name in ("library_life", "tap", "worker", "xsk", "xsk_misuse", "xsk_shared")),

@@ -26,7 +26,7 @@ def forwarding(seed: bytes) -> Iterator[bpf.Object]:
     with (
         bpf.Object(
             bpf.object_path("lb"),
-            max_entries={"flows": 64, "service_counters": 8},
+            max_entries={"flows": 64, "service_counters": 8, "limits": 8},
             frags=bool(lib.crab_xsk_knows_frags()),
         ) as loaded,
         XskSocket("veth0", load_program=False) as xsk,

@@ -146,6 +146,17 @@ void balancer_publish(struct balancer *b)
     publish_paths(b);
 }
 
+void balancer_limit(struct balancer *b, bool anew)
+{
+    uint32_t r = b->setting->syn_rate;
+    struct crab_rate rate = {0};
+    if (r)
+        rate = (struct crab_rate){.token_ns = 1000000000u / r, .burst = r / 10 > 16 ? r / 10 : 16};
+    for (uint32_t n = 0; n < b->setting->services; n++)
+        if (anew || memcmp(&b->xdp.limits[n].rate, &rate, sizeof rate))
+            b->xdp.limits[n] = (struct crab_limit){.rate = rate};
+}
+
 static struct crab_core *new_core(struct balancer *b, int q)
 {
     struct crab_core *core = must(crab_core_new(b->setting->cache, b->counters[q]));
@@ -182,6 +193,7 @@ void balancer_start(struct balancer *b, uint32_t now)
     }
     free(known);
     b->up = b->serving = true;
+    balancer_limit(b, true);
     balancer_publish(b);
 }
 
@@ -233,6 +245,7 @@ void balancer_take_over(struct balancer *b, void (*meanwhile)(void *context), vo
         b->cores[q] = next[q];
     }
     crab_joins_free(before);
+    balancer_limit(b, true);
     balancer_publish(b);
 }
 

@@ -57,6 +57,7 @@ struct setting {
     bool split;      /* every other server is on another interface of the load balancers */
     bool apart;      /* the XDP program reaches every third server by no way: user space alone sends to it */
     uint8_t key[16];
+    uint32_t syn_rate; /* that each service takes; 0: all */
 };
 
 struct xdp {
@@ -71,6 +72,7 @@ struct xdp {
     struct crab_vip vip[SIM_SERVICES];
     uint32_t index[SIM_SERVICES];
     struct crab_service_counters service_counters[SIM_SERVICES];
+    struct crab_limit limits[SIM_SERVICES];
     struct crab_path paths[SIM_BACKENDS];
     uint64_t counters[CRAB_XDP_COUNTERS];
     uint32_t kinds; /* of every service's VIP */
@@ -122,6 +124,8 @@ void balancer_init(struct balancer *b, struct setting *setting, const uint8_t ma
 void balancer_publish(struct balancer *b);
 /* The daemon's sweep: what neither the configuration nor a flow names any more is forgotten. */
 void balancer_sweep(struct balancer *b, uint32_t now);
+/* As crablb/dataplane/limits.py does: what is changed begins with a full bucket; `anew`: all do. */
+void balancer_limit(struct balancer *b, bool anew);
 void balancer_start(struct balancer *b, uint32_t now);
 /* SIGKILL: what the kernel has stays. */
 void balancer_kill(struct balancer *b);

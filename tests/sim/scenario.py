@@ -43,6 +43,7 @@ class Scenario:
     split: int = 0  # 1: every other server is on another interface of the load balancers
     apart: int = 0  # 1: the XDP program does not reach every third server
     collide: int = 0  # 1: a client's port is several connections' at once, and again before its server knows
+    syn_rate: int = 0  # SYNs a second that each service takes; 0: all
     heal: int = 1_000_000  # when all faults end, microseconds
     services: tuple[tuple[str, int, int, int], ...] = (
         ("maglev", 0, 0, 0),
@@ -66,6 +67,7 @@ class Scenario:
             "split",
             "apart",
             "collide",
+            "syn_rate",
             "heal",
         )
         lines = [f"{name} {getattr(self, name)}" for name in names]
@@ -226,12 +228,18 @@ def of(seed: int, connections: int = 2000) -> Scenario:
         events.append(
             (more.randrange(span), "narrow", more.choice((1000, 800, 600)), more.choice((50_000, 3_000_000)), 0)
         )
+    latest = random.Random(f"{seed} limit")
+    limit = latest.choice((0, 0, rate // 10, rate // 2, 2 * rate))
+    for _ in range(latest.randint(0, 3) if limit else 0):
+        events.append((latest.randrange(span), "limit", latest.choice((0, 1, rate // 10, rate)), 0, 0))
+    if limit:
+        events.append((span, "limit", limit, 0, 0))
     return Scenario(
         seed, connections, rate, balancers, servers, r.choice((1, 16, 64)), r.choice((0, 50, 100)),
         r.choice((50, 500, 2048)),
         cache=cache, flows=flows, multipath=more.choice((0, 30, 100)),
         tags=more.choice((0, 0, 0, 1, 2)), split=more.randint(0, 1),
-        apart=more.randint(0, 1), collide=more.randint(0, 1),
+        apart=more.randint(0, 1), collide=more.randint(0, 1), syn_rate=limit,
         heal=span + 1_000_000, services=services, events=tuple(sorted(events)),
     )  # fmt: skip
 

@@ -142,7 +142,7 @@ static const uint8_t router_mac[6] = {2, 0, 0, 0, 0, 1};
 /* What became of frames. */
 static struct {
     uint64_t born, delivered, lost, dropped, passed, to_nobody;
-    uint64_t batches, redirected, fallback, by_xdp, excused, violations, hostile, refused, resets, timeouts, failures;
+    uint64_t batches, redirected, fallback, by_xdp, excused, violations, hostile, limited, refused, resets, timeouts, failures;
     uint64_t checksums, taken, twice_excused, most_passes, learned, restarts;
     uint64_t joins, joins_known, joins_direct, joins_refused, moved;
     uint64_t errors, errors_heeded, tagged, elsewhere;
@@ -770,6 +770,66 @@ static void work(struct balancer *b, uint32_t q)
         b->woken[q] = false;
 }
 
+/* What SYNs a service takes: tokens, counted one by one. */
+static struct bucket {
+    uint32_t rate;
+    uint64_t at;
+    double held;
+} buckets[BALANCERS][SIM_SERVICES];
+
+static void fill(struct bucket *b)
+{
+    *b = (struct bucket){setting.syn_rate, now, setting.syn_rate / 10 > 16 ? setting.syn_rate / 10 : 16};
+}
+
+/* All of a load balancer's, or those whose rate has changed. */
+static void fill_buckets(const struct balancer *b, bool all)
+{
+    for (uint32_t n = 0; n < setting.services; n++)
+        if (all || buckets[b - balancers][n].rate != setting.syn_rate)
+            fill(&buckets[b - balancers][n]);
+}
+
+/* The service that a SYN is sent to, whatever else is wrong with it; NONE: it is none. */
+static uint32_t service_of_syn(const struct frame *f)
+{
+    const uint8_t *ip = f->data + 14 + 4 * (f->ifindex == SIM_IFINDEX ? setting.tags : 0);
+    bool four = ip[0] >> 4 == 4;
+    const uint8_t *tcp = ip + (four ? 20 : 40);
+    if (tcp + 20 > f->data + f->len || (four ? ip[9] : ip[6]) != 6 || !(tcp[13] & CRAB_SYN))
+        return NONE;
+    for (uint32_t n = 0; n < setting.services; n++) {
+        const struct service_setting *s = &setting.service[n];
+        if (crab_is_mapped(s->addr) == four && !memcmp(four ? s->addr + 12 : s->addr, four ? ip + 16 : ip + 24, four ? 4 : 16) &&
+            !memcmp(&s->port_be, tcp + 2, 2))
+            return n;
+    }
+    return NONE;
+}
+
+/* A service's SYN is dropped where there is no token left, and nothing else is.  why: the XDP program's counter. */
+static void check_rate(const struct balancer *b, const struct frame *f, uint32_t why)
+{
+    bool dropped = why == CRAB_XDP_DROP_SYN_RATE;
+    if (!dropped && why != CRAB_XDP_SYN && why != CRAB_XDP_DROP_NO_SOCKET)
+        return;
+    uint32_t n = service_of_syn(f);
+    tally.limited += dropped;
+    if (n == NONE || !setting.syn_rate) {
+        if (dropped)
+            violation("rate", f->conn, "dropped for its rate, and it is %s", n == NONE ? "no SYN" : "of a service without one");
+        return;
+    }
+    struct bucket *k = &buckets[b - balancers][n];
+    double room = k->rate / 10 > 16 ? k->rate / 10 : 16, one = 1e9 / (1000000000u / k->rate);
+    k->held += (double)(now - k->at) / 1e9 * one;
+    k->held = k->held > room ? room : k->held;
+    k->at = now;
+    if (dropped ? k->held > 1 + 1e-6 : k->held < 1 - 1e-6)
+        violation("rate", f->conn, "%s, and there are %.3f tokens", dropped ? "dropped" : "taken", k->held);
+    k->held -= !dropped;
+}
+
 static void arrive_at_balancer(struct balancer *b, struct frame *f)
 {
     struct segment s;
@@ -798,6 +858,7 @@ static void arrive_at_balancer(struct balancer *b, struct frame *f)
     int verdict = sim_xdp(&b->xdp, f, q, now, &why);
     if (why >= CRAB_XDP_COUNTERS)
         violation("reason", f->conn, "the XDP program counted a packet %s", why == CRAB_XDP_COUNTERS ? "nowhere" : "twice");
+    check_rate(b, f, why);
     switch (verdict) {
     case XDP_IS_SENT:
         tally.by_xdp++;
@@ -1881,10 +1942,12 @@ static void heal(void)
         for (uint32_t i = 0; i < SIM_BACKENDS; i++)
             b->view[i] = (struct backend_view){.weight = 1, .member = true, .resolved = true};
         b->mtu = 1500;
-        if (!b->serving)
+        if (!b->serving) {
             balancer_start(b, (uint32_t)(now / S));
-        else
+            fill_buckets(b, true);
+        } else {
             balancer_publish(b);
+        }
         routed[l] = true;
     }
 }
@@ -1913,6 +1976,12 @@ static void play(const struct script *e)
             if (balancers[i].serving)
                 balancer_publish(&balancers[i]);
         }
+    } else if (!strcmp(name, "limit")) { /* of each service, from now on */
+        setting.syn_rate = (uint32_t)e->a;
+        for (uint32_t i = 0; i < balancer_count; i++) {
+            balancer_limit(&balancers[i], false);
+            fill_buckets(&balancers[i], false);
+        }
     } else if (!strcmp(name, "ecmp")) {
         salt = (uint32_t)e->a;
     } else if (!strcmp(name, "reload")) {
@@ -1921,8 +1990,10 @@ static void play(const struct script *e)
             balancer_sweep(b, (uint32_t)(now / S));
         }
     } else if (!strcmp(name, "takeover")) {
-        if (b->serving)
+        if (b->serving) {
             balancer_take_over(b, meanwhile, b);
+            fill_buckets(b, true);
+        }
     } else if (!strcmp(name, "kill")) { /* the daemon */
         if (b->serving) {
             forget_waiting(b);
@@ -1934,6 +2005,7 @@ static void play(const struct script *e)
         if (!b->serving) {
             tally.restarts++;
             balancer_start(b, (uint32_t)(now / S));
+            fill_buckets(b, true);
             routed[l] = true;
         }
     } else if (!strcmp(name, "lose")) { /* the machine; the router sees it a little later */
@@ -2029,6 +2101,7 @@ static void read_scenario(void)
             else if (!strcmp(key, "split") && v <= 1) setting.split = v;
             else if (!strcmp(key, "apart") && v <= 1) setting.apart = v;
             else if (!strcmp(key, "collide") && v <= 1) collide = v;
+            else if (!strcmp(key, "syn_rate")) setting.syn_rate = v;
             else {
                 fprintf(stderr, "sim: %s: unknown, or too large\n", key);
                 exit(2);
@@ -2088,6 +2161,7 @@ static void begin(void)
         uint8_t mac[6] = {2, 0, 0, 0, 2, (uint8_t)l};
         balancer_init(&balancers[l], &setting, mac, l, (uint32_t)rnd());
         balancer_start(&balancers[l], (uint32_t)(now / S));
+        fill_buckets(&balancers[l], true);
         routed[l] = true;
     }
 }
@@ -2219,6 +2293,7 @@ int main(void)
     say("passed", tally.passed);
     say("to_nobody", tally.to_nobody);
     say("hostile", tally.hostile);
+    say("limited", tally.limited);
     say("checksums", tally.checksums);
     say("most_passes", tally.most_passes);
     say("failures", tally.failures);

@@ -46,6 +46,8 @@ void *sim_map_lookup(const void *map, const void *key)
         return i < SIM_BACKENDS ? &x->paths[i] : NULL;
     if (map == &service_counters)
         return i < SIM_SERVICES ? &x->service_counters[i] : NULL;
+    if (map == &limits)
+        return i < SIM_SERVICES ? &x->limits[i] : NULL;
     if (map == &xdp_counters)
         return i < CRAB_XDP_COUNTERS ? &x->counters[i] : NULL;
     if (map == &vips) {
