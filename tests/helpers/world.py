@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -52,9 +53,11 @@ class World:
         self.lab, self.folder = lab, folder
         self._started: list[subprocess.Popen[str]] = []
 
-    def servers(self, agents: bool = True, *more: str, port: int = 80, dsr: bool = False) -> None:
+    def servers(
+        self, agents: bool = True, *more: str, port: int = 80, dsr: bool = False, only: Sequence[Node] = ()
+    ) -> None:
         """Echo servers.  With ``dsr`` they have the VIPs from their agents, not from the lab; ``more``: what these are
-        told besides."""
+        told besides; ``only``: on these nodes (all of the lab's servers)."""
 
         def start(server: Node) -> None:
             self.python(server, "serve", server.name, str(port), ready=True)
@@ -65,7 +68,7 @@ class World:
                 start_agent(server, "server", *(["--dsr"] if dsr else []), *more)
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(start, self.lab.servers))
+            list(pool.map(start, only or self.lab.servers))
 
     def agent(self, node: Node, role: str, *more: str) -> subprocess.Popen[str]:
         """An agent; on return it works."""
