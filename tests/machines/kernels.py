@@ -49,7 +49,7 @@ STEPS = {
     "bonds": pytest("tests/machines/links.py", "-k", "bond"),
     "VLANs": pytest("tests/machines/links.py", "-k", "vlan"),
     "netem": pytest("tests/machines/links.py", "-k", "bad_link"),
-    "IPVS": pytest("-mlong", "tests/lab/test_migration.py", "-k", "ipvs or keepalived"),
+    "IPVS": pytest("-p", "xdist.plugin", "-mlong", "tests/lab/test_migration.py", "-k", "ipvs or keepalived"),
     CARDS: pytest("-s", "tests/machines/cards.py"),
 }
 
