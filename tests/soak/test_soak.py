@@ -51,21 +51,18 @@ def test_nothing_grows_and_nothing_breaks(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_what_is_lost_is_found(tmp_path):
-    """One of everything with each change of the configuration: each is found, and where it was lost."""
+@pytest.mark.parametrize(
+    ("leak", "work", "lost"),
+    [("all", "reloads", set(FOUND)), ("file,once", "takeovers", {"file"})],
+    ids=["changes", "takeovers"],
+)
+def test_what_is_lost_is_found(tmp_path, leak, work, lost):
+    """One of everything with each change of the configuration, and a file with each process that takes over: each is
+    found, and where it was lost."""
     found: dict[str, Series] = {}
-    with farm(tmp_path, leak="all") as made:
-        soaked(made, 0, found, halves={"alive": ("reloads",)})
+    with farm(tmp_path, leak=leak) as made:
+        soaked(made, 0, found, halves={"alive": (work,)})
+        if work == "takeovers" and made.done["taken over"] <= made.done["takeovers"] / 2:
+            pytest.skip("on this machine, now, new processes come too late to take over")
     grown = leaks(found["alive"])
-    assert {what for what, name in FOUND.items() if name not in grown} == set()
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_what_a_takeover_loses_is_found(tmp_path):
-    """One file each."""
-    found: dict[str, Series] = {}
-    with farm(tmp_path, leak="file,once") as made:
-        soaked(made, 0, found, halves={"replaced": ("takeovers",)})
-        if made.done["taken over"] > made.done["takeovers"] / 2:
-            assert set(leaks(found["replaced"])) == {FOUND["file"]}
+    assert {what for what, name in FOUND.items() if name not in grown} & lost == set()

@@ -11,7 +11,7 @@ from tests.helpers.lsan import lost
 
 #: Tests by which structures are made, exchanged and given up: flow caches, snapshots, pools, tokens, rings, sockets,
 #: handlers, programs and maps.
-UNIT = ("joins", "limit", "snapshot", "handler", "tap", "flows", "answer", "shared_backends", "queues")
+UNIT = ("joins", "limit", "snapshot", "handler", "flows", "answer", "shared_backends", "queues")
 KERNEL = ("worker", "tap", "handler")
 #: Cores, which nobody frees.
 LOSES = """
