@@ -1348,7 +1348,11 @@ static bool is_open(uint32_t conn)
 static uint32_t free_port(struct client *who, uint32_t service, bool alone)
 {
     uint32_t *next = &who->next[collide ? service : 0];
-    for (uint32_t n = 0; n < ports && conn_count < conn_room; n++) {
+    if (conn_count == conn_room) {
+        fprintf(stderr, "sim: more than %u connections of clients\n", conn_room);
+        exit(2);
+    }
+    for (uint32_t n = 0; n < ports; n++) {
         uint32_t port = (*next)++ % ports;
         bool used = is_open(who->ports[service][port]);
         for (uint32_t other = 0; other < setting.services && (alone || !collide); other++)
@@ -2149,8 +2153,8 @@ static void begin(void)
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0));
     for (uint32_t i = 0; i < FRAMES; i++)
         free_frames[free_count++] = FRAMES - 1 - i;
-    conn_room = 3 * task_count + 1000;
-    child_room = 4 * task_count + 1000;
+    conn_room = 16 * task_count + 1000;
+    child_room = 16 * task_count + 1000;
     conns = must(calloc(conn_room, sizeof *conns));
     children = must(calloc(child_room, sizeof *children));
     tasks = must(calloc(task_count, sizeof *tasks));
