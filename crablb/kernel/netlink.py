@@ -492,6 +492,8 @@ class NextHops:
         if gone:
             state = NOBODY
             self._managed.discard(key)
+            # Whoever removes an entry (ip neigh flush) has it fail first.  It is asked for anew: nothing is known yet.
+            self._failed.discard(key)
         else:
             self._note_failure(key, state[0])
         self._heard[key] = state

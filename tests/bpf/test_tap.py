@@ -36,7 +36,7 @@ class Pair:
         self.maps, self.counters = tap.maps, plain.map("xdp_counters")
         self.table = flowmap.FlowTable(plain.map("flows"))
         self._records: list[bytes] = []
-        self._ring = bpf.Ring(tap.map("tapped"), self._records.append)
+        self.ring = bpf.Ring(tap.map("tapped"), self._records.append)
 
     def want(self, *wanted: Filter, snap: int = 2048, seconds: float = 60) -> None:
         taps = ffi.new("struct crab_taps *")
@@ -62,7 +62,7 @@ class Pair:
         return done.retval, done.data, {name for name, n in self.counts().items() if n != before[name]}
 
     def shown(self) -> list[tuple[int, Seen]]:
-        self._ring.consume()
+        self.ring.consume()
         data = b"".join(self._records)
         self._records.clear()
         return list(parse(data, {FOUR: DIP[4], SIX: DIP[6], 2: DIP[4], 3: DIP[6]}))
@@ -79,7 +79,9 @@ def pair(namespace) -> Iterator[Pair]:
                 for number in (FOUR if family == 4 else SIX, TUNNELLED[family]):
                     path = paths.path(DIP[family], MACS, 1500, source, LO, ways)
                     plain.map("paths").update(number, path)
-            yield Pair(plain, tap)
+            made = Pair(plain, tap)
+            with made.ring:
+                yield made
 
 
 def cases(family: int) -> dict[str, bytes]:
@@ -195,7 +197,7 @@ def test_no_more_is_taken_than_asked_for(pair):
     pair.want(Filter())
     for _ in range(7):
         pair.run(pair.tap, tcp(4))
-    assert [pair._ring.consume(3), pair._ring.consume(3), pair._ring.consume(3), pair._ring.consume()] == [3, 3, 1, 0]
+    assert [pair.ring.consume(3), pair.ring.consume(3), pair.ring.consume(3), pair.ring.consume()] == [3, 3, 1, 0]
     assert len(pair.shown()) == 7
 
 

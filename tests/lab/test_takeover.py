@@ -456,8 +456,12 @@ def test_a_successor_is_killed_before_its_first_packet(served):
     """The old one goes on with the same sockets, which keep none of the other one's maps."""
     old = served.pid
     words = ("serve", "--iface", "eth0", "--config", str(served.file), "--takeover")
-    child = served.world.program(served.lab.lb, sys.executable, "-c", UNBEGUN, *words)
-    told, said = child.communicate(timeout=240)
+    for _ in range(3):
+        child = served.world.program(served.lab.lb, sys.executable, "-c", UNBEGUN, *words)
+        told, said = child.communicate(timeout=240)
+        if child.returncode == -signal.SIGKILL:
+            break
+        assert "too slow" in said, said  # a machine that has no time for it: the old one serves on
     assert child.returncode == -signal.SIGKILL, said
     until(lambda: served.logged("the takeover failed"))
     until(lambda: served.pid == old and status(served.lab)["state"] == "serving", 240)

@@ -37,6 +37,11 @@ def _pin() -> None:
         found.pin(pins.folder("lb-eth0") / f"lost{os.urandom(4).hex()}")
 
 
+def _socket() -> None:
+    kept.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))
+    kept[-1].bind((0, 0))  # the kernel lists none that has no address
+
+
 def _file() -> None:
     (pins.RUN / f"{pins.namespace()}-lost{os.urandom(4).hex()}").touch()
 
@@ -44,11 +49,11 @@ def _file() -> None:
 #: What can be lost.
 LEAKS: dict[str, Callable[[], object]] = {
     "descriptor": lambda: os.dup(0),
-    "socket": lambda: kept.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)),
+    "socket": _socket,
     "map": _map,
     "pin": _pin,
     "memory": lambda: kept.append(bytearray(os.urandom(200 << 10))),
-    "objects": lambda: kept.append([object() for _ in range(1000)]),
+    "objects": lambda: kept.append([[] for _ in range(1000)]),  # such as the collector of cycles knows
     "thread": lambda: threading.Thread(target=threading.Event().wait, daemon=True).start(),
     "mapping": lambda: kept.append(mmap.mmap(-1, 1 << 12)),
     "file": _file,

@@ -1,5 +1,5 @@
-"""What Python makes of the C parts, under LeakSanitizer: memory of theirs that nothing points at any more when the tests
-have come to their end."""
+"""What Python makes of the C parts, under LeakSanitizer: memory of theirs that nothing points at any more when all is
+done."""
 
 from __future__ import annotations
 

@@ -82,3 +82,23 @@ def test_what_is_told_while_the_kernel_is_asked_is_not_lost(answer, events, mac)
         hops._thread.shutdown()
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_an_entry_that_is_removed_says_nothing_of_the_backend(removed):
+    """``ip neigh flush`` has each entry fail, and removes it: a service whose backends are asked for anew is not one
+    that has none, and refuses nobody."""
+
+    async def work() -> None:
+        hops = Kernel()
+        hops.events = []
+        await hops.look_again()
+        hops._take(event(NEW_NEIGHBOUR, netlink.NUD_FAILED, b""), None)
+        if removed:
+            hops._take(event(NEIGHBOUR_GONE, netlink.NUD_FAILED, b""), None)
+        await hops._refresh(full=False)
+        hop = hops.current[BACKEND]
+        assert (hop.state, hop.asking) == (HopState.UNRESOLVED, removed)
+        hops._thread.shutdown()
+
+    asyncio.run(work())
