@@ -8,6 +8,7 @@
 #   make sdist, make wheel, make deb     what crablb is installed from, into build/ (docs/packages.md)
 #   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
 #   make test-long     what takes minutes: no byte twice, nobody worse off, load balancers of others
+#   make test-each     every combination and every call, of which the two above try some: an hour or two
 #   make test-stacks   other people's programs through the load balancer: nginx, OpenSSH, PostgreSQL, ...
 #   make test-foreign   other people's own test suites, by redirection, fallback and MPTCP, beside the same without a load balancer
 #   make test-distros   those two on fresh Debian systems (DISTROS='bookworm trixie sid' COMMANDS='demo test')
@@ -66,7 +67,7 @@ PARALLEL = -n $(WORKERS) --dist loadgroup
 
 SOURCES := setup.py pyproject.toml native/libbpf.cdef $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
-.PHONY: demo demo-often test test-long bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim soak deaths lint c-test clean help
+.PHONY: demo demo-often test test-long test-each bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim soak deaths lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -82,7 +83,10 @@ test: $(STAMPS)/tested-tools c-test lint
 	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
 test-long: $(STAMPS)/tested-tools
-	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) -m long --durations=10 $(ARGS)
+	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) -m 'long and not each' --durations=10 $(ARGS)
+
+test-each: $(STAMPS)/tested-tools
+	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) -m each --timeout=3000 --durations=10 $(ARGS)
 
 bench: $(STAMPS)/bench-tools
 	@$(SUDO) $(VENV)/bin/crablb bench $(ARGS)

@@ -12,14 +12,14 @@ from scapy.utils import rdpcap
 
 from crablb.lab import VIP4, VIP6
 from crablb.lab.demo import VIPS, crablb, start_agent, syns
+from tests.helpers.covering import OFFLOAD, covering
 from tests.helpers.processes import answer, exchange, until
 from tests.helpers.world import agent_status, status
 
 VIP = {4: str(VIP4), 6: str(VIP6)}
 
 
-@pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
-@pytest.mark.parametrize("topology", ["bridge", "routed"])
+@covering(OFFLOAD, topology=["bridge", "routed"], offload=[True, False])
 def test_redirected(make_world, topology, offload):
     world = make_world(topology, servers=2, offload=offload)
     world.servers()
@@ -50,8 +50,7 @@ def test_experimental_form(make_world):
     assert counters.get("redirected") == 2, (counters, status(world.lab), agent_status(world.lab.servers[0], None))
 
 
-@pytest.mark.parametrize("mode", ["native", "generic"])
-@pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
+@covering(OFFLOAD, mode=["native", "generic"], offload=[True, False])
 def test_unprepared_client_takes_the_fallback(make_world, offload, mode):
     world = make_world(servers=2, offload=offload)
     world.servers(agents=False)
@@ -193,8 +192,7 @@ def test_lost_syn_ack(make_world):
     assert world.client_counters()["retransmitted"] == 1
 
 
-@pytest.mark.parametrize("family", [4, 6])
-@pytest.mark.parametrize("known", [True, False], ids=["known", "older-than-the-agent"])
+@covering({True: "known", False: "older-than-the-agent"}, known=[True, False], family=[4, 6])
 def test_four_tuple_collision(make_world, known, family):
     """A connection straight to the backend has the four-tuple that the redirected one would get."""
     world = make_world()

@@ -19,6 +19,7 @@ from scapy.utils import rdpcap
 from crablb.lab import VIP4, VIP6, Node
 from crablb.lab.demo import crablb, start_agent
 from tests.helpers.cables import cable, two_networks
+from tests.helpers.covering import OFFLOAD, covering
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import exchange, until
 from tests.helpers.world import World, agent_status, status
@@ -39,9 +40,7 @@ def agents(world: World, counter: str) -> int:
     return sum(agent_status(server)["server"]["counters"][counter] for server in world.lab.servers)
 
 
-@pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
-@pytest.mark.parametrize("topology", ["bridge", "routed"])
-@pytest.mark.parametrize("fallback", ["auto", "dsr-ipip"])
+@covering(OFFLOAD, fallback=["auto", "dsr-ipip"], topology=["bridge", "routed"], offload=[True, False])
 def test_everybody_is_served(standing, topology, offload, fallback):
     """A prepared and an unprepared client, whole transfers both ways, wherever the servers are."""
     world = standing(topology, servers=2, offload=offload, dsr=True)
@@ -168,8 +167,7 @@ def test_ipv4_behind_an_ipv6_gateway(make_world, way):
     assert status(lab)["total"]["redirected"] == 1
 
 
-@pytest.mark.parametrize("bypass", ["on", "off"])
-@pytest.mark.parametrize("family", [4, 6])
+@covering(bypass=["on", "off"], family=[4, 6])
 def test_path_mtu_discovery_towards_the_client(make_world, family, bypass):
     """The ICMP error about the server's packet goes to the VIP, so to the load balancer: it finds the server."""
     world = make_world("routed", servers=3, offload=False)
@@ -259,8 +257,7 @@ def test_a_tunnel_too_narrow_for_ipv6_is_named(make_world):
 # ---- the XDP program alone ----
 
 
-@pytest.mark.parametrize("mode", ["native", "generic", "native-offload"])
-@pytest.mark.parametrize("topology", ["bridge", "routed"])
+@covering(mode=["native", "generic", "native-offload"], topology=["routed", "bridge"])
 def test_known_flows_do_not_enter_user_space(standing, topology, mode):
     mode, _, offload = mode.partition("-")
     world = standing(topology, offload=bool(offload), dsr=True)
@@ -277,9 +274,7 @@ def test_known_flows_do_not_enter_user_space(standing, topology, mode):
     assert now["flows"] == 2  # both have said FIN, and will be forgotten
 
 
-@pytest.mark.parametrize("topology", ["bridge", "routed"])
-@pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
-@pytest.mark.parametrize("mode", ["native", "generic"])
+@covering(OFFLOAD, topology=["bridge", "routed"], offload=[True, False], mode=["native", "generic"])
 def test_established_flows_go_on_without_a_daemon(make_world, topology, offload, mode):
     world = make_world(topology, servers=3, offload=offload)
     world.servers(dsr=True)
@@ -448,8 +443,7 @@ def test_flows_that_cannot_be_taken_over(standing):
     assert world.echo(VIP4)["intact"]
 
 
-@pytest.mark.parametrize("bypass", ["on", "off"])
-@pytest.mark.parametrize("on_dead", ["reassign", "reset"])
+@covering(bypass=["on", "off"], on_dead=["reassign", "reset"])
 def test_a_dead_backend(make_world, on_dead, bypass):
     """The connections that it had end, by another backend's RST or by ours; those of the others go on."""
     world = make_world(servers=3, offload=False)
@@ -526,8 +520,7 @@ def test_flows_move_to_another_load_balancer_and_back(make_world):
 # ---- several interfaces ----
 
 
-@pytest.mark.parametrize("bypass", ["auto", "off"])
-@pytest.mark.parametrize("fallback", ["dsr-l2", "dsr-ipip"])
+@covering(bypass=["auto", "off"], fallback=["dsr-l2", "dsr-ipip"])
 def test_backends_behind_another_interface(make_world, fallback, bypass):
     world = make_world(offload=False)
     lab, server = world.lab, world.lab.servers[0]

@@ -43,14 +43,18 @@ def test_some_calls_of_a_start_fail(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("does", [ENOMEM, EPERM, EMFILE], ids=NAMES.get)
+@pytest.mark.parametrize(
+    "does", [ENOMEM, *(pytest.param(does, marks=pytest.mark.each) for does in (EPERM, EMFILE))], ids=NAMES.get
+)
 def test_the_calls_of_a_start_fail_one_after_the_other(tmp_path, does):
     assert start(tmp_path, "serve", does, 1, steps(29)) > 300
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("what", ["client", "server", "mptcp"])
+@pytest.mark.parametrize(
+    "what", ["client", *(pytest.param(what, marks=pytest.mark.each) for what in ("server", "mptcp"))]
+)
 def test_the_calls_of_an_agents_start_fail_one_after_the_other(tmp_path, what):
     assert start(tmp_path, what, ENOMEM, 1, steps(58)) > 300
 

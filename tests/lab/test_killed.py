@@ -11,7 +11,9 @@ from tests.helpers.shim import tried
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 
-@pytest.mark.parametrize("scenario", ["start", "takeover", "other-seed", "reload", "stop"])
+@pytest.mark.parametrize(
+    "scenario", ["start", pytest.param("takeover", marks=pytest.mark.each), "other-seed", "reload", "stop"]
+)
 def test_killed_at_each_step(tmp_path: Path, scenario: str):
     """A program is attached by a pinned link, and the flows can be adopted, at each instant; the next one serves."""
     found = tried(tmp_path, "killed", scenario, backends=range(11, 15), seconds=1400)

@@ -11,6 +11,7 @@ import pytest
 from crablb.agent import limits as notes
 from crablb.lab import Lab, Node
 from crablb.lab.demo import VIPS, crablb
+from tests.helpers.covering import covering
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import answer, until
 from tests.helpers.world import agent_status, command
@@ -109,8 +110,7 @@ def test_what_somebody_changed_is_put_back_too(client):
     assert limits(client) == {"add_addr_accepted": 0, "subflows": 6}
 
 
-@pytest.mark.parametrize("first", ["client", "server"])
-@pytest.mark.parametrize("last", ["client", "server"])
+@covering(first=["client", "server"], last=["server", "client"])
 def test_both_agents_in_one_namespace(make_lab, first, last):
     """Whoever comes and goes first: each has what it needs, and what was there is put back."""
     (node,) = make_lab(offload=False).servers

@@ -15,6 +15,7 @@ from crablb.config import parse_vip
 from crablb.kernel import mptcp as kernel
 from crablb.lab.demo import VIPS as SERVICES
 from crablb.lab.demo import crablb
+from tests.helpers.covering import covering
 from tests.helpers.mptcp import FEW, VIPS, Box, Ends, cut, direct_cut, passing, prepare_client, subflows
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import until
@@ -52,8 +53,7 @@ def sysctl(node, name):
     return node.run("sysctl", "-n", f"net.mptcp.{name}").stdout.strip()
 
 
-@pytest.mark.parametrize("mode", ["backup", "leave"])
-@pytest.mark.parametrize("topology", ["bridge", "routed"])
+@covering(mode=["backup", "leave"], topology=["bridge", "routed"])
 def test_packets_by_the_load_balancer(make_world, topology, mode):
     """At most nine, whatever the length; the data are whole, and the peer is the VIP.  A connection that left never
     comes again, not even to end."""

@@ -24,7 +24,7 @@ def test_loses():
 """
 
 
-@pytest.mark.long
+@pytest.mark.each
 @pytest.mark.timeout(3600)
 def test_nothing_of_ours_is_lost(tmp_path: Path) -> None:
     files = [f"tests/unit/test_{name}.py" for name in UNIT] + [f"tests/bpf/test_{name}.py" for name in KERNEL]
