@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import structlog
 
@@ -41,6 +41,8 @@ MANAGERS = ("path_manager", "pm_type")
 ROLE = "server"
 #: Seconds between looks at all connections.
 LOOK = 1.0
+#: Looks at which somebody's other way may give no answer before those that can leave do so without waiting for it.
+PATIENCE = 3
 #: Endpoints that the kernel takes (MPTCP_PM_ADDR_MAX).
 ENDPOINTS = 8
 TIMESTAMPS = Path("/proc/sys/net/ipv4/tcp_timestamps")  # for IPv6 too
@@ -428,7 +430,7 @@ def _withdraw(manager: PathManager, keys: set[tuple[Address, int]]) -> set[tuple
     for one in (*told, *(one for one in mine if one not in told)):  # connections go back to the VIP's way first
         if Flag.BACKUP in one.flags and stay.isdisjoint((other.address, other.port) for other in told):
             manager.set_flags(replace(one, flags=one.flags & ~Flag.BACKUP))
-        if live := leaving(one.address)[1]:
+        if live := leaving(one.address).cannot:
             log.warning(
                 "an MPTCP endpoint stays, as connections live by it; it is the next agent's",
                 endpoint=str(one),
@@ -453,18 +455,28 @@ def connections() -> dict[int, list[Subflow]]:
     return found
 
 
-def leaving(address: Address) -> tuple[list[list[Subflow]], int]:
-    """Connections with a subflow at this local address, their subflows there, that have another way which is proven to
-    work; and how many have none, and would hang without the address."""
+class Ready(NamedTuple):
+    """Connections with a subflow at an address, that are to leave it."""
+
+    can: list[list[Subflow]]  # their subflows there; they have another way, which is proven to work
+    cannot: int  # those without, which would hang without the address
+    silent: int  # of these, how many have another way, which did not answer
+
+
+def leaving(address: Address) -> Ready:
+    """Those at this local address."""
 
     def here() -> list[list[Subflow]]:
         return [ways for ways in connections().values() if any(one.local == address for one in ways)]
 
-    others = [one for ways in here() for one in ways if one.established and one.local != address]
-    proven = mptcp.answering(others)
+    def others(ways: Iterable[Subflow]) -> list[Subflow]:
+        return [one for one in ways if one.established and one.local != address]
+
+    proven = mptcp.answering([one for ways in here() for one in others(ways)])
     now = here()  # more may have come while answers were waited for
-    can = [[one for one in ways if one.local == address] for ways in now if any(one.ends in proven for one in ways)]
-    return can, len(now) - len(can)
+    stuck = [ways for ways in now if not any(one.ends in proven for one in ways)]
+    can = [[one for one in ways if one.local == address] for ways in now if ways not in stuck]
+    return Ready(can, len(stuck), sum(1 for ways in stuck if others(ways)))
 
 
 def ways(vips: Collection[Vip], told: Collection[Address]) -> dict[str, int]:
@@ -485,6 +497,7 @@ class Leaving:
 
     def __init__(self) -> None:
         self._looked = -LOOK
+        self._waited: dict[Address, int] = {}
         self._said: tuple[int, int] | None = None
 
     def __call__(self, vips: Iterable[Vip]) -> None:
@@ -493,25 +506,33 @@ class Leaving:
         if now - self._looked < LOOK:
             return
         self._looked = now
-        said = leave_now(vips)
+        said = leave_now(vips, self._waited)
         if said != self._said and any(said):
             log.info("MPTCP connections leave the load balancer", left=said[0], cannot=said[1])
         self._said = said
 
 
-def leave_now(vips: Iterable[Vip]) -> tuple[int, int]:
-    """Have the first subflows of these VIPs' addresses closed; how many connections leave so, and how many cannot.
+def leave_now(vips: Iterable[Vip], waited: dict[Address, int] | None = None) -> tuple[int, int]:
+    """Have the first subflows of these VIPs' addresses closed; how many connections leave so, and how many cannot yet.
 
     The kernel closes those of all connections to an address or of none, and a connection without another subflow that
     works would hang: where there are such, the others are ended each by itself, by a RST, of which load balancers see
     nothing.  One that is made between the last look and the closing, a millisecond or so, is not seen, and hangs.
+
+    ``waited``: how many looks in a row somebody's other way gave no answer, by address, to be kept by whoever looks
+    again and again: a busy host answers late, so for :data:`PATIENCE` looks nobody is ended by RST for that.
     """
     left = stay = 0
     with PathManager() as manager:
         for address in dict.fromkeys(vip.address for vip in vips):
-            can, cannot = leaving(address)
-            left += len(can)
+            can, cannot, silent = leaving(address)
             stay += cannot
+            if waited is not None:
+                waited[address] = waited.get(address, 0) + 1 if silent else 0
+                if 0 < waited[address] <= PATIENCE:
+                    stay += len(can)
+                    continue
+            left += len(can)
             if cannot:
                 for one in chain.from_iterable(can):
                     _destroy(one)
