@@ -166,6 +166,7 @@ def test_each_command(world, capsys):
     held.kill()
 
 
+@pytest.mark.long
 def test_every_documented_command(world):
     """As docs/commands.md and docs/api.md show them, in their order."""
     world.serve("--check", "none", what=[f"{VIP}=10.0.0.11,10.0.0.12"])
@@ -183,6 +184,7 @@ def test_every_documented_command(world):
         assert command(world.lab.lb, *words[1:], expected=timed_out)
 
 
+@pytest.mark.long
 def test_what_curl_is_shown_to_say(world):
     world.serve("--check", "none", what=[f"{VIP}=10.0.0.11,10.0.0.12"])
     with inside(world.lab.lb.netns):
@@ -247,6 +249,7 @@ def test_who_may_ask(world):
     assert {b["state"] for b in said(world, "backends")} == {"up"}
 
 
+@pytest.mark.long
 def test_it_is_killed_hangs_and_comes_back(world, capsys, monkeypatch):
     daemon = world.serve("--check", "none")
     with inside(world.lab.lb.netns):
@@ -299,6 +302,7 @@ def test_it_is_killed_hangs_and_comes_back(world, capsys, monkeypatch):
         assert not any(os.readlink(path).startswith(f"{pins.namespace()}-") for path in links)
 
 
+@pytest.mark.long
 def test_a_restart_with_keep(world):
     """The next load balancer has the flows, and no connection breaks."""
     first = world.serve("--check", "none", "--keep", "120")
@@ -327,6 +331,7 @@ def test_a_restart_with_keep(world):
     assert f"{mine} is not drained any more in {VIP}" in told
 
 
+@pytest.mark.long
 def test_without_it(world, capsys):
     """Nothing is imported for it, and there is no socket."""
     daemon = world.serve("--admin", "off", "--check", "none")
@@ -338,6 +343,7 @@ def test_without_it(world, capsys):
     assert "_ssl" not in mapped or "starlette" not in mapped
 
 
+@pytest.mark.long
 def test_by_tcp(world, tmp_path):
     """With TLS and a token, by whoever has both."""
     certificate, key, token = tmp_path / "crt", tmp_path / "key", tmp_path / "token"
@@ -399,6 +405,7 @@ def test_it_answers_under_a_flood(world):
     assert slowest < 5
 
 
+@pytest.mark.long
 def test_two_load_balancers_on_one_machine(make_lab, tmp_path):
     """Each has the plain name in its turn; commands ask that of their namespace."""
     (tmp_path / "one").mkdir()

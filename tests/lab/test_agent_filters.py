@@ -53,6 +53,7 @@ def repair(node: Node) -> subprocess.CompletedProcess[str]:
     return node.run(*crablb("agent", "repair"), check=False)
 
 
+@pytest.mark.long
 def test_a_filter_that_ends_the_chain(world: World, accepting: Path):
     client = world.lab.client
     world.client()
@@ -63,6 +64,7 @@ def test_a_filter_that_ends_the_chain(world: World, accepting: Path):
     assert redirected(world)
 
 
+@pytest.mark.long
 def test_a_tcx_program_behind(world: World, accepting: Path):
     client = world.lab.client
     world.client()
@@ -72,6 +74,7 @@ def test_a_tcx_program_behind(world: World, accepting: Path):
             assert redirected(world)
 
 
+@pytest.mark.long
 def test_a_tcx_program_in_front(world: World, accepting: Path):
     """It is told, and mended when asked: what is open gets its packets again."""
     client = world.lab.client
@@ -97,6 +100,7 @@ def test_a_tcx_program_in_front(world: World, accepting: Path):
         assert bpf.tcx_programs(index) == []
 
 
+@pytest.mark.long
 def test_the_agents_process_goes_in_front(world: World, accepting: Path):
     """Once: of two that both insist on it none would ever rest."""
     client = world.lab.client
@@ -109,6 +113,7 @@ def test_the_agents_process_goes_in_front(world: World, accepting: Path):
             assert redirected(world)
 
 
+@pytest.mark.long
 def test_what_is_detached_is_attached_again(world: World):
     client = world.lab.client
     world.client()
@@ -128,6 +133,7 @@ def test_what_is_detached_is_attached_again(world: World):
     assert redirected(world)
 
 
+@pytest.mark.long
 def test_an_interface_that_is_made_anew(world: World):
     """As when a driver is loaded again: the name is the old one, the interface is not."""
     client = world.lab.client
@@ -163,6 +169,7 @@ def in_client(world: World, without_tcx: None) -> Iterator[Callable[[], ClientAg
         ClientAgent.remove()
 
 
+@pytest.mark.long
 def test_filters_of_clsact(world: World, in_client: Callable[[], ClientAgent], accepting: Path):
     """On kernels without tcx: in front of all filters there are, mended, replaced in place, taken away."""
     client = world.lab.client
@@ -186,6 +193,7 @@ def test_filters_of_clsact(world: World, in_client: Callable[[], ClientAgent], a
     assert client.run("tc", "qdisc").stdout == before
 
 
+@pytest.mark.long
 def test_clsact_beside_a_filter_of_another_kind(world: World, in_client: Callable[[], ClientAgent]):
     """A priority holds filters of one kind only: the next one is taken, and what others have stays."""
     client = world.lab.client
@@ -212,6 +220,7 @@ def bpf_call(command: int, cgroup: Path, program: int) -> None:
         os.close(directory)
 
 
+@pytest.mark.long
 def test_a_cgroup_with_a_program_that_suffers_no_other(world: World):
     """The kernel says EPERM, and root is told what it means."""
     client = world.lab.client
@@ -235,6 +244,7 @@ def test_a_cgroup_with_a_program_that_suffers_no_other(world: World):
     assert client.run("sh", "-c", "ip rule; ip route show table all; tc qdisc").stdout == before
 
 
+@pytest.mark.long
 def test_offers_that_nobody_takes_up_are_told(make_world: Callable[..., World]):
     """As where backends' packets come in by another interface than the agent looks at."""
     world = make_world()

@@ -39,6 +39,7 @@ def left(node: Node) -> list[str]:
         return [str(path) for path in pins.folder("client").glob("*")]
 
 
+@pytest.mark.long
 def test_remove_waits_for_connections(world: World):
     """Nothing is offered any more; what is redirected is translated to its end."""
     client = world.lab.client
@@ -61,6 +62,7 @@ def test_remove_waits_for_connections(world: World):
     assert (shown(client), left(client)) == (before, [])
 
 
+@pytest.mark.long
 def test_a_half_closed_connection_is_waited_for(world: World):
     """An upload that has ended, whose answer is still on its way."""
     client = world.lab.client
@@ -74,6 +76,7 @@ def test_a_half_closed_connection_is_waited_for(world: World):
     assert answer(remove) == "client: removed"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [["--now"], ["--wait", "0.2"]], ids=" ".join)
 def test_remove_does_not_wait_longer_than_told(world: World, how: list[str]):
     client = world.lab.client
@@ -91,6 +94,7 @@ def test_remove_does_not_wait_longer_than_told(world: World, how: list[str]):
     assert held.wait(timeout=300) != 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["kill", "term", "detached", "repair"])
 def test_new_connections_while_an_agent_is_replaced(world: World, how: str):
     """As many as come until all have ended: each is served."""
@@ -120,6 +124,7 @@ def test_new_connections_while_an_agent_is_replaced(world: World, how: str):
         assert all(echo["intact"] for echo in json.loads(out))
 
 
+@pytest.mark.long
 def test_connections_whose_end_nobody_heard(world: World):
     """Those of another cgroup than the agent's now: they go on, and leave nothing when they have ended."""
     client = world.lab.client
@@ -151,6 +156,7 @@ def test_connections_whose_end_nobody_heard(world: World):
         elsewhere.rmdir()
 
 
+@pytest.mark.long
 def test_sigterm_waits_and_leaves_what_is_needed(world: World):
     """After its time the agent ends; the connections go on, and the next agent has them."""
     client = world.lab.client
@@ -202,6 +208,7 @@ def test_an_installation_under_traffic_breaks_nothing(world: World):
     assert exchange(new, "end") == "['10.0.0.11']"
 
 
+@pytest.mark.long
 def test_an_installation_that_is_refused_leaves_the_one_before(world: World):
     client = world.lab.client
     agent = world.client()
@@ -215,6 +222,7 @@ def test_an_installation_that_is_refused_leaves_the_one_before(world: World):
     assert exchange(held, "still here") == "still here"
 
 
+@pytest.mark.long
 def test_another_version_waits_for_the_connections_of_the_one_before(world: World):
     """One whose maps are not this version's: nothing is changed while connections need it; then it is replaced."""
     client = world.lab.client
@@ -236,6 +244,7 @@ def test_another_version_waits_for_the_connections_of_the_one_before(world: Worl
     assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
 
 
+@pytest.mark.long
 def test_tables_of_another_size(world: World):
     """Those of the agent before are kept while connections need them, which is said; then they are made anew."""
     client = world.lab.client
@@ -281,6 +290,7 @@ def test_tables_of_another_size(world: World):
     assert world.echo(VIP4, "10")["accepted_on"] == "10.0.0.11"
 
 
+@pytest.mark.long
 def test_other_vips_in_its_place(world: World):
     """What is no VIP any more has no route of the agent's; its open connections end by themselves."""
     client = world.lab.client
@@ -294,6 +304,7 @@ def test_other_vips_in_its_place(world: World):
     assert world.echo(VIP6, "10")["accepted_on"] == str(VIP6)
 
 
+@pytest.mark.long
 def test_another_cgroup_in_its_place(world: World):
     """The attachment moves: there is one, at the new cgroup."""
     client = world.lab.client

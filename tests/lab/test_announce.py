@@ -14,6 +14,7 @@ from tests.helpers.processes import logged, until
 from tests.helpers.world import World, status
 
 
+@pytest.mark.long
 def test_clients_find_the_vip(make_world):
     """The VIPs are on the client's segment, and nobody has a route to them."""
     world = make_world("bridge", servers=2)
@@ -46,6 +47,7 @@ def test_takeover_is_told(make_world):
         until(lambda v=vip: mac in client.run("ip", "neigh", "show", str(v)).stdout)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", [4, 6])
 def test_an_address_in_use_is_not_taken(make_world, family):
     """It is named in the log; the other VIP is served."""
@@ -111,6 +113,7 @@ def answers(world: World, node: Node) -> bool:
     return all(node.mac() in line for line in told)
 
 
+@pytest.mark.long
 def test_a_standby_takes_over(make_world):
     """It saw the first one's answers; when that is killed, it answers, and the first one waits when it comes back."""
     world, second, folder = segment(make_world)
@@ -136,6 +139,7 @@ def test_a_standby_takes_over(make_world):
         child.wait()
 
 
+@pytest.mark.long
 def test_two_that_were_parted(make_world):
     """Both took the VIPs; joined again, the one with the higher MAC address leaves them to the other."""
     world, second, folder = segment(make_world)

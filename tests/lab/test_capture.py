@@ -156,6 +156,7 @@ def _check_trace(trace: subprocess.Popen[str], lab, names: list[object]) -> None
     assert steps[-1]["outcome"] == "2 connections"
 
 
+@pytest.mark.long
 def test_several_at_once(standing):
     """Each sees its own; there are no more than so many; who is stopped keeps nobody else waiting."""
     world = standing(servers=2)
@@ -218,6 +219,7 @@ def test_a_full_disk(standing):
     until(lambda: program(world) == "crab_lb")
 
 
+@pytest.mark.long
 def test_into_a_pipe(standing):
     """To tshark, which goes when it has had enough."""
     world = standing()

@@ -71,6 +71,7 @@ def log(world: World) -> str:
     return (world.folder / "serve.log").read_text()
 
 
+@pytest.mark.long
 def test_changes_outlive_whatever_ends_the_daemon(world):
     path = config(world)
     daemon = serve(world, path)

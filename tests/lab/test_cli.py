@@ -409,7 +409,7 @@ def test_terminated_it_removes_its_lab():
         child.communicate()
 
 
-@pytest.mark.parametrize("topology", ["bridge", "routed"])
+@pytest.mark.parametrize("topology", ["bridge", pytest.param("routed", marks=pytest.mark.long)])
 def test_demo(topology):
     done = run("demo", "--json", "--topology", topology)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -130,6 +130,7 @@ def main_in(node: Node, *args: str) -> int:
         return main(args)
 
 
+@pytest.mark.long
 def test_a_load_balancer_that_is_ill(doctor):
     """Its process, its program, its pins, its log."""
     world, lb = doctor.world, doctor.node
@@ -224,6 +225,7 @@ def test_a_server_that_dies(doctor):
     assert "service-down" not in found
 
 
+@pytest.mark.long
 def test_a_vip_that_is_withdrawn(doctor):
     """And of a load balancer that is stopped or dead since, whatever came in before."""
     world, lb = doctor.world, doctor.node
@@ -492,6 +494,7 @@ MASKED = {
 }
 
 
+@pytest.mark.long
 def test_whatever_is_masked(doctor):
     """It is told, and so is the rest, and nothing ends by a traceback."""
     doctor.world.serve(config=doctor.file)

@@ -92,6 +92,7 @@ def test_what_has_moved_away_is_counted(make_world, mode):
         until(lambda left=left: counts() == left)
 
 
+@pytest.mark.long
 def test_open_connections_leave(make_world):
     """All that can, of servers in either mode, IPv4 and IPv6; what cannot is counted, and why; what left does not
     notice when the load balancer dies."""

@@ -168,6 +168,7 @@ def test_reset(standing):
         assert child.communicate()[0].strip() == "ConnectionResetError"
 
 
+@pytest.mark.long
 def test_lost_syn_ack(make_world):
     """The client's second SYN makes no offer: the fallback serves it, and the late redirect changes nothing."""
     world = make_world()

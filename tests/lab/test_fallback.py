@@ -82,6 +82,7 @@ def test_from_one_family_to_the_other(standing, family):
     assert total["too_big"] == 0
 
 
+@pytest.mark.long
 def test_the_tunnels_packets(standing):
     """On the wire: the client's segments leave room for the outer header, because the SYN-ACK said so."""
     world = standing("routed", offload=False, dsr=True)
@@ -148,6 +149,7 @@ def test_a_router_in_the_tunnels_way_says_its_mtu(make_world, family, outer, byp
     assert lab.middle.run(*counted).stdout == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["link-local", "global"])
 def test_ipv4_behind_an_ipv6_gateway(make_world, way):
     """As with "BGP unnumbered" (RFC 8950)."""
@@ -167,6 +169,7 @@ def test_ipv4_behind_an_ipv6_gateway(make_world, way):
     assert status(lab)["total"]["redirected"] == 1
 
 
+@pytest.mark.long
 @covering(bypass=["on", "off"], family=[4, 6])
 def test_path_mtu_discovery_towards_the_client(make_world, family, bypass):
     """The ICMP error about the server's packet goes to the VIP, so to the load balancer: it finds the server."""
@@ -186,6 +189,7 @@ def test_path_mtu_discovery_towards_the_client(make_world, family, bypass):
         assert now["total"]["fallback_icmp"] == now["xdp"]["icmp"] >= 1
 
 
+@pytest.mark.long
 def test_dsr_l2_does_not_pass_a_gateway(standing):
     world = standing("routed", dsr=True)
     world.serve("--fallback", "dsr-l2")
@@ -372,6 +376,7 @@ def server_of(world: World, port: int) -> str:
         return conn.makefile().readline().split()[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bypass", ["on", "off"])
 def test_a_port_used_again_is_a_new_connection(make_world, bypass):
     """It does not follow the one before to a backend that takes none."""
@@ -415,6 +420,7 @@ def test_forged_packets_move_no_connection(make_world, bypass):
             assert exchange(child, text) == text, forged[port]
 
 
+@pytest.mark.long
 def test_a_flow_taken_over_outlives_its_backends_place(make_world):
     """Killed, and started again with other backends: the flows that are there stay where they are."""
     world = make_world(servers=3, offload=False)
@@ -432,6 +438,7 @@ def test_a_flow_taken_over_outlives_its_backends_place(make_world):
     assert status(world.lab)["flows"] == 60
 
 
+@pytest.mark.long
 def test_flows_that_cannot_be_taken_over(standing):
     """A daemon that died before it had pinned its flows does not keep the next one from starting."""
     world = standing(offload=False, dsr=True)
@@ -443,6 +450,7 @@ def test_flows_that_cannot_be_taken_over(standing):
     assert world.echo(VIP4)["intact"]
 
 
+@pytest.mark.long
 @covering(bypass=["on", "off"], on_dead=["reassign", "reset"])
 def test_a_dead_backend(make_world, on_dead, bypass):
     """The connections that it had end, by another backend's RST or by ours; those of the others go on."""
@@ -481,6 +489,7 @@ def test_a_reset_that_we_send_is_right(make_world):
     assert "ConnectionResetError" in held.stderr.read()
 
 
+@pytest.mark.long
 def test_flows_move_to_another_load_balancer_and_back(make_world):
     """Two load balancers of one configuration behind an ECMP router, whose routes change in the middle of transfers."""
     world = make_world("routed", servers=3, offload=False)
@@ -520,6 +529,7 @@ def test_flows_move_to_another_load_balancer_and_back(make_world):
 # ---- several interfaces ----
 
 
+@pytest.mark.long
 @covering(bypass=["auto", "off"], fallback=["dsr-l2", "dsr-ipip"])
 def test_backends_behind_another_interface(make_world, fallback, bypass):
     world = make_world(offload=False)
@@ -546,6 +556,7 @@ def test_backends_behind_another_interface(make_world, fallback, bypass):
     assert status(lab)["total"]["redirected"] == 2
 
 
+@pytest.mark.long
 def test_clients_of_several_interfaces(make_world):
     """Two networks of clients, one load balancer; it is killed, taken over, and leaves nothing at its end."""
     world = make_world(servers=2, offload=False)

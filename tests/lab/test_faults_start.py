@@ -37,6 +37,7 @@ def steps(number: int) -> int:
     return max(number // int(os.environ.get("CRABLB_LONG", "1")), 1)
 
 
+@pytest.mark.long
 def test_some_calls_of_a_start_fail(tmp_path):
     assert start(tmp_path, "serve", ENOMEM, 200, 250) > 300
 

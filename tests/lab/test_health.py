@@ -263,6 +263,7 @@ def test_what_follows_for_a_service(make_world):
     watched(world.lab, service, test)
 
 
+@pytest.mark.long
 def test_a_vip_without_a_quorum_is_not_announced(make_world):
     """And its log says why; by the command, with the checks that there are by default."""
     world = make_world("bridge", servers=2)

@@ -35,6 +35,7 @@ def left(lab: Lab) -> list[str]:
     return pinned + ["program"] * bool(program(lab)) + ["managed neighbours"] * managed
 
 
+@pytest.mark.long
 def test_a_clean_stop_keeps_flows_for_the_next(make_world: Callable[..., World]):
     """Connections by the fallback go on in between and behind it, whose backends are others."""
     world = make_world(servers=3, offload=False)
@@ -78,6 +79,7 @@ def programs(lab: Lab, *interfaces: str) -> list[tuple[int, str]]:
         return [bpf.xdp_program(socket.if_nametoindex(name)) for name in interfaces]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how", ["another program", "another mode", "another mode, another seed", "another mode of the first, another seed"]
 )

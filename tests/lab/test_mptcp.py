@@ -106,6 +106,7 @@ def test_a_middlebox_that_begins_in_the_middle(make_world):
     assert whole(held)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["backup", "leave"])
 def test_servers_that_clients_cannot_reach(make_world, mode):
     """They live by the load balancer, and nobody tries again and again; once the way is there, new ones take it."""
@@ -129,6 +130,7 @@ def test_servers_that_clients_cannot_reach(make_world, mode):
 # ---- those who do not take part ----
 
 
+@pytest.mark.long
 def test_clients_and_servers_that_do_not_take_part(make_world):
     """Limits that take up nothing; MPTCP off at the client; a listener of TCP: each is served, by the load balancer."""
     world, ends = led(make_world, limits=False)
@@ -166,6 +168,7 @@ def test_a_listener_of_tcp(make_world):
 # ---- mixed ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["backup", "leave"])
 def test_all_kinds_on_one_vip(make_world, mode):
     """Redirected, led and plain clients at once; who is redirected stays so, though he speaks MPTCP."""
@@ -240,6 +243,7 @@ def mib(node: Node, name: str) -> int:
 # ---- programs that know nothing of MPTCP ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("topology", ["bridge", "routed"])
 def test_unmodified_programs(make_world, topology):
     """nginx and curl by LD_PRELOAD (mptcpize): downloads, uploads, a thousand requests on one connection."""
@@ -279,6 +283,7 @@ def test_unmodified_programs(make_world, topology):
 # ---- delay ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["backup", "leave"])
 def test_twenty_milliseconds(make_world, mode):
     """What is sent before the direct way stands goes by the load balancer: at most 1.5 % of 10 MB; with ``leave``

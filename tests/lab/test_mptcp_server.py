@@ -217,6 +217,7 @@ def test_connections_outlive_the_agent(make_world):
     assert endpoints(server) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["ended", "replaced"])
 def test_from_one_mode_to_the_other(make_world, how):
     """Connections live on: by the load balancer from backup, and led again there; where they are from leave."""
@@ -276,6 +277,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 def test_what_cannot_be_is_refused(make_world):
     """Before anything is done, and named."""
     world = make_world(offload=False)
@@ -425,6 +427,7 @@ def test_a_load_balancer_is_left(make_world, family):
     other.tell("close")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_way_that_does_not_work_is_not_left_by(make_world, family):
     """Whether a connection is idle, or the server only receives, nothing at the server tells of a way that has died;
@@ -509,6 +512,7 @@ def test_events_that_are_lost(leader, monkeypatch):
         assert many.tell("ping") == 100
 
 
+@pytest.mark.long
 def test_a_path_manager_that_fails_begins_anew(leader, monkeypatch):
     """Connections live meanwhile, and those that began then leave later."""
     world, server, leader = leader

@@ -32,6 +32,7 @@ def serve(world: World, vip: str, *more: str) -> tuple[int, str]:
     return child.wait(), said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", [4, 6])
 def test_the_address_that_a_machine_is_reached_by(make_world, family):
     world = make_world()
@@ -42,6 +43,7 @@ def test_the_address_that_a_machine_is_reached_by(make_world, family):
     assert serve(world, OWN[family], "--allow-own-address", "false")[0] == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("add", "vip"),
     [

@@ -10,6 +10,7 @@ from tests.helpers.processes import ROOT
 RUN = [page for page in PAGES if steps(page) and str(page.relative_to(ROOT)) not in ELSEWHERE]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_each_command(page, tmp_path):
     run_page(page, tmp_path)

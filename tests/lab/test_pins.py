@@ -276,6 +276,7 @@ def test_where_pins_cannot_last(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsy
     assert client.run("ip", "rule").stdout == before
 
 
+@pytest.mark.long
 def test_interfaces_with_a_dot(make_world: Callable[..., World]):
     """As VLANs have: at the load balancer, at a server with DSR, at the client."""
     world = make_world()
@@ -300,6 +301,7 @@ def test_interfaces_with_a_dot(make_world: Callable[..., World]):
         balancer.wait()
 
 
+@pytest.mark.long
 def test_an_interface_with_a_dot_in_its_name(make_world):
     """As VLAN devices have it, and the BPF file system does not: served, taken over, beside an agent, and gone."""
     world = make_world()

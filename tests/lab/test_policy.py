@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
+import pytest
+
 from crablb.model import Vip
 from tests.helpers.processes import until
 from tests.helpers.world import status
@@ -12,6 +14,7 @@ from tests.reference.round_robin import smooth
 VIP = Vip(ip_address("10.0.0.100"), 80)
 
 
+@pytest.mark.long
 def test_redirected_by_turns(standing):
     """Thirty connections, three servers, two of them twice as heavy: by the smooth round robin to the connection."""
     world = standing(servers=3)
@@ -24,6 +27,7 @@ def test_redirected_by_turns(standing):
     assert status(world.lab)["total"]["redirected"] == 10
 
 
+@pytest.mark.long
 def test_a_policy_beside_the_configuration(standing):
     """The first octets choose; it fails for a while, and nobody notices but the log and the counter."""
     world = standing(servers=3)

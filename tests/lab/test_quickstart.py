@@ -85,6 +85,7 @@ def test_what_it_prints_is_run(make_lab, tmp_path, topology):
     assert [one["vip"] for one in told] == [f"tcp://{VIP4}:80"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
 def test_what_cannot_be_told_is_not_written(make_lab, tmp_path, more):
     """And what was there is as it was, with the one before."""

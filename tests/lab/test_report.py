@@ -26,6 +26,7 @@ def seen_by_ss(world: World) -> int:
     return len(out.splitlines())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prepared", [True, False], ids=["redirected", "fallback"])
 def test_connections_are_counted_exactly(make_world, prepared):
     """After a storm of opens, closes, resets and killed processes: what ss says."""
@@ -148,6 +149,7 @@ def test_least_connections_sees_the_servers(make_world, lossy):
     assert Counter(reporting.names(3))["server1"] <= 1
 
 
+@pytest.mark.long
 def test_least_loaded_sees_a_figure(make_world):
     world = make_world(servers=2)
     world.client()

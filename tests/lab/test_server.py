@@ -296,6 +296,7 @@ def test_a_kernel_without_btf(make_world, tmp_path):
 # ---- its VIPs ----
 
 
+@pytest.mark.long
 def test_vips_are_added_and_removed_in_place(make_world):
     world = make_world()
     server = world.lab.servers[0]
@@ -338,6 +339,7 @@ def test_vips_are_added_and_removed_in_place(make_world):
     assert REDIRECT[4] in asking(world, 4)(REDIRECT[4])[0]
 
 
+@pytest.mark.long
 def test_another_set_replaces_only_if_asked(make_world):
     world = make_world()
     server = world.lab.servers[0]

@@ -90,6 +90,7 @@ LOSSES: dict[str, tuple[Callable[[Node], object], list[str]]] = {
 }
 
 
+@pytest.mark.long
 def test_losses_are_told_and_mended(world: World) -> None:
     """One by one, then at once; in the end it serves both kinds of clients, and leaves nothing when it goes."""
     server = world.lab.servers[0]
@@ -175,6 +176,7 @@ def test_every_interface_of_a_container_host(make_world: Callable[..., World]) -
     assert "clsact" not in server.run("tc", "qdisc").stdout
 
 
+@pytest.mark.long
 def test_the_ports_of_a_bridge_that_was_named(make_world: Callable[..., World]) -> None:
     """The server's address is the bridge's, as on hosts of virtual machines; a port that joins later is missed."""
     world = make_world(offload=False)
@@ -258,6 +260,7 @@ def test_an_interface_that_was_named_is_missed(make_world: Callable[..., World])
     assert (done.returncode, done.stdout) == (1, "not mended: interface extra0 does not exist\n")
 
 
+@pytest.mark.long
 def test_a_place_that_another_program_has_taken(world: World, other_xdp_program: Path) -> None:
     """What can be mended is; the rest is told."""
     server = world.lab.servers[0]

@@ -74,6 +74,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", range(3))
 def test_nothing_that_is_typed_makes_a_traceback(tmp_path, part):
     tmp_path.chmod(0o755)

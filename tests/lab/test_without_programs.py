@@ -77,6 +77,7 @@ def test_what_is_needed(tmp_path, there, args, words):
     assert not state.exists() or not list(state.iterdir())
 
 
+@pytest.mark.long
 def test_the_demo_does_what_it_can(tmp_path):
     """Without tcpdump, nft and ethtool, an interface that knows no GRO, and an ip of before MPTCP."""
     lacking = {"tcpdump", "nft", "ethtool"}
