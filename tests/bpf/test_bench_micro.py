@@ -11,7 +11,7 @@ from crablb.model import CONSISTENT
 from crablb.model import POLICIES as BUILTIN
 from tests.helpers.bench import quiet, written
 
-pytestmark = pytest.mark.xdist_group("bench-micro")
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("bench-micro")]
 
 #: Instructions of a packet, for each address family and way, as gcc 12 compiles it.
 INSTRUCTIONS = {(4, "redirect"): 582, (6, "redirect"): 615, (4, "fallback"): 539, (6, "fallback"): 583}

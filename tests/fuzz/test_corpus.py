@@ -46,6 +46,7 @@ TOO_FAR = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TOO_FAR)
 def test_a_byte_too_far_is_seen(tmp_path, name):
     """Where frames lie, nothing is theirs but the room in front that is promised, and they themselves."""

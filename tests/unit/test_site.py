@@ -17,7 +17,7 @@ from crablb.cli import make_parser, parsers
 from tests.helpers.browser import Browser
 from tests.helpers.processes import ROOT
 
-pytestmark = pytest.mark.xdist_group("site")  # it is made once
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("site")]  # it is made once
 
 
 @pytest.fixture(scope="module")
