@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -140,6 +141,7 @@ def test_one_that_fails_at_once(name):
     command, words = FAILS[name]
 
     async def test(made: Succession, told: list[str]) -> None:
+        gc.collect()  # what tests before have left open
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(2):  # it may be tried again
             with pytest.raises(KernelError) as raised:
@@ -148,7 +150,7 @@ def test_one_that_fails_at_once(name):
             assert "{" not in str(raised.value)
             assert f"takeover-failed: {raised.value}".removesuffix(f"\nprocess {os.getpid()} serves on") == told[-1]
         assert len(told) == 2
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
 
     assert started(command, test) == []
 
