@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from crablb.lab import VIP4, VIP6, Lab, Node
 from crablb.lab.demo import start_agent, start_serve
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import ROOT, answer
+
+#: A server's agent prepares listeners that were there before it (docs/endpoints.md).
+PREPARES_LISTENERS = tuple(int(n) for n in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 12)
 
 
 def command(node: Node, *args: str, expected: int | None = 0) -> str:
@@ -59,13 +63,19 @@ class World:
         """Echo servers.  With ``dsr`` they have the VIPs from their agents, not from the lab; ``more``: what these are
         told besides; ``only``: on these nodes (all of the lab's servers)."""
 
-        def start(server: Node) -> None:
+        def listen(server: Node) -> None:
             self.python(server, "serve", server.name, str(port), ready=True)
+
+        def start(server: Node) -> None:
+            if PREPARES_LISTENERS:
+                listen(server)
             if dsr:
                 server.ip(f"addr del {VIP4}/32 dev lo", f"addr del {VIP6}/128 dev lo")
                 server.set({"net.ipv4.conf.all.arp_ignore": 0, "net.ipv4.conf.all.arp_announce": 0})
             if agents or dsr:
                 start_agent(server, "server", *(["--dsr"] if dsr else []), *more)
+            if not PREPARES_LISTENERS:
+                listen(server)
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(start, only or self.lab.servers))
