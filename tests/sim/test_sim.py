@@ -274,7 +274,7 @@ BROKEN_TOO = {
     "a flow out of the XDP program's reach is not written down": ("moved", {"native/forward.c": (
         "(written || (!(p->tcp_flags", "(written || (backend->dst_mac[5] % 3 && !(p->tcp_flags",
     )}),
-    "a SYN's data go to another server": ("twice", {"native/forward.c": (
+    "a SYN's data go to another server": ("copy-moved", {"native/forward.c": (
         "    bool data = f && f->data;\n", "    bool data = f && f->data && 0;\n"
     )}),
     "what is late is taken for a new connection's": ("moved", {"native/flows.h": (
