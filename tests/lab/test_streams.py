@@ -107,7 +107,9 @@ def test_the_load_balancer_does_not_wait_for_who_reads_its_log(make_world: Calla
     world = make_world()
     lb = world.lab.lb
     file = tmp_path / "lb.toml"
-    file.write_text(f'interface = "eth0"\n[[service]]\naddress = "tcp://{VIP4}:80"\nbackends = ["10.0.0.11"]\n')
+    file.write_text(
+        f'interface = "eth0"\n[[service]]\naddress = "tcp://{VIP4}:80"\nbackends = ["10.0.0.11"]\ncheck = []\n'
+    )
     reader, writer = full_pipe()
     args = crablb("serve", "--config", str(file))
     child = lb.popen(*args, stdout=writer, stderr=writer, cwd=ROOT)
