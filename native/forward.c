@@ -620,8 +620,10 @@ CRAB_APART enum crab_counter forward_icmp(struct crab_core *core, const struct c
 {
     struct crab_entries known = crab_flows_entries(it->bucket, it->hash, now);
     struct crab_flow flow;
-    uint16_t id = known.settled                     ? known.settled->backend
-                  : is_written(core, it, now, &flow) ? flow.backend
+    /* An error comes to another queue than its connection's packets, which knows of an earlier one at best; what is written is
+     * kept right by whoever forwards them. */
+    uint16_t id = is_written(core, it, now, &flow) ? flow.backend
+                  : known.settled                   ? known.settled->backend
                   : known.pending                    ? known.pending->backend
                                                      : CRAB_NO_BACKEND;
     if (id == CRAB_NO_BACKEND)

@@ -182,6 +182,27 @@ FOUND = {
             (1970803, "bury", 6, 20000000, 0),
         ),
     ),
+    "an error went by an earlier connection that its own queue knew": Scenario(
+        seed=537,
+        connections=5000,
+        rate=500,
+        servers=2,
+        clients=1,
+        agents=100,
+        multipath=100,
+        tags=1,
+        split=1,
+        collide=1,
+        syn_rate=1000,
+        heal=11000000,
+        services=(("maglev", 1, 2, 3),),
+        events=(
+            (4009811, "member", 2, 0, 0),
+            (4534860, "hostile", 0, 63, 11),
+            (5159003, "kill", 5, 1000, 0),
+            (7029683, "narrow", 800, 3000000, 0),
+        ),
+    ),
 }
 
 
