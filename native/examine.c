@@ -190,7 +190,7 @@ CRAB_TEMPLATE enum crab_counter examine_at(struct crab_core *core, const struct 
                                                     s->form, &word);
         it->word = (int8_t)word;
         it->redirect = &s->redirects[it->service - s->services];
-        bool data = p->end - p->l4 != p->tcp_header;
+        bool data = crab_has_data(p);
         bool in_place = word >= 0 && p->tcp_header + it->redirect->len <= CRAB_TCP_MIN + CRAB_MAX_OPTIONS + 4;
         if (crab_likely(in_place && !data && !it->service->particular)) {
             it->outcome = CRAB_C_REDIRECTED;

@@ -43,12 +43,6 @@ static inline bool is_written(const struct crab_core *core, const struct crab_it
     return core->table && crab_table_get(core->table, it->hash, now, flow);
 }
 
-/* Has a SYN data?  Its server may act on them before the client is heard again (Fast Open, RFC 7413). */
-static inline bool has_data(const struct crab_packet *p)
-{
-    return p->end - p->l4 != p->tcp_header;
-}
-
 /* Whether a connection whose backend it may not be sent to now goes to another one: those of dead backends alone.  Without a
  * next hop for the moment, a backend still has its connections. */
 static inline bool moves(const struct crab_snapshot *s, const struct crab_service *service, uint16_t backend)
@@ -104,7 +98,7 @@ CRAB_APART uint16_t assign_without_room(struct crab_core *core, const struct cra
         it->outcome = CRAB_C_FALLBACK_RETRANSMIT;
         it->straight = false;
     }
-    if (crab_unlikely(has_data(&it->packet))) { /* nobody could tell where they were acted on: the copy has none */
+    if (crab_unlikely(crab_has_data(&it->packet))) { /* nobody could tell where they were acted on: the copy has none */
         core->counters[CRAB_C_FLOWS_FULL]++;
         return withhold(it);
     }
@@ -361,7 +355,7 @@ CRAB_APART enum crab_counter decide_by_copies(const struct crab_item *it, uint32
 {
     struct crab_entry *f = crab_flows_of_syn(crab_flows_entries(it->bucket, it->hash, now), isn);
     enum crab_counter outcome = it->outcome;
-    if (f && has_data(&it->packet))
+    if (f && crab_has_data(&it->packet))
         f->data = true;
     if (outcome == CRAB_C_FALLBACK_UNSAFE) {
         /* Its server may have acted on the data: a copy without, redirected, would be another connection that sends them. */

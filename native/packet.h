@@ -73,6 +73,12 @@ CRAB_TEMPLATE int crab_parse_at(const uint8_t *frame, size_t len, size_t l3, int
     return CRAB_V_OK;
 }
 
+/* Has a segment data?  A SYN's server may act on them before the client is heard again (Fast Open, RFC 7413). */
+static inline bool crab_has_data(const struct crab_packet *p)
+{
+    return p->end - p->l4 != p->tcp_header;
+}
+
 /* Where the IP header is, behind VLAN tags, and in *type the EtherType in front of it; 0: the frame ends before. */
 static inline size_t crab_find_l3(const uint8_t *frame, size_t len, uint16_t *type)
 {

@@ -473,10 +473,13 @@ def leaving(address: Address) -> Ready:
         return [one for one in ways if one.established and one.local != address]
 
     proven = mptcp.answering([one for ways in here() for one in others(ways)])
-    now = here()  # more may have come while answers were waited for
-    stuck = [ways for ways in now if not any(one.ends in proven for one in ways)]
-    can = [[one for one in ways if one.local == address] for ways in now if ways not in stuck]
-    return Ready(can, len(stuck), sum(1 for ways in stuck if others(ways)))
+    can, stuck = [], []
+    for ways in here():  # more may have come while answers were waited for
+        if any(one.ends in proven for one in ways):
+            can.append([one for one in ways if one.local == address])
+        else:
+            stuck.append(ways)
+    return Ready(can, len(stuck), sum(bool(others(ways)) for ways in stuck))
 
 
 def ways(vips: Collection[Vip], told: Collection[Address]) -> dict[str, int]:

@@ -157,16 +157,22 @@ static void one_port_again_and_again(void)
     crab_snapshot_free(s);
 }
 
+/* Have a core remember as many connections as it has room for. */
+static void fill(struct crab_core *core)
+{
+    for (uint16_t port = 1; port <= 2000; port++) {
+        send_one(core, 4, port, CRAB_SYN, 5, 20, 100);
+        send_one(core, 4, port, CRAB_ACK, 6, 0, 100);
+    }
+}
+
 /* Where there is no room to remember SYNs, the second copy of one that offers again goes by fallback at the latest. */
 static void redirected_without_room(void)
 {
     for (uint32_t first = 100; first < 102; first++) {
         struct crab_core *core = crab_core_new(64, counters);
         struct crab_snapshot *s = lead_to(core, 0, NULL);
-        for (uint16_t port = 1; port <= 2000; port++) {
-            send_one(core, 4, port, CRAB_SYN, 5, 20, 100);
-            send_one(core, 4, port, CRAB_ACK, 6, 0, 100);
-        }
+        fill(core);
         memset(counters, 0, sizeof counters);
         CHECK(send_one(core, 4, 3000, CRAB_SYN, 5, 24, first) == 11);
         CHECK(send_one(core, 4, 3000, CRAB_SYN, 5, 24, first + 1) == 11);
@@ -185,10 +191,7 @@ static void chosen_without_room(void)
     struct crab_member second = {.backend = 1, .weight = 1, .load = &load};
     struct crab_core *core = crab_core_new(64, counters);
     struct crab_snapshot *s = lead_to(core, 0, NULL);
-    for (uint16_t port = 1; port <= 2000; port++) {
-        send_one(core, 4, port, CRAB_SYN, 5, 20, 100);
-        send_one(core, 4, port, CRAB_ACK, 6, 0, 100);
-    }
+    fill(core);
     services[0].pool = crab_pool_new("round-robin", &second, 1, &turn);
     s = lead_to(core, 0, s);
     memset(counters, 0, sizeof counters);
@@ -251,10 +254,7 @@ static void data_without_room(void)
 {
     struct crab_core *core = crab_core_new(64, counters);
     struct crab_snapshot *s = lead_to(core, 0, NULL);
-    for (uint16_t port = 1; port <= 2000; port++) {
-        send_one(core, 4, port, CRAB_SYN, 5, 20, 100);
-        send_one(core, 4, port, CRAB_ACK, 6, 0, 100);
-    }
+    fill(core);
     memset(counters, 0, sizeof counters);
     CHECK(send_data(core, 4, 3000, CRAB_SYN, 5, 20, 100, 100) == 0);
     CHECK(counters[CRAB_C_FLOWS_FULL] == 1 && counters[CRAB_C_DROP_NO_BACKEND] == 1);
