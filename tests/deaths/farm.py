@@ -23,7 +23,7 @@ from crablb.lab import VIP4, VIP6, Lab, Node
 from tests.deaths.nursery import next_kill
 from tests.helpers.namespaces import inside, unique
 from tests.helpers.processes import ROOT, answer
-from tests.helpers.shim import KILL, Shim
+from tests.helpers.shim import Shim
 
 __all__ = ["KINDS", "Child", "Farm"]
 
@@ -102,9 +102,7 @@ class Child:
 
     def kill_at(self, number: int) -> None:
         """At this call from now on: see the shim's ``step``."""
-        self.nursery.shim.end()
-        self.nursery.shim.only(self.pid)
-        self.nursery.shim.add("step", does=KILL, first=number)
+        self.nursery.shim.kill_at(self.pid, "step", number)
 
     def close(self) -> None:
         self._notify.close()

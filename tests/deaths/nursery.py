@@ -22,7 +22,7 @@ from typing import Any
 
 import crablb
 from tests.helpers.namespaces import inside
-from tests.helpers.shim import KILL, Shim
+from tests.helpers.shim import Shim
 
 
 def load() -> None:
@@ -39,13 +39,6 @@ def load() -> None:
 def next_kill(rules: Path) -> Path:
     """Where the number of the call is that is to be the last one of the next successor, which takes it away."""
     return rules.with_name("next-kill")
-
-
-def kill_at(shim: Shim, number: int) -> None:
-    """Have a call, counted from now on, be this process' last one."""
-    shim.end()
-    shim.only(os.getpid())
-    shim.add("step", does=KILL, first=number)
 
 
 def run(shim: Shim, asked: dict[str, Any]) -> None:
@@ -65,7 +58,7 @@ def run(shim: Shim, asked: dict[str, Any]) -> None:
         os.environ["NOTIFY_SOCKET"] = asked["notify"]
     with inside(asked["netns"]):
         if number := asked["kill"]:
-            kill_at(shim, number)
+            shim.kill_at(os.getpid(), "step", number)
         # Its successors, which are programs of their own.
         sys.orig_argv[:] = [sys.executable, "-m", "tests.deaths.nursery", str(shim.path), *asked["args"]]
         os.environ.update(shim.env)
@@ -81,7 +74,7 @@ def succeed(shim: Shim, arguments: list[str]) -> int:
     if place.exists():
         number = int(place.read_text())
         place.unlink()
-        kill_at(shim, number)
+        shim.kill_at(os.getpid(), "step", number)
     return cli.main()
 
 

@@ -27,7 +27,7 @@ from crablb.dataplane.flows import Inherited
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.model import Bypass, Config
-from tests.helpers.shim import KILL, Shim
+from tests.helpers.shim import Shim
 
 SEED, OTHER_SEED = bytes(16), bytes([1]) * 16
 VIP = "tcp://10.0.0.100:80"
@@ -42,10 +42,7 @@ def config(*backends: int, **settings: Any) -> Config:
 
 def kill_at(number: int) -> None:
     """This process, at the call of this number from now on; 0: at none."""
-    shim.end()
-    shim.only(os.getpid())
-    if number:
-        shim.add("change", does=KILL, first=number)
+    shim.kill_at(os.getpid(), "change", number)
 
 
 def child(work: Callable[[], Awaitable[None]]) -> bool:

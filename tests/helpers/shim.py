@@ -133,6 +133,13 @@ class Shim:
         rule.set(call, of, does, **more)  # type: ignore[arg-type]
         return rule
 
+    def kill_at(self, process: int, call: str, number: int) -> None:
+        """Kill a process at the call of this number, counted from now on; 0: at none.  No other rule is in force then."""
+        self.end()
+        self.only(process)
+        if number:
+            self.add(call, does=KILL, first=number)
+
     @contextmanager
     def rule(self, call: str, of: str = "", does: int = 0, **more: float) -> Iterator[Rule]:
         """The same, while in the context."""
