@@ -134,7 +134,7 @@ class Shim:
         return rule
 
     def kill_at(self, process: int, call: str, number: int) -> None:
-        """Kill a process at the call of this number, counted from now on; 0: at none.  No other rule is in force then."""
+        """Kill a process at the call of this number, counted from now on; 0: at none.  No other rule is in force."""
         self.end()
         self.only(process)
         if number:
