@@ -476,11 +476,16 @@ def answering(wanted: Collection[Subflow]) -> set[tuple[Address, int, Address, i
     proven = set[tuple[Address, int, Address, int]]()
     for one in wanted:
         _challenge(one)
-    while open_ and time.monotonic() - begun < ANSWER:
-        looked = time.monotonic()
-        found = [one for one in subflows() if one.ends in open_]
-        proven |= {one.ends for one in found if one.heard <= looked - begun + TICK and one.established}
-        open_ = {one.ends for one in found} - proven
+    while open_:
+        looked, silent = time.monotonic(), set[tuple[Address, int, Address, int]]()
+        for one in subflows():
+            if one.ends in open_:
+                # Of the time that it was read at: of many, the last are read long after the first.
+                heard = one.established and one.heard <= time.monotonic() - begun + TICK
+                (proven if heard else silent).add(one.ends)
+        open_ = silent
+        if looked - begun >= ANSWER:  # asked here: who gets no CPU for so long looks once more
+            break
         if open_:  # many sockets are looked at for a while; half of the time at most
             time.sleep(max(PAUSE, time.monotonic() - looked))
     return proven

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from ipaddress import ip_address
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from crablb.agent import mptcp
 from crablb.agent.mptcp import PATIENCE, Ready
 from crablb.config import parse_vip
+from crablb.kernel import mptcp as kernel
+from crablb.kernel.mptcp import ANSWER, Subflow
 from crablb.model import Address, Vip
 
 VIPS = [parse_vip("tcp://10.0.0.100:80"), parse_vip("tcp://10.0.0.100:81"), parse_vip("tcp://[fd00::100]:80")]
@@ -66,3 +70,53 @@ def test_whoever_gives_no_answer_is_waited_for(look):
 
 def test_one_look_waits_for_nobody(look):
     assert look(Ready([["a"]], 1, 1), NONE, None) == ((1, 1), [("alone", "a")])
+
+
+class Peers:
+    """Peers that answer, or not, some time after they are asked; each look, and each row of it, takes its time."""
+
+    def __init__(
+        self, monkeypatch, count: int, *, answer: float | None, row: float = 0.0, starved: float = 0.0
+    ) -> None:
+        self.now = 100.0
+        self.answer, self.row, self.starved = answer, row, starved
+        here, there = ip_address("10.0.0.11"), ip_address("10.0.0.2")
+        self.ways = [Subflow(1, here, 80, there, port, heard=50.0) for port in range(1, count + 1)]
+        self.asked: dict[Subflow, float] = {}
+        monkeypatch.setattr(kernel, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+        monkeypatch.setattr(kernel, "_challenge", lambda one: self.asked.update({one: self.now}))
+        monkeypatch.setattr(kernel, "subflows", self.subflows)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds + self.starved
+
+    def subflows(self) -> Iterator[Subflow]:
+        for one in self.ways:
+            self.now += self.row
+            heard = one.heard
+            if self.answer is not None and self.now >= (came := self.asked[one] + self.answer):
+                heard = self.now - came
+            yield replace(one, heard=heard)
+
+
+def test_who_answers_is_heard(monkeypatch):
+    peers = Peers(monkeypatch, 3, answer=0.1)
+    assert kernel.answering(peers.ways) == {one.ends for one in peers.ways}
+    assert peers.now - 100 < 0.2
+
+
+def test_who_does_not_answer_is_waited_for_and_no_longer(monkeypatch):
+    peers = Peers(monkeypatch, 3, answer=None)
+    assert kernel.answering(peers.ways) == set()
+    assert ANSWER <= peers.now - 100 < ANSWER + 0.1
+
+
+def test_an_asker_without_cpu_looks_once_more(monkeypatch):
+    """It is not the peer's silence if the time is over before anybody has looked."""
+    peers = Peers(monkeypatch, 3, answer=0.1, starved=2 * ANSWER)
+    assert kernel.answering(peers.ways) == {one.ends for one in peers.ways}
+
+
+def test_so_many_that_a_look_takes_longer_than_an_answer(monkeypatch):
+    peers = Peers(monkeypatch, 1000, answer=0.001, row=0.001)
+    assert kernel.answering(peers.ways) == {one.ends for one in peers.ways}
