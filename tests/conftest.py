@@ -26,6 +26,8 @@ def pytest_configure() -> None:
     unneeded = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
     settings.register_profile("crablb", deadline=None, suppress_health_check=unneeded)
     settings.load_profile("crablb")
+    # A script's background jobs ignore SIGINT, and so would all that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A terminated run removes its namespaces like an interrupted one.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))
 

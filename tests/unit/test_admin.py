@@ -660,8 +660,10 @@ def test_one_that_takes_no_more_connections_hangs(tmp_path):
             client.patch("/v1/backends/10.0.0.11", types.Applied, types.Patch(weight=3))
         assert raised.value.status == 2  # not sent: so nothing was changed
         client = stack.enter_context(Client(tmp_path / "s", timeout=30))
-        threading.Timer(0.1, lambda: [listening.accept() for _ in range(2)]).start()
+        room = threading.Timer(0.1, lambda: stack.enter_context(listening.accept()[0]))
+        room.start()
         client._connect()  # waits until there is room
+        room.join()
 
 
 @pytest.mark.parametrize("name", ["silence", "nothing", "half"])
