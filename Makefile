@@ -67,6 +67,10 @@ PARALLEL = -n $(WORKERS) --dist loadgroup
 
 SOURCES := setup.py pyproject.toml native/libbpf.cdef $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
+# Tests start thousands of Python processes: each would compile crablb's modules anew where none may be written
+# (PYTHONDONTWRITEBYTECODE, or a tree that root alone may write to).
+COMPILED = @$(VENV)/bin/python -m compileall -q crablb tests bench
+
 .PHONY: demo demo-often test test-long test-each bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim soak deaths lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -80,12 +84,15 @@ demo-often: $(STAMPS)/built
 	done
 
 test: $(STAMPS)/tested-tools c-test lint
+	$(COMPILED)
 	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
 test-long: $(STAMPS)/tested-tools
+	$(COMPILED)
 	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) -m 'long and not each' --durations=10 $(ARGS)
 
 test-each: $(STAMPS)/tested-tools
+	$(COMPILED)
 	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) -m each --timeout=3000 --durations=10 $(ARGS)
 
 bench: $(STAMPS)/bench-tools

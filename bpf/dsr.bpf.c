@@ -19,6 +19,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "address.h"
+#include "length.h"
 #include "mac.h"
 #include "maps.h"
 #include "valid.h"
@@ -217,39 +218,52 @@ int crab_decap(struct xdp_md *ctx)
     return XDP_PASS;
 }
 
-/* Lower the MSS option of the TCP header at `l4`. */
-static __always_inline void clamp(struct __sk_buff *skb, __u32 l4, __u32 length, __u32 limit)
+#define OPTIONS 40 /* bytes, at most */
+
+/* Where the MSS option is in so many bytes of options, and what it says; -1: nowhere.  `next` is unknown to the verifier, as
+ * what it knew would be a way of its own for each place that an option may be at. */
+static __always_inline int find_mss(const __u8 *options, __u32 length, __u32 *mss)
 {
-    __u8 option[4];
-    __u32 at = 0;
-    for (int i = 0; i < 40; i++) {
-        if (at > 36 || at + 4 > length || bpf_skb_load_bytes(skb, l4 + 20 + at, option, 4) || option[0] == 0)
-            return;
-        if (option[0] == 1) {
-            at++;
+    volatile __u16 next = 0;
+    for (__u32 i = 0; i + 4 <= OPTIONS; i++) {
+        if (i < next)
             continue;
-        }
-        if (option[1] < 2)
-            return;
-        if (option[0] != TCPOPT_MSS || option[1] != 4) {
-            at += option[1];
+        if (i + 4 > length || options[i] == 0)
+            break;
+        if (options[i] == 1)
             continue;
+        if (options[i + 1] < 2)
+            break;
+        if (options[i] == TCPOPT_MSS && options[i + 1] == 4) {
+            *mss = crab_read16(options + i + 2);
+            return (int)i;
         }
-        __u32 mss = (__u32)option[2] << 8 | option[3];
-        if (mss <= limit)
-            return;
-        __be16 new = bpf_htons((__u16)limit);
-        /* At an odd place the value lies across two words of the checksum, its bytes changed round. */
-        __u16 before = bpf_htons((__u16)mss), after = new;
-        if (at & 1) {
-            before = (__u16)mss;
-            after = (__u16)limit;
-        }
-        bpf_l4_csum_replace(skb, l4 + offsetof(struct tcphdr, check), before, after, 2);
-        bpf_skb_store_bytes(skb, l4 + 20 + at + 2, &new, 2, 0);
-        count(CRAB_DSR_CLAMPED);
-        return;
+        next = (__u16)(i + options[i + 1]);
     }
+    return -1;
+}
+
+/* Lower the MSS option of the TCP header at `l4`.  Global, so that it is verified once. */
+__noinline int clamp(struct __sk_buff *skb, __u32 l4, __u32 length, __u32 limit)
+{
+    __u8 options[OPTIONS] = {};
+    __u32 mss;
+    if (bpf_skb_load_bytes(skb, l4 + sizeof(struct tcphdr), options, crab_length_within(length, OPTIONS)))
+        return 0;
+    int at = find_mss(options, length, &mss);
+    if (at < 0 || mss <= limit)
+        return 0;
+    __be16 new = bpf_htons((__u16)limit);
+    /* At an odd place the value lies across two words of the checksum, its bytes changed round. */
+    __u16 before = bpf_htons((__u16)mss), after = new;
+    if (at & 1) {
+        before = (__u16)mss;
+        after = (__u16)limit;
+    }
+    bpf_l4_csum_replace(skb, l4 + offsetof(struct tcphdr, check), before, after, 2);
+    bpf_skb_store_bytes(skb, l4 + sizeof(struct tcphdr) + (__u32)at + 2, &new, 2, 0);
+    count(CRAB_DSR_CLAMPED);
+    return 0;
 }
 
 struct narrowest {

@@ -271,8 +271,8 @@ static __noinline int is_answered(struct xdp_md *ctx, __u32 kinds, __u32 why, __
 }
 
 /* A packet of no service: a handler's, to a VIP, or the kernel's.  Without a socket a handler's is the kernel's, as it was
- * before there was a handler.  foreign: it is for another machine. */
-static __noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
+ * before there was a handler.  foreign: it is for another machine.  Global, so that it is verified once. */
+__noinline int pass(struct xdp_md *ctx, __u32 why, int foreign)
 {
     __u32 zero = 0;
     struct crab_matches *matches = bpf_map_lookup_elem(&handlers, &zero);
@@ -449,22 +449,26 @@ __noinline __u32 sum_of(struct xdp_md *ctx, __u32 at, __u32 len)
     return (__u32)((rest & 0xffffffff) + (rest >> 32));
 }
 
-/* The same of longer ones, and of those that lie in several buffers; 0, if the frame ends before. */
+/* The same of longer ones, and of those that lie in several buffers; 0, if the frame ends before.  What is not a whole piece
+ * is no matter of the loop, or the verifier would follow that part once for each piece there may be. */
 __noinline __u32 sum_of_copies(struct xdp_md *ctx, __u32 at, __u32 len)
 {
     __u32 zero = 0, sum = 0;
     struct piece *piece = bpf_map_lookup_elem(&pieces, &zero);
     if (!piece)
         return 0;
-    for (int i = 0; i < 0x10000 / PIECE && len; i++) {
-        __u32 n = crab_length_within(len, PIECE);
-        if (n < PIECE)
-            __builtin_memset(piece, 0, sizeof *piece);
-        if (bpf_xdp_load_bytes(ctx, at, piece, n))
+    for (int i = 0; i < 0x10000 / PIECE && len >= PIECE; i++) {
+        if (bpf_xdp_load_bytes(ctx, at, piece, PIECE))
             return 0;
-        sum = (__u32)bpf_csum_diff(NULL, 0, (void *)piece, sizeof *piece, sum);
-        at += n;
-        len -= n;
+        sum = (__u32)bpf_csum_diff(NULL, 0, (void *)piece, PIECE, sum);
+        at += PIECE;
+        len -= PIECE;
+    }
+    if (len) {
+        __builtin_memset(piece, 0, sizeof *piece);
+        if (bpf_xdp_load_bytes(ctx, at, piece, crab_length_within(len, PIECE)))
+            return 0;
+        sum = (__u32)bpf_csum_diff(NULL, 0, (void *)piece, PIECE, sum);
     }
     return sum;
 }
