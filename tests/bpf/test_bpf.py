@@ -1589,6 +1589,50 @@ def test_mss_is_clamped(dsr, namespace, family, before):
     assert dsr.counts() == {"decapsulated": 1, "clamped": 1}
 
 
+def lowered(options: bytes, limit: int) -> bytes:
+    """RFC 9293, 3.1: the first MSS option of the list, wherever it can be read to."""
+    at = 0
+    while at < len(options) and options[at] != 0:
+        if options[at] == 1:
+            at += 1
+            continue
+        if at + 4 > len(options) or options[at + 1] < 2:
+            break
+        if options[at : at + 2] == b"\2\4":
+            mss = min(limit, int.from_bytes(options[at + 2 : at + 4], "big"))
+            return options[: at + 2] + mss.to_bytes(2, "big") + options[at + 4 :]
+        at += options[at + 1]
+    return options
+
+
+OPTION = st.one_of(
+    st.sampled_from([b"\0", b"\1", b"\4\2", b"\3\3\7", b"\2\3\5", b"\2\6\5\xb4\0\0", b"\2", b"\2\0", b"\x08\xff"]),
+    st.integers(0, 65535).map(lambda mss: b"\2\4" + mss.to_bytes(2, "big")),
+    st.binary(max_size=6),
+)
+
+
+def test_mss_is_clamped_in_any_list(dsr, namespace):
+    namespace.ip("link", "set", "lo", "mtu", "1500")
+    tunnel_comes_in(dsr)
+
+    @settings(max_examples=1000)
+    @given(st.lists(OPTION, min_size=1, max_size=40), st.sampled_from([4, 6]))
+    def any_list(parts: list[bytes], family: int) -> None:
+        joined = b"".join(parts)[:40]
+        options = joined + bytes(-len(joined) % 4)
+        length = {"len": 40 + len(options)} if family == 4 else {}
+        head = ether() / layer(family)(src=VIP[family], dst=CLIENT[family], **length)
+
+        def segment(options: bytes) -> bytes:
+            return bytes(head / TCP(sport=80, flags="SA", dataofs=5 + len(options) // 4) / Raw(options))
+
+        after = dsr.programs["crab_clamp"].test_run(segment(options)).data
+        assert after == segment(lowered(options, 1420 if family == 4 else 1400))
+
+    any_list()
+
+
 def test_mss_is_what_the_tunnels_interfaces_take(dsr, namespace):
     """Of those alone that tunnels have come in by, as their MTU is now."""
 
