@@ -84,9 +84,16 @@ class Node:
         return ["bash", "-c", enter, str(self.cgroup), str(self.path), *args]
 
     def run(self, *args: str, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
-        """Run to its end; text in and out, captured.  ``check``: raise CalledProcessError if it fails."""
+        """Run to its end; text in and out, captured.
+
+        ``check``: raise CalledProcessError, with what it said on standard error as a note, if it fails.
+        """
         more.setdefault("capture_output", True)
-        return subprocess.run(self.command(args), text=True, check=check, **more)
+        try:
+            return subprocess.run(self.command(args), text=True, check=check, **more)
+        except subprocess.CalledProcessError as error:
+            error.add_note(error.stderr or "")
+            raise
 
     def popen(self, *args: str, **more: Any) -> subprocess.Popen[str]:
         """Start; it ends with the lab at the latest."""
