@@ -14,6 +14,7 @@ import fcntl
 import os
 import shutil
 import socket
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ FIRST = f"{PREFIX}1"
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 #: In place of a process id: of one that this PID namespace does not see, another container's or, in one, the host's.
 ELSEWHERE = 0
+#: Looks at a lock before somebody has it of whom nothing else is seen, and seconds between two.
+LOOKS, LOOK_PAUSE = 50, 0.002
 
 
 def cookie() -> int:
@@ -224,7 +227,9 @@ def says_it_cannot_be_asked(role: str) -> bool:
 def _owner(path: Path) -> int | None:
     """Who has a lock.  Raises OSError.
 
-    Asked of the kernel (proc_locks(5)) first: who tried a lock would be in the way of those who take it.
+    Asked of the kernel (proc_locks(5)) first: who tries a lock is in the way of those who take it, for an instant.
+    Where nobody is listed, as the owner may be in another PID namespace, there is no other way to ask; hence several
+    looks before somebody is believed to be the owner whom the lock's file does not name.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -232,21 +237,33 @@ def _owner(path: Path) -> int | None:
         return None
     try:
         lock, listed = os.fstat(fd), set[int]()
-        with suppress(OSError, IndexError):  # the list is masked, as in some containers
-            listed = _holding([lock])
-        if not listed:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for look in range(LOOKS):
+            if look:
+                time.sleep(LOOK_PAUSE)
+            with suppress(OSError, IndexError):  # the list is masked, as in some containers
+                listed = _holding([lock])
+            if not listed and _is_free(fd):
                 return None
-            except BlockingIOError:
-                pass
-        noted = int(os.pread(fd, 32, 0) or 0)  # as the owner's PID namespace has it, which may not be this one
+            noted = int(os.pread(fd, 32, 0) or 0)  # as the owner's PID namespace has it, which may not be this one
+            # An agent's process has the lock; that which is to be ended is its parent, if it runs several.
+            for one in (one for pid in listed for one in (pid, _parent(pid))):
+                if noted and _own_id(one) == noted:
+                    return one
+            if not listed and _has_open(noted, lock):
+                return noted
     finally:
         os.close(fd)
-    for pid in listed:
-        # An agent's process has the lock; that which is to be ended is its parent, if it runs several.
-        return next((one for one in (pid, _parent(pid)) if one and _own_id(one) == noted), pid)
-    return noted if _has_open(noted, lock) else ELSEWHERE
+    return next(iter(listed), ELSEWHERE)
+
+
+def _is_free(fd: int) -> bool:
+    """Whether nobody has a lock."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
 
 
 def _status(pid: int) -> dict[str, list[str]]:
@@ -338,6 +355,21 @@ def _owned_by_us(role: str) -> None:
             raise KernelError(f"{path}: {why}: what others can put there is not taken; look into it, and: rm -r {path}")
 
 
+def _locked(path: Path, role: str, what: str) -> int:
+    """The lock's descriptor.  Raises :class:`KernelError` if somebody has it, and OSError."""
+    pid: int | None = ELSEWHERE
+    for _ in range(LOOKS):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), path.stat()):  # the owner before removes the file when it ends
+                return fd
+        os.close(fd)
+        if (pid := owner(role)) is not None:
+            break  # else it has ended just now, or somebody looked
+    raise _owned_by(what, pid or ELSEWHERE)
+
+
 @contextmanager
 def own(role: str, what: str, process: int = 0) -> Iterator[int]:
     """Be the one owner of a role while in the context; it ends with the process too.  Gives the lock's descriptor, by
@@ -352,16 +384,12 @@ def own(role: str, what: str, process: int = 0) -> Iterator[int]:
         collect()
         name = namespace()
         path = RUN / f"{name}-{role}.lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = _locked(path, role, what)
     except OSError as error:
         raise _unwritable(error.filename or RUN, error) from None
     _owned.add(fd)
     this = os.getpid()
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _owned_by(what, owner(role) or ELSEWHERE) from None  # it may have ended just now
         try:
             os.ftruncate(fd, 0)
             os.write(fd, str(process or os.getpid()).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +119,34 @@ def test_looks_that_change_nothing(netns: Callable[[], str], monkeypatch: pytest
         stale.touch()
         assert pins.held() == {"lb-eth1": None}
         stale.unlink()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_who_looks_is_no_owner(netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch, ends: bool):
+    """He has the lock for an instant; so has an owner that is about to end, whose lock's file goes with him."""
+    with inside(netns()):
+        path = pins.RUN / f"{pins.namespace()}-lb-veth0.lock"
+
+        def held() -> None:
+            path.touch()
+            fd = os.open(path, os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+
+            def gone(_: float) -> None:
+                if ends:
+                    path.unlink()
+                os.close(fd)
+                monkeypatch.undo()
+
+            monkeypatch.setattr(pins, "time", SimpleNamespace(sleep=gone))
+
+        held()
+        assert pins.owner("lb-veth0") is None
+        held()
+        with pins.own("lb-veth0", "it"):
+            assert path.read_text() == str(pins.owner("lb-veth0")) == str(os.getpid())
+            with pytest.raises(KernelError, match=rf"by process {os.getpid()};"):
+                pins.own("lb-veth0", "it").__enter__()
 
 
 def test_an_owner_in_another_pid_namespace(netns: Callable[[], str]):
