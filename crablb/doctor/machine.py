@@ -26,6 +26,8 @@ STATE = seed.PATH.parent
 AF_XDP = 44
 #: The oldest kernels: that is tested; that has managed neighbours; that has AF_XDP packets in several buffers, and tcx.
 TESTED, MANAGED, NEWER = (6, 1), (5, 16), (6, 6)
+#: That lets another process have AF_XDP sockets in use.
+TAKEOVERS = (6, 4)
 #: Bytes of the frames of a queue, that a process without CAP_IPC_LOCK may have to lock.
 UMEM = 4096 * 2048
 FEWEST_FILES, FILES = 64, 256
@@ -100,10 +102,12 @@ def kernel(found: Kernel) -> Iterator[Finding]:
     elif this < NEWER:
         yield note(
             "kernel-features",
-            f"Linux {found.release} has no AF_XDP for packets in several buffers, and no tcx",
+            f"Linux {found.release} has no AF_XDP for packets in several buffers, and no tcx"
+            + (", and no takeovers" if this < TAKEOVERS else ""),
             "with an MTU of more than 3,818 bytes long packets are dropped unless they are known flows'; other tc"
-            " programs may run before those of the agents",
-            "Linux 6.6 or newer has both",
+            " programs may run before those of the agents"
+            + ("; an upgrade is a restart (keep = SECONDS: known connections go on)" if this < TAKEOVERS else ""),
+            "Linux 6.6 or newer has all of it",
         )
     else:
         yield ok("kernel", f"Linux {found.release}")

@@ -66,6 +66,12 @@ def test_kernels(found, expected):
     assert told(machine.kernel(found)) == expected
 
 
+@pytest.mark.parametrize(("release", "missing"), [("6.1.0-18-amd64", True), ("6.3.0", True), ("6.4.1", False)])
+def test_a_kernel_without_takeovers(release, missing):
+    (finding,) = machine.kernel(replace(KERNEL, release=release))
+    assert ("no takeovers" in finding.what, "an upgrade is a restart" in finding.why) == (missing, missing)
+
+
 LIMITS = machine.Limits(None, None, None, None)
 
 
