@@ -415,6 +415,11 @@ class Passed:
         self.direct = 0  # packets to addresses of servers
         self.subtypes: Counter[str] = Counter()  # MPTCP options at the load balancer
 
+    @property
+    def only_a_syn(self) -> bool:
+        """What came to the load balancer was one connection's SYN, which a busy machine may send again."""
+        return self.payload == 0 and 1 <= self.lb <= 3
+
 
 @contextmanager
 def passing(world: World) -> Iterator[Passed]:

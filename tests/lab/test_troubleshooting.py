@@ -54,6 +54,7 @@ class Site:
         (self.folder / "lb.toml").write_text(text)
         self.child = start_serve(self.lab, self.folder, config=self.folder / "lb.toml")
         until(lambda: status(self.lab)["state"] != "starting")
+        until(lambda: "not checked yet" not in command(self.lb, "status", expected=None))
 
     def end(self) -> None:
         if self.child.poll() is None:
