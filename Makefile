@@ -68,8 +68,8 @@ PARALLEL = -n $(WORKERS) --dist loadgroup
 SOURCES := setup.py pyproject.toml native/libbpf.cdef $(wildcard native/*.[ch] native/*.py bpf/*.[ch])
 
 # Tests start thousands of Python processes: each would compile crablb's modules anew where none may be written
-# (PYTHONDONTWRITEBYTECODE, or a tree that root alone may write to).
-COMPILED = @$(VENV)/bin/python -m compileall -q crablb tests bench
+# (PYTHONDONTWRITEBYTECODE).  As whoever runs them: folders of modules that root has run are root's.
+COMPILED = @$(SUDO) $(VENV)/bin/python -m compileall -q crablb tests bench
 
 .PHONY: demo demo-often test test-long test-each bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim soak deaths lint c-test clean help
 help:
