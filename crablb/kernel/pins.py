@@ -242,13 +242,14 @@ def _owner(path: Path) -> int | None:
                 time.sleep(LOOK_PAUSE)
             with suppress(OSError, IndexError):  # the list is masked, as in some containers
                 listed = _holding([lock])
-            if not listed and _is_free(fd):
+            if not listed and _lock(fd):
                 return None
             noted = int(os.pread(fd, 32, 0) or 0)  # as the owner's PID namespace has it, which may not be this one
             # An agent's process has the lock; that which is to be ended is its parent, if it runs several.
-            for one in (one for pid in listed for one in (pid, _parent(pid))):
-                if noted and _own_id(one) == noted:
-                    return one
+            for pid in listed:
+                for one in (pid, _parent(pid)):
+                    if noted and _own_id(one) == noted:
+                        return one
             if not listed and _has_open(noted, lock):
                 return noted
     finally:
@@ -256,13 +257,12 @@ def _owner(path: Path) -> int | None:
     return next(iter(listed), ELSEWHERE)
 
 
-def _is_free(fd: int) -> bool:
-    """Whether nobody has a lock."""
+def _lock(fd: int) -> bool:
+    """Whether a lock is this descriptor's now: if nobody else has it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    fcntl.flock(fd, fcntl.LOCK_UN)
     return True
 
 
@@ -360,11 +360,15 @@ def _locked(path: Path, role: str, what: str) -> int:
     pid: int | None = ELSEWHERE
     for _ in range(LOOKS):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        with suppress(BlockingIOError, FileNotFoundError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), path.stat()):  # the owner before removes the file when it ends
-                return fd
-        os.close(fd)
+        ours = False
+        try:
+            with suppress(FileNotFoundError):  # the owner before removes the file when it ends
+                ours = _lock(fd) and os.path.samestat(os.fstat(fd), path.stat())
+        finally:
+            if not ours:
+                os.close(fd)
+        if ours:
+            return fd
         if (pid := owner(role)) is not None:
             break  # else it has ended just now, or somebody looked
     raise _owned_by(what, pid or ELSEWHERE)
