@@ -64,18 +64,16 @@ class FrameError(ValueError, BufferError):
     """A frame is not the caller's (any more), or what is asked for lies outside of it."""
 
 
-#: net/xdp/xsk.c: until then the rings of a socket could be mapped before it was bound alone.
-ADOPTED_SINCE = (
-    "this kernel lets no other process have AF_XDP sockets in use, as a takeover does (Linux 6.4 does); restart"
-    " instead: with keep = SECONDS in the configuration known connections outlive that"
-)
-
-
 def _explain(interface: str, queue: int, stage: str, number: int) -> str:
     if number == errno.EPERM:
         return "AF_XDP sockets need CAP_NET_RAW, and their program CAP_BPF and CAP_NET_ADMIN; run as root"
     if number == errno.EAFNOSUPPORT:
         return "this kernel has no AF_XDP; it needs CONFIG_XDP_SOCKETS=y"
+    if stage == "rings" and number == errno.EBUSY:  # those of a socket that is bound
+        return (
+            "this kernel lets no other process have AF_XDP sockets in use, as a takeover does (Linux 6.4 does); restart"
+            " instead: with keep = SECONDS in the configuration known connections outlive that"
+        )
     if stage == "bind":
         if number == errno.EBUSY:
             return (
@@ -640,8 +638,6 @@ class XskSocket:
         xsk = lib.crab_xsk_adopt(self._pool.c, sock.fd, how, error, stage)
         if not xsk:
             where = bytes(ffi.string(stage[0])).decode()
-            if where == "rings" and error[0] == errno.EBUSY:
-                raise XskError(ADOPTED_SINCE, error[0])
             raise XskError(_explain(bound.interface, bound.queue, where, error[0]), error[0])
         sock.fd = -1
         self._have(xsk)
