@@ -22,6 +22,7 @@
 #include "length.h"
 #include "mac.h"
 #include "maps.h"
+#include "syn.h"
 #include "valid.h"
 
 #define TCPOPT_MSS 2
@@ -218,14 +219,12 @@ int crab_decap(struct xdp_md *ctx)
     return XDP_PASS;
 }
 
-#define OPTIONS 40 /* bytes, at most */
-
 /* Where the MSS option is in so many bytes of options, and what it says; -1: nowhere.  `next` is unknown to the verifier, as
  * what it knew would be a way of its own for each place that an option may be at. */
 static __always_inline int find_mss(const __u8 *options, __u32 length, __u32 *mss)
 {
     volatile __u16 next = 0;
-    for (__u32 i = 0; i + 4 <= OPTIONS; i++) {
+    for (__u32 i = 0; i + 4 <= CRAB_TCP_OPTIONS; i++) {
         if (i < next)
             continue;
         if (i + 4 > length || options[i] == 0)
@@ -246,9 +245,9 @@ static __always_inline int find_mss(const __u8 *options, __u32 length, __u32 *ms
 /* Lower the MSS option of the TCP header at `l4`.  Global, so that it is verified once. */
 __noinline int clamp(struct __sk_buff *skb, __u32 l4, __u32 length, __u32 limit)
 {
-    __u8 options[OPTIONS] = {};
+    __u8 options[CRAB_TCP_OPTIONS] = {};
     __u32 mss;
-    if (bpf_skb_load_bytes(skb, l4 + sizeof(struct tcphdr), options, crab_length_within(length, OPTIONS)))
+    if (bpf_skb_load_bytes(skb, l4 + sizeof(struct tcphdr), options, crab_length_within(length, CRAB_TCP_OPTIONS)))
         return 0;
     int at = find_mss(options, length, &mss);
     if (at < 0 || mss <= limit)
