@@ -46,6 +46,7 @@ from tests.helpers.native import compiled
 from tests.helpers.processes import until
 from tests.helpers.programs import LO, forwarding, several_buffers
 from tests.reference import packets as reference
+from tests.reference.options import parse
 from tests.reference.siphash import siphash
 
 CLIENT = {4: "10.0.0.1", 6: "fd00::1"}
@@ -1592,16 +1593,11 @@ def test_mss_is_clamped(dsr, namespace, family, before):
 def lowered(options: bytes, limit: int) -> bytes:
     """RFC 9293, 3.1: the first MSS option of the list, wherever it can be read to."""
     at = 0
-    while at < len(options) and options[at] != 0:
-        if options[at] == 1:
-            at += 1
-            continue
-        if at + 4 > len(options) or options[at + 1] < 2:
-            break
-        if options[at : at + 2] == b"\2\4":
-            mss = min(limit, int.from_bytes(options[at + 2 : at + 4], "big"))
+    for option in parse(options)[0]:
+        if option.kind == 2 and len(option.data or b"") == 2:
+            mss = min(limit, int.from_bytes(option.data or b"", "big"))
             return options[: at + 2] + mss.to_bytes(2, "big") + options[at + 4 :]
-        at += options[at + 1]
+        at += len(option.raw)
     return options
 
 

@@ -410,15 +410,10 @@ class Passed:
     """TCP segments that a client sent, by where they went: counted while in the context of :func:`passing`."""
 
     def __init__(self) -> None:
-        self.lb = 0  # packets that came to the load balancer
+        self.lb = 0  # packets that came to the load balancer; a SYN that a busy machine sends again counts once
         self.payload = 0  # bytes of TCP payload in them
         self.direct = 0  # packets to addresses of servers
         self.subtypes: Counter[str] = Counter()  # MPTCP options at the load balancer
-
-    @property
-    def only_a_syn(self) -> bool:
-        """What came to the load balancer was one connection's SYN, which a busy machine may send again."""
-        return self.payload == 0 and 1 <= self.lb <= 3
 
 
 @contextmanager
@@ -435,10 +430,14 @@ def passing(world: World) -> Iterator[Passed]:
     ):
         yield passed
     names = {number: name for name, number in SUBTYPES.items()}
+    syns = set[bytes]()
     for frame, length in _frames(at_lb):
-        passed.lb += 1
         tcp = segment_at(frame)
         assert tcp is not None
+        ports_and_number, syn = frame[tcp : tcp + 8], frame[tcp + 13] & 2
+        passed.lb += not (syn and ports_and_number in syns)
+        if syn:
+            syns.add(ports_and_number)
         total = int.from_bytes(frame[16:18], "big") + 14 if frame[12:14] == b"\x08\x00" else length
         passed.payload += total - tcp - 4 * (frame[tcp + 12] >> 4)
         for kind, begin, _ in options(frame, tcp):

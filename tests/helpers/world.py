@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from crablb import cli
+from crablb.doctor import machine
 from crablb.lab import VIP4, VIP6, Lab, Node
 from crablb.lab.demo import start_agent, start_serve
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import ROOT, answer
 
+RELEASE = machine.version(os.uname().release)
 #: A server's agent prepares listeners that were there before it (docs/endpoints.md).
-PREPARES_LISTENERS = tuple(int(n) for n in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 12)
+PREPARES_LISTENERS = RELEASE >= (6, 12)
 
 
 def command(node: Node, *args: str, expected: int | None = 0) -> str:

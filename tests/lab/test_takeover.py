@@ -20,7 +20,7 @@ import pytest
 from crablb.api import types
 from crablb.api.client import Client, discover
 from crablb.control import takeover
-from crablb.doctor import machine
+from crablb.doctor.machine import TAKEOVERS
 from crablb.kernel import pins
 from crablb.lab import VIP4, Lab
 from crablb.lab.demo import crablb, start_agent
@@ -28,7 +28,7 @@ from tests.deaths.farm import exists
 from tests.helpers.namespaces import inside
 from tests.helpers.processes import ROOT, until
 from tests.helpers.secret import secret
-from tests.helpers.world import World, command, status
+from tests.helpers.world import RELEASE, World, command, status
 
 VIP = f"tcp://{VIP4}:80"
 CONFIG = """
@@ -129,7 +129,7 @@ class Served:
 
 @pytest.fixture
 def served(make_world: Callable[..., World]) -> Iterator[Served]:
-    if machine.version(os.uname().release) < machine.TAKEOVERS:
+    if RELEASE < TAKEOVERS:
         pytest.skip("the kernel lets no other process have AF_XDP sockets in use (Linux 6.4 does)")
     made = Served(make_world(servers=2))
     yield made

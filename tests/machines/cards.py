@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -26,9 +25,8 @@ from crablb.lab.demo import crablb
 from tests.helpers.namespaces import inside, unique
 from tests.helpers.peers import strangers
 from tests.helpers.processes import exchange, until
-from tests.helpers.world import World, status
+from tests.helpers.world import RELEASE, World, status
 
-RELEASE = tuple(int(n) for n in re.findall(r"\d+", os.uname().release)[:2])
 VIP = {4: str(VIP4), 6: str(VIP6)}
 #: SYNs that come one by one, of which none may be lost; and how many of them may be under way: fewer than any queue on
 #: it has room for.  Who waits for them has the other processor, so that these are some 2,000 a second.
