@@ -195,6 +195,7 @@ def test_what_a_thread_cannot_raise_is_a_failure(namespace: Pair, raised: type[B
                     while (event := await anext(events)).kind != "handler-failed":
                         pass
             assert raised.__name__ in event.reason
+            until(lambda: lb.statistics().workers["drop_handler"])  # what it told of, its thread counts afterwards
             assert lb.statistics().workers["drop_handler"] == 1
 
     asyncio.run(main())
