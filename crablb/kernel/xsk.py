@@ -317,7 +317,12 @@ class _Pool:
 
 
 class _Hand:
-    """Frames on their way into the caller's hands: where a signal's handler may raise, whose they are is known."""
+    """Frames on their way into the caller's hands: where a signal's handler may raise, whose they are is known.
+
+    A call fills it with the lock, and has to take what it has put there without: no more may be called then, or what
+    is raised would leave frames that nobody has.  So another thread, or a handler, may come first.  The frames are
+    theirs then: ``descs`` is another array, of which the call that was late takes notice.
+    """
 
     def __init__(self) -> None:
         self.descs = np.empty(0, DESC)
@@ -333,7 +338,7 @@ class _Hand:
         descs = ffi.from_buffer("struct crab_desc[]", self.descs)
         if self.got[0]:
             lib.crab_xsk_hand_in(xsk, descs, self.got[0], False, umem.tickets, self.ticket, ffi.new("uint32_t *"))
-            self.got[0] = 0
+            self.descs, self.got[0] = np.empty(0, DESC), 0
 
 
 class _Hands:
@@ -734,32 +739,39 @@ class XskSocket:
         if self.multi_buffer and n < lib.CRAB_MAX_FRAGS:
             raise ValueError(f"with multi_buffer take {lib.CRAB_MAX_FRAGS} frames or more, not {n}")
         hand = self._hands.received
-        with self._using() as xsk:
-            if not hand.got[0]:  # else a call that was interrupted has received them
-                hand.fill(xsk, n, self._umem, received=True)
-        descs = hand.descs[: hand.got[0]]
-        batch, rest = Batch(descs[:n], self._umem, hand.ticket), descs[n:]
-        if len(rest):  # of a call that was for more
-            whole = int(np.flatnonzero(np.concatenate(([True], ~batch.more)))[-1])
-            batch, rest = Batch(descs[:whole], self._umem, hand.ticket), descs[whole:]
-        left = len(rest)
-        # Nothing is called from here on, so that no signal's handler is either.
-        hand.descs = rest
-        hand.got[0] = left
-        return batch
+        while True:
+            with self._using() as xsk:
+                if not hand.got[0]:  # else a call that was interrupted has received them
+                    hand.fill(xsk, n, self._umem, received=True)
+                filled = hand.descs
+                descs = filled[: hand.got[0]]
+                batch, rest = Batch(descs[:n], self._umem, hand.ticket), descs[n:]
+                if len(rest):  # of a call that was for more
+                    whole = int(np.flatnonzero(np.concatenate(([True], ~batch.more)))[-1])
+                    batch, rest = Batch(descs[:whole], self._umem, hand.ticket), descs[whole:]
+                left = len(rest)
+            # Nothing is called from here on, so that neither a signal's handler nor another thread has its turn.
+            if hand.descs is filled:
+                hand.descs = rest
+                hand.got[0] = left
+                return batch
 
     def allocate(self, n: int, length: int) -> Batch:
         """Up to ``n`` free frames of ``length`` bytes to write into and send; fewer if fewer are free."""
         n = min(_counted("n", n, sys.maxsize), self._frames)
         length = _counted("length", length, 0xFFFFFFFF)
         hand = self._hands.allocated
-        with self._using() as xsk:
-            hand.give_back(xsk, self._umem)  # what a call that was interrupted has got
-            hand.fill(xsk, n, self._umem, received=False)
-        batch = Batch(hand.descs[: hand.got[0]], self._umem, hand.ticket)
-        batch.descs["len"] = length
-        hand.got[0] = 0
-        return batch
+        while True:
+            with self._using() as xsk:
+                hand.give_back(xsk, self._umem)  # what a call that was interrupted has got
+                hand.fill(xsk, n, self._umem, received=False)
+                filled = hand.descs
+                batch = Batch(filled[: hand.got[0]], self._umem, hand.ticket)
+                batch.descs["len"] = length
+            # As above.
+            if hand.descs is filled:
+                hand.got[0] = 0
+                return batch
 
     def _hand_in(self, batch: Batch, *, send: bool) -> int:
         """Its frames, from the caller's hands; how many are sent.  Raises :class:`FrameError`, :class:`XskError`."""

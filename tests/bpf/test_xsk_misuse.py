@@ -266,9 +266,14 @@ class Torn(Exception):
     """What a signal's handler raises."""
 
 
+def tear() -> None:
+    raise Torn
+
+
 @contextmanager
-def torn(after: int) -> Iterator[None]:
-    """Raise where a signal's handler could: behind the n-th call that returns into xsk.py, or function that begins."""
+def torn(after: int, act: Callable[[], object] = tear) -> Iterator[None]:
+    """Act where a signal's handler or another thread could, once: behind the n-th call that returns into xsk.py, or
+    function that begins."""
     left, ours = after, xsk_module.__file__
 
     def traced(frame, *_):
@@ -284,8 +289,8 @@ def torn(after: int) -> Iterator[None]:
                 instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
                 if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
                     left -= 1
-                    if left < 0:
-                        raise Torn
+                    if left == -1:
+                        act()
                 if instruction not in ("CACHE", "EXTENDED_ARG"):
                     before = instruction
             return step
@@ -362,6 +367,76 @@ def test_a_signal_that_raises_in_the_middle_of_receiving(namespace, most):
             if done:
                 break
         assert after > 10
+    wire.close()
+
+
+def by_a_handler(_: XskSocket, call: Callable[[], object]) -> None:
+    """In the same thread; in the middle of a call it is told so."""
+    with suppress(XskError):
+        call()
+
+
+def by_a_thread(xsk: XskSocket, call: Callable[[], object]) -> None:
+    """In another one, where it need not wait for its turn."""
+
+    def work() -> None:
+        if xsk._pool.lock.acquire(blocking=False):
+            try:
+                call()
+            finally:
+                xsk._pool.lock.release()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("whose", [by_a_handler, by_a_thread])
+@pytest.mark.parametrize("between", ["receive", "allocate", "frames"])
+@pytest.mark.parametrize("name", ["receive", "allocate"])
+def test_two_calls_never_have_the_same_frames(namespace, name, between, whose):
+    """Wherever one comes between the other's instructions; and each frame that came is had once."""
+    wire = namespace.wire()
+
+    def comes_between(xsk: XskSocket, after: int) -> bool:
+        """Whether the first call was not over yet."""
+        for n in range(3):
+            wire.send(bytes(12) + bytes([0x88, 0xB5, n]) + bytes(45))
+        assert xsk.wait(60)
+        received: list[Batch] = []
+        allocated: list[Batch] = []
+        calls: dict[str, Callable[[], object]] = {
+            "receive": lambda: received.append(xsk.receive()),
+            "allocate": lambda: allocated.append(xsk.allocate(4, 60)),
+            "frames": xsk.frames,
+        }
+        acted = []
+
+        def act() -> None:
+            acted.append(True)
+            whose(xsk, calls[between])
+
+        with torn(after, act):
+            calls[name]()
+        for batch in allocated:
+            assert [len(frame) for frame in batch] == [60] * 4
+            xsk.release(batch)
+        came: list[int] = []
+        while True:
+            while received:
+                batch = received.pop()
+                came += [int(frame[14]) for frame in batch]
+                xsk.release(batch)
+            if len(came) == 3:
+                break
+            assert xsk.wait(60)
+            calls["receive"]()
+        assert sorted(came) == [0, 1, 2]
+        all_there(xsk)
+        return bool(acted)
+
+    with small() as xsk:
+        assert sum(1 for _ in itertools.takewhile(partial(comes_between, xsk), itertools.count())) > 10
     wire.close()
 
 
