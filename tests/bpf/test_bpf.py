@@ -527,7 +527,8 @@ def direct_connection(namespace: Pair, family: int) -> Iterator[None]:
     kind = socket.AF_INET if family == 4 else socket.AF_INET6
     with socket.create_server((DIP[family], 80), family=kind), socket.socket(kind) as direct:
         direct.bind((CLIENT[family], 4242))
-        direct.connect((DIP[family], 80))
+        # The kernel adds the route to an IPv6 address later, by a work queue.
+        until(lambda: direct.connect_ex((DIP[family], 80)) == 0)
         yield
 
 

@@ -123,7 +123,8 @@ def test_backends_outside_the_prefixes_are_named(make_world):
     told = redirects(world)
     assert (told[None]["reason"], told[None]["blamed"]) == ("source", world.lab.servers[0].ip4)
     counters = world.client_counters()
-    assert (counters["retransmitted"], counters["failed"], counters["no_offer_backoff"]) == (1, 1, 2)
+    assert counters["retransmitted"] >= 1  # more on a machine that stands still for seconds
+    assert (counters["failed"], counters["no_offer_backoff"]) == (1, 2)
 
 
 @pytest.mark.parametrize(("verify", "retransmitted"), [("--no-verify", {1}), ("--verify", {2, 3, 4})])
