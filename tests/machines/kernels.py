@@ -50,6 +50,7 @@ STEPS = {
     "VLANs": pytest("tests/machines/links.py", "-k", "vlan"),
     "netem": pytest("tests/machines/links.py", "-k", "bad_link"),
     "IPVS": pytest("-p", "xdist.plugin", "-mlong", "tests/lab/test_migration.py", "-k", "ipvs or keepalived"),
+    "memory": pytest("-p", "xdist.plugin", "-mlong", "tests/lab/test_memory.py"),
     CARDS: pytest("-s", "tests/machines/cards.py"),
 }
 
