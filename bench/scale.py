@@ -13,8 +13,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from bench.context import Context, Unavailable
+from bench.daemon import cpu_time, resident
 from bench.figures import Suite, Table
-from bench.xsk import cpu_time, resident
 from crablb.api import types
 from crablb.api.client import Client, NotRunning, discover
 from crablb.kernel.netns import inside

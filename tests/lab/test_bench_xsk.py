@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import xsk
+from bench import daemon, xsk
 from tests.helpers.bench import quiet, written
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("bench-xsk")]
@@ -37,7 +37,9 @@ def test_all_is_there(suite):
         "xsk-serve": "Mpps",
         "xsk-offered": "Mpps",
         "daemon-start": "s",
+        "daemon-phases": "ms",
         "daemon-memory": "MiB",
+        "daemon-parts": "MiB",
         "daemon-idle": "% of a core",
         "xsk-latency": "us",
     }
@@ -53,9 +55,23 @@ def test_all_is_there(suite):
         "nftables",
     } <= serve
     # Everything forwarded something, in the native and in the generic mode.
-    for key in ("xsk-raw", "xsk-serve", "xsk-latency", "daemon-start"):
+    for key in ("xsk-raw", "xsk-serve", "xsk-latency", "daemon-start", "daemon-phases"):
         assert all(min(row.samples) > 0 for row in suite.table(key).rows), key
     assert all(reason.startswith("two queues: ") for reason in suite.left_out), suite.left_out
+
+
+def test_phases_of_a_start(suite):
+    at = {row.name: row.median for row in suite.table("daemon-phases").rows}
+    assert set(at) == {daemon.INTERPRETER, daemon.MODULES, daemon.VERIFIED, daemon.FIRST, daemon.READY}
+    assert at[daemon.FIRST] == pytest.approx(1e3 * suite.table("daemon-start").row("crablb serve").median)
+
+
+def test_parts_of_memory(suite):
+    parts = {row.name: row.median for row in suite.table("daemon-parts").rows}
+    assert set(parts) == {*daemon.PARTS, daemon.ANONYMOUS}
+    # What is resident is counted by CPU (proc_pid_status(5)): some pages more or less.
+    assert sum(parts.values()) == pytest.approx(suite.table("daemon-memory").row(daemon.ALL).median, abs=2)
+    assert parts["the UMEM"] == pytest.approx(8, abs=0.5)  # 4,096 frames of 2 KiB, and room for one packet
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or len(os.sched_getaffinity(0)) < 2, reason="root and two CPUs are needed")

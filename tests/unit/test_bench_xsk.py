@@ -6,7 +6,7 @@ import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
-from bench import xsk
+from bench import veth, xsk
 from bench.figures import Row
 
 DST, SRC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
@@ -14,18 +14,18 @@ DST, SRC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
 
 @pytest.mark.parametrize(("port", "sequence"), [(0, 0), (1024, 7), (65535, 2**32 - 1)])
 def test_the_syn_is_right(port, sequence):
-    frame = xsk.syn(DST, SRC, port=port, sequence=sequence)
-    assert len(frame) == xsk.LENGTH
+    frame = veth.syn(DST, SRC, port=port, sequence=sequence)
+    assert len(frame) == veth.LENGTH
     sent = Ether(frame)
-    assert (sent[TCP].sport, sent[TCP].seq, sent[TCP].flags, sent[IP].dst) == (port, sequence, "S", xsk.VIP)
+    assert (sent[TCP].sport, sent[TCP].seq, sent[TCP].flags, sent[IP].dst) == (port, sequence, "S", veth.VIP)
     del sent[IP].chksum, sent[TCP].chksum  # Scapy works them out anew
     assert bytes(sent) == frame
 
 
 def test_known_checksum():
     """RFC 1071, 3."""
-    assert xsk.checksum(bytes.fromhex("0001f203f4f5f6f7")) == 0xFFFF - 0xDDF2
-    assert xsk.checksum(b"") == 0xFFFF
+    assert veth.checksum(bytes.fromhex("0001f203f4f5f6f7")) == 0xFFFF - 0xDDF2
+    assert veth.checksum(b"") == 0xFFFF
 
 
 def rows(**samples: list[float]) -> dict[str, Row]:
