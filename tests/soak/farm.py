@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -97,8 +98,7 @@ class Farm:
             list(pool.map(self._begin, lab.servers))
         self._client_agent()
         self.write()
-        program = [sys.executable, "-m", "tests.soak.watched", str(folder / "objects"), leak]
-        self.daemon = self.world.serve(config=self.file, program=program)
+        self._serve()
         until(lambda: status(lab)["daemon"]["reports"])
         self.well()
         ways = [
@@ -110,6 +110,10 @@ class Farm:
         assert answer(self.traffic) == "ready"
 
     # ---- what is in it ----
+
+    def _serve(self) -> None:
+        program = [sys.executable, "-m", "tests.soak.watched", str(self.folder / "objects"), self.leak]
+        self.daemon = self.world.serve(config=self.file, program=program)
 
     def _begin(self, server: Node) -> None:
         self._serves(server, REDIRECTED, FALLBACK, MULTIPATH, PASSING)
@@ -183,10 +187,13 @@ class Farm:
     @property
     def serving(self) -> int:
         """The process that serves."""
-        with inside(self.lab.lb.netns):
-            pid = pins.owner("lb-eth0")
+        pid = self._owner()
         assert pid, self._last()
         return pid
+
+    def _owner(self) -> int | None:
+        with inside(self.lab.lb.netns):
+            return pins.owner("lb-eth0")
 
     # ---- what is done to it ----
 
@@ -313,12 +320,28 @@ class Farm:
         self.done["taken over"] += 1
 
     def _killed_successor(self) -> None:
-        """At any instant."""
+        """At any instant: the old process serves on; or it has left already, and who manages services begins anew."""
+        before = self.serving
+        end = os.pidfd_open(before)
         words = ("serve", "--iface", "eth0", "--config", str(self.file), "--takeover")
         child = self._python(self.lab.lb, "tests.soak.watched", str(self.folder / "objects"), self.leak, *words)
         threading.Event().wait(self.random.uniform(0.2, 2))
         self._killed(child)
-        until(lambda: self.serving != child.pid and status(self.lab)["state"] == "serving")
+
+        def ended() -> bool:
+            return bool(select.select([end], [], [], 0)[0])
+
+        def goes_on() -> bool:
+            try:
+                return self._owner() == before and status(self.lab)["state"] == "serving"
+            except ValueError:  # it has ended meanwhile: there is no answer
+                return False
+
+        until(lambda: ended() or goes_on())
+        if ended():
+            self._serve()
+            self.done["killed when it served"] += 1
+        os.close(end)
 
     def agents(self) -> None:
         """A server's or the client's agent is killed, or the client's told to end; another takes its place."""
@@ -403,9 +426,8 @@ class Farm:
         ]
 
     def close(self) -> None:
-        """The process that serves at the end is no child of ours."""
-        pid = self.serving
-        os.kill(pid, signal.SIGTERM)
-        with inside(self.lab.lb.netns):
-            until(lambda: pins.owner("lb-eth0") is None)
+        """The process that serves at the end, if one does, is perhaps no child of ours."""
+        if pid := self._owner():
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: self._owner() is None)
         self.daemon.wait()
