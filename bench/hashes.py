@@ -22,9 +22,6 @@ Hashes = npt.NDArray[np.uint64]
 Backends = npt.NDArray[np.uint16]
 
 HEADER = HERE / "tools" / "hashes.h"
-SEED = bytes(range(16))
-#: How many buckets those that need room for more have, by those that work at first.
-ROOM = 2
 #: DxHash's weight of the heaviest.
 WHOLE = 1 << 16
 #: Hashes that stand for all, where there is no table.
@@ -32,6 +29,12 @@ MANY = 1 << 20
 
 ffi: Any = FFI()
 ffi.cdef(HEADER.read_text())
+
+
+def room(working: int) -> int:
+    """How many buckets those that need room for more have, by those that work at first: a power of two, at least twice
+    as many."""
+    return 1 << (2 * working - 1).bit_length()
 
 
 class Library:
@@ -123,13 +126,14 @@ class Method(ABC):
 
 
 class Built(Method):
-    """A table that is made anew for each list of backends: by nothing but that list."""
+    """A table that is made anew for each list of backends: by nothing but that list, and a seed."""
 
     build: ClassVar[Any]
 
-    def __init__(self, library: Library, members: Mapping[int, int], size: int) -> None:
+    def __init__(self, library: Library, members: Mapping[int, int], size: int, seed: int = 0) -> None:
         super().__init__(library, members)
         self.size = size
+        self.seed = seed.to_bytes(16, "little")
         self.make()
 
     def make(self) -> None:
@@ -140,7 +144,7 @@ class Built(Method):
             entry.backend = backend
         self.method = self.library.owned(self.library.lib.table_new(self.size))
         slots = native.from_buffer("uint16_t[]", backends_of(self.method, self.size))
-        if self.timed(lambda: self.build(slots, self.size, listed, len(listed), SEED)):
+        if self.timed(lambda: self.build(slots, self.size, listed, len(listed), self.seed)):
             raise MemoryError("no memory for a table")
 
     def add(self, backend: int, weight: int = 1) -> None:
@@ -198,7 +202,7 @@ class Anchor(Copies):
     name = "AnchorHash"
 
     def new(self, working: int) -> Any:
-        return self.library.lib.anchor_new(working * ROOM, working)
+        return self.library.lib.anchor_new(room(working), working)
 
     def add(self, backend: int, weight: int = 1) -> None:
         self.room_for(weight)
@@ -218,7 +222,7 @@ class JumpBack(Copies):
     name = "JumpBackHash"
 
     def new(self, working: int) -> Any:
-        return self.library.lib.jumpback_new(working * ROOM, working)
+        return self.library.lib.jumpback_new(room(working), working)
 
     def add(self, backend: int, weight: int = 1) -> None:
         self.room_for(weight)
@@ -252,7 +256,7 @@ class Dx(Method):
         super().__init__(library, members)
         self.heaviest = max(members.values())
         weights = np.array([self.share(weight) for weight in members.values()], np.uint32)
-        capacity = 1 << (len(members) * ROOM - 1).bit_length()
+        capacity = room(len(members))
         self.method = self.timed(lambda: self.new(weights, capacity))
         self.backends = backends_of(self.method, capacity)
         self.backends[: len(members)] = np.fromiter(members, np.uint16)
@@ -303,9 +307,10 @@ class Filled(Method):
 
     of: ClassVar[type[Method]]
 
-    def __init__(self, library: Library, members: Mapping[int, int], size: int) -> None:
+    def __init__(self, library: Library, members: Mapping[int, int], size: int, seed: int = 0) -> None:
         super().__init__(library, members)
         self.size = size
+        self.seed = seed
         self.inner = self.of(library, members)
         self.members = self.inner.members
         self.fill()
@@ -313,7 +318,7 @@ class Filled(Method):
 
     def fill(self) -> None:
         self.method = self.library.owned(self.library.lib.table_new(self.size))
-        self.timed(lambda: self.library.lib.method_fill(self.inner.method, self.method))
+        self.timed(lambda: self.library.lib.method_fill(self.inner.method, self.method, self.seed))
 
     def add(self, backend: int, weight: int = 1) -> None:
         self.inner.add(backend, weight)

@@ -255,13 +255,13 @@ void method_look(const struct method *m, const uint64_t *hashes, uint32_t count,
         m->look(m, hashes + at, count - at < CRAB_BATCH ? count - at : CRAB_BATCH, chosen + at);
 }
 
-void method_fill(const struct method *m, struct method *table)
+void method_fill(const struct method *m, struct method *table, uint64_t seed)
 {
     uint64_t hashes[CRAB_BATCH];
     for (uint32_t at = 0; at < table->buckets; at += CRAB_BATCH) {
         uint32_t count = table->buckets - at < CRAB_BATCH ? table->buckets - at : CRAB_BATCH;
         for (uint32_t i = 0; i < count; i++)
-            hashes[i] = draw(0, at + i + 1ull);
+            hashes[i] = draw(seed, at + i + 1ull);
         m->look(m, hashes, count, table->backends + at);
     }
 }

@@ -30,8 +30,8 @@ void dx_weigh(struct method *m, uint32_t bucket, uint32_t weight);
 
 /* chosen[count]: the backends of hashes, which are as random as SipHash's. */
 void method_look(const struct method *m, const uint64_t *hashes, uint32_t count, uint16_t *chosen);
-/* Fill a table by another method: the slot's hash takes a connection's place. */
-void method_fill(const struct method *m, struct method *table);
+/* Fill a table by another method: the slot's number, hashed under a seed, takes a connection's place. */
+void method_fill(const struct method *m, struct method *table, uint64_t seed);
 /* Nanoseconds of a lookup, in batches as the hot loop's.  cold: what it reads is in no cache at each batch's beginning; negative
  * where caches cannot be flushed. */
 double method_ns(const struct method *m, const uint64_t *hashes, uint32_t count, bool cold);
