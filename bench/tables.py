@@ -268,7 +268,8 @@ def plot(suite: Suite, count: int) -> Plot:
         table = suite.table(f"tables-{key}")
         rows = [row for s in subjects if table and (row := table.row(s.name))]
         curves.append(Curve.of(what, rows))
-    ticks = [s.of.name.replace(", ", ",\n").replace("Hash", "-\nHash") + ("" if s.size else WITHOUT) for s in subjects]
+    names = [s.of.name + ("" if s.size else WITHOUT) for s in subjects]
+    ticks = [name.replace(", ", ",\n").replace("Hash", "-\nHash") for name in names]
     return Plot(
         "tables", f"{count:,} backends, tables of {DEFAULT_SIZE:,} slots", "", "by what was its own; by its share",
         curves, "bars", ticks, log_y=True,
