@@ -19,7 +19,7 @@ from crablb.values import read_text
 #: Modules with ``run(context) -> Suite``, in the order in which they run.
 SUITES = ("micro", "xsk", "peers", "mptcp", "policies", "paper")
 #: Those that a run has when it is asked for them by name.
-BY_NAME = ("health", "faults", "scale", "takeover")
+BY_NAME = ("health", "faults", "scale", "takeover", "tables")
 
 
 def run(size: Size, suites: list[str], out: Path | None) -> Results:

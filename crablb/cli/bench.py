@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         metavar="NAME",
-        help="only this one; repeatable (default: all but health, faults and scale)",
+        help="only this one; repeatable (default: all but health, faults, scale, takeover and tables)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the report goes (default: a new one in bench/results)"
