@@ -8,6 +8,7 @@
 #   make sdist, make wheel, make deb     what crablb is installed from, into build/ (docs/packages.md)
 #   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
 #   make test-long     what takes minutes: no byte twice, nobody worse off, load balancers of others
+#   make test-disturbed     `make test` on a machine that stands still now and then (ARGS='tests/lab -k takeover')
 #   make test-each     every combination and every call, of which the two above try some: an hour or two
 #   make test-stacks   other people's programs through the load balancer: nginx, OpenSSH, PostgreSQL, ...
 #   make test-foreign   other people's own test suites, by redirection, fallback and MPTCP, beside the same without a load balancer
@@ -71,7 +72,7 @@ SOURCES := setup.py pyproject.toml native/libbpf.cdef $(wildcard native/*.[ch] n
 # (PYTHONDONTWRITEBYTECODE).  As whoever runs them: folders of modules that root has run are root's.
 COMPILED = @$(SUDO) $(VENV)/bin/python -m compileall -q crablb tests bench
 
-.PHONY: demo demo-often test test-long test-each bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim soak deaths lint c-test clean help
+.PHONY: demo demo-often test test-long test-disturbed test-each bench man docs sdist wheel deb test-stacks test-foreign test-distros test-install test-container test-kernels test-pythons test-units test-packages test-compilers fuzz sim soak deaths lint c-test clean help
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -90,6 +91,10 @@ test: $(STAMPS)/tested-tools c-test lint
 test-long: $(STAMPS)/tested-tools
 	$(COMPILED)
 	$(SUDO) $(VENV)/bin/python -m pytest $(PARALLEL) -m 'long and not each' --durations=10 $(ARGS)
+
+test-disturbed: $(STAMPS)/tested-tools
+	$(COMPILED)
+	$(SUDO) $(VENV)/bin/python tests/machines/disturbed.py -- $(VENV)/bin/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
 test-each: $(STAMPS)/tested-tools
 	$(COMPILED)
