@@ -27,11 +27,14 @@ class Limit:
         return ["sh", "-c", f'echo $$ > {self.path}/cgroup.procs && exec "$@"', "sh", *command]
 
     def set(self, size: int = PLENTY) -> None:
-        """Processes may have so much together.  Raises ``OSError`` if they have more already (version 1)."""
+        """Processes may have so much together.  Raises ``OSError`` if they cannot do with that any more (version 1)."""
         (self.path / self._limit).write_text(str(size))
 
     def used(self) -> int:
-        return int((self.path / self._used).read_text())
+        """Bytes that are not to be had back: pages of files are, and whoever reads a file first has them."""
+        words = (self.path / "memory.stat").read_text().split()
+        stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+        return int((self.path / self._used).read_text()) - stat["active_file"] - stat["inactive_file"]
 
     def hits(self) -> int:
         """How often more was asked for."""
