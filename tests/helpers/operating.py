@@ -64,6 +64,9 @@ class StillEngine:
     def verdicts(self) -> Mapping[Vip, Verdict]:
         return {service.vip: judge(service, self.standings) for service in self.config.services}
 
+    async def stage(self) -> None:
+        """Nobody's program is to be rehearsed."""
+
     def prepare(self, served: Config) -> SimpleNamespace:
         """Nothing else is found out with another configuration."""
         return SimpleNamespace(standings=self.standings)
