@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from bench.context import Context, Unavailable, one_cpu
 from bench.figures import Curve, Plot, Row, Suite, Table, Target
 from bench.lab import ECHO, HTTP, WAYS, Peers
-from bench.placement import Used, two_cpus
+from bench.placement import Placement, Used, two_cpus
 from crablb.kernel import bpf
 from crablb.lab.demo import status
 
@@ -41,12 +41,14 @@ COSTS = {
     "balancer GiB": ("peers-cost-gib", "CPU time of a GiB downloaded: the load balancer's", "ms", ""),
     "endpoints GiB": ("peers-cost-gib-ends", "The same: of clients, servers and the bridge", "ms", "direct"),
 }
-#: What of a figure is as good as nothing: a few ticks of the clock by which CPU time is told, a few packets of ARP.
-LEAST = {"balancer": 10.0, "balancer GiB": 100.0, "packets": 100.0}
-#: Where all that the load balancer does is in threads: the XDP program in the one that polls.
-IN_THREADS = ("crablb, redirect", "crablb, DSR", "XDP redirect", "crablb, MPTCP")
-#: Share of its CPU's time by which that of its threads may differ, before the report says so.
-DIFFERS = 0.25
+#: What of a figure is as good as nothing: softirqs and packets of others, or of ARP.
+LEAST = {"balancer": 1.0, "balancer GiB": 10.0, "packets": 100.0}
+#: What of its CPU's whole time the load balancer's may be; the rest is interrupts and entering and leaving idle.
+ACCOUNTED = (0.5, 1.1)
+#: A CPU that is busier at rest is also others': its whole time says nothing.
+QUIET = 0.05
+#: Ways without a load balancer.
+DIRECT = ("direct", "MPTCP, direct")
 APART = "the load balancer on a CPU of its own"
 NOTE = (
     "Everything is measured in two layouts. In the first, all of it shares one CPU: client, load balancer, server and "
@@ -58,20 +60,20 @@ NOTE = (
     "(mptcpize); what MPTCP itself costs is seen without a load balancer, and the remark says what crablb adds to it."
 )
 NOTE_APART = (
-    f"In the second, {APART} (CPU {{balancer}}: its program, and the packets of its interface), and clients, servers and "
-    "the bridge between all on another (CPU {endpoints}), which is busy all the time while rates are measured: so a rate "
-    "is what they cost, and what the load balancer costs is told by itself. Where packets are worked on was counted "
+    f"In the second, {APART} (CPU {{balancer}}: its program, its interface's packets), and clients, servers and the "
+    "bridge between all on another (CPU {endpoints}), which is busy all the time while rates are measured: so a rate is "
+    "what they cost, and what the load balancer costs is told by itself. Where packets are worked on was counted "
     "before, and a way that was not where it is to be is left out. It leaves out network cards: an interrupt of the "
     "other CPU, which wakes it if it is idle, stands for a card's on the way to the load balancer and on the way from "
     "it, where a direct way has none; segments are not cut to a network's size, which spares HAProxy, nginx and DNAT "
     "most of what packets cost; and clients and servers are not apart."
 )
 NOTE_COST = (
-    "CPU time is what a CPU was not idle, nor taken by the hypervisor, while there was load, by the kernel's count in "
-    "hundredths of a second, less what it is at rest (of the load balancer's CPU {balancer:.1%}, of the other one "
-    "{endpoints:.1%}). Interrupts are in it, and of the other CPU what starts the load generator, some 10 ms. Remarks "
-    "say what of it the load balancer's threads ran, by the scheduler's own count in nanoseconds: its program's, and, "
-    "where an XDP program is, the kernel's that polls for it."
+    "CPU time is that of a load of its own. It is what the scheduler says that processes ran (of clients and servers "
+    "those that start and end with the load, too, some 10 ms), and the kernel's threads that poll interfaces; and what "
+    "network softirqs took that interrupted none of these, on an idle CPU for example. The interrupts themselves, "
+    "entering and leaving idle, and work queues (MPTCP's) are not in it. Softirqs of others that use the machine are: "
+    "what a direct way has at the load balancer is theirs. "
 )
 
 
@@ -118,68 +120,56 @@ def measured_apart(context: Context, suite: Suite, size: int, rounds: int) -> Fo
         assert peers.placement
         rest = peers.placement.at_rest(context.pick(2.0, 0.5, 0.1))
         big = peers.big(size)
-        subjects = {name: subject(context, peers, name, big, rest) for name in WAYS if name in peers.ways}
+        subjects = {name: subject(context, peers, name, big) for name in WAYS if name in peers.ways}
         found = context.in_turn("peers, apart", subjects, rounds, least=LEAST)
     shared = " The two are threads of one core, which they share." if cpus.one_core else ""
     suite.notes.append(NOTE_APART.format(balancer=cpus.balancer, endpoints=cpus.endpoints) + shared)
-    suite.notes.append(NOTE_COST.format(balancer=rest.balancer, endpoints=rest.endpoints) + differs(found))
+    if "balancer" in found:
+        suite.notes.append(NOTE_COST + beside_whole(found, rest))
     return found
 
 
-def subject(
-    context: Context, peers: Peers, name: str, big: int, rest: Used | None = None
-) -> Callable[[], Mapping[str, float]]:
-    """``rest``: what CPUs take at rest, if the load balancer has one of its own, whose time is told then."""
+def subject(context: Context, peers: Peers, name: str, big: int) -> Callable[[], Mapping[str, float]]:
     seconds = str(context.pick(1.5, 0.5, 0.5))
     # Few enough that the client's closed connections, which wait for a minute, do not use up its ports.
     samples = str(context.pick(4000, 1000, 100))
-    # CPU time is told in hundredths of a second: downloads take several.
-    downloads = context.pick(4, 2, 1) if rest else 1
     by = peers.ways[name].by
 
-    def metered(load: Callable[[], float], unit: float, figure: str) -> Mapping[str, float]:
-        """CPU time by figure, of one of what ``load`` says that there were; in so many units a second."""
-        if not peers.placement or not rest:
-            load()
-            return {}
-        before = peers.placement.used(by)
-        count = load()
-        used = peers.placement.used(by) - before
-        return {
-            f"balancer{figure}": (used.balancer - rest.balancer * used.elapsed) * unit / count,
-            f"endpoints{figure}": (used.endpoints - rest.endpoints * used.elapsed) * unit / count,
-            f"threads{figure}": used.threads * unit / count,
-        }
+    def connect(warmup: str = "0.1") -> dict[str, float]:
+        options = ["--connections", str(CONNECTIONS), "--seconds", seconds, "--warmup", warmup]
+        return peers.crr(name, "--get", "/8", *options, port=HTTP)
 
-    def measure() -> Mapping[str, float]:
+    def cost(placement: Placement) -> dict[str, float]:
         figures: dict[str, float] = {}
 
-        def connect() -> float:
-            # Without a warm-up: each connection counts.
-            made = peers.crr(
-                name, "--get", "/8", "--connections", str(CONNECTIONS), "--seconds", seconds, "--warmup", "0", port=HTTP
-            )
-            figures["connections"] = made["rate"]
-            return made["count"]
+        def add(used: Used, per: float, kind: str) -> None:
+            figures.update({f"{what}{kind}": seconds * per for what, seconds in asdict(used).items()})
 
-        def download() -> float:
-            figures["goodput"] = statistics.median(peers.download(name) / 1e6 for _ in range(downloads))
-            return downloads * big / (1 << 30)
+        with placement.accounts() as accounts:
+            start = accounts.used(by)
+            count = connect("0")["count"]  # without a warm-up: each counts
+            made = accounts.used(by)
+            peers.download(name)
+            moved = accounts.used(by)
+        add(made - start, 1e6 / count, "")
+        add(moved - made, 1e3 * (1 << 30) / big, " GiB")
+        return figures
 
-        cost = metered(connect, 1e6, "")
-        if not rest:  # one CPU, which is never idle meanwhile
-            figures["cpu"] = 1e6 / figures["connections"]
+    def measure() -> Mapping[str, float]:
+        made = connect()
         setup = peers.crr(name, "--samples", samples, "--seconds", "20", "--warmup", "0.05", port=ECHO)
         rr = peers.crr(name, "--mode", "rr", "--seconds", seconds, "--warmup", "0.05", port=ECHO)
+        figures = {"connections": made["rate"]}
+        if not peers.placement:  # there is one CPU, and it is never idle meanwhile
+            figures["cpu"] = 1e6 / made["rate"]
         figures |= {f"setup {q}": setup[q] for q in ("p50", "p99", "p999")}
         figures |= {f"rr {q}": rr[q] for q in ("p50", "p99", "p999")}
         if context.size != "quick":  # wrk takes a second at the least
             figures["requests"] = peers.wrk(name, "/8", 1, CONNECTIONS, close=False)
         before = by.counters()["rx_packets"] if by else 0
-        cost = {**cost, **metered(download, 1e3, " GiB")}
-        packets = (by.counters()["rx_packets"] if by else 0) - before
-        figures["packets"] = packets * (1 << 30) / (big * downloads)
-        return figures | cost
+        figures["goodput"] = peers.download(name) / 1e6
+        figures["packets"] = ((by.counters()["rx_packets"] if by else 0) - before) * (1 << 30) / big
+        return figures | (cost(peers.placement) if peers.placement else {})
 
     return measure
 
@@ -212,28 +202,34 @@ def costs(apart: Found) -> list[Table]:
             continue
         rows = apart[figure]
         if figure.startswith("balancer"):
-            threads = apart[figure.replace("balancer", "threads")]
             for name, row in rows.items():
-                if "direct" not in name:
-                    row.note = f"{threads[name].median:.1f} in its threads"
+                if name not in DIRECT:
+                    program = apart[figure.replace("balancer", "program")][name]
+                    row.note = f"{program.median:.1f} of it in its program"
         made.append(Table(key, title, unit, list(rows.values()), "lower", baseline))
     return made
 
 
-def differs(apart: Found) -> str:
-    """What is to be said if two counts of one thing do not agree."""
-    said = []
-    for name in IN_THREADS:
-        if name in apart["balancer"]:
-            whole, threads = apart["balancer"][name].median, apart["threads"][name].median
-            if abs(whole - threads) > max(DIFFERS * whole, LEAST["balancer"] * DIFFERS):
-                said.append(f"{name} {threads:.1f} of {whole:.1f} us")
-    if not said:
-        return ""
-    return (
-        f" The two counts differ by more than {DIFFERS:.0%}, where all is in threads ({', '.join(said)} of a "
-        "connection): something else had that CPU, too, or interrupts and wake-ups cost as much."
+def beside_whole(apart: Found, rest: Used) -> str:
+    """The time that was accounted for beside all that the load balancer's CPU was busy, and whether they agree."""
+    if rest.whole_balancer > QUIET:
+        return (
+            f"How much of its CPU's whole time the load balancer's is could not be told: that was busy at rest, too "
+            f"({rest.whole_balancer:.0%})."
+        )
+    shares = {
+        name: row.median / whole
+        for name, row in apart["balancer"].items()
+        if name not in DIRECT
+        and (whole := apart["whole_balancer"][name].median - rest.whole_balancer * apart["elapsed"][name].median) > 0
+    }
+    low, high = ACCOUNTED
+    odd = [f"{name} {share:.2f}" for name, share in shares.items() if not low <= share <= high]
+    said = (
+        "Of what the load balancer's CPU was busy in all while connections were made, less what it is at rest, it is "
     )
+    said += ", ".join(f"{name} {share:.2f}" for name, share in shares.items()) + "."
+    return said + (f" That is more than interrupts and idling explain: {', '.join(odd)}." if odd else "")
 
 
 STATS = Path("/proc/sys/kernel/bpf_stats_enabled")

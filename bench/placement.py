@@ -1,21 +1,22 @@
 """The load balancer's work on a CPU of its own, as in life; all else of a lab, its bridge included, on another.
 
-A veth's frame is received on the CPU of whoever sends it, unless something takes it elsewhere.  An interface that polls
-(one with an XDP program, and the other end of its cable) is made to poll in a thread of the kernel, which has a CPU as
-any other has (Documentation/networking/napi.rst, "Threaded NAPI"); what does not poll is steered (scaling.rst, "RPS").
+A veth's frame is received on the CPU of whoever sends it, unless something takes it elsewhere.  What is polled for (all
+frames where an XDP program is, and what such a program sends) is polled for in a thread of the kernel, which has a CPU
+as any other has (Documentation/networking/napi.rst, "Threaded NAPI"); what is not is steered (scaling.rst, "RPS").
 Either way it takes an interrupt of the other CPU, as a network card's frames do.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -30,6 +31,8 @@ from crablb.lab import Lab, Node
 NAPI_GET, NAPI_IFINDEX, NAPI_PID = 11, 1, 4
 #: Share of a way's packets that another CPU may work on: an idle CPU's timers are run by one that is not.
 STRAY = 0.01
+#: What a thread's number is told by in ``tools/softirq.bpf.c``, where a cgroup's is not.
+THREAD = 1 << 63
 TOPOLOGY = Path("/sys/devices/system/cpu")
 STAT = Path("/proc/stat")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -91,20 +94,20 @@ def started_on(cpu: int | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Used:
-    """Seconds: of both CPUs, and what of the load balancer's its threads ran."""
+    """Seconds of CPU time of a lab's load balancer, and of all else of it; ``program``: of the first, its processes'.
 
-    balancer: float
-    endpoints: float
-    threads: float
-    elapsed: float
+    ``whole_balancer`` and ``whole_endpoints``: that their CPUs were busy, with whatever; ``elapsed``: that passed.
+    """
+
+    balancer: float = 0.0
+    program: float = 0.0
+    endpoints: float = 0.0
+    whole_balancer: float = 0.0
+    whole_endpoints: float = 0.0
+    elapsed: float = 0.0
 
     def __sub__(self, other: Used) -> Used:
-        return Used(
-            self.balancer - other.balancer,
-            self.endpoints - other.endpoints,
-            self.threads - other.threads,
-            self.elapsed - other.elapsed,
-        )
+        return Used(*(mine - its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
 def not_busy(stat: str, cpu: int) -> float:
@@ -176,8 +179,8 @@ def receive_on(node: Node, interface: str, cpu: int) -> list[int]:
         raise Unavailable(f"{interface} of {node.netns} is polled, but not by threads")
     for thread in threads:
         os.sched_setaffinity(thread, {cpu})
-    if not threads:
-        tell(node, f"{interface}/queues/rx-0/rps_cpus", mask(cpu))
+    # One interface may have both: a veth's end does not poll for what its other end sends with segmentation offload.
+    tell(node, f"{interface}/queues/rx-0/rps_cpus", mask(cpu))
     return threads
 
 
@@ -242,9 +245,8 @@ class Placement:
 
     def __init__(self, context: Context, lab: Lab, cpus: Cpus, balancers: Iterable[Node]) -> None:
         self.context, self.lab, self.cpus = context, lab, cpus
-        self._balancers = {node.name for node in balancers}
-        # The kernel's threads that poll: of load balancers by their names, and of the bridge.
-        self._polling: dict[str, list[int]] = {}
+        self.balancers = {node.name for node in balancers}
+        self._polling: dict[str, list[int]] = {}  # by load balancer's name
         self._bridge: list[int] = []
 
     def place(self, node: Node) -> None:
@@ -265,12 +267,12 @@ class Placement:
         """
         cpus = self.cpus
         for node in self.lab.nodes.values():
-            if node.name not in self._balancers:
+            if node.name not in self.balancers:
                 stays(tasks(node), cpus.endpoints, node.netns)
         stays(self._bridge, cpus.endpoints, "the bridge")
-        stays(self._threads(by), cpus.balancer, "the load balancer")
-        polling = self._polling[by.name] if by else []
-        before = run_time(polling)
+        if by:
+            stays([*tasks(by), *self.polling(by)], cpus.balancer, by.netns)
+        before = run_time(self.polling(by))
         with Where(self.context) as bridge, Where(self.context) as own:
             for name in self.lab.nodes:
                 if name != self.lab.middle.name:
@@ -282,28 +284,76 @@ class Placement:
         reasons = [strays("on the bridge", passed, cpus.endpoints), strays("of the load balancer", had, cpus.balancer)]
         if not sum(passed.values()):
             reasons.append("no packet was seen on the bridge")
-        if by and not sum(had.values()) and run_time(polling) == before:
+        if by and not sum(had.values()) and run_time(self.polling(by)) == before:
             reasons.append("the load balancer had no packet")
         if any(reasons):
             raise Unavailable("; ".join(filter(None, reasons)))
 
-    def used(self, by: Node | None) -> Used:
-        """CPU time until now.  ``by``: the load balancer whose threads count."""
-        stat, now = STAT.read_text(), time.monotonic()
-        return Used(
-            now - not_busy(stat, self.cpus.balancer),
-            now - not_busy(stat, self.cpus.endpoints),
-            run_time(self._threads(by)),
-            now,
-        )
+    def polling(self, by: Node | None) -> list[int]:
+        """The kernel's threads that poll for a load balancer; None: those that poll for the bridge."""
+        return self._polling[by.name] if by else self._bridge
 
-    def _threads(self, by: Node | None) -> list[int]:
-        """Those of a load balancer: its programs', and those that poll its interface."""
-        return [*tasks(by), *self._polling[by.name]] if by else []
+    def whole(self) -> Used:
+        """That the CPUs were busy, until now."""
+        stat, now = STAT.read_text(), time.monotonic()
+        busy = (now - not_busy(stat, cpu) for cpu in (self.cpus.balancer, self.cpus.endpoints))
+        return Used(0.0, 0.0, 0.0, *busy, now)
 
     def at_rest(self, seconds: float) -> Used:
-        """CPU time while nothing is asked of anybody, for a second."""
-        before = self.used(None)
+        """CPU time of a second in which nothing is asked of anybody."""
+        before = self.whole()
         time.sleep(seconds)
-        found = self.used(None) - before
-        return Used(found.balancer / found.elapsed, found.endpoints / found.elapsed, 0.0, 1.0)
+        found = self.whole() - before
+        return Used(0.0, 0.0, 0.0, found.whole_balancer / found.elapsed, found.whole_endpoints / found.elapsed, 1.0)
+
+    @contextmanager
+    def accounts(self) -> Iterator[Accounts]:
+        """Accounts that are kept while in the context: of each softirq they take some 0.2 us.
+
+        Raises :class:`Unavailable` if the kernel does not take the programs that keep them.
+        """
+        try:
+            with bpf.Object(self.context.bpf("softirq")) as softirq, ExitStack() as stack:
+                known = softirq.map("known")
+                for node in self.lab.nodes.values():
+                    known.update(os.stat(node.cgroup).st_ino, 1)
+                for thread in (*self._bridge, *itertools.chain(*self._polling.values())):
+                    known.update(THREAD | thread, 1)
+                for name in ("leave", "entry"):
+                    stack.enter_context(softirq.program(name).attach_tracepoint())
+                yield Accounts(self, softirq.map("softirqs"))
+        except bpf.BpfError as error:
+            raise Unavailable(f"softirqs cannot be told apart: {error}") from None
+
+
+class Accounts:
+    """CPU time by whose it is: of processes by their cgroups, of the kernel's threads that poll, and of softirqs that
+    interrupt none of these.
+
+    The scheduler keeps the first two in nanoseconds, and charges a softirq to whom it interrupts.  What nobody has:
+    interrupts themselves, entering and leaving idle, and the kernel's other threads, its work queues' for example.
+    """
+
+    def __init__(self, placement: Placement, softirqs: bpf.Map) -> None:
+        self._placement, self._softirqs = placement, softirqs
+
+    def used(self, by: Node | None) -> Used:
+        """Until now, on a way by this load balancer."""
+        placement, cpus = self._placement, self._placement.cpus
+        whole = placement.whole()
+        nobodys = [int.from_bytes(value[8:16], "little") / 1e9 for value in self._softirqs.lookup_percpu(0)]
+        program, polling = (usage(by), run_time(placement.polling(by))) if by else (0.0, 0.0)
+        others = (node for node in placement.lab.nodes.values() if node.name not in placement.balancers)
+        return Used(
+            program + polling + nobodys[cpus.balancer],
+            program,
+            sum(map(usage, others)) + run_time(placement.polling(None)) + nobodys[cpus.endpoints],
+            whole.whole_balancer,
+            whole.whole_endpoints,
+            whole.elapsed,
+        )
+
+
+def usage(node: Node) -> float:
+    """Seconds that a node's processes have run, those that have ended too (cgroup-v2.rst, cpu.stat)."""
+    return int(dict(line.split() for line in (node.cgroup / "cpu.stat").read_text().splitlines())["usage_usec"]) / 1e6
