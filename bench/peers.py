@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from math import inf
 from pathlib import Path
 
 from bench.context import Context, Unavailable, one_cpu
 from bench.figures import Curve, Plot, Row, Suite, Table, Target
 from bench.lab import ECHO, HTTP, WAYS, Peers
-from bench.placement import Placement, Used, two_cpus
+from bench.placement import APART, Placement, Used, two_cpus
 from crablb.kernel import bpf
 from crablb.lab.demo import status
 
@@ -41,15 +42,17 @@ COSTS = {
     "balancer GiB": ("peers-cost-gib", "CPU time of a GiB downloaded: the load balancer's", "ms", ""),
     "endpoints GiB": ("peers-cost-gib-ends", "The same: of clients, servers and the bridge", "ms", "direct"),
 }
-#: What of a figure is as good as nothing: softirqs and packets of others, or of ARP.
-LEAST = {"balancer": 1.0, "balancer GiB": 10.0, "packets": 100.0}
+#: What of a figure is as good as nothing: softirqs and packets of others, or of ARP; of figures that are only remarked
+#: on, any.
+LEAST = {f"{one.name}{kind}": inf for one in fields(Used) for kind in ("", " GiB")} | {
+    "balancer": 4.0, "balancer GiB": 40.0, "endpoints": 0.0, "endpoints GiB": 0.0, "packets": 100.0,
+}  # fmt: skip
 #: What of its CPU's whole time the load balancer's may be; the rest is interrupts and entering and leaving idle.
 ACCOUNTED = (0.5, 1.1)
 #: A CPU that is busier at rest is also others': its whole time says nothing.
 QUIET = 0.05
 #: Ways without a load balancer.
 DIRECT = ("direct", "MPTCP, direct")
-APART = "the load balancer on a CPU of its own"
 NOTE = (
     "Everything is measured in two layouts. In the first, all of it shares one CPU: client, load balancer, server and "
     "the kernel's work for them. So a rate is what all of them cost together, and a time is without the wake-up of "
@@ -61,8 +64,8 @@ NOTE = (
 )
 NOTE_APART = (
     f"In the second, {APART} (CPU {{balancer}}: its program, its interface's packets), and clients, servers and the "
-    "bridge between all on another (CPU {endpoints}), which is busy all the time while rates are measured: so a rate is "
-    "what they cost, and what the load balancer costs is told by itself. Where packets are worked on was counted "
+    "bridge between all on another (CPU {endpoints}), which is busy all the time while rates are measured: so a rate "
+    "is what they cost, and what the load balancer costs is told by itself. Where packets are worked on was counted "
     "before, and a way that was not where it is to be is left out. It leaves out network cards: an interrupt of the "
     "other CPU, which wakes it if it is idle, stands for a card's on the way to the load balancer and on the way from "
     "it, where a direct way has none; segments are not cut to a network's size, which spares HAProxy, nginx and DNAT "
@@ -96,6 +99,8 @@ def run(context: Context) -> Suite:
     except Unavailable as reason:
         suite.left_out.append(f"{APART}: {reason}")
     suite.tables = [*tables(found, apart), *costs(apart), programs]
+    if "balancer GiB" in apart:
+        p6.value += "; " + of_a_gib(apart["balancer GiB"])
     suite.targets = [*targets(found, programs, apart), p6]
     suite.notes.append(share)
     suite.plots = plots(found, apart)
@@ -118,9 +123,16 @@ def measured_apart(context: Context, suite: Suite, size: int, rounds: int) -> Fo
         suite.left_out += [f"{name}, {APART}: {reason}" for name, reason in peers.left_out.items()]
         needed(peers)
         assert peers.placement
+        counted: Placement | None = peers.placement
+        try:
+            with peers.placement.accounts():
+                pass
+        except Unavailable as reason:
+            counted = None
+            suite.left_out.append(f"CPU time, {APART}: {reason}")
         rest = peers.placement.at_rest(context.pick(2.0, 0.5, 0.1))
         big = peers.big(size)
-        subjects = {name: subject(context, peers, name, big) for name in WAYS if name in peers.ways}
+        subjects = {name: subject(context, peers, name, big, counted) for name in WAYS if name in peers.ways}
         found = context.in_turn("peers, apart", subjects, rounds, least=LEAST)
     shared = " The two are threads of one core, which they share." if cpus.one_core else ""
     suite.notes.append(NOTE_APART.format(balancer=cpus.balancer, endpoints=cpus.endpoints) + shared)
@@ -129,7 +141,10 @@ def measured_apart(context: Context, suite: Suite, size: int, rounds: int) -> Fo
     return found
 
 
-def subject(context: Context, peers: Peers, name: str, big: int) -> Callable[[], Mapping[str, float]]:
+def subject(
+    context: Context, peers: Peers, name: str, big: int, counted: Placement | None = None
+) -> Callable[[], Mapping[str, float]]:
+    """``counted``: where CPU time is to be told, too."""
     seconds = str(context.pick(1.5, 0.5, 0.5))
     # Few enough that the client's closed connections, which wait for a minute, do not use up its ports.
     samples = str(context.pick(4000, 1000, 100))
@@ -169,7 +184,7 @@ def subject(context: Context, peers: Peers, name: str, big: int) -> Callable[[],
         before = by.counters()["rx_packets"] if by else 0
         figures["goodput"] = peers.download(name) / 1e6
         figures["packets"] = ((by.counters()["rx_packets"] if by else 0) - before) * (1 << 30) / big
-        return figures | (cost(peers.placement) if peers.placement else {})
+        return figures | (cost(counted) if counted else {})
 
     return measure
 
@@ -298,8 +313,9 @@ NOT_APART = f"{APART}: not measured"
 
 
 def run_time(programs: Table) -> float:
-    """Of the endpoints' BPF programs and the load balancer's, of a redirected connection, in us."""
-    return sum(row.median for row in programs.rows if row.name.startswith(f"{OURS}: "))
+    """Of the endpoints' BPF programs, of a redirected connection, in us."""
+    ours = (row for row in programs.rows if row.name.startswith(f"{OURS}: ") and not row.name.endswith(" crab_lb"))
+    return sum(row.median for row in ours)
 
 
 def beside(made: Mapping[str, Row]) -> tuple[float, float, str]:
@@ -324,19 +340,21 @@ def p3(found: Found, programs: Table, apart: Found) -> Target:
         if "XDP redirect" in cpu:
             reason += f"; with the redirect in the kernel {cpu['XDP redirect'] - cpu['direct']:.0f} us"
         why.append(reason)
-    if apart:
-        rate, _, text = beside(apart["connections"])
-        values.append(f"{APART} {text}")
-        if rate < RATE_APART:
+    if not apart:
+        return Target("P3", "; ".join([*values, NOT_APART]), verdict(why, apart), "; ".join(why))
+    rate, _, text = beside(apart["connections"])
+    values.append(f"{APART} {text}")
+    if rate < RATE_APART:
+        reason = f"{APART}, {ran:.0f} us of a connection's BPF programs are the endpoints' still"
+        if "endpoints" in apart:
             ends = {name: row.median for name, row in apart["endpoints"].items()}
-            why.append(
+            reason = (
                 f"{APART}, a connection takes {ends['direct']:.0f} us of the clients' and servers' CPU direct, "
                 f"{ends[OURS] - ends['direct']:.0f} us more redirected: {ran:.0f} us in BPF programs, the rest to send "
                 "its SYN to another CPU and have it from there, where a direct one has no such hop; the load "
                 f"balancer's own {apart['balancer'][OURS].median:.0f} us are not among them"
             )
-    else:
-        values.append(NOT_APART)
+        why.append(reason)
     return Target("P3", "; ".join(values), verdict(why, apart), "; ".join(why))
 
 
@@ -398,6 +416,10 @@ def zero(peers: Peers, big: int) -> Target:
     return Target(
         "P6", value, others == 0 and used < 5, "" if others == 0 else "packets went through the load balancer"
     )
+
+
+def of_a_gib(rows: Mapping[str, Row]) -> str:
+    return f"{APART}, {rows[OURS].median:.1f} ms of it for a GiB where a direct way has {rows['direct'].median:.1f}"
 
 
 def generator(context: Context, peers: Peers) -> str:

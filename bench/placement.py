@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -27,6 +27,8 @@ from crablb.kernel.netns import inside
 from crablb.kernel.rtnetlink import GENERIC, NETLINK_GENERIC, Netlink, encode, number
 from crablb.lab import Lab, Node
 
+#: What the report calls it.
+APART = "the load balancer on a CPU of its own"
 #: Of netlink's family "netdev" (Documentation/netlink/specs/netdev.yaml).
 NAPI_GET, NAPI_IFINDEX, NAPI_PID = 11, 1, 4
 #: Share of a way's packets that another CPU may work on: an idle CPU's timers are run by one that is not.
@@ -296,15 +298,22 @@ class Placement:
     def whole(self) -> Used:
         """That the CPUs were busy, until now."""
         stat, now = STAT.read_text(), time.monotonic()
-        busy = (now - not_busy(stat, cpu) for cpu in (self.cpus.balancer, self.cpus.endpoints))
-        return Used(0.0, 0.0, 0.0, *busy, now)
+        return Used(
+            whole_balancer=now - not_busy(stat, self.cpus.balancer),
+            whole_endpoints=now - not_busy(stat, self.cpus.endpoints),
+            elapsed=now,
+        )
 
     def at_rest(self, seconds: float) -> Used:
         """CPU time of a second in which nothing is asked of anybody."""
         before = self.whole()
         time.sleep(seconds)
         found = self.whole() - before
-        return Used(0.0, 0.0, 0.0, found.whole_balancer / found.elapsed, found.whole_endpoints / found.elapsed, 1.0)
+        return Used(
+            whole_balancer=found.whole_balancer / found.elapsed,
+            whole_endpoints=found.whole_endpoints / found.elapsed,
+            elapsed=1.0,
+        )
 
     @contextmanager
     def accounts(self) -> Iterator[Accounts]:
@@ -340,17 +349,14 @@ class Accounts:
     def used(self, by: Node | None) -> Used:
         """Until now, on a way by this load balancer."""
         placement, cpus = self._placement, self._placement.cpus
-        whole = placement.whole()
         nobodys = [int.from_bytes(value[8:16], "little") / 1e9 for value in self._softirqs.lookup_percpu(0)]
         program, polling = (usage(by), run_time(placement.polling(by))) if by else (0.0, 0.0)
         others = (node for node in placement.lab.nodes.values() if node.name not in placement.balancers)
-        return Used(
-            program + polling + nobodys[cpus.balancer],
-            program,
-            sum(map(usage, others)) + run_time(placement.polling(None)) + nobodys[cpus.endpoints],
-            whole.whole_balancer,
-            whole.whole_endpoints,
-            whole.elapsed,
+        return replace(
+            placement.whole(),
+            balancer=program + polling + nobodys[cpus.balancer],
+            program=program,
+            endpoints=sum(map(usage, others)) + run_time(placement.polling(None)) + nobodys[cpus.endpoints],
         )
 
 
