@@ -44,7 +44,7 @@ class Unavailable(Exception):
 class Context:
     """A run's size, and what every suite needs.
 
-    ``full``: the report's figures.  ``quick``: all suites in under two minutes.  ``tiny``: everything runs, as fast as
+    ``full``: the report's figures.  ``quick``: all suites in some five minutes.  ``tiny``: everything runs, as fast as
     it can, and no figure means anything: for the tests.
     """
 

@@ -177,8 +177,8 @@ def figures_7_and_9(context: Context, suite: Suite) -> None:
             "bars",
             [*IMPLEMENTATIONS.values(), "netfilter", "P4"],
             note="With all on one CPU, the kernel's part of it included, a client waits for all that the load balancer "
-            f"does. With {APART} it waits for interrupts of that CPU and of its own, too, and each may have to wake its "
-            "CPU. Neither layout has a network card in it; a module for netfilter and a P4 switch we do not have.",
+            f"does. With {APART} it waits for interrupts of that CPU and of its own, too, and each may have to wake. "
+            "Neither layout has a network card in it; a module for netfilter and a P4 switch we do not have.",
         ),
         Plot(
             "paper-fig9",
@@ -194,7 +194,7 @@ def figures_7_and_9(context: Context, suite: Suite) -> None:
             ],
             "bars",
             [name.replace(", ", ",\n") for name in WAYS],
-            note="As in figure 7. Direct connections have no interrupt to wait for, nor a network: the paper's have both.",
+            note="As in figure 7. Direct ones have no interrupt to wait for, and no network: the paper's have both.",
         ),
     ]
 
