@@ -309,6 +309,8 @@ OURS, DSR = "crablb, redirect", "crablb, DSR"
 RATE, RATE_APART = 0.80, 0.93
 #: A request's time, of direct: at most.
 TIME = 1.04
+#: Of the endpoints' CPU: what is less was not all that they could do.
+FULL = 0.9
 NOT_APART = f"{APART}: not measured"
 
 
@@ -354,6 +356,11 @@ def p3(found: Found, programs: Table, apart: Found) -> Target:
                 "its SYN to another CPU and have it from there, where a direct one has no such hop; the load "
                 f"balancer's own {apart['balancer'][OURS].median:.0f} us are not among them"
             )
+            used = apart["connections"][OURS].median * ends[OURS] / 1e6
+            if used < FULL:
+                reason += (
+                    f"; these take {used:.0%} of that CPU, so connections also waited for the load balancer's turn"
+                )
         why.append(reason)
     return Target("P3", "; ".join(values), verdict(why, apart), "; ".join(why))
 

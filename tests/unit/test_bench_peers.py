@@ -50,6 +50,16 @@ def test_targets(shared, apart, reached, counted):
     assert all("on one CPU " in t.value and "; the load balancer on a CPU of its own " in t.value for t in targets)
 
 
+@pytest.mark.parametrize(("us", "waited"), [(80_000.0, True), (110_000.0, False)])
+def test_whose_time_it_is(us, waited):
+    """Nine connections a second: of 80 ms each the endpoints' CPU is not full, of 110 it is."""
+    second = found(9.0, 10.3, 14.0)
+    second |= {"endpoints": {"direct": row(70_000.0), "crablb, redirect": row(us)}, "balancer": second["connections"]}
+    why = peers.targets(found(8.2, 10.3, 14.0), PROGRAMS, second)[0].why
+    assert f"{us - 70_000:.0f} us more redirected: 2 us in BPF programs" in why
+    assert ("of that CPU, so connections also waited" in why) == waited
+
+
 def test_targets_of_one_layout():
     """What is reached there is not reached yet; what is not there, is not."""
     for shared, reached in (((8.2, 10.3, 14.0), None), ((7.9, 10.5, 14.0), False)):
