@@ -6,7 +6,7 @@
 #   make man     manual pages, into build/man
 #   make docs    the documentation site, into build/docs/html (ARGS=linkcheck: whether what it links to elsewhere is there)
 #   make sdist, make wheel, make deb     what crablb is installed from, into build/ (docs/packages.md)
-#   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in two minutes)
+#   make bench   what the load balancer costs here, beside what else people use (ARGS=--quick: in some five minutes)
 #   make test-long     what takes minutes: no byte twice, nobody worse off, load balancers of others
 #   make test-disturbed     `make test` on a machine that stands still now and then (ARGS='tests/lab -k takeover')
 #   make test-each     every combination and every call, of which the two above try some: an hour or two

@@ -44,7 +44,7 @@ class Unavailable(Exception):
 class Context:
     """A run's size, and what every suite needs.
 
-    ``full``: the report's figures.  ``quick``: all suites in under two minutes.  ``tiny``: everything runs, as fast as
+    ``full``: the report's figures.  ``quick``: all suites in some five minutes.  ``tiny``: everything runs, as fast as
     it can, and no figure means anything: for the tests.
     """
 
@@ -64,7 +64,13 @@ class Context:
         return path
 
     def in_turn(
-        self, what: str, subjects: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int, *, steady: bool = True
+        self,
+        what: str,
+        subjects: Mapping[str, Callable[[], Mapping[str, float]]],
+        rounds: int,
+        *,
+        steady: bool = True,
+        least: Mapping[str, float] | None = None,
     ) -> dict[str, dict[str, Row]]:
         """Measure the subjects in turn, ``rounds`` times.
 
@@ -72,7 +78,9 @@ class Context:
         are those of the same rounds.  If some row's samples are too far apart (another load on the machine), all is
         measured again; of all tries the calmest counts, and rows that are still too wide are marked.  Not ``steady``:
         samples differ by what they are, by other arrivals in each round for example, and nothing is made of it.
+        ``least``: by figure, what is as good as nothing: samples that differ by some of that are not too far apart.
         """
+        least = least or {}
         best: dict[str, dict[str, Row]] | None = None
         for attempt in range(1 + AGAIN[self.size] * steady):
             found: dict[str, dict[str, Row]] = {}
@@ -81,19 +89,19 @@ class Context:
                     self.say(f"  {what}: {name}, {number + 1} of {rounds}" + (", again" if attempt else ""))
                     for figure, value in subject().items():
                         found.setdefault(figure, {}).setdefault(name, Row(name, [])).samples.append(value)
-            if best is None or widest(found) < widest(best):
+            if best is None or widest(found, least) < widest(best, least):
                 best = found
-            if widest(best) <= WIDE:
+            if widest(best, least) <= WIDE:
                 break
         assert best is not None
         for figure, rows in best.items() if steady else ():
             for row in rows.values():
-                self.mark(f"{what}, {figure}", row)
+                self.mark(f"{what}, {figure}", row, least.get(figure, 0.0))
         return best
 
-    def mark(self, what: str, row: Row) -> Row:
+    def mark(self, what: str, row: Row, least: float = 0.0) -> Row:
         """Mark a row whose samples are too far apart."""
-        row.disturbed = spread(row.samples) > WIDE
+        row.disturbed = spread(row.samples, least) > WIDE
         if row.disturbed:
             self.disturbed.append(f"{what}: {row.name}")
         return row
@@ -138,5 +146,8 @@ def one_cpu() -> Iterator[int]:
         os.sched_setaffinity(0, allowed)
 
 
-def widest(found: Mapping[str, Mapping[str, Row]]) -> float:
-    return max((spread(row.samples) for rows in found.values() for row in rows.values()), default=0.0)
+def widest(found: Mapping[str, Mapping[str, Row]], least: Mapping[str, float]) -> float:
+    return max(
+        (spread(row.samples, least.get(figure, 0.0)) for figure, rows in found.items() for row in rows.values()),
+        default=0.0,
+    )

@@ -12,13 +12,16 @@ VERSION = 1
 WIDE = 0.25
 
 
-def spread(samples: list[float]) -> float:
-    """The width of the middle half of the samples, as a share of their median; 0 for fewer than four."""
-    middle = statistics.median(samples)
+def spread(samples: list[float], least: float = 0.0) -> float:
+    """The width of the middle half of the samples, as a share of their median; 0 for fewer than four.
+
+    ``least``: what is as good as nothing, of which it is a share if the median is smaller.
+    """
+    middle = max(abs(statistics.median(samples)), least)
     if len(samples) < 4 or not middle:
         return 0.0
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return (high - low) / abs(middle)
+    return (high - low) / middle
 
 
 @dataclass

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.context import Context, Unavailable
+from bench.placement import Cpus, Placement, started_on
 from crablb.errors import KernelError
 from crablb.kernel import bpf, pins
 from crablb.kernel.bpf.descriptor import open_pin
@@ -169,10 +170,14 @@ def answered(context: Context, name: str, done: subprocess.CompletedProcess[str]
 
 
 class Peers:
-    """The lab.  A context manager; ``ways`` by name, and ``left_out``: why some are not there."""
+    """The lab.  A context manager; ``ways`` by name, and ``left_out``: why some are not there.
 
-    def __init__(self, context: Context, folder: Path, ways: tuple[str, ...] = WAYS) -> None:
-        self.context, self.folder = context, folder
+    All of it is where this process is; with ``cpus`` the load balancers are on a CPU of their own, by ``placement``.
+    """
+
+    def __init__(self, context: Context, folder: Path, ways: tuple[str, ...] = WAYS, cpus: Cpus | None = None) -> None:
+        self.context, self.folder, self.cpus = context, folder, cpus
+        self.placement: Placement | None = None
         self.ways: dict[str, Way] = {}
         self.left_out: dict[str, str] = {}
         self._wanted = ways
@@ -235,7 +240,9 @@ class Peers:
             user = users.get(name, client)
             try:
                 if name in starts:
-                    starts[name](vips[name])
+                    # MPTCP's are at the ends: its load balancer is crablb, which starts below.
+                    with started_on(None) if "MPTCP" in name else self._balancers():
+                        starts[name](vips[name])
             except (Unavailable, KernelError, bpf.BpfError) as reason:
                 self.left_out[name] = str(reason)
                 continue
@@ -254,23 +261,36 @@ class Peers:
                 if name in self.ways
                 for port in PORTS
             ]
-            self.balancer = start_serve(lab, self.folder, "--check", "none", what=what)
+            with self._balancers():
+                self.balancer = start_serve(lab, self.folder, "--check", "none", what=what)
         if any(vip in redirected for vip in (way.host for way in self.ways.values())):
             # A server each: two VIPs with one backend cannot have the same client port at the same time.
             start_agent(prepared, "server", redirected)
             start_agent(other, "server", redirected)
             start_agent(lab.client, "client", redirected, "--backends", "10.0.0.0/24")
 
+        if self.cpus:
+            self.placement = Placement(self.context, lab, self.cpus, behind.values())
+            self._try(self._place)  # all, before the first is looked at
+        self._try(self._confirm)
+
+    def _try(self, step: Callable[[str], None]) -> None:
+        """A step with each way, which is left out if that fails."""
         for name in list(self.ways):
-            # Neighbours are found, and the first packet, which may be lost meanwhile, is not among those measured.
             try:
-                for port, options in ((ECHO, ()), (HTTP, ("--get", "/8"))):
-                    self.crr(name, "--samples", "1", "--seconds", "10", "--warmup", "0", *options, port=port)
-                if self.ways[name].mptcp:
-                    self._confirm(name)
-            except Unavailable as reason:
+                step(name)
+            except (Unavailable, KernelError, OSError) as reason:
                 self.left_out[name] = str(reason)
                 del self.ways[name]
+
+    def _balancers(self) -> AbstractContextManager[None]:
+        """What is started meanwhile is a load balancer."""
+        return started_on(self.cpus.balancer if self.cpus else None)
+
+    def _place(self, name: str) -> None:
+        by = self.ways[name].by
+        if by and self.placement:
+            self.placement.place(by)
 
     def _start_xdp(self, node: Node, server: Node, vip: IPv4Address) -> None:
         """The program sends by a redirect to the interface that the packet came in by: see ``Hop``."""
@@ -292,10 +312,19 @@ class Peers:
         start_agent(client, "client", [], "--mptcp", "--detach")
 
     def _confirm(self, name: str) -> None:
-        """What is measured is MPTCP, and not TCP in its place."""
-        counts = mptcp_counts(self.ways[name].client.run("cat", "/proc/net/netstat").stdout)
-        if not counts.get("MPCapableSYNACKRX") or counts["MPCapableFallbackSYNACK"]:
-            raise Unavailable("connections fell back to TCP")
+        """Neighbours are found, so that the first packet, which may be lost meanwhile, is not among those measured; it
+        is MPTCP that is measured, and not TCP in its place; and everything is on its CPU."""
+        way = self.ways[name]
+        for port, options in ((ECHO, ()), (HTTP, ("--get", "/8"))):
+            self.crr(name, "--samples", "1", "--seconds", "10", "--warmup", "0", *options, port=port)
+        if way.mptcp:
+            counts = mptcp_counts(way.client.run("cat", "/proc/net/netstat").stdout)
+            if not counts.get("MPCapableSYNACKRX") or counts["MPCapableFallbackSYNACK"]:
+                raise Unavailable("connections fell back to TCP")
+        if self.placement:
+            self.placement.check(
+                way.by, lambda: self.crr(name, "--samples", "100", "--seconds", "10", "--warmup", "0", port=ECHO)
+            )
 
     def _start_nft(self, node: Node, server: Node, vip: IPv4Address) -> None:
         self.context.tool("nft")

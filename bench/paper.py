@@ -17,6 +17,7 @@ from bench.context import Context, Unavailable, one_cpu
 from bench.farm import Farm, Way
 from bench.figures import Curve, Plot, Row, Suite, Table, Target
 from bench.lab import ECHO, HTTP, Peers
+from bench.placement import APART, Cpus, two_cpus
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -139,31 +140,31 @@ PAPER_7 = {"CRR": [183.0, 187.0, 195.0, 177.0], "RR": [48.0] * 4}
 
 
 def figures_7_and_9(context: Context, suite: Suite) -> None:
-    names = tuple(WAYS | IMPLEMENTATIONS)
-    samples = str(context.pick(4000, 1000, 100))
-
-    def subject(peers: Peers, name: str) -> Callable[[], Mapping[str, float]]:
-        def measure() -> Mapping[str, float]:
-            crr = peers.crr(name, "--samples", samples, "--seconds", "20", "--warmup", "0.05", port=ECHO)
-            rr = peers.crr(name, "--mode", "rr", "--samples", samples, "--seconds", "20", "--warmup", "0.05", port=ECHO)
-            return {"CRR": crr["p99"], "RR": rr["p99"]}
-
-        return measure
-
-    with one_cpu(), tempfile.TemporaryDirectory() as folder, Peers(context, Path(folder), names) as peers:
-        suite.left_out += [f"figures 7 and 9, {name}: {reason}" for name, reason in peers.left_out.items()]
-        found = context.in_turn(
-            "figures 7 and 9", {name: subject(peers, name) for name in peers.ways}, context.pick(7, 1, 1)
-        )
+    """In two layouts: all on one CPU, and the load balancer on its own."""
+    with one_cpu():
+        found = p99s(context, suite, None)
+    apart: P99s = {}
+    try:
+        with two_cpus() as cpus:
+            apart = p99s(context, suite, cpus)
+    except Unavailable as reason:
+        suite.left_out.append(f"figures 7 and 9, {APART}: {reason}")
     for kind, what in (("CRR", "connect, 8 bytes there and back, close"), ("RR", "8 bytes there and back")):
-        rows = list(found[kind].values())
-        suite.tables.append(
-            Table(f"paper-{kind.lower()}", f"Figures 7 and 9: {what}: p99", "us", rows, "lower", "direct")
-        )
+        for rows, key, where in ((found, "paper", "all on one CPU"), (apart, "paper-apart", APART)):
+            if rows:
+                title = f"Figures 7 and 9: {what}: p99; {where}"
+                table = Table(f"{key}-{kind.lower()}", title, "us", list(rows[kind].values()), "lower", "direct")
+                suite.tables.append(table)
 
     def ours(names: Sequence[str]) -> list[Curve]:
-        there = [(float(i), name) for i, name in enumerate(names) if name in peers.ways]
-        return [Curve.of(kind, [found[kind][name] for _, name in there], [i for i, _ in there]) for kind in PAPER_7]
+        curves = []
+        for rows, more in ((found, ""), (apart, f", {APART}")):
+            for kind in PAPER_7 if rows else ():
+                there = [(float(i), name) for i, name in enumerate(names) if name in rows[kind]]
+                if there:
+                    at = [i for i, _ in there]
+                    curves.append(Curve.of(f"{kind}{more}", [rows[kind][name] for _, name in there], at))
+        return curves
 
     places = [float(i) for i in range(4)]
     suite.plots += [
@@ -175,8 +176,9 @@ def figures_7_and_9(context: Context, suite: Suite) -> None:
             [*ours(list(IMPLEMENTATIONS)), *(Curve(kind, places, y, source="paper") for kind, y in PAPER_7.items())],
             "bars",
             [*IMPLEMENTATIONS.values(), "netfilter", "P4"],
-            note="Here all is on one CPU, the kernel's part of it included, and no network card is in it; a module for "
-            "netfilter and a P4 switch we do not have.",
+            note="With all on one CPU, the kernel's part of it included, a client waits for all that the load balancer "
+            f"does. With {APART} it waits for interrupts of that CPU and of its own, too, and each may have to wake. "
+            "Neither layout has a network card in it; a module for netfilter and a P4 switch we do not have.",
         ),
         Plot(
             "paper-fig9",
@@ -192,9 +194,34 @@ def figures_7_and_9(context: Context, suite: Suite) -> None:
             ],
             "bars",
             [name.replace(", ", ",\n") for name in WAYS],
-            note="As in figure 7, and the load balancer is no machine of its own: what it does, the client waits for.",
+            note="As in figure 7. Direct ones have no interrupt to wait for, and no network: the paper's have both.",
         ),
     ]
+
+
+#: Rows by kind of load and way.
+P99s = Mapping[str, Mapping[str, Row]]
+
+
+def p99s(context: Context, suite: Suite, cpus: Cpus | None) -> P99s:
+    """Of the ways of figures 7 and 9.  ``cpus``: the load balancer's is its own."""
+    names = tuple(WAYS | IMPLEMENTATIONS)
+    samples = str(context.pick(4000, 1000, 100))
+    what = f"figures 7 and 9, {APART}" if cpus else "figures 7 and 9"
+
+    def subject(peers: Peers, name: str) -> Callable[[], Mapping[str, float]]:
+        def measure() -> Mapping[str, float]:
+            crr = peers.crr(name, "--samples", samples, "--seconds", "20", "--warmup", "0.05", port=ECHO)
+            rr = peers.crr(name, "--mode", "rr", "--samples", samples, "--seconds", "20", "--warmup", "0.05", port=ECHO)
+            return {"CRR": crr["p99"], "RR": rr["p99"]}
+
+        return measure
+
+    with tempfile.TemporaryDirectory() as folder, Peers(context, Path(folder), names, cpus) as peers:
+        suite.left_out += [f"{what}, {name}: {reason}" for name, reason in peers.left_out.items()]
+        if "direct" not in peers.ways:
+            raise Unavailable(peers.left_out["direct"])
+        return context.in_turn(what, {name: subject(peers, name) for name in peers.ways}, context.pick(7, 1, 1))
 
 
 # ---- figure 10: goodput ----

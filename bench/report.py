@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bench import targets
 from bench.figures import Plot, Results, Row, Suite, Table
+from bench.placement import APART
 
 #: Of curves and bars; the paper's are the same in grey.
 COLOURS = ("#1f5fa8", "#c0504d", "#4f9a4f", "#8060a8", "#d08c2c", "#30a0a0", "#7f7f7f", "#b04080")
@@ -22,6 +24,11 @@ OVERVIEW = {
     "peers-requests": "requests, 1/s",
     "peers-goodput": "download, MB/s",
     "peers-packets": "packets by the load balancer for a GiB",
+}
+#: The same where the load balancer has a CPU of its own, and what it takes of that.
+OVERVIEW_APART = {key.replace("peers-", "peers-apart-"): title for key, title in OVERVIEW.items()} | {
+    "peers-cost-connection": "the load balancer's CPU for a new connection, us",
+    "peers-cost-gib": "for a GiB, ms",
 }
 
 
@@ -107,9 +114,10 @@ def markdown(results: Results) -> str:
         "",
         *grid([["", "what", "limit", "found", "", "why"], *target_rows(results)]),
     ]
-    seen = overview(results)
-    if seen:
-        lines += ["", "## At a glance", "", *seen, "", "In brackets: of direct. What was measured how is said below."]
+    for title, columns in (("At a glance", OVERVIEW), (f"At a glance, {APART}", OVERVIEW_APART)):
+        seen = overview(results, columns)
+        if seen:
+            lines += ["", f"## {title}", "", *seen, "", "In brackets: of direct. What was measured how is said below."]
     for suite in results.suites:
         lines += ["", f"## {suite.title}", ""]
         for note in suite.notes:
@@ -128,9 +136,9 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def overview(results: Results) -> list[str]:
+def overview(results: Results, columns: Mapping[str, str] = OVERVIEW) -> list[str]:
     """Ways to a server by what they cost; empty if that was not measured."""
-    tables = {title: table for key, title in OVERVIEW.items() if (table := results.table(key))}
+    tables = {title: table for key, title in columns.items() if (table := results.table(key))}
     if not tables:
         return []
     rows = [["", *tables]]

@@ -22,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("bench", help="measure, beside other load balancers, and write a report")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--quick", dest="size", action="store_const", const="quick", help="every suite, in under two minutes"
+        "--quick", dest="size", action="store_const", const="quick", help="every suite, in some five minutes"
     )
     size.add_argument(
         "--tiny",

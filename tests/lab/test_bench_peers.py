@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from bench import lab, peers
+from bench.placement import pollers, tell, two_cpus
 from crablb.kernel import bpf
 from tests.helpers.bench import quiet, written
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("bpf-stats")]
+
+
+COSTS = [key for key, *_ in peers.COSTS.values()]
+needs_two = pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="there is one CPU")
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +33,23 @@ def test_what_it_writes(suite):
 
 
 def test_all_ways_are_measured(suite):
+    if len(os.sched_getaffinity(0)) == 1:
+        (reason,) = suite.left_out
+        assert reason.startswith("the load balancer on a CPU of its own: it takes two CPUs")
+        return
     assert suite.left_out == []
-    assert {table.key for table in suite.tables} >= {key for key, *_ in peers.TABLES.values()}
+    both = {key for key, *_ in peers.TABLES.values()}
+    both |= {key.replace("peers-", "peers-apart-") for key in both - {"peers-cpu"}}
+    assert {table.key for table in suite.tables} == {*both, *(key for key, *_ in peers.COSTS.values()), "peers-bpf"}
     for table in suite.tables:
-        if table.key not in ("peers-packets", "peers-bpf"):
+        # Of what is as good as nothing there may be none.
+        if not table.key.endswith("-packets") and table.key not in ("peers-bpf", *COSTS):
             assert [row.name for row in table.rows] == list(lab.WAYS), table.key
             assert all(min(row.samples) > 0 for row in table.rows), table.key
+    for key in COSTS:
+        assert [row.name for row in suite.table(key).rows] == list(lab.WAYS), key
+    for name, row in ((row.name, row) for row in suite.table("peers-cost-connection").rows):
+        assert name in peers.DIRECT or row.median > 0
     assert [target.name for target in suite.targets] == ["P3", "P4", "P6"]
 
 
@@ -115,3 +131,60 @@ def test_what_falls_back_to_tcp_is_left_out(monkeypatch, tmp_path):
     with lab.Peers(quiet(), tmp_path, ("MPTCP, direct",)) as world:
         assert world.left_out == {"MPTCP, direct": "connections fell back to TCP"}
         assert world.ways == {}
+
+
+@needs_two
+def test_everything_is_on_its_cpu(tmp_path):
+    """By the counts of packets and of softirqs; and what is taken from its CPU is found out."""
+    ways = ("direct", "crablb, redirect", "XDP redirect", "nftables DNAT", "HAProxy")
+    with two_cpus() as cpus, lab.Peers(quiet(), tmp_path, ways, cpus) as world:
+        assert world.left_out == {}
+        placed = world.placement
+
+        def load(name: str) -> None:
+            world.crr(name, "--samples", "100", "--seconds", "20", "--warmup", "0")
+
+        with placed.accounts() as accounts:
+            for name in ways:
+                by = world.ways[name].by
+                before = accounts.used(by)
+                load(name)
+                used = accounts.used(by) - before
+                assert used.endpoints > 0
+                # Who has a program, or a thread that polls, has run there.
+                assert name == "direct" or used.balancer > used.program - 1e-6 >= -1e-6
+                assert (used.program > 0) == (name in ("crablb, redirect", "HAProxy")), name
+
+        def refused(name: str) -> str:
+            with pytest.raises(lab.Unavailable) as reason:
+                placed.check(world.ways[name].by, lambda: load(name))
+            return str(reason.value)
+
+        nft, xdp = world.ways["nftables DNAT"].by, world.ways["XDP redirect"].by
+        tell(nft, "eth0/queues/rx-0/rps_cpus", "0")
+        assert "packets of the load balancer were not on CPU" in refused("nftables DNAT")
+        (thread,) = pollers(xdp)
+        os.sched_setaffinity(thread, {cpus.endpoints})
+        assert f"thread {thread} of {xdp.netns} may be on CPU {cpus.endpoints}" in refused("XDP redirect")
+        os.sched_setaffinity(thread, {cpus.balancer})
+        tell(world.lab.middle, f"{world.lab.lb.name}/queues/rx-0/rps_cpus", "0")
+        assert "packets on the bridge were not on CPU" in refused("crablb, redirect")
+        for other in ("XDP redirect", "HAProxy", "direct"):
+            placed.check(world.ways[other].by, lambda other=other: load(other))
+        os.sched_setaffinity(world.ways["HAProxy"].by.processes()[0], {cpus.endpoints, cpus.balancer})
+        assert f"may be on CPU {cpus.endpoints}, not {cpus.balancer} alone" in refused("HAProxy")
+
+
+@needs_two
+def test_a_kernel_that_does_not_tell_is_told(monkeypatch, tmp_path):
+    """A way that cannot be placed is left out with the reason, and the others are measured."""
+
+    def refuse(node, place, value):
+        if node.name == "server5":
+            raise lab.Unavailable("the kernel steers nothing")
+        tell(node, place, value)
+
+    monkeypatch.setattr("bench.placement.tell", refuse)
+    with two_cpus() as cpus, lab.Peers(quiet(), tmp_path, ("direct", "nftables DNAT", "HAProxy"), cpus) as world:
+        assert world.left_out == {"nftables DNAT": "the kernel steers nothing"}
+        assert list(world.ways) == ["direct", "HAProxy"]

@@ -22,7 +22,7 @@ XDP_FLAGS_DRV_MODE = 1 << 2
 # linux/bpf.h; tcx came with Linux 6.6, later than the headers of some distributions.
 BPF_F_TEST_XDP_LIVE_FRAMES = 1 << 1
 BPF_F_BEFORE = 1 << 3
-BPF_MODIFY_RETURN, BPF_TCX_INGRESS = 26, 46
+BPF_TRACE_RAW_TP, BPF_MODIFY_RETURN, BPF_TCX_INGRESS = 23, 26, 46
 BPF_LINK_TYPE_XDP, BPF_LINK_TYPE_TCX = 6, 11
 
 
@@ -131,6 +131,10 @@ class Program(Descriptor):
     def attach_modify_return(self) -> Link:
         """Attach a tracing program to the kernel's function that it was loaded for: it says what that returns."""
         return self._link(0, BPF_MODIFY_RETURN, f"cannot attach program {self.name}")
+
+    def attach_tracepoint(self) -> Link:
+        """Attach a tracing program to the kernel's tracepoint that it was loaded for (``tp_btf``)."""
+        return self._link(0, BPF_TRACE_RAW_TP, f"cannot attach program {self.name}")
 
     def run_iterator(self) -> bytes:
         """Run a BPF iterator once, to its end; returns what it printed."""
