@@ -95,6 +95,10 @@ class LoadBalancer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._claim = threading.Lock()  # of two who start it at once one does
+        self._turn = (
+            threading.RLock()
+        )  # of those who change what is served, of which there may be several before the start
+        self._altering = False
         self._changing = asyncio.Lock()  # its life: starting and closing, one after the other
         self._ended: asyncio.Future[None] | None = None
         self._guard: asyncio.Task[None] | None = None
@@ -316,6 +320,27 @@ class LoadBalancer:
 
         return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
 
+    def _alter(self, do: Callable[[], None]) -> None:
+        """Change what is served, one after the other.
+
+        Raises :class:`KernelError` in the middle of another change, by what a signal calls: that one would undo it.
+        """
+
+        def alone() -> None:
+            with self._turn:
+                if self._altering:
+                    raise KernelError(
+                        "the load balancer is being changed, by what was interrupted: note what is to be done, and do"
+                        " it later, as loop.add_signal_handler() does"
+                    )
+                self._altering = True
+                try:
+                    do()
+                finally:
+                    self._altering = False
+
+        self._in_loop(alone)
+
     def process_once(self, timeout: float = 0.0) -> int:
         """Work on the frames that have come on all queues; wait at most ``timeout`` seconds for some if there are none.
 
@@ -433,7 +458,7 @@ class LoadBalancer:
         self._change(with_them)
 
     def _change(self, services: Callable[[Config], Iterable[Service | str]], *, whole: bool = False) -> None:
-        """From what is served to what is to be; in the event loop, so that of changes at once none is lost.
+        """From what is served to what is to be; of changes at once none is lost.
 
         ``whole``: whatever it was.
         """
@@ -447,7 +472,7 @@ class LoadBalancer:
                     self._wanted.follow(None if whole else before, config)
             self._config = config
 
-        self._in_loop(change)
+        self._alter(change)
 
     # ---- frames of one's own ----
 
@@ -472,7 +497,7 @@ class LoadBalancer:
                 self._supervisor.engine.handle(match, function)
             self._handlers[match] = function
 
-        self._in_loop(add)
+        self._alter(add)
 
     def unhandle(self, match: Match) -> None:
         """From now on the frames are the kernel's again.  Raises :class:`ConfigError` if there is no such handler."""
@@ -484,7 +509,7 @@ class LoadBalancer:
                 self._supervisor.engine.unhandle(match)
             del self._handlers[match]
 
-        self._in_loop(remove)
+        self._alter(remove)
 
     # ---- what happens ----
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from ipaddress import ip_address
 
@@ -69,3 +71,45 @@ def test_text_for_values():
             lb.remove_service(vip)
     lb.remove_service("tcp://[fd00::100]:80")
     assert [service.vip for service in lb.services] == [VIP]
+
+
+def weights(lb: LoadBalancer) -> list[int]:
+    return [backend.weight for backend in lb.service(VIP).backends]
+
+
+def test_changes_of_threads_before_the_start():
+    """None is lost, wherever one thread is when another has its turn."""
+    lb = LoadBalancer("eth0", [f"{VIP}=10.0.0.10"])
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: lb.add_backend(VIP, f"10.1.{n // 250}.{1 + n % 250}"), range(400)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(lb.service(VIP).backends) == 401
+
+
+def test_a_signal_in_the_middle_of_a_change(monkeypatch):
+    """What its handler asks for is refused, as the change that it interrupts would undo it; afterwards it is not."""
+    lb = LoadBalancer("eth0", [f"{VIP}=10.0.0.10,10.0.0.11"])
+    checked = LoadBalancer._checked
+    refused = []
+
+    def signalled(self, services):
+        found = checked(self, services)
+        if not refused:
+            refused.append(True)
+            with pytest.raises(KernelError, match="is being changed, by what was interrupted"):
+                lb.set_weight(VIP, "10.0.0.11", 7)
+            assert weights(lb) == [1, 1]  # who only looks may
+        return found
+
+    monkeypatch.setattr(LoadBalancer, "_checked", signalled)
+    lb.set_weight(VIP, "10.0.0.10", 3)
+    assert weights(lb) == [3, 1]
+    lb.set_weight(VIP, "10.0.0.11", 7)
+    with pytest.raises(ConfigError):
+        lb.set_weight(VIP, "10.0.0.12", 1)
+    lb.set_weight(VIP, "10.0.0.10", 2)
+    assert weights(lb) == [2, 7]
