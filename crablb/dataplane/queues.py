@@ -271,7 +271,6 @@ class Queues:
         # Who looks at all workers, and who makes or ends some.  The first lock makes it fair to them: otherwise a
         # program that calls once() again and again would hardly ever let go of the second.
         self._turn, self._lock = threading.RLock(), threading.RLock()
-        self._inside = 0  # the thread that has both
         self._coming: list[tuple[_Port, int, XskSocket]] = []  # another process's sockets, until they are taken
         #: ``struct crab_joins *``: MPTCP connections' tokens, which all workers learn.
         self.joins = ffi.gc(lib.crab_joins_new(TOKENS), lib.crab_joins_free)
@@ -281,16 +280,13 @@ class Queues:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Raises :class:`KernelError` in the middle of itself: by a handler, a policy, or what a signal calls."""
-        me = threading.get_ident()
-        if self._inside == me:
+        if self._lock._is_owned():  # type: ignore[attr-defined]
             raise KernelError("the load balancer is in the middle of frames: it cannot be called by what it has called")
         try:
             with self._turn:
                 self._lock.acquire()
-            self._inside = me
             yield
         finally:
-            self._inside = 0
             with contextlib.suppress(RuntimeError):  # interrupted before it was its turn
                 self._lock.release()
 

@@ -25,10 +25,10 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, Self, overload
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, overload
 
 import msgspec
 import numpy as np
@@ -38,6 +38,8 @@ from crablb._native import ffi, lib
 from crablb.errors import KernelError
 from crablb.kernel import bpf
 from crablb.kernel.interface import interface_info
+
+T = TypeVar("T")
 
 __all__ = ["DESC", "Batch", "FrameError", "Umem", "XskError", "XskSocket"]
 
@@ -261,7 +263,6 @@ class _Pool:
         self.whole: npt.NDArray[np.uint8] = np.frombuffer(ffi.buffer(held, size + lib.CRAB_WHOLE), np.uint8)
         self.umem = Umem(self.whole[:size], frame_size)
         self.lock = threading.RLock()
-        self.busy = False  # one of the sockets is in use
         self.closing: list[XskSocket] = []  # those to be closed when it is not any more
         self.hands: list[_Hands] = []  # of the open sockets
         self._left: list[_Left] = []
@@ -534,7 +535,8 @@ class XskSocket:
         if not info.up:
             raise KernelError(f"interface {interface} is down; bring it up: ip link set {interface} up")
         self._ifindex = info.index
-        with share._using() if share else nullcontext(ffi.NULL) as other:
+
+        def begin(other: Any) -> None:
             if share and copy not in (None, not share.zero_copy):
                 raise ValueError(f"copy is that of the UMEM, {not share.zero_copy}, not {copy}")
             self._bind(share, other, ring, copy, memory_file)
@@ -550,6 +552,11 @@ class XskSocket:
             except BaseException:
                 self.close()
                 raise
+
+        if share:
+            share._using(begin)
+        else:
+            begin(ffi.NULL)
 
     def _bind(self, share: XskSocket | None, other: Any, ring: int, copy: bool | None, memory_file: bool) -> None:
         """``other``: ``share``'s C socket."""
@@ -596,16 +603,15 @@ class XskSocket:
 
     def register(self, sockets: bpf.Map, slot: int | None = None) -> None:
         """Put this socket into an XSKMAP, under ``slot`` (default: its queue's number)."""
-        with self._using():
-            sockets.update(self.queue if slot is None else _counted("slot", slot, 0xFFFFFFFF), self.fd)
+        at = self.queue if slot is None else _counted("slot", slot, 0xFFFFFFFF)
+        self._using(lambda _: sockets.update(at, self.fd))
 
     # ---- from one process to the next ----
 
     def bound(self) -> Bound:
         """What :meth:`adopt` has to know in another process."""
         out = ffi.new("struct crab_xsk_bound *")
-        with self._using() as xsk:
-            lib.crab_xsk_is_bound(xsk, out)
+        self._using(lambda xsk: lib.crab_xsk_is_bound(xsk, out))
         return Bound(
             self.interface, out.ifindex, self.queue, out.ring_size, out.bind_flags, self._frames, self.frame_size
         )
@@ -655,27 +661,23 @@ class XskSocket:
         """What is known of the frames, while nobody uses the socket; ``free``: room for the addresses of all, shape
         (frames,), of which the first ``free_count`` are those of free ones."""
         out = ffi.new("struct crab_xsk_given *")
-        with self._using() as xsk:
-            lib.crab_xsk_give(xsk, out, ffi.from_buffer("uint64_t[]", free))
+        self._using(lambda xsk: lib.crab_xsk_give(xsk, out, ffi.from_buffer("uint64_t[]", free)))
         return Given(out.in_fill, out.in_tx, out.free_count, out.dropped)
 
     def take(self, given: Given, free: npt.NDArray[np.uint64]) -> None:
         """Begin to use what another process has given."""
         values = ffi.new("struct crab_xsk_given *", (given.in_fill, given.in_tx, given.free_count, given.dropped))
-        with self._using() as xsk:
-            lib.crab_xsk_take_over(xsk, values, ffi.from_buffer("uint64_t[]", free))
+        self._using(lambda xsk: lib.crab_xsk_take_over(xsk, values, ffi.from_buffer("uint64_t[]", free)))
 
     @property
     def moved(self) -> bool:
         """Whether another process has used the socket since it was given."""
-        with self._using() as xsk:
-            return bool(lib.crab_xsk_moved(xsk))
+        return self._using(lambda xsk: bool(lib.crab_xsk_moved(xsk)))
 
     @property
     def handle(self) -> Any:
         """The C socket (``struct crab_xsk *``), for native code."""
-        with self._using() as xsk:
-            return xsk
+        return self._using(lambda xsk: xsk)
 
     @property
     def fd(self) -> int:
@@ -686,22 +688,35 @@ class XskSocket:
         """Readable when frames have come: for select, asyncio and the like.  -1 when closed."""
         return self.fd
 
-    @contextmanager
-    def _using(self) -> Iterator[Any]:
-        """The C socket, which nobody else uses meanwhile.  Raises :class:`XskError` if it is closed."""
-        pool, which = self._pool, f"the AF_XDP socket on queue {self.queue} of {self.interface}"
-        with pool.lock:
-            if pool.busy:  # the lock lets its own thread in: a signal's handler, in the middle of a call
-                raise XskError(f"{which} is in use, by what was interrupted; note what is to be done", errno.EBUSY)
-            pool.busy = True
-            try:
-                if not self._xsk:
-                    raise XskError(f"{which} {self._closed_as}", errno.EBADF)
-                yield self._xsk
-            finally:
-                pool.busy = False
-                while pool.closing:
-                    pool.closing.pop().close()
+    def _in_turn(self, do: Callable[[], T]) -> T:
+        """Nobody else uses the UMEM meanwhile.
+
+        The interpreter itself lets go of the lock: a generator (contextlib's) that is interrupted in its last steps
+        keeps it for as long as somebody keeps the exception.  Raises :class:`XskError` in the middle of itself, by what
+        a signal calls.
+        """
+        pool = self._pool
+        if pool.lock._is_owned():  # type: ignore[attr-defined]
+            which = f"the AF_XDP socket on queue {self.queue} of {self.interface}"
+            raise XskError(f"{which} is in use, by what was interrupted; note what is to be done", errno.EBUSY)
+        try:
+            with pool.lock:
+                done = do()
+            return done
+        finally:
+            while pool.closing:
+                pool.closing.pop().close()
+
+    def _using(self, do: Callable[[Any], T]) -> T:
+        """The same, with the C socket.  Raises :class:`XskError` if it is closed."""
+
+        def with_it() -> T:
+            if not self._xsk:
+                which = f"the AF_XDP socket on queue {self.queue} of {self.interface}"
+                raise XskError(f"{which} {self._closed_as}", errno.EBADF)
+            return do(self._xsk)
+
+        return self._in_turn(with_it)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for frames, at most ``timeout`` seconds; False if none came.
@@ -712,21 +727,23 @@ class XskSocket:
         if timeout is not None and math.isnan(timeout):
             raise ValueError(f"timeout is a number of seconds, or None, not {timeout}")
         end = None if timeout is None else time.monotonic() + timeout
-        with self._using():
-            if self._hands.received.got[0]:
-                return True
-            poll = select.poll()
+        poll = select.poll()
+
+        def begin(_: Any) -> bool:
             poll.register(self.fd, select.POLLIN)
+            return bool(self._hands.received.got[0])
+
+        if self._using(begin):
+            return True
         while True:
-            with self._using():  # what came free since may be what it takes to receive
-                lib.crab_umem_settle(self._pool.c)
+            # What came free since may be what it takes to receive.
+            self._using(lambda _: lib.crab_umem_settle(self._pool.c))
             left = 1.0 if end is None else max(0.0, min(1.0, end - time.monotonic()))
             events = poll.poll(left * 1000)
-            with self._using() as xsk:
-                # An interface that goes is only seen by looking: see crab_xsk_error.
-                failed = bool(events) and bool(events[0][1] & (select.POLLERR | select.POLLNVAL))
-                if failed or (not events and lib.crab_xsk_error(xsk)):
-                    raise XskError(f"interface {self.interface} is gone", errno.ENETDOWN)
+            # An interface that goes is only seen by looking: see crab_xsk_error.
+            failed = self._using(lambda xsk: 0 if events else lib.crab_xsk_error(xsk))  # noqa: B023
+            if failed or (events and events[0][1] & (select.POLLERR | select.POLLNVAL)):
+                raise XskError(f"interface {self.interface} is gone", errno.ENETDOWN)
             if events or (end is not None and time.monotonic() >= end):
                 return bool(events)
 
@@ -739,17 +756,19 @@ class XskSocket:
         if self.multi_buffer and n < lib.CRAB_MAX_FRAGS:
             raise ValueError(f"with multi_buffer take {lib.CRAB_MAX_FRAGS} frames or more, not {n}")
         hand = self._hands.received
+
+        def fill(xsk: Any) -> tuple[npt.NDArray[Any], Batch, npt.NDArray[Any], int]:
+            if not hand.got[0]:  # else a call that was interrupted has received them
+                hand.fill(xsk, n, self._umem, received=True)
+            descs = hand.descs[: hand.got[0]]
+            batch, rest = Batch(descs[:n], self._umem, hand.ticket), descs[n:]
+            if len(rest):  # of a call that was for more
+                whole = int(np.flatnonzero(np.concatenate(([True], ~batch.more)))[-1])
+                batch, rest = Batch(descs[:whole], self._umem, hand.ticket), descs[whole:]
+            return hand.descs, batch, rest, len(rest)
+
         while True:
-            with self._using() as xsk:
-                if not hand.got[0]:  # else a call that was interrupted has received them
-                    hand.fill(xsk, n, self._umem, received=True)
-                filled = hand.descs
-                descs = filled[: hand.got[0]]
-                batch, rest = Batch(descs[:n], self._umem, hand.ticket), descs[n:]
-                if len(rest):  # of a call that was for more
-                    whole = int(np.flatnonzero(np.concatenate(([True], ~batch.more)))[-1])
-                    batch, rest = Batch(descs[:whole], self._umem, hand.ticket), descs[whole:]
-                left = len(rest)
+            filled, batch, rest, left = self._using(fill)
             # Nothing is called from here on, so that neither a signal's handler nor another thread has its turn.
             if hand.descs is filled:
                 hand.descs = rest
@@ -761,13 +780,16 @@ class XskSocket:
         n = min(_counted("n", n, sys.maxsize), self._frames)
         length = _counted("length", length, 0xFFFFFFFF)
         hand = self._hands.allocated
+
+        def fill(xsk: Any) -> tuple[npt.NDArray[Any], Batch]:
+            hand.give_back(xsk, self._umem)  # what a call that was interrupted has got
+            hand.fill(xsk, n, self._umem, received=False)
+            batch = Batch(hand.descs[: hand.got[0]], self._umem, hand.ticket)
+            batch.descs["len"] = length
+            return hand.descs, batch
+
         while True:
-            with self._using() as xsk:
-                hand.give_back(xsk, self._umem)  # what a call that was interrupted has got
-                hand.fill(xsk, n, self._umem, received=False)
-                filled = hand.descs
-                batch = Batch(filled[: hand.got[0]], self._umem, hand.ticket)
-                batch.descs["len"] = length
+            filled, batch = self._using(fill)
             # As above.
             if hand.descs is filled:
                 hand.got[0] = 0
@@ -775,7 +797,9 @@ class XskSocket:
 
     def _hand_in(self, batch: Batch, *, send: bool) -> int:
         """Its frames, from the caller's hands; how many are sent.  Raises :class:`FrameError`, :class:`XskError`."""
-        with self._using() as xsk:
+        sent = ffi.new("uint32_t *")
+
+        def hand_in(xsk: Any) -> int:
             if not isinstance(batch, Batch) or batch._umem is not self._umem:
                 raise FrameError(
                     f"{batch!r} is no batch of this socket's UMEM: receive(), allocate(), select() give them"
@@ -784,8 +808,10 @@ class XskSocket:
             self._umem.owned(descs, batch._ticket)
             if send:
                 self._umem.sendable(descs, MOST_PARTS if self.multi_buffer else 1)
-            c, sent = ffi.from_buffer("struct crab_desc[]", descs), ffi.new("uint32_t *")
-            rc = lib.crab_xsk_hand_in(xsk, c, len(descs), send, self._umem.tickets, batch._ticket, sent)
+            c = ffi.from_buffer("struct crab_desc[]", descs)
+            return int(lib.crab_xsk_hand_in(xsk, c, len(descs), send, self._umem.tickets, batch._ticket, sent))
+
+        rc = self._using(hand_in)
         if rc == -errno.EEXIST:
             raise FrameError("a frame is in the batch twice")
         if rc:
@@ -810,9 +836,7 @@ class XskSocket:
     def statistics(self) -> dict[str, int]:
         """The kernel's counters of this socket (``struct xdp_statistics``), and ``tx_dropped``."""
         out = ffi.new("struct crab_xsk_stats *")
-        with self._using() as xsk:
-            rc = lib.crab_xsk_statistics(xsk, out)
-            dropped = int(lib.crab_xsk_dropped(xsk))
+        rc, dropped = self._using(lambda xsk: (lib.crab_xsk_statistics(xsk, out), int(lib.crab_xsk_dropped(xsk))))
         if rc:
             raise XskError(f"cannot read the statistics of {self.interface}: {os.strerror(-rc)}", -rc)
         counters = {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct crab_xsk_stats").fields}
@@ -820,13 +844,16 @@ class XskSocket:
 
     def frames(self) -> dict[str, int]:
         """Where the UMEM's frames are, by whichever socket; ``all`` is the sum of the others."""
-        with self._using() as xsk:
+
+        def look(xsk: Any) -> dict[str, int]:
             for hands in self._pool.hands:
                 hands.allocated.give_back(xsk, self._umem)
             lib.crab_umem_settle(self._pool.c)
             places = self._pool.places()
             coming = sum(hands.received.got[0] for hands in self._pool.hands)
             return places | {"held": places["held"] - coming, "receiving": places["receiving"] + coming}
+
+        return self._using(look)
 
     def close(self) -> None:
         """Detach the program, close the socket.  Idempotent.
@@ -837,30 +864,32 @@ class XskSocket:
 
         From a signal's handler that has interrupted a call: as soon as that is done.
         """
-        with self._pool.lock:
-            if self._pool.busy:
-                self._pool.closing.append(self)
-                return
-            xsk, self._xsk = self._xsk, None
-            if not xsk:
-                return
-            try:
-                if self._program:
-                    program, link = self._program
-                    self._program = None
-                    with suppress(bpf.BpfError):  # the interface is gone
-                        link.detach()
-                    link.close()
-                    program.close()
-            finally:
-                self._hands.received.give_back(xsk, self._umem)
-                self._hands.allocated.give_back(xsk, self._umem)
-                self._pool.hands.remove(self._hands)
-                self._pool.close(xsk, self._ifindex, self.queue)
+        if self._pool.lock._is_owned():  # type: ignore[attr-defined]
+            self._pool.closing.append(self)
+        else:
+            self._in_turn(self._close)
+
+    def _close(self) -> None:
+        xsk, self._xsk = self._xsk, None
+        if not xsk:
+            return
+        try:
+            if self._program:
+                program, link = self._program
+                self._program = None
+                with suppress(bpf.BpfError):  # the interface is gone
+                    link.detach()
+                link.close()
+                program.close()
+        finally:
+            self._hands.received.give_back(xsk, self._umem)
+            self._hands.allocated.give_back(xsk, self._umem)
+            self._pool.hands.remove(self._hands)
+            self._pool.close(xsk, self._ifindex, self.queue)
 
     def _forked(self) -> None:
         """In a child: let go of what keeps the queue and the program, and leave them to the parent."""
-        self._pool.lock, self._pool.busy = threading.RLock(), False  # another thread of the parent's may have had it
+        self._pool.lock = threading.RLock()  # another thread of the parent's may have had it
         xsk, self._xsk, self._closed_as = self._xsk, None, "belongs to the process that forked this one; open another"
         if xsk:
             lib.crab_xsk_forked(xsk)
@@ -875,8 +904,8 @@ class XskSocket:
         raise TypeError("an XskSocket is one of a kind: it cannot be copied or pickled")
 
     def __enter__(self) -> Self:
-        with self._using():
-            return self
+        self._using(lambda _: None)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -370,6 +370,39 @@ def test_a_signal_that_raises_in_the_middle_of_receiving(namespace, most):
     wire.close()
 
 
+@pytest.mark.parametrize("name", ["send", "release", "allocate", "receive", "frames", "wait"])
+def test_whoever_keeps_what_a_signal_raised_can_go_on(namespace, name):
+    """And so can others: nothing is locked by an exception, whose traceback has all that was interrupted."""
+    with small() as xsk:
+        for after in itertools.count():
+            batch = xsk.allocate(2, 60)
+            calls: dict[str, Callable[[], object]] = {
+                "send": partial(xsk.send, batch), "release": partial(xsk.release, batch), "frames": xsk.frames,
+                "allocate": partial(xsk.allocate, 1, 60), "receive": xsk.receive, "wait": partial(xsk.wait, 0),
+            }  # fmt: skip
+            try:
+                with torn(after):
+                    got = calls[name]()
+            except Torn:
+                xsk.frames()
+                other = threading.Thread(target=xsk.frames, daemon=True)
+                other.start()
+                other.join(60)
+                assert not other.is_alive()
+                interrupted = True
+            else:
+                interrupted = False
+                if isinstance(got, Batch):
+                    xsk.release(got)
+            with suppress(FrameError):  # they are gone
+                xsk.release(batch)
+            until(lambda: not xsk.frames()["sending"])
+            all_there(xsk)
+            if not interrupted:
+                break
+        assert after > 5
+
+
 def by_a_handler(_: XskSocket, call: Callable[[], object]) -> None:
     """In the same thread; in the middle of a call it is told so."""
     with suppress(XskError):
@@ -381,10 +414,8 @@ def by_a_thread(xsk: XskSocket, call: Callable[[], object]) -> None:
 
     def work() -> None:
         if xsk._pool.lock.acquire(blocking=False):
-            try:
-                call()
-            finally:
-                xsk._pool.lock.release()
+            xsk._pool.lock.release()
+            call()
 
     thread = threading.Thread(target=work)
     thread.start()
