@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import select
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -15,6 +18,7 @@ from typing import Any, ClassVar
 
 import structlog
 
+from crablb import lasting
 from crablb.agent import dsr, listening, mptcp, sockets
 from crablb.agent.base import Agent
 from crablb.agent.moved import Moved
@@ -30,6 +34,8 @@ from crablb.values import counted
 
 log = structlog.get_logger()
 
+#: Seconds between looks at what is attached.
+LOOK = 2.0
 #: Values of map `server_ports`: see bpf/server.bpf.c.
 DISARMED, ARMED, ARMED_BEFORE = range(3)
 #: Maps that the next agent goes on with: which listeners were armed, which connections are counted.
@@ -323,7 +329,7 @@ class ServerAgent(Agent):
         if not (cls.folder() / "server_vips").exists():
             raise cls.pins_gone()
         found, refused = [], Problems()
-        attached, guarded = cls.attached(state["cgroup"]), not _fast_open() or cls._guarded()
+        attached, guarded = cls._is_attached(state)
         if not attached:
             found.append(f"the program that answers redirects is not attached to cgroup {state['cgroup']}")
         if not guarded:
@@ -364,6 +370,51 @@ class ServerAgent(Agent):
                 cls.attach(program.program("crab_server"), state["cgroup"])
                 # Nobody prepared what has begun to listen meanwhile.
                 cls._arm_all(parse_vip(text).port for text in state["vips"])
+                if "sockets" in state:  # they are of a cgroup that is gone
+                    sockets.set_up(state["cgroup"], cls.folder())
+
+    @classmethod
+    @contextmanager
+    def watched(cls) -> Iterator[None]:
+        """While in the context, a thread attaches what is not attached any more: a service's cgroup goes with it, and
+        is another one when its manager starts it again."""
+        wake, woken = os.pipe()
+        watch = partial(cls._watch, wake)
+        thread = threading.Thread(
+            target=lasting.keep_in_thread, args=("watch", watch, wake), name="crablb-watch", daemon=True
+        )
+        thread.start()
+        try:
+            yield
+        finally:
+            os.close(woken)
+            thread.join()
+            os.close(wake)
+
+    @classmethod
+    def _watch(cls, stop: int) -> None:
+        poll = select.poll()
+        poll.register(stop, select.POLLHUP)
+        told = ""
+        while not lasting.wait(poll, LOOK):
+            try:
+                if all(cls._is_attached(cls.state())):
+                    continue
+                with cls._changing() as state:
+                    cls._attach_again(state, *cls._is_attached(state))
+                    log.warning("attached to a cgroup that was made anew", cgroup=state["cgroup"])
+                told = ""
+            except (KernelError, ConfigError, OSError) as error:
+                if str(error) != told:
+                    log.warning("the agent cannot be mended", reason=str(error))
+                told = str(error)
+
+    @classmethod
+    def _is_attached(cls, state: dict[str, Any] | None) -> tuple[bool, bool]:
+        """Whether the program that answers redirects is, and the one that drops SYNs with data, if it is needed."""
+        if state is None:
+            return True, True
+        return cls.attached(state["cgroup"]), not _fast_open() or cls._guarded()
 
     @classmethod
     def _guarded(cls) -> bool:

@@ -6,9 +6,12 @@ import ctypes
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -370,6 +373,42 @@ def test_another_set_replaces_only_if_asked(make_world):
     install(*dsr, "--replace")
     assert "it was installed without --tunnels-from" in install(*dsr, "--tunnels-from", "192.0.2.7/32", rc=2)
     assert "of use with --dsr only" in install("--vip", OTHER, *cgroup, "--tunnels-from", "192.0.2.7/32", rc=2)
+
+
+def test_a_cgroup_that_is_made_anew(make_world: Callable[..., World]):
+    """As a service's is whose manager starts it again: its agent goes there, too."""
+    world = make_world(servers=1)
+    (server,) = world.lab.servers
+    service = server.cgroup / "service"
+
+    @contextmanager
+    def served() -> Iterator[None]:
+        service.mkdir()
+        enter = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(service))
+        try:
+            child = world.program(
+                server, *enter, sys.executable, "-m", "tests.helpers.peers", "serve", server.name, "80"
+            )
+            assert answer(child) == "ready"
+            yield
+        finally:
+            for pid in (service / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+            until(lambda: not (service / "cgroup.procs").read_text())
+            service.rmdir()
+
+    with served():
+        agent = start_agent(server, "server", "--cgroup", str(service))
+        world.client()
+        world.serve()
+        assert world.echo(VIP4, "10")["accepted_on"] == server.ip4
+    for _ in range(2):
+        assert "not attached" in command(server, "agent", "status", expected=1)
+        with served():
+            until(lambda: not agent_status(server, None)["server"]["faults"])
+            assert world.echo(VIP4, "10")["accepted_on"] == server.ip4
+    agent.terminate()
+    assert agent.wait(60) == 0
 
 
 def test_agents_of_namespaces_that_share_a_cgroup(make_world: Callable[..., World]):

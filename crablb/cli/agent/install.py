@@ -194,7 +194,7 @@ def run_server(args: argparse.Namespace) -> int:
 
     @contextmanager
     def meanwhile() -> Iterator[None]:
-        with ServerAgent.leading() as leave, reporting(leave) if reporting else nullcontext():
+        with ServerAgent.watched(), ServerAgent.leading() as leave, reporting(leave) if reporting else nullcontext():
             yield
 
     return _run(_measured(Work(make, args.detach, meanwhile), ServerAgent, metrics), namespaces, args.all_netns)
