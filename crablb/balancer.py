@@ -95,10 +95,7 @@ class LoadBalancer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._claim = threading.Lock()  # of two who start it at once one does
-        self._turn = (
-            threading.RLock()
-        )  # of those who change what is served, of which there may be several before the start
-        self._altering = False
+        self._turn = threading.RLock()  # of those who change what is served: before the start, from any thread
         self._changing = asyncio.Lock()  # its life: starting and closing, one after the other
         self._ended: asyncio.Future[None] | None = None
         self._guard: asyncio.Task[None] | None = None
@@ -327,17 +324,13 @@ class LoadBalancer:
         """
 
         def alone() -> None:
+            if self._turn._is_owned():  # type: ignore[attr-defined]
+                raise KernelError(
+                    "the load balancer is being changed, by what was interrupted: note what is to be done, and do"
+                    " it later, as loop.add_signal_handler() does"
+                )
             with self._turn:
-                if self._altering:
-                    raise KernelError(
-                        "the load balancer is being changed, by what was interrupted: note what is to be done, and do"
-                        " it later, as loop.add_signal_handler() does"
-                    )
-                self._altering = True
-                try:
-                    do()
-                finally:
-                    self._altering = False
+                do()
 
         self._in_loop(alone)
 

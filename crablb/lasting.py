@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import select
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
 
 from crablb.errors import why
 
-__all__ = ["Pauses", "keep", "keep_in_thread", "late", "show_name", "task", "wait"]
+__all__ = ["Pauses", "in_thread", "keep", "keep_in_thread", "late", "show_name", "task", "wait"]
 
 #: Seconds before what failed is begun anew: the first time, doubled each time, at most.
 FIRST, LONGEST = 1.0, 10.0
@@ -152,3 +153,20 @@ def keep_in_thread(name: str, work: Callable[[], None], stop: int) -> None:
         except OSError:  # poll(2) has no memory either
             time.sleep(FIRST)
     del _pulses[this]
+
+
+@contextmanager
+def in_thread(name: str, work: Callable[[int], None]) -> Iterator[None]:
+    """While in the context, a thread of :func:`keep_in_thread` works; ``work`` gets the descriptor at whose other end
+    nobody is any more (POLLHUP) when it is to return, which is waited for."""
+    stop, stopped = os.pipe()
+    thread = threading.Thread(
+        target=keep_in_thread, args=(name, lambda: work(stop), stop), name=f"crablb-{name}", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(stopped)
+        thread.join()
+        os.close(stop)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import select
 import socket
-import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -342,20 +340,12 @@ class ClientAgent(Agent):
 
         ``verify``: another one finds out whether a backend hears this client, before its first redirect is taken up.
         """
-        wake, woken = os.pipe()
         verify = verify and bool((cls.state() or {}).get("vips"))
-        with Verifier(cls.folder()) if verify else nullcontext() as verifier:
-            watch = partial(cls._watch, wake, verifier)
-            thread = threading.Thread(
-                target=lasting.keep_in_thread, args=("watch", watch, wake), name="crablb-watch", daemon=True
-            )
-            thread.start()
-            try:
-                yield
-            finally:
-                os.close(woken)
-                thread.join()
-                os.close(wake)
+        with (
+            Verifier(cls.folder()) if verify else nullcontext() as verifier,
+            lasting.in_thread("watch", partial(cls._watch, verifier=verifier)),
+        ):
+            yield
 
     @classmethod
     def _watch(cls, stop: int, verifier: Verifier | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import math
-import os
 import re
 import select
 import socket
@@ -12,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -140,18 +138,10 @@ class Exporter:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """While in the context, requests are answered."""
-        stop, stopped = os.pipe()
-        work = partial(self._serve, stop)
-        thread = threading.Thread(
-            target=lasting.keep_in_thread, args=("metrics", work, stop), name="crablb-metrics", daemon=True
-        )
-        thread.start()
         try:
-            yield
+            with lasting.in_thread("metrics", self._serve):
+                yield
         finally:
-            os.close(stopped)
-            thread.join()
-            os.close(stop)
             self.close()
 
     def _serve(self, stop: int) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import select
 import socket
 import struct
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -378,18 +376,8 @@ class ServerAgent(Agent):
     def watched(cls) -> Iterator[None]:
         """While in the context, a thread attaches what is not attached any more: a service's cgroup goes with it, and
         is another one when its manager starts it again."""
-        wake, woken = os.pipe()
-        watch = partial(cls._watch, wake)
-        thread = threading.Thread(
-            target=lasting.keep_in_thread, args=("watch", watch, wake), name="crablb-watch", daemon=True
-        )
-        thread.start()
-        try:
+        with lasting.in_thread("watch", cls._watch):
             yield
-        finally:
-            os.close(woken)
-            thread.join()
-            os.close(wake)
 
     @classmethod
     def _watch(cls, stop: int) -> None:
