@@ -70,7 +70,7 @@ class Served:
             start_agent(server, "server", "--report", self.lab.lb.ip4, "--report-key", str(own))
         self.write()
         self.first = world.serve(config=self.file)
-        until(lambda: self.daemon("reports") and self.logged("announced"))
+        until(lambda: self.logged("announced") and len(self.logged("server reports its load")) == len(self.lab.servers))
 
     def write(self, more: str = "") -> None:
         backends = ", ".join(f'"{server.ip4}"' for server in self.lab.servers)
@@ -174,7 +174,6 @@ def test_all_goes_over(served):
         where = discover("eth0").resolve()
     announced = served.logged("announced")
     reporters = served.logged("server reports its load")
-    assert len(reporters) == 2
 
     def version() -> int:
         with Client(where) as client:
