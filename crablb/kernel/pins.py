@@ -491,16 +491,17 @@ def _link_old_name() -> None:
 def _alive() -> tuple[set[int], set[str]]:
     """Inode numbers and names of the network namespaces there are.
 
-    Where a process may not be looked at, as process 1 in some containers, it is in the first one, or others are too.
-    Raises :class:`KernelError` if there is one that cannot be entered to ask for its name, ``OSError`` if there was no
-    memory or descriptor to look with.
+    Process 1 may not be looked at in some containers: it is in the first one, or others are too.  Raises
+    :class:`KernelError` if there is one that cannot be entered to ask for its name, ``OSError`` if another process may
+    not be looked at, or there was no memory or descriptor to look with.
     """
     found = {0: FIRST}
     for place in netns.places():
         try:
             there = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:  # it has ended meanwhile
-            if not netns.is_gone(error):
+            forbidden = isinstance(error, PermissionError) and Path("/proc/1") not in place.parents
+            if forbidden or not netns.is_gone(error):
                 raise
             continue
         # Asked of what is open: a process may be in another one the next moment, as one that looks around as we do is.
@@ -517,9 +518,9 @@ def collect() -> None:
     """Remove what network namespaces that are no more have left.
 
     Not in a PID namespace (a container's): it hides the processes of others, whose pins may be here; nor without the
-    right to enter others.
+    rights to look at others' processes and to enter their namespaces.
     """
-    if not netns.all_seen() or capabilities.lacking(("CAP_SYS_ADMIN",)):
+    if not netns.all_seen() or capabilities.lacking(("CAP_SYS_ADMIN", "CAP_SYS_PTRACE")):
         return
     # First what there is, then who lives: what comes between is of one that lives.
     there = list(root().glob("*"))
@@ -557,5 +558,5 @@ def _in_use(pin: Path) -> bool:
     try:
         with Link.from_pin(pin) as link:
             return link.of_interface and link.target != 0
-    except BpfError:
-        return False
+    except BpfError as error:
+        return error.errno != errno.ENOENT  # whatever cannot be looked at may be

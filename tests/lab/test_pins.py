@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -383,12 +384,17 @@ def test_a_lock_is_taken_and_claimed_back_where_there_is_no_room(tmp_path, monke
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
-@pytest.mark.parametrize("place", ["mountinfo", "/ns/net", "/proc"])
-@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE])
+@pytest.mark.parametrize(
+    "place, number",
+    [
+        *itertools.product(["mountinfo", "/ns/net", "/proc"], [errno.ENOMEM, errno.EMFILE]),
+        ("/ns/net", errno.EACCES),
+    ],
+)
 def test_who_cannot_look_removes_nothing(
     netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch, place: str, number: int
 ):
-    """Without memory or descriptors it is not known who is there: nobody is taken for gone."""
+    """Without memory, descriptors or the right to it is not known who is there: nobody is taken for gone."""
     here, other = netns(), netns()
     with inside(other):
         left = pins.folder("server")
@@ -411,3 +417,24 @@ def test_who_cannot_look_removes_nothing(
     assert (left / "sockets").exists()
     with inside(other):
         pins.remove(left)
+
+
+@pytest.mark.parametrize("number, left", [(errno.ENOENT, False), (errno.ENOMEM, True), (errno.EACCES, True)])
+def test_a_link_that_cannot_be_looked_at(
+    netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch, number: int, left: bool
+):
+    """It may lead to an interface that is there: only what is not there any more is nobody's."""
+
+    def open_pin(path: Path) -> None:
+        raise bpf.BpfError("cannot open", number)
+
+    gone = pins.root() / f"{pins.PREFIX}999999999998"
+    with inside(netns()), bpf.Object(bpf.object_path("xsk")) as loaded:
+        # A real one, that others who collect meanwhile let be.
+        with loaded.program("crab_xsk").attach_xdp(1, "generic") as link:
+            link.pin(gone / "server" / "ingress-lo")
+        monkeypatch.setattr(pins.Link, "from_pin", open_pin)
+        pins.collect()
+        assert gone.exists() == left
+        monkeypatch.undo()
+        pins.remove(gone / "server")
