@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import json
 import os
 import shlex
@@ -384,17 +383,12 @@ def test_a_lock_is_taken_and_claimed_back_where_there_is_no_room(tmp_path, monke
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
-@pytest.mark.parametrize(
-    "place, number",
-    [
-        *itertools.product(["mountinfo", "/ns/net", "/proc"], [errno.ENOMEM, errno.EMFILE]),
-        ("/ns/net", errno.EACCES),
-    ],
-)
+@pytest.mark.parametrize("place", ["mountinfo", "/ns/net", "/proc"])
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE])
 def test_who_cannot_look_removes_nothing(
     netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch, place: str, number: int
 ):
-    """Without memory, descriptors or the right to it is not known who is there: nobody is taken for gone."""
+    """Without memory or descriptors it is not known who is there: nobody is taken for gone."""
     here, other = netns(), netns()
     with inside(other):
         left = pins.folder("server")
@@ -438,3 +432,28 @@ def test_a_link_that_cannot_be_looked_at(
         assert gone.exists() == left
         monkeypatch.undo()
         pins.remove(gone / "server")
+
+
+def test_a_process_that_may_not_be_looked_at(netns: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
+    """A namespace that lives by it alone, as a service's with PrivateNetwork=, is not taken for gone."""
+    words = ["unshare", "--net", "sh", "-c", "echo; exec cat"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline() == b"\n"
+        theirs = Path(f"/proc/{child.pid}/ns/net")
+        opened = os.open
+
+        def forbidden(path: Any, *args: Any, **more: Any) -> int:
+            if path == theirs:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return opened(path, *args, **more)
+
+        left = pins.root() / pins.namespace_at(theirs) / "server"
+        pin(left)
+        with inside(netns()):
+            monkeypatch.setattr(os, "open", forbidden)
+            pins.collect()
+            monkeypatch.undo()
+            assert (left / "sockets").exists()
+            child.communicate()
+            pins.collect()
+            assert not left.exists()
