@@ -35,6 +35,7 @@ FEW = 60
 CHUNK = 1 << 16
 #: What a client asks of a server: a letter, and a number of bytes.
 HEAD = struct.Struct("!cI")
+TOLD = 120  # of bytes up, what came, as text
 UP, DOWN, PING, ABOUT = b"u", b"d", b"p", b"a"
 
 
@@ -66,6 +67,24 @@ def _read_line(sock: socket.socket) -> str:
     return got.decode().strip()
 
 
+def _data(count: int, start: bytes = b"") -> bytes:
+    """So many bytes, of which each eight say whose they are (at random, or as ``start`` says) and which."""
+    whose = start[:4].ljust(4) if start else os.urandom(4)
+    numbers = struct.pack(f">{(count + 7) // 8}I", *range((count + 7) // 8))
+    return b"".join(whose + numbers[at : at + 4] for at in range(0, len(numbers), 4))[:count]
+
+
+def _difference(got: bytes) -> str:
+    """Where it is not as :func:`_data` made it."""
+    wanted = _data(len(got), got)
+    if got == wanted:
+        return f"{len(got)} bytes of one kind"
+    at = next(i for i in range(len(got)) if got[i] != wanted[i])
+    wrong = sum(a != b for a, b in zip(got, wanted, strict=True))
+    found, sent = got[at & ~7 :][:24].hex(" ", 8), wanted[at & ~7 :][:8].hex()
+    return f"{wrong} of {len(got)} bytes, from {at} on: {found}, not {sent}"
+
+
 def _serve_one(sock: socket.socket, name: str) -> None:
     with sock, suppress(OSError, EOFError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -76,9 +95,10 @@ def _serve_one(sock: socket.socket, name: str) -> None:
             except EOFError:
                 return
             if asked == UP:
-                sock.sendall(hashlib.sha256(_read(sock, count)).digest())
+                came = _read(sock, count)
+                sock.sendall(hashlib.sha256(came).digest() + _difference(came).encode().ljust(TOLD)[:TOLD])
             elif asked == DOWN:
-                data = os.urandom(count)
+                data = _data(count)
                 sock.sendall(data)
                 sock.sendall(hashlib.sha256(data).digest())
             elif asked == ABOUT:
@@ -121,6 +141,7 @@ class Connection:
         self.socket.settimeout(60)
         self.socket.connect((host, port))
         self.server, self.accepted_on = _read_line(self.socket).split()
+        self.wrong = ""  # what the last bytes were, if they did not arrive
 
     def about(self) -> dict[str, Any]:
         """Whom it is with, and whether each side has MPTCP."""
@@ -137,15 +158,18 @@ class Connection:
 
     def up(self, count: int) -> bool:
         """Send so many bytes; whether they arrived."""
-        data = os.urandom(count)
+        data = _data(count)
         self.socket.sendall(HEAD.pack(UP, count))
         self.socket.sendall(data)
-        return _read(self.socket, 32) == hashlib.sha256(data).digest()
+        digest, told = _read(self.socket, 32), _read(self.socket, TOLD)
+        self.wrong = f"{count} bytes up: {told.decode(errors='replace').strip()}"
+        return digest == hashlib.sha256(data).digest()
 
     def down(self, count: int) -> bool:
         """Have so many bytes sent; whether they arrived."""
         self.socket.sendall(HEAD.pack(DOWN, count))
         data = _read(self.socket, count)
+        self.wrong = f"{count} bytes down: {_difference(data)}"
         return _read(self.socket, 32) == hashlib.sha256(data).digest()
 
     def ping(self) -> float:

@@ -77,7 +77,8 @@ class Asking:
         while first or (time.monotonic() < until and not self._end.is_set()):
             begun = time.monotonic()
             size = self._random.choice(SIZES)
-            assert connection.up(size) and connection.down(size) and connection.ping() >= 0
+            assert connection.up(size) and connection.down(size), connection.wrong
+            connection.ping()
             self.told.longest_request = max(self.told.longest_request, time.monotonic() - begun)
             self.told.requests += 1
             first = False
