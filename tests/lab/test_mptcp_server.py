@@ -7,6 +7,8 @@ import threading
 from ipaddress import ip_address
 
 import pytest
+from scapy.layers.inet import TCP
+from scapy.layers.l2 import Ether
 from scapy.utils import PcapReader
 
 from crablb.agent import mptcp
@@ -267,7 +269,7 @@ def test_vips_come_and_go_where_connections_leave(make_world):
     command(server, "agent", "server", "add", SERVICES[1])
     other = Ends(world).hold(VIPS[6])
     until(lambda: ways(server) == (1, 0, 2))
-    assert [held.tell("ping", 1) < 1000 for held in (stays, leaves, other)] == [True] * 3
+    assert [held.tell("ping", 1) < 10_000 for held in (stays, leaves, other)] == [True] * 3
 
 
 #: What there is: sysctls of net.mptcp, another's endpoint, and what is said of it.
@@ -538,15 +540,18 @@ def test_an_address_that_clients_do_not_reach(make_world):
     world = prepared(make_world, mode="leave")
     (server,) = world.lab.servers
     tried = world.folder / "tried.pcap"
-    syns = f"tcp[tcpflags] & tcp-syn != 0 and dst host {server.ip4}"
-    with direct_cut(world.lab), world.lab.client.capture(tried, syns):
+    which = f"tcp[tcpflags] & tcp-syn != 0 and dst host {server.ip4}"
+    with direct_cut(world.lab), world.lab.client.capture(tried, which):
         held = Ends(world).hold(VIPS[4])
         assert held.tell("up", SIZE)
         assert held.tell("down", SIZE)
-        assert held.tell("ping", 100) < 1000
+        assert held.tell("ping", 100) < 10_000
         assert ways(server) == (1, 0, 0)
         held.tell("close")
-    assert sum(1 for _ in PcapReader(str(tried))) <= 4
+    # One attempt at most for each time that the address is told; a SYN sent again is none.
+    syns = [Ether(bytes(packet))[TCP] for packet in PcapReader(str(tried))]
+    print(f"{len(syns)} SYNs")
+    assert 1 <= len({(syn.sport, syn.seq) for syn in syns}) <= 2
 
 
 def test_programs_that_listen_by_tcp_are_named(make_world):
