@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from crablb.control import claim
 from crablb.control.announce import Announcer, announcement, parse, probe
-from crablb.control.claim import State
+from crablb.control.claim import Act, State
 from crablb.control.supervisor import Supervisor
 from crablb.dataplane.events import LinksChanged
 from crablb.kernel import rtnetlink
@@ -44,8 +44,8 @@ async def until(condition: Callable[[], object]) -> None:
 class Segment:
     """The other end."""
 
-    def __init__(self, wire: socket.socket, announcer: Announcer, namespace) -> None:
-        self.wire, self.announcer, self.namespace = wire, announcer, namespace
+    def __init__(self, wire: socket.socket, announcer: Announcer, acts: list[tuple[object, Act]], namespace) -> None:
+        self.wire, self.announcer, self.acts, self.namespace = wire, announcer, acts, namespace
         wire.setblocking(False)
 
     def heard(self) -> list[tuple[object, bool, bytes]]:
@@ -93,9 +93,10 @@ def play(run, namespace, check: Callable[[Segment], Coroutine[None, None, None]]
     """What was logged."""
 
     async def main() -> None:
-        announcer = Announcer("veth0")
+        acts: list[tuple[object, Act]] = []
+        announcer = Announcer("veth0", lambda address, act, _: acts.append((address, act)))
         with namespace.wire() as wire:
-            segment = Segment(wire, announcer, namespace)
+            segment = Segment(wire, announcer, acts, namespace)
             announcer.start(vips)
             segment.link_is()
             try:
@@ -177,7 +178,7 @@ def test_a_new_mac_address_is_announced(run, namespace, monkeypatch):
 def test_a_forged_claim_while_probing(run, namespace, vip):
     async def check(segment: Segment) -> None:
         segment.wire.send(announcement(vip, STRANGER))
-        await until(lambda: segment.announcer.states[vip] is State.IN_USE)
+        await until(lambda: (vip, Act.IN_USE) in segment.acts)
         await until(lambda: held(segment))
         await segment.answered(vip)
 
@@ -281,7 +282,7 @@ def test_an_interface_that_goes(run, namespace):
         assert announcer.states[OTHER4] is State.PROBING
         again = Announcer("veth0")
         with namespace.wire() as wire:
-            other = Segment(wire, again, namespace)
+            other = Segment(wire, again, [], namespace)
             again.start([VIP4, VIP6])
             try:
                 await until(lambda: held(other))

@@ -163,7 +163,8 @@ def test_redirect_that_the_host_drops(make_world):
     assert told[None]["reason"] == told[world.lab.servers[0].ip4]["reason"] == "not_taken"
     assert world.echo(VIP4)["accepted_on"] == VIP[4]
     counters = world.client_counters()
-    assert (counters["offered"], counters["no_offer_backoff"], counters["retransmitted"]) == (1, 1, 1)
+    assert (counters["offered"], counters["no_offer_backoff"]) == (1, 1)
+    assert counters["retransmitted"] >= 1
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -210,7 +211,8 @@ def test_lost_route(make_world):
     assert told[None]["reason"] == "route"
     assert told[None]["backing_off"] > 0
     counters = agent_status(client, None)["client"]["counters"]
-    assert (counters["reset_route"], counters["retransmitted"], counters["no_offer_backoff"]) == (1, 1, 4)
+    assert (counters["reset_route"], counters["no_offer_backoff"]) == (1, 4)
+    assert counters["retransmitted"] >= 1
     assert counters["failed"] == 1
     agent.send_signal(signal.SIGCONT)
     until(lambda: "proto 67" in client.run("ip", "rule").stdout)
@@ -327,7 +329,8 @@ def test_back_off(make_world, fault):
     for failures, connections in enumerate((4, 3), 1):
         assert {seen["accepted_on"] for seen in world.echoes(VIP4, connections)} == {VIP[4]}
         counters = world.client_counters()
-        assert counters["offered"] == counters["retransmitted"] == counters["failed"] == failures
+        assert counters["offered"] == counters["failed"] == failures
+        assert counters["retransmitted"] >= failures
         told = redirects(world)
         assert 10 * failures - 8 < told[None]["backing_off"] <= 10 * failures
         if fault == "dropped":

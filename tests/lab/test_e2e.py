@@ -156,7 +156,8 @@ def test_connection_refused(make_world, family):
     assert child.communicate()[0].strip() == "ConnectionRefusedError"
     # By the fallback, which was asked because something on the way to the backend might have said it.
     counters = world.client_counters()
-    assert (counters["refused_port"], counters["retransmitted"]) == (1, 1)
+    assert counters["refused_port"] == 1
+    assert counters["retransmitted"] >= 1  # more on a machine that stands still for seconds
 
 
 def test_reset(standing):
@@ -189,8 +190,8 @@ def test_lost_syn_ack(make_world):
     total = status(world.lab)["total"]
     assert total["redirected"] == 1
     assert total["fallback_no_offer"] == 1
-    assert total["retransmitted_syn"] == 1
-    assert world.client_counters()["retransmitted"] == 1
+    assert total["retransmitted_syn"] >= 1  # more on a machine that stands still for seconds
+    assert world.client_counters()["retransmitted"] >= 1
 
 
 @covering({True: "known", False: "older-than-the-agent"}, known=[True, False], family=[4, 6])
@@ -216,7 +217,8 @@ def test_four_tuple_collision(make_world, known, family):
         assert counters["no_offer_shared"] == 1
         assert "offered" not in counters
     else:
-        assert counters["offered"] == counters["retransmitted"] == 1
+        assert counters["offered"] == 1
+        assert counters["retransmitted"] >= 1  # more on a machine that stands still for seconds
         assert "redirected" not in counters
 
 
