@@ -30,6 +30,50 @@ static int by_address(const void *a, const void *b)
     return memcmp(((const struct turn *)a)->p.member->addr, ((const struct turn *)b)->p.member->addr, 16);
 }
 
+/* The slot behind this one. */
+static inline uint32_t behind(const struct permutation *p, uint32_t slot, uint32_t size)
+{
+    slot += p->skip;
+    return slot >= size ? slot - size : slot;
+}
+
+/* 1 / a modulo a prime; 0 < a < prime.  Extended Euclid. */
+static uint32_t inverse_of(uint32_t a, uint32_t prime)
+{
+    int64_t r = prime, next_r = a, t = 0, next_t = 1;
+    while (next_r) {
+        int64_t quotient = r / next_r, swap = r - quotient * next_r;
+        r = next_r;
+        next_r = swap;
+        swap = t - quotient * next_t;
+        t = next_t;
+        next_t = swap;
+    }
+    return (uint32_t)(t < 0 ? t + prime : t);
+}
+
+/* How many steps behind `from` a slot is; inverse: that of the skip. */
+static inline uint32_t steps_to(uint32_t slot, uint32_t from, uint32_t inverse, uint32_t size)
+{
+    uint64_t away = slot >= from ? slot - from : slot + size - from;
+    return (uint32_t)(away * inverse % size);
+}
+
+/* Free what a member holds beyond the share of its weight now in its full one: the last of what it claimed.  Returns how many. */
+static uint32_t give_back(uint16_t *table, uint32_t size, struct permutation *p)
+{
+    const struct crab_table_member *m = p->member;
+    uint32_t keeps = (uint32_t)((uint64_t)p->claims * m->weight / crab_full_weight(m));
+    uint32_t slot = p->offset, seen = 0, gives = p->claims - keeps;
+    while (gives && seen < p->claims) { /* in the order in which it claimed them */
+        if (table[slot] == m->backend && ++seen > keeps)
+            table[slot] = CRAB_NO_BACKEND;
+        slot = behind(p, slot, size);
+    }
+    p->claims = keeps;
+    return gives;
+}
+
 /* A free slot, and how many steps away it is. */
 struct place {
     uint32_t steps, slot;
@@ -72,10 +116,10 @@ static uint32_t few(uint32_t size, uint32_t n)
 static void find(struct place *places, struct place *between, const uint32_t *slots, uint32_t count,
                  const struct turn *t, uint32_t size)
 {
-    uint32_t inverse = crab_inverse(t->p.skip, size);
+    uint32_t inverse = inverse_of(t->p.skip, size);
     uint32_t from = t->used < t->ahead ? t->candidates[t->used] : t->next;
     for (uint32_t i = 0; i < count; i++)
-        places[i] = (struct place){crab_steps(slots[i], from, inverse, size), slots[i]};
+        places[i] = (struct place){steps_to(slots[i], from, inverse, size), slots[i]};
     sort(places, between, count, size);
 }
 
@@ -93,7 +137,7 @@ static uint32_t next_free(const uint16_t *table, uint32_t size, struct turn *t)
         for (int i = 0; i < LOOKAHEAD; i++) {
             t->candidates[count] = slot;
             count += table[slot] == CRAB_NO_BACKEND;
-            slot = crab_behind(&t->p, slot, size);
+            slot = behind(&t->p, slot, size);
         }
         t->next = slot;
         t->ahead = count;
@@ -185,7 +229,7 @@ int crab_maglev_build(uint16_t *table, uint32_t size, const struct crab_table_me
     qsort(turns, n, sizeof *turns, by_address);
     int failed = claim(table, size, turns, n, size);
     for (uint32_t i = 0; i < n && !failed; i++)
-        freed += crab_give_back(table, size, &turns[i].p);
+        freed += give_back(table, size, &turns[i].p);
     if (freed) {
         for (uint32_t i = 0; i < n; i++) {
             turns[i].next = turns[i].p.offset;

@@ -21,6 +21,57 @@
 #define ROUNDS 16 /* that are looked ahead */
 #define POINT 16  /* binary places of times, which are in looks of a member that has all slots before it, and of ratios */
 
+/* A member's order is the permutation a * (i + c)^power + b of the field of so many elements as there are slots: power is the
+ * least odd number above 1 that has no divisor in common with size - 1.  Two progressions, power 1, run alike for long where the
+ * skip of one is some simple fraction of the other's, and who comes behind finds its slots taken; these meet in few places.
+ *
+ * An order is walked by its differences, modulo size, of which there are power + 1: the first is the slot, the last one is
+ * always the same. */
+static uint32_t power_of(uint32_t size)
+{
+    for (uint32_t power = 3;; power += 2) {
+        uint32_t a = power, b = size - 1;
+        while (b) { /* Euclid: 9 may not divide size - 1 where 3 does */
+            uint32_t rest = a % b;
+            a = b;
+            b = rest;
+        }
+        if (a == 1)
+            return power;
+    }
+}
+
+static inline uint32_t sum_of(uint32_t a, uint32_t b, uint32_t size)
+{
+    uint32_t sum = a + b;
+    return sum >= size ? sum - size : sum;
+}
+
+/* On to the next slot. */
+static inline void step(uint32_t *differences, uint32_t power, uint32_t size)
+{
+    for (uint32_t d = 0; d < power; d++)
+        differences[d] = sum_of(differences[d], differences[d + 1], size);
+}
+
+/* The start of a member's order. */
+static void start(uint32_t *differences, const struct permutation *p, const uint8_t *key16, uint32_t power, uint32_t size)
+{
+    uint8_t from_key[16];
+    for (int i = 0; i < 16; i++)
+        from_key[i] = key16[i] ^ 0x5a;
+    uint64_t from = crab_siphash13(from_key, p->member->addr, 16) % size;
+    for (uint32_t i = 0; i <= power; i++) {
+        uint64_t base = (from + i) % size, value = p->skip;
+        for (uint32_t k = 0; k < power; k++)
+            value = value * base % size;
+        differences[i] = (uint32_t)((value + p->offset) % size);
+    }
+    for (uint32_t d = 1; d <= power; d++)
+        for (uint32_t i = power; i >= d; i--)
+            differences[i] = sum_of(differences[i], size - differences[i - 1], size);
+}
+
 /* Arrays by member, in the order of addresses. */
 struct race {
     uint16_t *table;
@@ -28,11 +79,13 @@ struct race {
     uint64_t *times; /* of a member's looks; those of the first `known` are there */
     uint32_t known;
     uint32_t size, n;
+    uint32_t power; /* of orders */
     struct permutation *who;
+    const uint32_t *starts; /* of orders: power + 1 differences each */
+    uint32_t *next;         /* likewise, from the look on that is next */
     uint32_t *weight; /* that counts now */
     uint64_t *ratio;  /* the greatest weight by this one */
     uint32_t *looked; /* how many slots it has looked at */
-    uint32_t *next;   /* which one is next */
     uint32_t *room;   /* slots that it may still claim */
     uint32_t *able;   /* members with room, in order */
     uint32_t ables;
@@ -72,6 +125,13 @@ static inline uint64_t round_of(struct race *r, uint32_t i, uint32_t number)
     return (uint64_t)((unsigned __int128)r->times[number] * r->ratio[i] >> 2 * POINT);
 }
 
+/* Back to the start; returns the differences there. */
+static uint32_t *rewind_order(struct race *r, uint32_t i)
+{
+    size_t size = r->power + 1, at = i * size;
+    return memcpy(r->next + at, r->starts + at, size * sizeof *r->next);
+}
+
 /* Begin with these weights. */
 static void begin(struct race *r)
 {
@@ -91,7 +151,7 @@ static void begin(struct race *r)
             continue;
         r->ratio[i] = (most << POINT) / r->weight[i];
         r->looked[i] = 0;
-        r->next[i] = r->who[i].offset;
+        rewind_order(r, i);
         /* the next whole number above size * weight / sum * (1 + 1 / SPARE) */
         uint64_t bound = (uint64_t)r->size * r->weight[i] * (SPARE + 1);
         bound = (bound + sum * SPARE - 1) / (sum * SPARE);
@@ -136,7 +196,7 @@ static void plan(struct race *r, struct plan *p, uint32_t i)
 /* The next rounds; who comes first in one comes last in the next.  Whether a slot is free no branch predictor can know, and most
  * are not: first all looks are made that may find something, without a branch; of those that a round was earlier, few are in
  * vain.  Returns how many slots were taken. */
-static uint32_t look(struct race *r)
+static inline uint32_t look(struct race *r, uint32_t power)
 {
     uint64_t *ends[ROUNDS]; /* of each round's looks */
     for (uint32_t j = 0; j < ROUNDS; j++)
@@ -144,17 +204,17 @@ static uint32_t look(struct race *r)
     struct plan p = {0};
     uint64_t soonest = UINT64_MAX;
     for (uint32_t k = 0; k < r->ables; k++) {
-        uint32_t i = r->able[k], slot = r->next[i], skip = r->who[i].skip;
+        uint32_t i = r->able[k];
+        uint32_t *next = r->next + (size_t)i * (power + 1);
         if (p.ratio != r->ratio[i] || p.looked != r->looked[i])
             plan(r, &p, i);
         for (uint32_t j = 0; j < p.count; j++) {
             uint64_t **end = &ends[p.rounds[j]];
+            uint32_t slot = next[0];
             **end = (uint64_t)i << 32 | slot;
             *end += is_free(r, slot);
-            slot += skip;
-            slot -= slot >= r->size ? r->size : 0;
+            step(next, power, r->size);
         }
-        r->next[i] = slot;
         r->looked[i] += p.count;
         soonest = p.then < soonest ? p.then : soonest;
     }
@@ -183,7 +243,20 @@ static void claim(struct race *r, uint32_t left)
 {
     begin(r);
     while (left && r->ables)
-        left -= look(r);
+        left -= r->power == 3 ? look(r, 3) : look(r, r->power); /* 3 with the usual sizes */
+}
+
+/* Free what a member holds beyond the share of its weight now in its full one: the last of what it claimed.  Returns how many. */
+static uint32_t give_back(struct race *r, uint32_t i)
+{
+    const struct crab_table_member *m = r->who[i].member;
+    uint32_t claims = r->who[i].claims, keeps = (uint32_t)((uint64_t)claims * m->weight / crab_full_weight(m));
+    uint32_t *next = rewind_order(r, i);
+    for (uint32_t seen = 0; keeps < claims && seen < claims; step(next, r->power, r->size))
+        if (r->table[next[0]] == m->backend && ++seen > keeps)
+            r->table[next[0]] = CRAB_NO_BACKEND;
+    r->who[i].claims = keeps;
+    return claims - keeps;
 }
 
 int crab_rendezvous_build(uint16_t *table, uint32_t size, const struct crab_table_member *members, uint32_t count,
@@ -193,26 +266,31 @@ int crab_rendezvous_build(uint16_t *table, uint32_t size, const struct crab_tabl
         table[i] = CRAB_NO_BACKEND;
     uint32_t n = count ? count : 1;
     struct permutation *who = malloc(n * sizeof *who);
-    uint32_t *arrays = malloc((size_t)n * 5 * sizeof *arrays);
+    uint32_t *arrays = malloc((size_t)n * 4 * sizeof *arrays);
     uint64_t *ratio = malloc(n * sizeof *ratio), *times = malloc(size * sizeof *times);
     uint64_t *free_slots = malloc((size / 64 + 1) * sizeof *free_slots);
+    uint32_t power = power_of(size);
+    uint32_t *orders = malloc((size_t)n * 2 * (power + 1) * sizeof *orders);
     uint64_t *looks = malloc((size_t)n * ROUNDS * sizeof *looks);
-    int failed = !who || !arrays || !ratio || !times || !free_slots || !looks ? -1 : 0;
+    int failed = !who || !arrays || !ratio || !times || !free_slots || !looks || !orders ? -1 : 0;
     if (!failed) {
         times[0] = 0;
         struct race r = {.table = table, .free = free_slots, .times = times, .known = 1, .size = size, .who = who,
                          .looks = looks, .ratio = ratio, .weight = arrays, .looked = arrays + n,
-                         .next = arrays + 2 * (size_t)n, .room = arrays + 3 * (size_t)n, .able = arrays + 4 * (size_t)n};
+                         .room = arrays + 2 * (size_t)n, .able = arrays + 3 * (size_t)n, .starts = orders,
+                         .next = orders + (size_t)n * (power + 1), .power = power};
         for (uint32_t i = 0; i < count; i++)
             if (crab_full_weight(&members[i]))
                 who[r.n++] = crab_permutation(&members[i], size, key16);
         qsort(who, r.n, sizeof *who, by_address);
         for (uint32_t i = 0; i < r.n; i++)
+            start(orders + (size_t)i * (power + 1), &who[i], key16, power, size);
+        for (uint32_t i = 0; i < r.n; i++)
             r.weight[i] = crab_full_weight(who[i].member);
         claim(&r, size);
         uint32_t freed = 0;
         for (uint32_t i = 0; i < r.n; i++) {
-            freed += crab_give_back(table, size, &who[i]);
+            freed += give_back(&r, i);
             r.weight[i] = who[i].member->weight;
         }
         if (freed)
@@ -224,5 +302,6 @@ int crab_rendezvous_build(uint16_t *table, uint32_t size, const struct crab_tabl
     free(times);
     free(free_slots);
     free(looks);
+    free(orders);
     return failed;
 }

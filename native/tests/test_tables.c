@@ -81,9 +81,29 @@ static void table(builder *build, uint32_t around, uint32_t above, double moves)
     CHECK(a[0] == CRAB_NO_BACKEND && a[6] == CRAB_NO_BACKEND);
 }
 
+/* The orders of no two members of a rendezvous table run alike: with many keys nobody has much less than its share. */
+static void shares(uint16_t count, uint32_t least)
+{
+    static struct crab_table_member m[1000];
+    for (uint16_t i = 0; i < count; i++)
+        m[i] = (struct crab_table_member){
+            .addr = {[10] = 0xff, [11] = 0xff, 10, 0, (uint8_t)(i >> 8), (uint8_t)i}, .weight = 1, .backend = i};
+    for (uint8_t k = 0; k < 100; k++) {
+        uint8_t one[16] = {k};
+        uint32_t share[1000] = {0};
+        CHECK(crab_rendezvous_build(a, SIZE, m, count, one) == 0);
+        for (int i = 0; i < SIZE; i++)
+            share[a[i]]++;
+        for (uint16_t i = 0; i < count; i++)
+            CHECK(share[i] * 100u * count >= SIZE * least);
+    }
+}
+
 int main(void)
 {
     table(crab_maglev_build, 0, 0, 3); /* moves: the paper, section 5.3 */
     table(crab_rendezvous_build, 100, 32, 1.1);
+    shares(100, 88);
+    shares(1000, 60);
     DONE();
 }
