@@ -397,19 +397,22 @@ class Farm:
         for node in self.lab.nodes.values():
             if node is not self.lab.middle:
                 nodes |= {f"{node.name}, {name}": value for name, value in of_node(node).items()}
-        objects = {f"{who}, Python objects": self._objects(pid) for who, pid in self._processes().items()}
-        return least(looks) | nodes | objects
+        held = {
+            f"{who}, {what}": value for who, pid in self._processes().items() for what, value in self._held(pid).items()
+        }
+        return least(looks) | nodes | held
 
     def _processes(self) -> dict[str, int]:
         agents = {f"{name}'s agent": child.pid for name, child in self._agents.items()}
         return {"load balancer": self.serving} | agents
 
-    def _objects(self, pid: int) -> float:
+    def _held(self, pid: int) -> dict[str, float]:
         told = self.folder / f"objects.{pid}"
         told.unlink(missing_ok=True)
         os.kill(pid, signal.SIGRTMIN)
         until(told.exists)
-        return float(json.loads(told.read_text())["objects"])
+        held: dict[str, float] = json.loads(told.read_text())
+        return held
 
     def connections(self) -> dict[str, Any]:
         """What became of connections so far, by way."""

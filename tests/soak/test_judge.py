@@ -28,7 +28,7 @@ def noise(size: float, count: int = 40) -> list[float]:
     ],
 )
 def test_what_does_not_grow(looks):
-    assert leaks({"descriptors": looks, "Rss KiB": [40000 + 300 * n for n in looks]}) == {}
+    assert leaks({"descriptors": looks, "Rss KiB": [40000 + 600 * n for n in looks]}) == {}
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 10])
@@ -47,9 +47,10 @@ def test_one_is_lost_each_time(count):
 
 
 def test_memory_is_lost():
-    """200 KiB each time, in what an allocator does; and as much that is given back."""
+    """200 KiB each time, in what an allocator does; and as much that is given back.  What is in use says it sooner."""
     lost = [60000 + 200 * n + extra for n, extra in enumerate(noise(900))]
-    assert "Rss KiB" in leaks({"Rss KiB": lost})
+    assert set(leaks({"Rss KiB": lost, "malloc KiB": lost})) == {"Rss KiB", "malloc KiB"}
+    assert set(leaks({"Rss KiB": lost[:12], "malloc KiB": lost[:12]})) == {"malloc KiB"}
     assert leaks({"Rss KiB": [60000 + extra for extra in noise(900)]}) == {}
 
 

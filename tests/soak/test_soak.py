@@ -20,7 +20,7 @@ FOUND = {
     "socket": "lb, netlink sockets",
     "map": "load balancer, maps",
     "pin": "lb, pins",
-    "memory": "load balancer, Anonymous KiB",
+    "memory": "load balancer, malloc KiB",
     "objects": "load balancer, Python objects",
     "thread": "load balancer, threads",
     "mapping": "load balancer, mappings",
@@ -29,8 +29,8 @@ FOUND = {
 
 
 def grown(series: Series) -> dict[str, float]:
-    """What is lost, but for memory: allocators take theirs for 25 rounds, and a short form has no more than 8."""
-    return {what: more for what, more in leaks(series).items() if not what.endswith("KiB")}
+    """What is lost, but for what a process has: allocators take theirs for 25 rounds, and a short form has 8."""
+    return {what: more for what, more in leaks(series).items() if what.endswith("malloc KiB") or "KiB" not in what}
 
 
 @contextmanager

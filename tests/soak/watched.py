@@ -1,6 +1,6 @@
-"""``python -m tests.soak.watched FILE LEAK ...`` is ``crablb ...``, which at SIGRTMIN writes into FILE.PID how many
-Python objects there are; and loses something with each change of the configuration, or each start, if LEAK says so
-(``none``: it does not): what a soak has to find.
+"""``python -m tests.soak.watched FILE LEAK ...`` is ``crablb ...``, which at SIGRTMIN writes into FILE.PID what it
+holds (of what the kernel says that a process has, allocators keep some for later); and loses something with each change
+of the configuration, or each start, if LEAK says so (``none``: it does not): what a soak has to find.
 """
 
 from __future__ import annotations
@@ -75,10 +75,34 @@ def _lose(leak: str) -> None:
     setattr(owner, name, loses)
 
 
-def _tell(path: Path) -> None:
+class _Mallinfo(ctypes.Structure):
+    """mallinfo(3), of glibc since 2.33."""
+
+    _fields_ = [
+        ("before", ctypes.c_size_t * 4),
+        ("hblkhd", ctypes.c_size_t),  # in mappings of their own
+        ("between", ctypes.c_size_t * 2),
+        ("uordblks", ctypes.c_size_t),  # in arenas
+        ("behind", ctypes.c_size_t * 2),
+    ]
+
+
+def held() -> dict[str, float]:
+    """What the collector of cycles knows; what Python has made; what it and libraries have from malloc()."""
     gc.collect()
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return {
+        "Python objects": len(gc.get_objects()),
+        "Python blocks": sys.getallocatedblocks(),
+        "malloc KiB": (found.uordblks + found.hblkhd) / 1024,
+    }
+
+
+def _tell(path: Path) -> None:
     new = path.with_suffix(".new")
-    new.write_text(json.dumps({"objects": len(gc.get_objects())}))
+    new.write_text(json.dumps(held()))
     new.rename(path)
 
 
