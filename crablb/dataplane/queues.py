@@ -269,7 +269,9 @@ class Queues:
         self._showing = 0  # bytes of each worker's ring, while they show packets
         self._rings = False  # whether they have one: until no snapshot says that they should
         # Who looks at all workers, and who makes or ends some.  The first lock makes it fair to them: otherwise a
-        # program that calls once() again and again would hardly ever let go of the second.
+        # program that calls once() again and again would hardly ever let go of the second.  The interpreter itself
+        # takes and lets go of both: a generator (contextlib's) that a signal's handler interrupts in its last steps
+        # keeps them for as long as somebody keeps the exception.
         self._turn, self._lock = threading.RLock(), threading.RLock()
         self._coming: list[tuple[_Port, int, XskSocket]] = []  # another process's sockets, until they are taken
         #: ``struct crab_joins *``: MPTCP connections' tokens, which all workers learn.
@@ -277,18 +279,11 @@ class Queues:
         if not self.joins:
             raise KernelError(f"no memory for {TOKENS} tokens of MPTCP connections")
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Raises :class:`KernelError` in the middle of itself: by a handler, a policy, or what a signal calls."""
+    def _outside(self) -> None:
+        """Before the locks are taken.  Raises :class:`KernelError` in the middle of frames: by a handler, a policy, or
+        what a signal calls."""
         if self._lock._is_owned():  # type: ignore[attr-defined]
             raise KernelError("the load balancer is in the middle of frames: it cannot be called by what it has called")
-        try:
-            with self._turn:
-                self._lock.acquire()
-            yield
-        finally:
-            with contextlib.suppress(RuntimeError):  # interrupted before it was its turn
-                self._lock.release()
 
     @property
     def _workers(self) -> list[_Worker]:
@@ -376,7 +371,8 @@ class Queues:
         stopped = time.monotonic()
         frames: dict[str, dict[int, Given]] = {}
         rounds: dict[str, dict[int, str]] = {}
-        with self._alone():
+        self._outside()
+        with self._turn, self._lock:
             for worker in self._workers:
                 if worker.c:
                     lib.crab_worker_stop(worker.c)  # all of them before the first is waited for
@@ -531,7 +527,8 @@ class Queues:
         """A socket for a queue, in place of the one that it has."""
         worker = port.workers.get(queue)
         if worker:
-            with self._alone():
+            self._outside()
+            with self._turn, self._lock:
                 self._lose(port, queue)  # a queue can have one socket only
         # What the XDP program sends is worth more than zero-copy.
         copy = self._config.ack_bypass is not Bypass.OFF and virtio.drops_in_zero_copy(interface.name)
@@ -539,7 +536,8 @@ class Queues:
         made = None
         try:
             worker = worker or (made := self._worker(port.first, queue))
-            with self._alone():
+            self._outside()
+            with self._turn, self._lock:
                 worker.bind(xsk)
                 port.workers[queue] = worker
         except BaseException:
@@ -568,7 +566,8 @@ class Queues:
     def close_interface(self, name: str) -> None:
         """Close its sockets; :meth:`fit` makes others, on perhaps another interface."""
         port = self._ports[name]
-        with self._alone():
+        self._outside()
+        with self._turn, self._lock:
             for queue in port.workers:
                 self._lose(port, queue)
 
@@ -652,7 +651,10 @@ class Queues:
     def _once(self) -> tuple[int, list[int], bool]:
         """How many frames there were, the sockets to wait for, and whether some have frames to be sent."""
         done, waiting, sending = 0, [], False
-        with self._alone():
+        self._outside()
+        with self._turn:  # whoever waits for it
+            pass
+        with self._lock:
             for name, port in self._ports.items():
                 for worker in port.workers.values():
                     if not worker.xsk or worker.failed:
@@ -724,7 +726,8 @@ class Queues:
     def count(self, counts: npt.NDArray[np.uint32], *, open_only: bool = False) -> None:
         """Add to ``counts``, by backend id, the flows in the workers' caches; ``open_only``: those whose client was
         answered, and has not begun to end them.  From any thread, until :meth:`close`."""
-        with self._alone():
+        self._outside()
+        with self._turn, self._lock:
             for worker in self._workers:
                 lib.crab_core_count(worker.core, ffi.from_buffer("uint32_t[]", counts), len(counts), now(), open_only)
 
@@ -738,7 +741,8 @@ class Queues:
     def recall(self, connection: int) -> list[tuple[str, int, Any]]:
         """What the workers remember of a connection, by its hash: interface, queue, and ``struct crab_memory``."""
         remembered = []
-        with self._alone():
+        self._outside()
+        with self._turn, self._lock:
             for name, port in self._ports.items():
                 for queue, worker in port.workers.items():
                     found = ffi.new("struct crab_memory[2]")
@@ -748,7 +752,8 @@ class Queues:
 
     def close(self) -> None:
         """Stop the workers, close the sockets, free the snapshots.  Idempotent."""
-        with self._alone():
+        self._outside()
+        with self._turn, self._lock:
             for port in self._ports.values():
                 for queue, worker in port.workers.items():
                     # One that another process has as well would keep the map for as long as that lives.

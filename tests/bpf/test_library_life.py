@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -19,8 +20,10 @@ import pytest
 
 from crablb import ConfigError, Event, KernelError, LoadBalancer, Match, Vip, lasting
 from crablb.control.supervisor import Supervisor
+from crablb.dataplane import queues
 from crablb.dataplane.engine import Engine
 from crablb.kernel import bpf, pins
+from tests.helpers.torn import Torn, torn
 
 WEB, OTHER = "tcp://10.0.0.100:80", "tcp://10.0.0.100:81"
 BACKEND = "10.0.0.11"
@@ -396,6 +399,23 @@ def test_threads_work_or_the_program_does(wired):
         for timeout in (-1, "1", None, float("nan"), float("inf")):
             with pytest.raises(ConfigError, match="timeout"):
                 lb.process_once(timeout)
+
+
+def test_whoever_keeps_what_a_signal_raised_can_go_on(wired):
+    """Nothing is locked by an exception, whose traceback has all that was interrupted: others go on, and so does he."""
+    with balancer(threads=False) as lb:
+        for after in itertools.count():
+            try:
+                with torn(queues, after):
+                    lb.process_once(0)
+                break
+            except Torn:
+                other = threading.Thread(target=lb.statistics, daemon=True)
+                other.start()
+                other.join(60)
+                assert not other.is_alive()
+                lb.process_once(0)
+        assert after > 10
 
 
 # ---- what cannot start ----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dis
 import errno
 import gc
 import itertools
@@ -25,14 +24,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import crablb.kernel.xsk
 from crablb import KernelError, LoadBalancer
 from crablb.kernel import bpf, pins
-from crablb.kernel import xsk as xsk_module
 from crablb.kernel.xsk import DESC, Batch, FrameError, XskError, XskSocket
 from tests.helpers.processes import until
 from tests.helpers.programs import several_buffers
+from tests.helpers.torn import Torn
+from tests.helpers.torn import torn as torn_in
 
 FRAME = np.frombuffer(bytes.fromhex("ffffffffffff02000000000188b5") + bytes(46), np.uint8)
+
+
+torn = partial(torn_in, crablb.kernel.xsk)
 
 
 def small(**options) -> XskSocket:
@@ -260,49 +264,6 @@ def test_a_signal_in_the_middle_of_a_call(namespace, monkeypatch, interrupted):
             getattr(xsk, interrupted)(batch)
         xsk.release(other)
         assert xsk.frames()["held"] == 0
-
-
-class Torn(Exception):
-    """What a signal's handler raises."""
-
-
-def tear() -> None:
-    raise Torn
-
-
-@contextmanager
-def torn(after: int, act: Callable[[], object] = tear) -> Iterator[None]:
-    """Act where a signal's handler or another thread could, once: behind the n-th call that returns into xsk.py, or
-    function that begins."""
-    left, ours = after, xsk_module.__file__
-
-    def traced(frame, *_):
-        """Of one frame, which is not held on to: with frames that outlived their calls CPython 3.11 itself crashed now
-        and then, where a generator began."""
-        if frame.f_code.co_filename != ours:
-            return None
-        before = ""
-
-        def step(frame, event, _):
-            nonlocal left, before
-            if event == "opcode":
-                instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-                if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
-                    left -= 1
-                    if left == -1:
-                        act()
-                if instruction not in ("CACHE", "EXTENDED_ARG"):
-                    before = instruction
-            return step
-
-        frame.f_trace_opcodes = True
-        return step
-
-    sys.settrace(traced)
-    try:
-        yield
-    finally:
-        sys.settrace(None)
 
 
 def outcome(call: Callable[[], object], after: int) -> tuple[bool, Any]:
