@@ -288,7 +288,7 @@ def judge(rows: Mapping[str, Row], user: Mapping[str, Row]) -> Target:
     ours = ratio(SERVE)
     rate = max(rows[SERVE].samples) if disturbed else rows[SERVE].median
     value = f"{ours:.2f} times ({rate:.2f} Mpps{'; fastest samples, of disturbed rows' if disturbed else ''})"
-    if ours >= 1.15:
+    if ours >= 1:
         return Target("P2", value, True)
     why = (
         f"the kernel's copy-mode sending is the wall: raw send, which receives nothing and does no work, makes "

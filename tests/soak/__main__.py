@@ -28,7 +28,7 @@ Series = dict[str, list[float]]
 
 def half(farm: Farm, work: tuple[str, ...], seconds: float, say: bool, series: Series) -> None:
     """Rounds for so long, and how much there was of each thing after each."""
-    end, rounds = time.monotonic() + seconds, 0
+    end, rounds, told = time.monotonic() + seconds, 0, len(farm.broken())
     while time.monotonic() < end or rounds < LOOKS:
         begun = time.monotonic()
         farm.round(work)
@@ -39,7 +39,13 @@ def half(farm: Farm, work: tuple[str, ...], seconds: float, say: bool, series: S
             looks.extend([0.0] * (rounds - len(looks)))
         if say:
             memory = series["load balancer, Rss KiB"][-1] / 1024
-            print(f"{time.monotonic() - begun:6.1f} s  round {rounds}: {memory:.1f} MiB", flush=True)
+            broken = farm.broken()
+            print(
+                f"{time.monotonic() - begun:6.1f} s  round {rounds}: {memory:.1f} MiB, {len(broken)} broken", flush=True
+            )
+            for one in broken[told:]:
+                print(f"        broken: {one}", flush=True)
+            told = len(broken)
 
 
 def soaked(
