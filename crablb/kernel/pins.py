@@ -538,6 +538,8 @@ def collect() -> None:
         if not known and not any(map(_in_use, path.glob("*/*"))):
             for role in path.glob("*"):
                 remove(role)
+            with suppress(OSError):  # of one that died before its first pin
+                path.rmdir()
     for path in files:
         name = "-".join(path.name.split("-")[:2])
         if (

@@ -231,11 +231,12 @@ def test_what_begins_meanwhile_is_let_be(netns: Callable[[], str], monkeypatch: 
         return found
 
     monkeypatch.setattr(pins, "_alive", begin)
-    dead = pins.root() / f"{pins.PREFIX}999999999999"
+    dead, empty = (pins.root() / f"{pins.PREFIX}{999999999999 - n}" for n in (0, 5))
     (dead / "server").mkdir(parents=True)
+    empty.mkdir()
     with inside(here):
         pins.collect()
-    assert not dead.exists()
+    assert not dead.exists() and not empty.exists()
     with inside(late[0]):
         assert old_name().is_symlink() and (pins.folder("server") / "sockets").exists()
         pins.remove(pins.folder("server"))
