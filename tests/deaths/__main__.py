@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.deaths.farm import KINDS, Farm
 from tests.deaths.rounds import ACTS, BARE, UNKEPT, Tally, acts, first, play
+from tests.helpers.processes import end_by_signals
 
 
 def arguments() -> argparse.Namespace:
@@ -107,13 +108,17 @@ def calls(folder: Path, args: argparse.Namespace, tally: Tally) -> None:
 
 def main() -> int:
     args, tally = arguments(), Tally()
+    end_by_signals()
     with tempfile.TemporaryDirectory(prefix="crablb-deaths-") as made:
         folder = args.keep or Path(made)
-        if args.calls:
-            calls(folder, args, tally)
-        else:
-            rounds(folder, args, tally)
-            unkept(folder, args, tally)
+        try:
+            if args.calls:
+                calls(folder, args, tally)
+            else:
+                rounds(folder, args, tally)
+                unkept(folder, args, tally)
+        except KeyboardInterrupt:
+            tally.faults.append("it was told to end before its end")
     print(tally.told())
     return bool(tally.faults)
 

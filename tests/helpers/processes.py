@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -46,3 +47,10 @@ def logged(log: Path, event: str = "") -> list[dict[str, Any]]:
     """What a program logged, as JSON lines, whose event begins so; a line half written does not count yet."""
     whole = log.read_text().rpartition("\n")[0]
     return [entry for entry in map(json.loads, whole.splitlines()) if entry["event"].startswith(event)]
+
+
+def end_by_signals() -> None:
+    """Of a program that takes long: SIGTERM ends it as Ctrl-C does, and that ends it in a background job as well, where
+    SIGINT is ignored.  So contexts end, and what was made is removed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)

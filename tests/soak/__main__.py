@@ -14,6 +14,7 @@ from typing import Any
 
 from crablb.lab import Lab
 from tests.helpers.namespaces import unique
+from tests.helpers.processes import end_by_signals
 from tests.soak.farm import Farm
 from tests.soak.judge import LOOKS, growth, leaks
 
@@ -95,6 +96,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    end_by_signals()
     found: dict[str, Series] = {}
     told: dict[str, Any] = {}
     wrong: list[str] = []

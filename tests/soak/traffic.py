@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 import threading
 import time
@@ -91,6 +92,7 @@ class Asking:
 def ask(longest: str, workers: str, *ways: str) -> None:
     """So many workers a way, whose connections last so long at most; for each line of standard input all that has
     become of them so far, by way, as JSON.  At its end they end theirs, and the last is told."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who pressed Ctrl-C is told what became of them
     end = threading.Event()
     asking = [Asking(way, n, float(longest), end) for way in ways for n in range(int(workers))]
 
